@@ -1,0 +1,73 @@
+"""Keep one notebook, its text twin and its module together: `nbtool.py export|run NAME ...` (`make nb NB=10_attention`).
+
+export: text twin -> notebook (outputs and cell ids of unchanged cells stay) -> module.
+run:    execute the notebook in place, then clean it, so that the committed outputs are fresh.
+check:  say which twins differ from their notebooks."""
+import os, sys
+from pathlib import Path
+import jupytext, nbformat
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS, TWINS = ROOT/'nbs', ROOT/'nbs'/'_py'
+KERNEL = dict(name='python3', display_name='Python 3', language='python')
+TWIN_FORMAT = dict(notebook_metadata_filter='-all', cell_metadata_filter='tags,-all')
+
+def notebooks():
+    "Every notebook of the book that has a twin: no executed runs, no hidden folders"
+    return [f for f in sorted(NBS.rglob('*.ipynb'))
+            if not any(p[0] in '_.' or p == 'runs' for p in f.relative_to(NBS).parts)]
+
+def twin_text(nb_path):
+    "The py:percent text that the notebook's source cells stand for"
+    nb = jupytext.read(nb_path)
+    nb.metadata['jupytext'] = TWIN_FORMAT
+    return jupytext.writes(nb, 'py:percent')
+
+def update(name):
+    "Bring the text of `nbs/_py/NAME.py` into `nbs/NAME.ipynb`"
+    twin, path = TWINS/f'{name}.py', NBS/f'{name}.ipynb'
+    new = jupytext.read(twin, fmt='py:percent')
+    if path.exists():
+        from jupytext.combine import combine_inputs_with_outputs
+        new = combine_inputs_with_outputs(new, nbformat.read(path, 4), fmt={'extension': '.py', 'format_name': 'percent'})
+    new.metadata = nbformat.NotebookNode(kernelspec=KERNEL)
+    new.nbformat, new.nbformat_minor = 4, 5
+    for i, c in enumerate(new.cells):
+        c.setdefault('id', f'c{i:03d}')
+        c.metadata = {k: v for k, v in c.metadata.items() if k == 'tags'}
+        if c.cell_type == 'code': c.setdefault('outputs', []); c.setdefault('execution_count', None)
+    seen = set()
+    for i, c in enumerate(new.cells):
+        while c['id'] in seen: c['id'] += 'x'
+        seen.add(c['id'])
+    write(new, path)
+    twin.write_text(twin_text(path))
+    return path
+
+def write(nb, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    from nbdev.clean import clean_nb
+    from execnb.nbio import write_nb, dict2nb
+    nb = dict2nb(nb); clean_nb(nb, clear_all=False, allowed_cell_metadata_keys=['tags'])
+    write_nb(nb, path)
+
+def export(path):
+    from nbdev.export import nb_export
+    if any(c.cell_type == 'code' and c.source.lstrip().startswith('#| default_exp') for c in nbformat.read(path, 4).cells):
+        nb_export(path, lib_path=ROOT/'semidetr')
+
+def run(path, timeout=900):
+    from nbclient import NotebookClient
+    nb = nbformat.read(path, 4)
+    NotebookClient(nb, timeout=timeout, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}).execute()
+    write(nb, path)
+
+if __name__ == '__main__':
+    os.chdir(ROOT)
+    job, names = sys.argv[1], sys.argv[2:]
+    if job == 'check':
+        bad = [f.name for f in notebooks() if (TWINS/f.relative_to(NBS).with_suffix('.py')).read_text() != twin_text(f)]
+        sys.exit(f'twin differs: {", ".join(bad)} (run `make nb NB=name`)' if bad else 0)
+    for n in names or [str(f.relative_to(NBS).with_suffix('')) for f in notebooks()]:
+        path = update(n); export(path)
+        if job == 'run': run(path)
