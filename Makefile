@@ -1,12 +1,59 @@
-# `make book` and `make test` are the two commands of the README; the others are for people who change the book.
-PY ?= python3
+# The two commands of the README are `make book` and `make test`; the others are for people who change the book.
+# Python: the first of these that is 3.11 or newer; `make PY=/path/to/python book` takes another.
+PY ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-export OMP_NUM_THREADS ?= 1
+STAMP := .venv/.installed
+DEMO ?=
 
-.PHONY: nb nb-export
+# two cores are used best by two processes of one thread each; a fixed hash seed keeps the order of sets
+export OMP_NUM_THREADS ?= 1
+export PYTHONHASHSEED ?= 0
+export PYTHONUNBUFFERED := 1
+export MPLBACKEND := Agg
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# glibc gives memory back to the system and asks for it again at every step; keeping it halves the time of a training step on a CPU
+KEEP_MEMORY := env MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
+
+.PHONY: help book test env site nb nb-export clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make book   environment, the demonstration on the built-in data, results, the site in _docs/'
+	@echo 'make test   environment and every check'
+	@echo 'make site   the site alone'
+	@echo 'make nb NB=10_attention   bring the text of one notebook into it, export its module, run it'
+
+# --- the environment: built from the project's own files, and again only when they change ------------------------------
+env: $(STAMP)
+$(STAMP): settings.ini setup.py pyproject.toml
+	@test -n "$(PY)" || { echo 'semidetr needs Python 3.11 or newer, and none was found. Install one, or name it: make PY=/path/to/python3.12 book'; exit 1; }
+	@$(PY) -c 'import sys; sys.exit("semidetr needs Python 3.11 or newer, but %s is %d.%d; name another: make PY=/path/to/python3.12 book" % ((sys.executable,) + tuple(sys.version_info[:2])) if sys.version_info < (3, 11) else 0)'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf .venv; $(PY) -m venv .venv; } || { \
+		echo 'cannot make .venv: the venv module is missing (Debian and Ubuntu: apt-get install python3-venv)'; exit 1; }
+	@echo 'installing semidetr and the tools of the book into .venv (a few minutes the first time)'
+	@$(BIN)/python -m pip install --quiet --no-input -e '.[book]'
+	@touch $(STAMP)
+
+# --- the two commands --------------------------------------------------------------------------------------------------
+book: $(STAMP)
+	@$(KEEP_MEMORY) $(BIN)/semidetr demo $(DEMO)
+	@$(BIN)/python -m semidetr.site >/dev/null
+	@echo 'Done. Open _docs/index.html in a browser.'
+
+test: $(STAMP)
+	@echo '--- text twins'; $(BIN)/python tests/nbtool.py check
+	@echo '--- notebooks'; $(KEEP_MEMORY) $(BIN)/nbdev_test --n_workers 2 --timing
+	@echo '--- tests: export, clean, lint, modules, book, site, links, browser'; $(KEEP_MEMORY) $(BIN)/python -m pytest
+
+site: $(STAMP)
+	@$(BIN)/python -m semidetr.site
+
+clean:
+	rm -rf _docs build .pytest_cache .ruff_cache
 
 # --- one notebook: edit nbs/_py/NN_name.py, then `make nb NB=NN_name` -------------------------------------------------
 nb-export:
 	@flock .venv/.nb.lock $(BIN)/python tests/nbtool.py export $(NB)
 nb: nb-export
-	@$(BIN)/python tests/nbtool.py run $(NB)
+	@flock .venv/.nb.lock true; $(BIN)/python tests/nbtool.py run $(NB)

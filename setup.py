@@ -1,26 +1,24 @@
 from configparser import ConfigParser
 from pathlib import Path
-from setuptools import setup, find_namespace_packages
+from setuptools import setup, find_packages
 
 here = Path(__file__).parent
 ini = ConfigParser(delimiters=["="]); ini.read(here / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 def words(k): return cfg.get(k, "").split()
 def lines(k): return [o.strip() for o in cfg.get(k, "").splitlines() if o.strip()]
-readme = here / "README.md"
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"],
-    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
-    long_description_content_type="text/markdown",
-    keywords=cfg["keywords"], author=cfg["author"], author_email=cfg["author_email"],
-    classifiers=["Programming Language :: Python :: 3", f"Natural Language :: {cfg['language']}",
-                 f"Intended Audience :: {cfg['audience']}"],
-    license="Apache-2.0", url=cfg["git_url"],
-    packages=find_namespace_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"], exclude=["*__pycache__*"]),
-    package_data={cfg["lib_path"]: words("package_data")},
-    include_package_data=False, python_requires=">=" + cfg["min_python"],
-    install_requires=words("requirements"), extras_require={"book": words("book_requirements")},
-    entry_points={"console_scripts": lines("console_scripts"),
-                  "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
+    long_description=(here / "README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
+    keywords=cfg["keywords"], author=cfg["author"], author_email=cfg["author_email"], url=cfg["git_url"],
+    license="Apache-2.0", license_files=["LICENSE"],
+    classifiers=["Development Status :: 3 - Alpha", f"Intended Audience :: {cfg['audience']}", f"Natural Language :: {cfg['language']}",
+                 "Operating System :: OS Independent", "Programming Language :: Python :: 3", "Programming Language :: Python :: 3.11",
+                 "Programming Language :: Python :: 3.12", "Programming Language :: Python :: 3.13",
+                 "Topic :: Scientific/Engineering :: Artificial Intelligence", "Topic :: Scientific/Engineering :: Image Recognition"],
+    packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
+    package_data={cfg["lib_path"]: words("package_data")}, include_package_data=False,
+    python_requires=">=" + cfg["min_python"], install_requires=words("requirements"), extras_require={"book": words("book_requirements")},
+    entry_points={"console_scripts": lines("console_scripts"), "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,
 )

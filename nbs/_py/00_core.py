@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Core {#sec-core}
 #
-# > Seeds, devices, errors and processes: what every other chapter leans on.
+# > Make a run that can be repeated, stopped and resumed: errors that name their cure, files that are never half written, chance that is the same on every machine, and sums over processes that vanish on one.
 
 # %%
 #| default_exp core
@@ -18,9 +18,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# %%
+import pickle
+import tempfile
+import matplotlib.pyplot as plt
+from semidetr.draw import COLORS
+
+
+# %% [markdown]
+# ## Why
+#
+# The numbers of semi-supervised detection are hard to repeat: a result hangs on which 1 % of the images was labelled, on the order of the
+# batches and on where a run was resumed. Three habits cure most of it. What must be the same everywhere (which images are labelled, the seed
+# of a view) is a *hash* and no draw. What is drawn comes from generators whose state is part of the checkpoint. And what is written is
+# written whole. This chapter holds these habits, and nothing about detection.
 
 # %% [markdown]
 # ## Errors that name the cure
+#
+# A fault that the user can cure is a `SemiDETRError`: the command line prints its message in one line and leaves with exit code 2. Everything
+# else is a fault of the package and keeps its traceback.
 
 # %%
 #| export
@@ -43,36 +60,121 @@ def suggest(
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
 
 
+# %% [markdown]
+# A slip of the pen is answered by the word that was meant, a guess by the list:
+
+# %%
+assert suggest('trheshold', ['threshold', 'decay']) == "did you mean 'threshold'?"
+try: raise ConfigError(f"unknown key 'speed'; {suggest('speed', ['threshold', 'decay'])}")
+except SemiDETRError as e: message = str(e)
+message
+
+
+# %% [markdown]
+# ## Files that are whole
+#
+# A run is stopped at any moment, and a page may read a result while it is written. So every file is written beside its target, flushed to the disk and
+# then renamed onto it: within one folder a rename either happened or did not.
+
 # %%
 #| export
 def atomic_write(
-    path, # file to write
-    data:str|bytes, # its whole content
+    path, # file to write; missing folders are made
+    data:str|bytes, # its whole content; text is written as UTF-8
 ):
     "Write a file so that a reader, or a crash, sees the old content or the new one and nothing between"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
-        tmp.write_bytes(data.encode() if isinstance(data, str) else data)
+        with open(tmp, 'wb') as f:
+            f.write(data.encode() if isinstance(data, str) else data)
+            f.flush(); os.fsync(f.fileno())
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
 
 # %% [markdown]
-# ## Chance
+# A write that fails half way (here: the content is of the wrong type) leaves the old file, and nothing beside it:
+
+# %%
+with tempfile.TemporaryDirectory() as d:
+    target = Path(d)/'runs'/'run.json'
+    atomic_write(target, '{"AP": 30.5}')
+    try: atomic_write(target, 30.5)
+    except TypeError: pass
+    left = {p.name: p.read_text() for p in target.parent.iterdir()}
+assert left == {'run.json': '{"AP": 30.5}'}
+left
+
+
+# %% [markdown]
+# ## Chance that is no chance
+#
+# Let $p_1,\dots,p_n$ be the parts that decide something: a seed, a fold, an image id. Their hash is
+#
+# $$ h(p_1,\dots,p_n) = \left\lfloor \tfrac12\, \mathrm{SHA256}_{64}\big(r(p_1)\,|\,\dots\,|\,r(p_n)\big) \right\rfloor \in [0, 2^{63}) $$ {#eq-core-hash}
+#
+# where $r(p)$ is the text that Python prints for $p$, the bar is a separator that no printed text contains, and $\mathrm{SHA256}_{64}$ are the first 64 bits of
+# the digest. Python's own `hash` changes with the process; a generator changes with whatever drew from it before; $h$ changes with nothing but its parts.
+# A thing whose text is not stable (an object that prints its address, a tensor that prints rounded) is refused.
 
 # %%
 #| export
+def _stable_repr(p):
+    "Text of a part; the same with NumPy 1 and 2, refused where it would not be stable"
+    if isinstance(p, np.generic): p = p.item()
+    if isinstance(p, (tuple, list)): return f"({','.join(map(_stable_repr, p))})"
+    if isinstance(p, (Tensor, np.ndarray)) or ' at 0x' in repr(p):
+        raise TypeError(f'stable_hash cannot hash a {type(p).__name__}: its text is not the same everywhere; pass ints, floats, strings or tuples of them')
+    return repr(p)
+
 def stable_hash(
-    *parts, # ints, strings, tuples: anything whose `repr` is the same on every machine
+    *parts, # ints, floats, strings, or tuples of them
 )->int: # in [0, 2**63)
-    "A hash that does not change with the machine, the Python version or the process"
-    text = '\x1f'.join(repr(p) for p in parts)
+    "A hash that does not change with the machine, the Python version or the process (@eq-core-hash)"
+    text = '\x1f'.join(map(_stable_repr, parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big') >> 1
 
+
+# %% [markdown]
+# The number below is the same on every computer; the tests keep it. The type counts: image `7` and image `'7'` are two images.
+
+# %%
+assert stable_hash('fold', 0) == stable_hash('fold', np.int64(0)) < 2**63
+assert stable_hash(7) != stable_hash('7') and stable_hash('a', 'b') != stable_hash('ab')
+stable_hash('fold', 0)
+
+# %% [markdown]
+# What it is for: rank the images by $h(\text{seed}, \text{fold}, \text{id})$ and label the first $p$ percent. The order does not depend on how many are taken, so that the 1 % is
+# inside the 5 % and that inside the 10 %; another fold is another order; and an image that joins the data set moves no other past its neighbour.
+
+# %%
+#| label: fig-core-hash
+#| fig-cap: "The labelled images of 1, 5 and 10 % are nested within a fold, and spread evenly over the ids: a hash is as good as a draw, and can be repeated."
+#| fig-alt: "For three folds, three rows of marks each over image ids 0 to 199; every mark of the 1 % row is also in the 5 % row, every mark of the 5 % row in the 10 % row."
+fig, ax = plt.subplots(figsize=(5.5, 2.2), dpi=80)
+chosen = {}
+for fold in range(3):
+    order = sorted(range(200), key=lambda i: stable_hash(0, fold, i))
+    for k, percent in enumerate((1, 5, 10)):
+        chosen[fold, percent] = set(order[:200*percent//100])
+        ax.plot(sorted(chosen[fold, percent]), [4*fold+k]*len(chosen[fold, percent]), '|', ms=9, mew=2, color=COLORS['truth'], alpha=1-.3*k)
+ax.set(xlabel='image id', yticks=[4*f+k for f in range(3) for k in range(3)]); ax.invert_yaxis()
+ax.set_yticklabels([f'fold {f}, {p} %' for f in range(3) for p in (1, 5, 10)], fontsize=7)
+for fold in range(3): assert chosen[fold, 1] <= chosen[fold, 5] <= chosen[fold, 10]
+assert chosen[0, 10] != chosen[1, 10]
+
+
+# %% [markdown]
+# ## Chance that can be continued
+#
+# The rest (dropout, the noise of denoising queries, initial weights) is drawn. A resumed run must draw what the uninterrupted one would have drawn.
+
+# %%
+#| export
 def seed_everything(
-    seed:int, # seeds Python, NumPy and torch (all devices)
+    seed:int, # any non-negative int; seeds Python, NumPy and torch (all devices)
 ):
     "Seed every generator that the package draws from"
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
@@ -92,23 +194,54 @@ def set_rng_state(
 
 
 # %% [markdown]
-# ## Device and processes
+# Draw, take a snapshot, draw on; go back (through a file, as a checkpoint does) and draw again:
+
+# %%
+def draws(): return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+seed_everything(0)
+before = draws()
+snapshot = pickle.dumps(rng_state())
+first = draws()
+set_rng_state(pickle.loads(snapshot))
+again = draws()
+assert again == first != before
+again
+
+
+# %% [markdown]
+# ## The device
 
 # %%
 #| export
 def pick_device(
     name:str='auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 )->torch.device:
-    "The device to run on; `auto` takes a GPU where there is one"
+    "The device to run on; `auto` takes a GPU where there is one; `ConfigError` where it is not there"
     if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try: dev = torch.device(name)
     except RuntimeError: raise ConfigError(f"device '{name}' is not one that torch knows; use auto, cpu, cuda or cuda:N") from None
     if dev.type == 'cuda':
         if not torch.cuda.is_available(): raise ConfigError(f"device '{name}' was asked for, but torch sees no GPU; use --device cpu")
         dev = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)) if dev.index is None else dev.index)
+        if dev.index >= torch.cuda.device_count():
+            raise ConfigError(f"device '{dev}' was asked for, but torch sees {torch.cuda.device_count()} GPU(s); count from cuda:0")
         torch.cuda.set_device(dev)
     return dev
 
+
+# %%
+try: pick_device('gpu')
+except ConfigError as e: answer = str(e)
+assert pick_device('cpu').type == 'cpu' and pick_device().type in ('cpu', 'cuda')
+answer
+
+
+# %% [markdown]
+# ## One process or many
+#
+# A launcher may start $W$ processes, one a device, that each see their own images. Every function below is the identity where it runs alone, so that no
+# other chapter asks how many there are.
 
 # %%
 #| export
@@ -128,16 +261,41 @@ def is_main()->bool:
 
 
 # %%
+assert is_main() == (rank() == 0)
+world_size(), rank(), is_main()
+
+
+# %% [markdown]
+# Losses are divided by the number of boxes, and must be divided by the *same* number on every process, or an image would weigh more for having
+# poor neighbours. With $x_w$ the count on process $w$,
+#
+# $$ \bar x = \frac1W \sum_{w=0}^{W-1} x_w $$ {#eq-core-mean}
+#
+# is that number: gradients are averaged over the $W$ processes afterwards, so that together they are divided by the total $W\bar x$.
+
+# %%
 #| export
 def all_reduce_mean(
     x:Tensor, # any shape; the same on every process
 )->Tensor: # mean over the processes, detached
-    "Mean over all processes; the identity on one"
+    "Mean over all processes (@eq-core-mean); the identity on one"
     if world_size() == 1: return x.detach()
     x = x.detach().clone()
     dist.all_reduce(x)
     return x/world_size()
 
+
+# %%
+assert all_reduce_mean(torch.tensor([3.])).item() == 3
+all_reduce_mean(torch.tensor([3.], requires_grad=True))
+
+
+# %% [markdown]
+# Cost-based mining fits a mixture to the matching costs of *all* processes, and each has another number of them, perhaps none. So lengths travel first, then
+# rows padded to the longest, and the padding is cut again. What arrives is the same on every process and in the order of the ranks.
+
+# %%
+#| export
 def all_gather_cat(
     x:Tensor, # (n, ...); n may differ from process to process and may be 0
 )->Tensor: # (sum of n, ...), in the order of the ranks, detached
@@ -148,7 +306,31 @@ def all_gather_cat(
     counts = [torch.zeros_like(n) for _ in range(world_size())]
     dist.all_gather(counts, n)
     counts = [int(c) for c in counts]
+    if max(counts) == 0: return x
     padded = x.new_zeros((max(counts), *x.shape[1:])); padded[:len(x)] = x
     parts = [torch.zeros_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([p[:c] for p, c in zip(parts, counts)])
+
+
+# %% [markdown]
+# Alone it gives back its rows, also when there are none. (The tests run it in two real processes with lengths 3 and 0.)
+
+# %%
+assert all_gather_cat(torch.zeros(0, 4)).shape == (0, 4)
+all_gather_cat(torch.tensor([[1., 2.], [3., 4.]]))
+
+# %% [markdown]
+# ## Summary
+#
+# * A fault that a user can cure is a `DataError` or a `ConfigError`, one line, with the cure in it.
+# * `atomic_write` leaves the old file or the new one.
+# * What must be the same everywhere is a `stable_hash` of what it depends on; percents of a hashed order are nested.
+# * What is drawn can be continued: `rng_state` goes into every checkpoint.
+# * `all_reduce_mean` and `all_gather_cat` do nothing on one process, so that no other chapter asks.
+#
+# ## Exercises
+#
+# 1. Rank the images by `random.Random(seed).shuffle` instead of by hash. What happens to the 1 % when ten images join the data set?
+# 2. Two processes see 1 and 9 boxes. What is the loss gradient of one box on each if every process divides by its own count? And with @eq-core-mean?
+# 3. Why must the temporary file of `atomic_write` lie in the folder of its target and not in `/tmp`?

