@@ -10,7 +10,6 @@ DEMO ?=
 export OMP_NUM_THREADS ?= 1
 export PYTHONHASHSEED ?= 0
 export PYTHONUNBUFFERED := 1
-export MPLBACKEND := Agg
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # glibc gives memory back to the system and asks for it again at every step; keeping it halves the time of a training step on a CPU
 KEEP_MEMORY := env MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
@@ -54,6 +53,6 @@ clean:
 
 # --- one notebook: edit nbs/_py/NN_name.py, then `make nb NB=NN_name` -------------------------------------------------
 nb-export:
-	@flock .venv/.nb.lock $(BIN)/python tests/nbtool.py export $(NB)
+	@$(BIN)/python tests/nbtool.py export $(NB)
 nb: nb-export
-	@flock .venv/.nb.lock true; $(BIN)/python tests/nbtool.py run $(NB)
+	@$(BIN)/python tests/nbtool.py run $(NB)

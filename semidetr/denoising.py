@@ -38,19 +38,19 @@ def combine_extras(
         blocked[s, s] = e.mask
     return torch.cat([e.content for e in extras], 1), torch.cat([e.boxes for e in extras], 1), blocked, slices
 
-# %% ../nbs/13_denoising.ipynb #9adae8c3
+# %% ../nbs/13_denoising.ipynb #01fbc1b5
 @dataclass(frozen=True)
 class DenoisingConfig:
     "Contrastive denoising (paper's code: 200, .5, .4)"
-    num:int = 200 # slots to fill, positive and negative together; 0: no denoising
+    num:int = 200 # slots N to fill, positive and negative together; 0: no denoising
     label_noise:float = .5 # half of this share of the labels is drawn anew
-    box_noise:float = .4 # corners move by up to this share of half the size (negatives: up to twice; official DINO 4-scale .4, mmdetection 1.)
-    label_rows:int = 0 # rows of the label table; 0: one a class (released checkpoints: 82)
+    box_noise:float = .4 # corners move by up to this share of half the size, negatives by up to twice (mmdetection's DINO: 1.)
+    label_rows:int = 0 # least rows of the label table; there is at least one a class (released checkpoints: 82)
 
 def group_sizes(
-    n_max:int, # most boxes of one image in the batch
-    num:int=200, # slots to fill
-)->tuple: # (groups G, slots P = 2*n_max*G)
+    n_max:int, # n, most boxes of one image in the batch
+    num:int=200, # slots N to fill
+)->tuple: # (groups G, slots P)
     "How often the boxes fit into the slots; one group at least (@eq-denoising-groups)"
     groups = max(1, num//(2*n_max))
     return groups, 2*n_max*groups
@@ -63,11 +63,12 @@ def group_mask(
     g = torch.arange(groups*size)//size
     return g[:, None] != g[None]
 
+# %% ../nbs/13_denoising.ipynb #db406e8c
 def noise_labels(
     labels:Tensor, # (...) int64
     num_classes:int, # C
-    share:float=.5, # `label_noise`
-    generator=None,
+    share:float=.5, # lambda
+    generator:torch.Generator=None,
 )->Tensor: # same shape
     "Draw share/2 of the labels anew, uniformly: the true one may come again"
     kw = dict(device=labels.device, generator=generator)
@@ -76,17 +77,17 @@ def noise_labels(
 
 def noise_boxes(
     cxcywh:Tensor, # (...,4) normalised
-    negative:Tensor, # (...) bool, broadcastable: move far
-    scale:float=.4, # `box_noise`
-    generator=None,
+    negative:Tensor, # (...) bool: move far
+    scale:float=.4, # beta
+    generator:torch.Generator=None,
 )->Tensor: # (...,4) xyxy normalised, not yet clamped
-    "Move every corner coordinate by r*scale of half the size, r in [0,1) or, for negatives, [1,2) (@eq-denoising-noise)"
+    "Move every corner coordinate (@eq-denoising-noise)"
     kw = dict(device=cxcywh.device, generator=generator)
     r = torch.rand(cxcywh.shape, dtype=cxcywh.dtype, **kw)+negative[..., None]
     sign = torch.randint(2, cxcywh.shape, **kw)*2-1
-    return cxcywh_to_xyxy(cxcywh)+sign*r*scale*cxcywh[..., 2:].repeat_interleave(2, -1)[..., [0, 2, 1, 3]]/2
+    return cxcywh_to_xyxy(cxcywh)+sign*r*scale*cxcywh[..., 2:].repeat(*[1]*(cxcywh.ndim-1), 2)/2
 
-# %% ../nbs/13_denoising.ipynb #01fbc1b5
+# %% ../nbs/13_denoising.ipynb #8e0194d9
 def _padded(targets, num_classes, generator):
     "Labels (B,n), boxes (B,n,4), used (B,n) and real (B,) of a batch; an image without boxes gets one fake box"
     counts = [len(t['labels']) for t in targets]
@@ -105,20 +106,15 @@ def denoising_queries(
     cfg:DenoisingConfig=DenoisingConfig(),
     generator:torch.Generator=None, # None: torch's global one
 )->ExtraQueries|None: # name 'denoising'; None if no image has a box or cfg.num is 0
-    "Noised copies of the true boxes as queries, G groups of n positive and n negative slots (paper's code; DINO section 3.3)"
+    "Noised copies of the true boxes as queries: G groups of n positive and n negative slots (DINO section 3.3; paper's code)"
     if not cfg.num or not any(len(t['labels']) for t in targets): return None
     labels, boxes, used, real = _padded(targets, num_classes, generator)
-    B, n = labels.shape
-    G, P = group_sizes(n, cfg.num)
-    slots = (B, G, 2, n)
-    def spread(x): return x[:, None, None].expand(*slots, *x.shape[2:])
-    negative = torch.arange(2, device=labels.device).view(2, 1).bool().expand(slots)
+    (B, n), (G, P) = labels.shape, group_sizes(labels.shape[1], cfg.num)
+    def spread(x): return x[:, None, None].expand(B, G, 2, n, *x.shape[2:])
+    negative, free = torch.tensor([[False], [True]], device=labels.device).expand(B, G, 2, n), ~spread(used)
     xyxy = noise_boxes(spread(boxes), negative, cfg.box_noise, generator).clamp(0, 1)
     content = label_embed(noise_labels(spread(labels), num_classes, cfg.label_noise, generator))
-    free = ~spread(used)[..., None]
-    logits = inverse_sigmoid(xyxy_to_cxcywh(xyxy)).masked_fill(free, 0)
-    target = torch.where(negative, -1, torch.arange(n, device=labels.device)).masked_fill(free[..., 0], -2)
-    target = target.masked_fill(~real.view(B, 1, 1, 1), -3)
-    meta = dict(groups=G, n_max=n, target=target.reshape(B, P))
-    return ExtraQueries(content.masked_fill(free, 0).reshape(B, P, -1), logits.reshape(B, P, 4),
-                        group_mask(G, 2*n).to(labels.device), 'denoising', meta)
+    logits = inverse_sigmoid(xyxy_to_cxcywh(xyxy)).masked_fill(free[..., None], 0)
+    target = torch.where(negative, -1, torch.arange(n, device=labels.device)).masked_fill(free, -2).masked_fill(~real.view(B, 1, 1, 1), -3)
+    return ExtraQueries(content.masked_fill(free[..., None], 0).reshape(B, P, -1), logits.reshape(B, P, 4),
+                        group_mask(G, 2*n).to(labels.device), 'denoising', dict(groups=G, n_max=n, target=target.reshape(B, P)))

@@ -112,13 +112,15 @@ class _Work:
     "Map-style data set over batch numbers: what a worker does"
     def __init__(self, make): self.make = make # batch number -> {part name: (views, truth)}
     def __getitem__(self, t):
-        try: return {k: (_stack(v, m), _to([_target(x, truth) for x in v], lambda a: a.numpy())) for k, (v, m, truth) in self.make(t).items()}
+        try: return {k: (_stack(v, m), _to([_target(x, truth) for x in v], torch.Tensor.numpy)) for k, (v, m, truth) in self.make(t).items()}
         except SemiDETRError as e: return type(e)(str(e))
 
 def _land(payload, cfg):
     "What a worker sent, as a batch; its error, as an exception here"
     if isinstance(payload, Exception): raise payload
     return {k: _finish(images, _to(targets, torch.from_numpy), cfg) for k, (images, targets) in payload.items()}
+
+def _as_is(x): return x # else the DataLoader makes a shared tensor of every small array
 
 def _worker_start(_):
     "Ctrl-C is for the training process, which then ends its workers"
@@ -127,8 +129,8 @@ def _worker_start(_):
 def _workers(work, steps, num_workers, persistent):
     "A DataLoader over batch numbers that draws nothing from the global generators"
     method = 'fork' if 'fork' in multiprocessing.get_all_start_methods() else 'spawn'
-    return DataLoader(work, batch_size=None, sampler=steps, num_workers=num_workers, persistent_workers=persistent, prefetch_factor=2,
-        worker_init_fn=_worker_start, generator=torch.Generator().manual_seed(0), multiprocessing_context=method)
+    return DataLoader(work, batch_size=None, sampler=steps, collate_fn=_as_is, num_workers=num_workers, persistent_workers=persistent,
+        prefetch_factor=2, worker_init_fn=_worker_start, generator=torch.Generator().manual_seed(0), multiprocessing_context=method)
 
 def _next(it):
     "Next payload; a dead worker is an error with a cure"

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from .pages import CrossRefs, REF, cell_text, chapter_files, cross_references, filter_notebook
+from .pages import CrossRefs, REF, cell_text, chapter_files, cross_references, fail, filter_notebook
 from .pages import load_pages, make_cell, need, outside_code, read_book, split_directives, symbol_index
 
 # %% ../nbs/45_site.ipynb #d10848a1
@@ -29,9 +29,10 @@ def mathml(
     display:bool=False, # a line of its own
 )->str: # MathML, which a browser shows without a script
     "LaTeX to MathML; a command that the converter does not know is an error"
-    out = need('latex2mathml.converter').convert(tex.strip(), display='block' if display else 'inline')
-    unknown = re.findall(r'>(\\[A-Za-z]+)<', out)
-    if unknown: raise ValueError(f"LaTeX command {unknown[0]} is not known to the converter to MathML, in: {' '.join(tex.split())}")
+    known = re.sub(r'\\operatorname\*?\{arg\\,\s*(min|max)\}', r'\\arg\1', tex.strip())
+    out = need('latex2mathml.converter').convert(known, display='block' if display else 'inline')
+    unknown = re.findall(r'\\arg(?:min|max)', tex) + re.findall(r'>(\\[A-Za-z]+)<', out)
+    if unknown: raise ValueError(f"LaTeX command {unknown[0]} is not known to both renderers, in: {' '.join(tex.split())}")
     return out
 
 # %% ../nbs/45_site.ipynb #7f3309bc
@@ -140,10 +141,10 @@ def stage(
             out.write_text(json.dumps(nb), encoding='utf-8')
     options = {k: v for k, v in book['format']['html'].items() if k not in ('html-math-method', 'number-sections')}
     chapters = book['book']['chapters'] + book['book'].get('appendices', [])
+    assets = [*([options['css']] if isinstance(options.get('css'), str) else options.get('css', [])), book['book'].get('favicon', ''), *book['project'].get('resources', [])]
     config = dict(project={'type': 'book', 'output-dir': '_out'}, book={**book['book'], 'chapters': chapters}, format={'html': options})
     Path(dest, '_quarto.yml').write_text(need('yaml').safe_dump(config, sort_keys=False), encoding='utf-8')
-    css = options.get('css', [])
-    for pattern in [*([css] if isinstance(css, str) else css), *book['project'].get('resources', [])]:
+    for pattern in filter(None, assets):
         for f in Path(root).glob(pattern):
             target = Path(dest)/f.relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -156,23 +157,22 @@ def _run(command, cwd, **env):
 
 def build_site(
     root='.', # folder of the checkout
-    engine:str='auto', # 'auto' takes Quarto where it is on the PATH; 'quarto'; 'smalldocs'
+    engine:str='auto', # 'auto' takes Quarto where it is on the PATH; 'quarto'; 'fallback' takes smalldocs
 )->Path: # folder of the site
     "Check the book and render it"
-    from semidetr.core import ConfigError
     root, book = Path(root).resolve(), read_book(root)
     pages = load_pages(root, chapter_files(book))
     refs = cross_references(pages)
-    if refs.problems: raise ConfigError('the book has broken references:\n' + '\n'.join(refs.problems))
+    if refs.problems: fail('the book has broken references:\n' + '\n'.join(refs.problems))
     out = root/book['project'].get('output-dir', '_docs')
-    if engine == 'auto': engine = 'quarto' if shutil.which('quarto') else 'smalldocs'
+    if engine == 'auto': engine = 'quarto' if shutil.which('quarto') else 'fallback'
     if engine == 'quarto':
         _run(['quarto', 'render'], root, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         return out
     need('smalldocs')
     with tempfile.TemporaryDirectory() as work:
         try: stage(root, work, book, pages, refs)
-        except ValueError as e: raise ConfigError(str(e)) from None
+        except ValueError as e: fail(str(e))
         _run([sys.executable, '-c', 'import sys; from smalldocs.cli import main; sys.exit(main())', 'render', work], root)
         shutil.rmtree(out, ignore_errors=True)
         shutil.move(Path(work)/'_out', out)
@@ -204,7 +204,7 @@ def main(
 )->int: # exit code
     "`python -m semidetr.site`: build the site, or serve Quarto as a filter"
     ap = argparse.ArgumentParser(prog='python -m semidetr.site', description='Build the site from _quarto.yml')
-    ap.add_argument('--engine', choices=['auto', 'quarto', 'smalldocs'], default='auto', help='auto: Quarto where it is on the PATH')
+    ap.add_argument('--engine', choices=['auto', 'quarto', 'fallback'], default='auto', help='auto: Quarto where it is on the PATH')
     ap.add_argument('--filter', action='store_true', help='for Quarto: notebook on stdin, processed notebook on stdout')
     ap.add_argument('--fresh', action='store_true', help='for Quarto: forget filtered notebooks that it keeps')
     a, here = ap.parse_args(argv), Path.cwd()

@@ -53,7 +53,7 @@ def build_data(
     "Open the data sets and divide the training images"
     train = open_dataset(cfg.data, 'train')
     split = load_split(cfg.split_file, train) if cfg.split_file else make_split(
-        train, percent=cfg.percent or None, count=cfg.count or None, fold=cfg.fold, dev=cfg.dev, seed=cfg.split_seed, cover_classes=cfg.cover_classes)
+        train, percent=cfg.percent or (None if cfg.count else 100.), count=cfg.count or None, fold=cfg.fold, dev=cfg.dev, seed=cfg.split_seed, cover_classes=cfg.cover_classes)
     pick = lambda ids: Subset(train, [train.index_of(i) for i in ids])
     labelled, dev = pick(split.labelled), pick(split.dev) if split.dev else None
     extra = open_dataset(cfg.unlabelled, 'train') if cfg.unlabelled else None
@@ -259,7 +259,7 @@ def after_step(
     if run.step % cfg.log_every == 0 or run.step == run.cfg.optim.iters:
         keys = sorted({k for r in run.recent for k in r})
         mean = {k: sum(r.get(k, 0.) for r in run.recent)/len(run.recent) for k in keys}
-        log.write(dict(step=run.step, lr=run.optimizer.param_groups[0]['lr'], **mean, **run.health.summary()))
+        log.write({**mean, **run.health.summary(), 'step': run.step, 'lr': run.optimizer.param_groups[0]['lr']})
         run.recent = []
     bar.set_postfix(loss=f"{stats['loss']:.2f}", **({'pseudo': f"{stats['pseudo_boxes']:.1f}"} if 'pseudo_boxes' in stats else {}), refresh=False)
     bar.update()

@@ -1,9 +1,10 @@
 """Keep one notebook, its text twin and its module together: `nbtool.py export|run NAME ...` (`make nb NB=10_attention`).
 
 export: text twin -> notebook (outputs and cell ids of unchanged cells stay) -> module.
-run:    execute the notebook in place, then clean it, so that the committed outputs are fresh.
-check:  say which twins differ from their notebooks."""
-import os, sys
+run:    the same, then execute the notebook in place and clean it, so that the committed outputs are fresh.
+check:  say which twins differ from their notebooks.
+Without a NAME: all notebooks. Names are paths below nbs/ without the ending: 10_attention, ablations/02_txl_pbc."""
+import contextlib, os, sys
 from pathlib import Path
 import jupytext, nbformat
 
@@ -22,6 +23,23 @@ def twin_text(nb_path):
     nb = jupytext.read(nb_path)
     nb.metadata['jupytext'] = TWIN_FORMAT
     return jupytext.writes(nb, 'py:percent')
+
+def twin_of(path): return TWINS/path.relative_to(NBS).with_suffix('.py')
+
+def stale():
+    "Notebooks without a twin or with a different one, and twins without a notebook"
+    paths = notebooks()
+    bad = [f.stem for f in paths if not twin_of(f).exists() or twin_of(f).read_text() != twin_text(f)]
+    return bad + [t.stem for t in sorted(TWINS.rglob('*.py')) if t not in map(twin_of, paths)]
+
+@contextlib.contextmanager
+def one_at_a_time():
+    "Two exports at once would both write the index of names"
+    with open(ROOT/'.venv'/'.nb.lock' if (ROOT/'.venv').is_dir() else os.devnull, 'w') as f:
+        with contextlib.suppress(ImportError):
+            import fcntl
+            fcntl.flock(f, fcntl.LOCK_EX)
+        yield
 
 def update(name):
     "Bring the text of `nbs/_py/NAME.py` into `nbs/NAME.ipynb`"
@@ -62,12 +80,18 @@ def run(path, timeout=900):
     NotebookClient(nb, timeout=timeout, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}).execute()
     write(nb, path)
 
-if __name__ == '__main__':
+def main(job, names):
     os.chdir(ROOT)
-    job, names = sys.argv[1], sys.argv[2:]
+    os.environ.pop('MPLBACKEND', None)   # pictures go into the notebook
     if job == 'check':
-        bad = [f.name for f in notebooks() if (TWINS/f.relative_to(NBS).with_suffix('.py')).read_text() != twin_text(f)]
-        sys.exit(f'twin differs: {", ".join(bad)} (run `make nb NB=name`)' if bad else 0)
-    for n in names or [str(f.relative_to(NBS).with_suffix('')) for f in notebooks()]:
-        path = update(n); export(path)
+        bad = stale()
+        return f"text and notebook differ: {', '.join(bad)} (run `make nb NB=name`)" if bad else 0
+    for name in names or [str(f.relative_to(NBS).with_suffix('')) for f in notebooks()]:
+        with one_at_a_time():
+            path = update(name)
+            export(path)
         if job == 'run': run(path)
+
+if __name__ == '__main__':
+    if len(sys.argv) < 2 or sys.argv[1] not in ('export', 'run', 'check'): sys.exit(__doc__)
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

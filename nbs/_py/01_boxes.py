@@ -209,7 +209,7 @@ dot.grad
 #
 # $$ M = M_s M_t^{-1}, \qquad b' = \mathrm{clamp}\Big(\mathrm{hull}\big\{ M(x_i, y_j, 1)^\top : i,j\in\{1,2\} \big\}\Big) $$ {#eq-boxes-transport}
 #
-# : all four corners are mapped, the axis-parallel hull is taken around them and clamped to $[0,W]\times[0,H]$ of the un-padded target.
+# In words: all four corners are mapped, the axis-parallel hull is taken around them and clamped to $[0,W]\times[0,H]$ of the un-padded target.
 #
 # **Paper vs. code.** A box that leaves the view collapses to a line on its border. The reference implementation keeps such boxes as pseudo labels; `transform_boxes` returns every row *and* a
 # mask of those that are still boxes, and leaves the choice to the caller.

@@ -119,6 +119,9 @@ def show_image(
 # Boxes count edges: a box that fills the image runs from $(0,0)$ to $(W,H)$. `imshow` alone would put the centre of the first pixel at 0 and every box half a pixel off.
 
 # %%
+#| label: fig-draw-show
+#| fig-cap: "The axes end where the image ends: 0 to 80, and 60 to 0 downwards."
+#| fig-alt: "A toy image: a colour gradient with a yellow square and a violet box."
 fig_show, ax_show = plt.subplots(figsize=(2, 1.5), dpi=80)
 show_image(ax_show, toy, title='60 rows, 80 columns')
 assert (*ax_show.get_xlim(), *ax_show.get_ylim()) == (0, 80, 60, 0)
@@ -213,6 +216,14 @@ def _item(x, labels=None, scores=None):
     if hasattr(x, 'boxes'): return x.boxes, x.labels, scores
     return x, labels, scores
 
+
+# %%
+assert _item(None) == (None, None, None) and _item({'boxes': toy_boxes})[1:] == (None, None)
+_item({'boxes': toy_boxes, 'labels': toy_labels})
+
+
+# %%
+#| export
 def image_grid(
     images, # list of anything `to_pil` takes
     boxes=None, # one entry an image: (N,4) xyxy pixels, or {'boxes','labels','scores'}, or None; or {kind: such a list}
@@ -235,8 +246,7 @@ def image_grid(
         show_image(ax, img, mean, std, None if titles is None else titles[i])
         for k, rows in layers.items():
             if rows is None: continue
-            b, l, s = _item(rows[i], None if labels is None else labels[i], None if scores is None else scores[i])
-            draw_boxes(ax, b, l, s, classes, k)
+            draw_boxes(ax, *_item(rows[i], None if labels is None else labels[i], None if scores is None else scores[i]), classes, k)
     return fig
 
 
@@ -274,11 +284,11 @@ def compare(
             show_image(ax, getattr(s, 'image', s), mean, std, None if i else name)
             if j == 0: draw_boxes(ax, t_boxes, t_labels, None, classes); continue
             draw_boxes(ax, t_boxes, lw=.8)
-            b, l, sc = _item(at(predictions[name], key))
+            b, lab, sc = _item(at(predictions[name], key))
             if b is not None and sc is not None:
                 on = ~(torch.as_tensor(sc) < threshold) # a NaN score stays visible
-                b, l, sc = torch.as_tensor(b)[on], None if l is None else torch.as_tensor(l)[on], torch.as_tensor(sc)[on]
-            draw_boxes(ax, b, l, sc, classes, (kinds or {}).get(name, name if name in COLORS else 'student'))
+                b, lab, sc = torch.as_tensor(b)[on], None if lab is None else torch.as_tensor(lab)[on], torch.as_tensor(sc)[on]
+            draw_boxes(ax, b, lab, sc, classes, (kinds or {}).get(name, name if name in COLORS else 'student'))
     return fig
 
 
@@ -313,17 +323,16 @@ def draw_on_image(
     color, style = _look(kind)
     img, (boxes, finite) = to_pil(img).copy(), _rows(xyxy)
     width = width or max(1, round(min(img.size)/200))
-    frames = Image.new('L', img.size)
-    corners = {}
+    frames, corners = np.zeros((img.height, img.width), bool), {}
     for i in (i for i, ok in enumerate(finite) if ok):
         x1, y1, x2, y2 = (min(max(v, 0), side) for v, side in zip(boxes[i], img.size*2))
         x1, y1 = min(int(x1), img.width-1), min(int(y1), img.height-1)
         corners[i] = x1, y1, max(int(np.ceil(x2))-1, x1), max(int(np.ceil(y2))-1, y1) # first and last pixel that it touches
-        ImageDraw.Draw(frames).rectangle(corners[i], outline=255, width=width)
+        inside = frames[y1:corners[i][3]+1, x1:corners[i][2]+1]
+        inside[:width] = inside[-width:] = inside[:, :width] = inside[:, -width:] = True
     if style != '-': # stripes along both axes
-        dash = np.add.outer(np.arange(img.height), np.arange(img.width))//(4*width) % 2 == 0
-        frames = Image.fromarray(np.asarray(frames)*dash.astype(np.uint8))
-    img.paste(color, mask=frames)
+        frames &= np.add.outer(np.arange(img.height), np.arange(img.width))//(4*width) % 2 == 0
+    img.paste(color, mask=Image.fromarray(frames*np.uint8(255)))
     draw, font = ImageDraw.Draw(img), ImageFont.load_default(max(9, round(min(img.size)/40)))
     for i, (x1, y1, _, _) in corners.items():
         text = _caption(i, labels, scores, classes)
@@ -336,6 +345,9 @@ def draw_on_image(
 
 
 # %%
+#| label: fig-draw-burnt
+#| fig-cap: "Mined boxes burnt into the pixels of an image three times as large, with class and score."
+#| fig-alt: "The toy image with two dashed orange frames and the captions sun 0.90 and box 0.40."
 burnt = draw_on_image(toy, toy_boxes, kind='teacher')
 assert burnt.size == (80, 60) and burnt.getpixel((15, 10)) == burnt.getpixel((44, 39)) == ImageColor.getrgb(COLORS['teacher'])
 assert burnt.getpixel((45, 40)) == tuple(toy[40, 45]) and draw_on_image(toy, torch.zeros(0, 4)).tobytes() == to_pil(toy).tobytes()
@@ -364,13 +376,14 @@ def curve(
     "Mean over the seeds as a line, one sample standard deviation as a band; a NaN leaves a gap"
     base, style = _look(kind)
     color = color or base
-    y = np.asarray([np.asarray(r, float) for r in y_runs]) if len(y_runs) else np.zeros((0, len(x)))
-    if y.ndim == 1: y = y[None]
-    if y.shape[1] != len(x): raise DataError(f"curve '{label}': {len(x)} steps but runs of {y.shape[1]} values")
-    mean = y.mean(0) if len(y) else np.full(len(x), np.nan)
-    line, = ax.plot(x, mean, style, color=color, lw=1.5, label=f'{label} (n={len(y)})')
-    if len(y) > 1:
-        sd = y.std(0, ddof=1)
+    runs = [np.atleast_1d(np.asarray(r, float)) for r in y_runs]
+    if runs and np.ndim(y_runs[0]) == 0: runs = [np.concatenate(runs)]
+    for r in runs:
+        if len(r) != len(x): raise DataError(f"curve '{label}': {len(x)} steps but a run of {len(r)} values")
+    mean = np.mean(runs, 0) if runs else np.full(len(x), np.nan)
+    line, = ax.plot(x, mean, style, color=color, lw=1.5, label=f'{label} (n={len(runs)})')
+    if len(runs) > 1:
+        sd = np.std(runs, 0, ddof=1)
         ax.fill_between(x, mean-sd, mean+sd, color=color, alpha=.2, lw=0)
     return line
 
@@ -449,6 +462,9 @@ def draw_matches(
 
 
 # %%
+#| label: fig-draw-matches
+#| fig-cap: "Two predictions are joined to their objects; the third has no partner."
+#| fig-alt: "Three blue boxes and two green ones on the toy image; black lines join the centres of two pairs."
 fig_match, ax_match = plt.subplots(figsize=(3, 2.2), dpi=80)
 show_image(ax_match, toy)
 joins = draw_matches(ax_match, torch.tensor([[3., 20, 30, 45], [40, 20, 70, 40], [60, 2, 70, 12]]), toy_boxes, ([0, 1], [0, 1]))
@@ -471,6 +487,9 @@ def draw_points(
 
 
 # %%
+#| label: fig-draw-points
+#| fig-cap: "An attention head that looks at the middle of the square: the area of a dot is its weight."
+#| fig-alt: "Four blue dots of different size on the toy image, the largest in the middle of the yellow square."
 fig_points, ax_points = plt.subplots(figsize=(3, 2.2), dpi=80)
 show_image(ax_points, toy)
 spots = draw_points(ax_points, [[30., 25], [20, 15], [40, 15], [62, 45]], [.5, .25, .2, .05])

@@ -1,10 +1,21 @@
 # %% [markdown]
 # # Data sets {#sec-datasets}
 #
-# > Open COCO, VOC, YOLO, a bare folder or the built-in digits scenes as the same kind of object.
+# > Open COCO, VOC, YOLO, a bare folder or the built-in digits scenes as the same kind of object, and hide labels so that they stay hidden.
 
 # %%
 #| default_exp datasets
+
+# %% [markdown]
+# Whoever brings new data to a detector should not have to write a loader, and unlabelled data should be *just a folder*. Here every source becomes the same kind of object, with two ways to look at image number $i$:
+#
+# $$
+# \text{ds}[i] = (\text{image}_i,\; B_i \in \mathbb{R}^{N_i \times 4},\; c_i \in \{0,\dots,C-1\}^{N_i},\; g_i \in \{0,1\}^{N_i})
+# $$ {#eq-datasets-sample}
+#
+# $B_i$ are the boxes in pixels (xyxy), $c_i$ their labels, and $g_i$ marks what is to be ignored: crowds, difficult objects. `annotation(i)` gives the same without decoding the image. $N_i = 0$ is normal.
+#
+# Whether the labels can be hidden matters as much as whether they can be read. A semi-supervised result is worth nothing if a box of the unlabelled pool leaks into training. `Unlabelled` closes that door at one place.
 
 # %%
 #| export
@@ -23,7 +34,7 @@ from semidetr.records import Source, load_image, read_coco, read_folder, read_si
 
 
 # %% [markdown]
-# ## One sample
+# ## One sample, one protocol
 
 # %%
 #| export
@@ -57,6 +68,16 @@ class DetectionDataset:
     def _strip(self): return self
     def __repr__(self): return f'{type(self).__name__}({self.name}: {len(self)} images, {len(self.classes)} classes)'
 
+
+# %%
+sample = Sample(Image.new('RGB', (60, 40)), 7, torch.tensor([[1., 2, 11, 22]]), torch.tensor([1]), torch.tensor([False]))
+assert sample.size == (40, 60) # sizes are (height, width) everywhere
+sample.size
+
+
+# %% [markdown]
+# Two functions work for every data set. The *fingerprint* is stored with splits and runs: if a box, a class or an id changes, it changes, and an old split is refused; if the folder moves, it does not.
+# `coco_dict` feeds the evaluation of @sec-metrics.
 
 # %%
 #| export
@@ -95,7 +116,31 @@ DetectionDataset.coco_dict = coco_dict
 
 
 # %% [markdown]
+# A data set of one's own needs `ids`, `classes` and two methods; the rest comes with the base class.
+
+# %%
+class Squares(DetectionDataset):
+    "Black images with one white square each"
+    name, classes = 'squares', ['square']
+    def __init__(self, n): self.ids = list(range(n))
+    def annotation(self, i): return dict(boxes=torch.tensor([[i, i, i+8., i+8]]), labels=torch.tensor([0]), ignore=torch.tensor([False]), size=(32, 32))
+    def __getitem__(self, i):
+        a, img = self.annotation(i), Image.new('RGB', (32, 32))
+        img.paste((255, 255, 255), (i, i, i+8, i+8))
+        return Sample(img, self.ids[i], a['boxes'], a['labels'], a['ignore'])
+
+
+# %%
+squares = Squares(5)
+assert squares.fingerprint() != Squares(6).fingerprint() and squares.index_of(3) == 3
+squares, squares.coco_dict()['annotations'][2]
+
+
+# %% [markdown]
 # ## Files on disk
+#
+# `_refuse` raises the first error that the rules of @sec-records find. `_pack` turns the annotations into four arrays, sorted by image. So a million boxes stay compact, and a copy for a worker process is cheap. Boxes are clipped
+# to the image; what has no area is left out and counted in `dropped`.
 
 # %%
 #| export
@@ -174,9 +219,6 @@ class CocoDataset(FileDataset):
     "COCO instances; category ids may have gaps (`cat_ids` keeps them), crowd boxes are marked to be ignored"
     def __init__(self, json_path, image_dir=None): super().__init__(read_coco(json_path, image_dir))
 
-
-# %%
-#| export
 class VocDataset(FileDataset):
     "Pascal VOC; difficult objects are marked to be ignored, or left out"
     def __init__(self, root, split='trainval', classes=None, keep_difficult=True): super().__init__(read_voc(root, split, classes, keep_difficult))
@@ -190,8 +232,55 @@ class ImageFolder(FileDataset):
     def __init__(self, root): super().__init__(read_folder(root))
 
 
+# %%
+import tempfile
+import matplotlib.pyplot as plt
+from semidetr.draw import image_grid
+
+# %%
+root = Path(tempfile.mkdtemp())/'toy'
+(root/'images').mkdir(parents=True)
+for name, colour in (('a', (190, 200, 210)), ('b', (210, 200, 190)), ('c', (200, 210, 190))):
+    canvas = Image.new('RGB', (60, 40), colour)
+    canvas.paste((60, 60, 120), (5, 5, 25, 30))
+    canvas.save(root/'images'/f'{name}.png')
+truth = dict(images=[dict(id=n, file_name=f'{name}.png', width=60, height=40) for n, name in ((7, 'a'), (3, 'b'), (11, 'c'))],
+             categories=[dict(id=90, name='zebra'), dict(id=18, name='dog')], # ids with gaps, out of order
+             annotations=[dict(id=1, image_id=7, category_id=18, bbox=[5, 5, 20, 25]), dict(id=2, image_id=7, category_id=90, bbox=[50, 20, 14, 10]),
+                          dict(id=3, image_id=3, category_id=90, bbox=[5, 5, 20, 25], iscrowd=1), dict(id=4, image_id=3, category_id=90, bbox=[9, 9, 0, 4])])
+(root/'instances_train.json').write_text(json.dumps(truth))
+toy = CocoDataset(root/'instances_train.json')
+assert toy.classes == ['dog', 'zebra'] and toy.cat_ids == [18, 90] # labels 0, 1; the file's ids are kept
+assert toy[0].boxes.tolist() == [[5, 5, 25, 30], [50, 20, 60, 30]] # clipped at the border
+assert toy[1].ignore.tolist() == [True] and toy.dropped == 1 and len(toy[2].boxes) == 0
+toy, toy.annotation(0)
+
+# %% [markdown]
+# A fault that cannot be handled stops here, not after a night of training:
+
+# %%
+typo = json.loads(json.dumps(truth))
+typo['annotations'][0]['category_id'] = 19
+(root/'typo.json').write_text(json.dumps(typo))
+try: CocoDataset(root/'typo.json')
+except DataError as e: refusal = str(e).replace(f'{root}/', '')
+assert 'annotation 1 of image 7' in refusal and 'known: 90, 18' in refusal
+refusal
+
+# %%
+import pickle
+
+# %%
+twin = pickle.loads(pickle.dumps(toy)) # what a worker process gets: no open file, no decoded image
+assert twin.fingerprint() == toy.fingerprint() and twin[0].image.tobytes() == toy[0].image.tobytes()
+len(pickle.dumps(toy))
+
+
 # %% [markdown]
 # ## Parts of a data set
+#
+# `Subset` picks images. `Unlabelled` strips the boxes: of an annotated file it keeps a copy whose arrays are empty, so that the boxes are not in memory either. The hidden truth is read by the health monitor alone,
+# from the original object and by image id.
 
 # %%
 #| export
@@ -226,8 +315,18 @@ class Unlabelled(DetectionDataset):
     def annotation(self, i): return dict(zip(('boxes', 'labels', 'ignore'), _nothing()), area=torch.zeros(0), size=self._ds.annotation(i)['size'])
 
 
+# %%
+hidden = Unlabelled(toy, [1, 0])
+assert hidden.ids == [3, 7] and not hidden.has_boxes and hidden.coco_dict()['annotations'] == []
+assert all(len(hidden[i].boxes) == 0 and len(hidden.annotation(i)['labels']) == 0 for i in range(2))
+assert hidden[1].image.tobytes() == toy[0].image.tobytes() and len(toy[0].boxes) == 2
+hidden[1].boxes.shape
+
 # %% [markdown]
 # ## One word opens them all
+#
+# The order in which a folder is tried: COCO files (`instances_train.json`, `annotations/instances_train2017.json`, `train/_annotations.coco.json`), then YOLO's `data.yaml`, VOC's `Annotations/`, and last the images
+# themselves. A folder that holds the annotations of *another* split is never mistaken for a folder of bare images. `digits` names the built-in scenes of @sec-digits.
 
 # %%
 #| export
@@ -286,3 +385,38 @@ def open_dataset(
     "Open a data set whatever its format; DataError says what was looked for, and where"
     if str(spec).partition(':')[0] == 'digits' and not Path(spec).exists(): return _digits(spec, split)
     return FileDataset(read_source(spec, split, data_root))
+
+
+# %%
+assert open_dataset('toy', data_root=root.parent).fingerprint() == toy.fingerprint()
+assert len(open_dataset(str(root/'images'))) == 3 # a folder of images
+refusals = []
+for spec, split in (('tyo', 'train'), ('toy', 'val'), ('digits:sice=64', 'train')):
+    try: open_dataset(spec, split, data_root=root.parent)
+    except DataError as e: refusals.append(str(e).replace(f'{root.parent}', 'DATA').replace(str(Path.cwd()), 'HERE'))
+assert len(refusals) == 3 and "did you mean 'toy'" in refusals[0] and 'found instances_train.json' in refusals[1]
+print(*refusals, sep='\n')
+
+# %%
+#| label: fig-datasets-same
+#| fig-cap: "A COCO file, its unlabelled twin and the built-in scenes answer to the same protocol; only the boxes differ."
+#| fig-alt: "Four small images: one with two green boxes, the same without boxes, and two photographs with coloured digits in boxes."
+digits = open_dataset('digits:n=2')
+shown = [toy[0], hidden[1], digits[0], digits[1]]
+fig = image_grid([s.image for s in shown], [s.boxes for s in shown], titles=['toy', 'Unlabelled(toy)', 'digits', 'digits'], ncols=4)
+fig
+
+# %% [markdown]
+# ## Summary
+#
+# * Every format becomes a `DetectionDataset`: `ds[i]` decodes, `annotation(i)` does not.
+# * Labels are contiguous from 0; category ids with gaps stay in `cat_ids`.
+# * Errors of the annotations stop loading in one line; clipped and dropped boxes are counted.
+# * The fingerprint ties splits and runs to the content of the data.
+# * `Unlabelled` gives images and sizes, and nothing else.
+#
+# ## Exercises
+#
+# 1. Write a `DetectionDataset` for a CSV file with one box a line. Which of the checks of @sec-records do you get for free if you build a `Source` instead?
+# 2. `Unlabelled` still gives the path of the file. Could a training step use it to cheat? Where would you forbid that?
+# 3. Why does the fingerprint of a `Subset` depend on the order of its indices, and should it?

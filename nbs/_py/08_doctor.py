@@ -6,6 +6,20 @@
 # %%
 #| default_exp doctor
 
+# %% [markdown]
+# The dear faults of a data set are found one at a time: fix one, start again, find the next. The dearest are not found at all. A validation image that also lies among the labelled ones raises every
+# score. A class that the unlabelled set does not share makes its pseudo labels wrong.
+#
+# The doctor looks at everything once and stops at nothing. *Error* means what it means in @sec-records: loading would refuse it, or a result would be worthless. The exit code of the command is 2 if there is one, else 0.
+#
+# Images are compared by content, not by name. Two images are the same if their keys agree,
+#
+# $$
+# k(I) = \operatorname{hash}(H, W, I_{11}, I_{12}, \dots, I_{HW})
+# $$ {#eq-doctor-key}
+#
+# with the decoded pixels $I_{yx}$ of the upright $H \times W$ image. A new name, new metadata or another lossless format leave $k$ unchanged; a new JPEG compression does not.
+
 # %%
 #| export
 import hashlib
@@ -21,8 +35,10 @@ from tqdm import tqdm
 from semidetr.core import DataError, stable_hash
 from semidetr.datasets import DetectionDataset, FileDataset, open_dataset, read_source
 from semidetr.draw import draw_on_image
-from semidetr.records import Fault, Source, image_orientation, load_image, read_size, reason
+from semidetr.records import Fault, Source, coco_faults, image_orientation, load_image, read_size, reason
 
+# %% [markdown]
+# ## The report
 
 # %%
 #| export
@@ -77,26 +93,39 @@ def _fault_lines(r, most):
             if n > most: yield f'    ... and {n-most:,} more'
     n = {k: len(r.of(k)) for k in _LEVELS}
     verdict = 'not fit for training' if n['error'] else 'fit for training'
-    yield f"{verdict}: {n['error']:,} errors, {n['warning']:,} warnings, {n['info']:,} notes"
+    yield f'{verdict}: '+', '.join(f"{n[k]:,} {word}{'s'*(n[k] != 1)}" for k, word in zip(_LEVELS, ('error', 'warning', 'note')))
 
 
 # %%
+made_up = Report('toy', 'toy.json', dict(images=3), dict(dog=30, cat=10), {'median': 31.}, [
+    Fault('warning', 'zero-area', 'toy.json', 'annotation 4: box [9, 9, 0, 4] has no area and is dropped', 'delete the annotation'),
+    *(Fault('error', 'missing-image', f'{n}.jpg', f'image {n}: no such file', 'restore it') for n in range(5))])
+assert made_up.exit_code == 2 and len(made_up.of('error')) == 5
+print(made_up.to_text(most=2))
+
+
+# %% [markdown]
+# ## Numbers, and what they betray
+#
+# The counts must survive any file, so nothing is assumed of its entries. Some things are wrong in no single entry: a class that no box has, a box that stands there twice.
+
+# %%
 #| export
+def _is_box(b): return isinstance(b, list|tuple) and len(b) == 4 and all(isinstance(v, int|float) for v in b)
+
 def _statistics(data): # COCO dict, perhaps faulty -> counts, histogram, box sizes
     rows = lambda k: [x for x in data.get(k) or [] if isinstance(x, dict)] if isinstance(data, dict) and isinstance(data.get(k), list) else []
     anns, names = rows('annotations'), {str(c.get('id')): str(c.get('name')) for c in rows('categories')}
     crowd = [bool(a.get('iscrowd') or a.get('ignore') or a.get('difficult')) for a in anns]
     seen = Counter(str(a.get('category_id')) for a, c in zip(anns, crowd) if not c)
     histogram = {name: seen.get(c, 0) for c, name in names.items()}
-    boxes = [a['bbox'] for a in anns if _is_box(a.get('bbox'))]
+    boxes = [a['bbox'] for a, c in zip(anns, crowd) if not c and _is_box(a.get('bbox'))]
     side = [math.sqrt(b[2]*b[3]) for b in boxes if b[2] > 0 and b[3] > 0 and math.isfinite(b[2]*b[3])]
     sizes = dict(zip(('5 %', '25 %', 'median', '75 %', '95 %'), np.quantile(side, [.05, .25, .5, .75, .95]).tolist())) if side else {}
     filled = {str(a.get('image_id')) for a in anns}
     counts = {'images': len(rows('images')), 'boxes': len(anns), 'ignored boxes': sum(crowd), 'classes': len(names),
               'images without a box': sum(str(im.get('id')) not in filled for im in rows('images'))}
     return counts, histogram, sizes
-
-def _is_box(b): return isinstance(b, list|tuple) and len(b) == 4 and all(isinstance(v, int|float) for v in b)
 
 def _content_faults(data, where, counts, histogram): # what is not wrong in any one entry, but worth knowing
     if not isinstance(data, dict) or not isinstance(data.get('images'), list): return
@@ -116,7 +145,30 @@ def _content_faults(data, where, counts, histogram): # what is not wrong in any 
 
 
 # %%
+herd = dict(images=[dict(id=1, file_name='a.jpg'), dict(id=2, file_name='b.jpg')], categories=[dict(id=1, name='cow'), dict(id=7, name='yak')],
+            annotations=[dict(id=1, image_id=1, category_id=1, bbox=[0, 0, 10, 40]), dict(id=2, image_id=1, category_id=1, bbox=[0, 0, 10, 40])])
+counts, histogram, sizes = _statistics(herd)
+notes = [f.kind for f in _content_faults(herd, 'herd.json', counts, histogram)]
+assert histogram == {'cow': 2, 'yak': 0} and sizes['median'] == 20
+assert notes == ['images-without-boxes', 'class-never-seen', 'gaps-in-class-ids', 'repeated-box']
+counts, notes
+
+
+# %% [markdown]
+# ## Every image
+#
+# Decoding is the slow part; threads share it, since the decoders release Python's lock. `quick` reads headers only: it finds missing files and wrong sizes, not files that break off in the middle.
+
+# %%
 #| export
+def _digest(img): return hashlib.blake2b(img.tobytes(), digest_size=12, key=repr(img.size).encode()).hexdigest()
+
+def _size_fault(found, said, bad, path, where):
+    if said and tuple(found) != tuple(said) and not (image_orientation(path) != 1 and tuple(found) == tuple(said)[::-1]):
+        return bad('error', 'size-mismatch', f'is {found[0]}x{found[1]}, but {where} says {said[0]:g}x{said[1]:g} (height x width)', 'its boxes would be wrong: correct the entry or restore the image')
+    if min(found) < 32: return bad('warning', 'tiny-image', f'is {found[0]}x{found[1]}', 'too small for a detector; leave it out')
+    if image_orientation(path) != 1: return bad('info', 'exif-rotated', 'carries an EXIF rotation', 'handled: it is turned unless only the raw size agrees with the annotations; look at the contact sheet')
+
 def _look(job): # one image file -> (content hash or None, fault or None)
     path, image_id, size, where, quick = job
     bad = lambda level, kind, what, cure: Fault(level, kind, str(path), f'image {image_id!r}: {what}', cure)
@@ -125,14 +177,17 @@ def _look(job): # one image file -> (content hash or None, fault or None)
         img = load_image(path, size)
     except FileNotFoundError: return None, bad('error', 'missing-image', 'no such file', f'restore it, or delete its entry from {where}')
     except Exception as e: return None, bad('error', 'unreadable-image', f'cannot be decoded ({reason(e)})', f'restore it, or delete its entry from {where}')
-    digest = hashlib.blake2b(img.tobytes(), digest_size=12, key=repr(img.size).encode()).hexdigest()
-    return digest, _size_fault((img.height, img.width), size, bad, path, where)
+    return _digest(img), _size_fault((img.height, img.width), size, bad, path, where)
 
-def _size_fault(found, said, bad, path, where):
-    if said and tuple(found) != tuple(said) and not (image_orientation(path) != 1 and tuple(found) == tuple(said)[::-1]):
-        return bad('error', 'size-mismatch', f'is {found[0]}x{found[1]}, but {where} says {said[0]:g}x{said[1]:g} (height x width)', 'its boxes would be wrong: correct the entry or restore the image')
-    if min(found) < 32: return bad('warning', 'tiny-image', f'is {found[0]}x{found[1]}', 'too small for a detector; leave it out')
-    if image_orientation(path) != 1: return bad('info', 'exif-rotated', 'carries an EXIF rotation', 'handled: it is turned unless only the raw size agrees with the annotations; look at the contact sheet')
+
+# %%
+#| export
+def _check_generated(source, quick): # a data set that makes its images itself
+    hashes, faults, ds = {}, [], source.folder
+    for i, image_id in enumerate(ds.ids if not quick else []):
+        try: hashes[str(image_id)] = _digest(ds[i].image)
+        except DataError as e: faults.append(Fault('error', 'unreadable-image', source.where, f'image {image_id!r}: {e}', 'restore it'))
+    return hashes, faults
 
 def check_images(
     source:Source, # images and where they are
@@ -140,7 +195,8 @@ def check_images(
     threads:int=4, # decoders
     progress:bool|None=None, # bar; None: on a terminal
 )->tuple[dict,list[Fault]]: # image id -> content hash; faults
-    "Open every image file"
+    "Open every image"
+    if isinstance(source.folder, DetectionDataset): return _check_generated(source, quick)
     images = source.data.get('images') if isinstance(source.data, dict) else None
     images = [im for im in images or [] if isinstance(im, dict) and isinstance(im.get('file_name'), str)] if isinstance(images, list) else []
     size = lambda im: (im['height'], im['width']) if all(isinstance(im.get(k), int|float) and im[k] > 0 for k in ('height', 'width')) else None
@@ -150,6 +206,35 @@ def check_images(
     hashes = {str(im.get('id')): h for im, (h, _) in zip(images, found) if h}
     return hashes, [f for _, f in found if f]
 
+
+# %%
+import tempfile
+import matplotlib.pyplot as plt
+from semidetr.draw import show_image
+
+# %%
+root = Path(tempfile.mkdtemp())/'ward'
+(root/'images').mkdir(parents=True)
+scenes = open_dataset('digits:n=6,size=96')
+for name, n in (('a.png', 0), ('b.jpg', 1), ('copy.png', 0), ('val.png', 2), ('leak.png', 0)): scenes[n].image.save(root/'images'/name)
+broken = (root/'images'/'b.jpg').read_bytes()
+(root/'images'/'b.jpg').write_bytes(broken[:len(broken)//2]) # the disk was full
+entry = lambda n, file: dict(id=n, file_name=file, width=96, height=96)
+train = dict(images=[entry(1, 'a.png'), entry(2, 'b.jpg'), entry(3, 'copy.png'), entry(4, 'gone.png')], categories=[dict(id=1, name='digit'), dict(id=2, name='letter')],
+             annotations=[dict(id=1, image_id=1, category_id=1, bbox=[42, 18, 24, 32]), dict(id=2, image_id=2, category_id=3, bbox=[5, 5, 9, 9]), dict(id=3, image_id=3, category_id=1, bbox=[30, 30, -9, 9]),
+                          dict(id=4, image_id=1, category_id=1, bbox=[27, 50, 16, 27])])
+val = dict(images=[entry(1, 'val.png'), entry(2, 'leak.png')], categories=train['categories'], annotations=[dict(id=1, image_id=1, category_id=2, bbox=[3, 3, 20, 20])])
+for part, content in (('train', train), ('val', val)): (root/f'instances_{part}.json').write_text(json.dumps(content))
+hashes, broken_images = check_images(read_source(root))
+assert sorted(hashes) == ['1', '3'] and hashes['1'] == hashes['3']
+[(f.kind, f.item) for f in broken_images]
+
+
+# %% [markdown]
+# ## Between sets and splits
+#
+# Sets that are compared must share their classes and no image. Equal ids alone mean little, since many tools count from 1 in every file. The parts of a split file (@sec-splits) must be disjoint as well,
+# by id and by content.
 
 # %%
 #| export
@@ -176,6 +261,9 @@ def _between(a, b, hashes_a, hashes_b): # two sets that should have no image in 
     if files: yield Fault('warning', 'shared-file-name', b.where, f'{len(files):,} images share id and file name with {a.where}, e.g. {files[0]} ({ia[files[0]]})', 'are they the same images? then the two sets overlap')
     elif both: yield Fault('info', 'shared-ids', b.where, f'{len(both):,} image ids also occur in {a.where}, with other files', 'harmless as long as the two files are not merged')
 
+
+# %%
+#| export
 def split_faults(
     path, # JSON with lists of image ids: labelled, unlabelled, dev
     ids, # image ids of the data set
@@ -201,15 +289,157 @@ def split_faults(
 
 
 # %%
-#| export
-def _source(spec, split, data_root): # -> Source; what cannot be opened becomes a source with one fault
-    if isinstance(spec, Source): return spec
-    if not isinstance(spec, DetectionDataset) and str(spec).partition(':')[0] == 'digits' and not Path(str(spec)).exists(): spec = open_dataset(spec, split)
-    if isinstance(spec, FileDataset): spec = spec.source_again()
-    if isinstance(spec, DetectionDataset): return Source(spec.name, spec.name, spec.coco_dict())
-    if isinstance(spec, Source): return spec
-    try: return read_source(spec, split, data_root)
-    except DataError as e: return Source(str(spec), str(spec), None, faults=[Fault('error', 'cannot-open', *_cut(str(e), str(spec)))])
+(root/'split.json').write_text(json.dumps(dict(labelled=[1, 2], unlabelled=[2, 4], dev=[3, 9])))
+overlaps = list(split_faults(root/'split.json', [1, 2, 3, 4], hashes))
+assert [f.kind for f in overlaps] == ['split-overlap', 'split-overlap', 'unknown-split-id']
+[f.item for f in overlaps] # image 3 has the pixels of image 1
 
-def check_dataset():
-    pass
+
+# %% [markdown]
+# ## All together
+
+# %%
+#| export
+def _as_source(spec, split, data_root): # -> Source; what cannot be opened becomes a source with one fault
+    if isinstance(spec, Source): return spec
+    try: return _spec_source(spec, split, data_root)
+    except DataError as e:
+        what, _, cure = str(e).rpartition('; ')
+        return Source(str(spec), str(spec), None, faults=[Fault('error', 'cannot-open', str(spec), (what or str(e)).removeprefix(f'{spec}: '), cure if what else 'see above')])
+
+def _spec_source(spec, split, data_root): # a data set as a Source again
+    if not isinstance(spec, DetectionDataset):
+        if str(spec).partition(':')[0] != 'digits' or Path(str(spec)).exists(): return read_source(spec, split, data_root)
+        spec = open_dataset(spec, split)
+    data = spec.coco_dict()
+    if not spec.has_boxes: del data['annotations']
+    if not isinstance(spec, FileDataset): return Source(spec.name, spec.name, data, spec)
+    for im, file in zip(data['images'], spec.files): im['file_name'] = file
+    return Source(spec.name, spec.where, data, spec.folder)
+
+def _others(spec, other, source, split, data_root): # what the set must not overlap with
+    if other is not None: return [_as_source(o, 'val', data_root) for o in (other if isinstance(other, list|tuple) else [other])]
+    out = []
+    if split == 'train' and isinstance(spec, str|Path) and source.data is not None:
+        for s in ('val', 'test'):
+            try: o = _spec_source(spec, s, data_root)
+            except DataError: continue
+            if all(o.name != x.name for x in (source, *out)): out.append(o)
+    return out
+
+
+# %%
+#| export
+def _examine(source, report, quick, threads, progress): # faults and hashes of one set
+    report.faults += source.faults
+    if source.data is None: return {}
+    report.faults += list(coco_faults(source.data, source.where))
+    counts, histogram, sizes = _statistics(source.data)
+    report.faults += list(_content_faults(source.data, source.where, counts, histogram))
+    if not report.counts: report.counts, report.histogram, report.box_sizes = counts, histogram, sizes
+    if any(f.kind in ('schema', 'missing-image-folder') and f.where == source.where for f in report.faults): return {}
+    hashes, faults = check_images(source, quick, threads, progress)
+    report.faults += faults + list(_same_images(hashes, source.where))
+    return hashes
+
+def check_dataset(
+    spec, # path or name as for `open_dataset`, or a data set
+    other=None, # one or several more that must not overlap with it; None: the val and test splits beside it, if any
+    split_files=(), # files from `save_split` made for it
+    split:str='train', # of `spec`
+    quick:bool=False, # headers only: no decoding, no search for equal images
+    data_root=None, # where names are looked up; None: $SEMIDETR_DATA
+    threads:int=4, # image decoders
+    progress:bool|None=None, # bar; None: on a terminal
+)->Report:
+    "Examine a data set and do not stop at the first fault"
+    source = _as_source(spec, split, data_root)
+    report = Report(source.name, source.where)
+    hashes = _examine(source, report, quick, threads, progress)
+    for o in _others(spec, other, source, split, data_root):
+        seen = _examine(o, report, quick, threads, progress)
+        if all(isinstance(s.data, dict) and isinstance(s.data.get('images'), list) for s in (source, o)): report.faults += list(_between(source, o, hashes, seen))
+    fingerprint = None
+    if not report.exit_code and not isinstance(source.folder, DetectionDataset):
+        ds = FileDataset(source)
+        fingerprint = ds.fingerprint() if split_files else None
+        if ds.dropped: report.counts['boxes without area, dropped'] = ds.dropped
+    ids = [im.get('id') for im in source.data['images'] if isinstance(im, dict)] if isinstance(source.data, dict) and isinstance(source.data.get('images'), list) else []
+    for f in [split_files] if isinstance(split_files, str|Path) else split_files: report.faults += list(split_faults(f, ids, hashes, fingerprint))
+    return report
+
+
+# %%
+report = check_dataset(root, split_files=root/'split.json', progress=False)
+expected = {'unknown-class', 'negative-box', 'unreadable-image', 'missing-image', 'shared-image', 'split-overlap', 'unknown-split-id'}
+assert {f.kind for f in report.of('error')} == expected and report.exit_code == 2
+print(report.to_text().replace(f'{root}/', ''))
+
+# %% [markdown]
+# The built-in scenes are in good health, and their splits share no image:
+
+# %%
+healthy = check_dataset(scenes, other=open_dataset('digits:n=6', 'val'))
+assert healthy.exit_code == 0 and not healthy.of(kind='shared-image')
+json.loads(healthy.to_json())['kinds']
+
+
+# %% [markdown]
+# ## What only eyes can see
+#
+# No rule notices that a label is wrong, or that all boxes stand ten pixels too far to the left. A page of images does, in ten seconds. What cannot be decoded says so on its tile.
+
+# %%
+#| export
+def _tile(ds, i, cell): # one cell of the contact sheet
+    tile = Image.new('RGB', (cell, cell), (235, 235, 235))
+    try: s = ds[i]
+    except DataError:
+        ImageDraw.Draw(tile).text((6, cell//2), f'cannot read\n{ds.ids[i]}', fill=(180, 0, 0))
+        return tile
+    k = (cell-4)/max(s.size)
+    img = s.image.resize((max(1, round(s.image.width*k)), max(1, round(s.image.height*k))), Image.Resampling.BILINEAR if k > 1 else Image.Resampling.BOX)
+    for kind, rows in (('truth', ~s.ignore), ('mined', s.ignore)):
+        if rows.any(): img = draw_on_image(img, s.boxes[rows]*k, s.labels[rows], classes=ds.classes, kind=kind, width=1)
+    tile.paste(img, ((cell-img.width)//2, (cell-img.height)//2))
+    return tile
+
+def contact_sheet(
+    ds:DetectionDataset, # any
+    n:int=12, # images, drawn by hash
+    ncols:int=4, # in a row
+    cell:int=220, # side of a cell in pixels
+    seed:int=0, # another seed, other images
+)->Image.Image: # RGB
+    "A page of images with their boxes: the check that no program can make; what is to be ignored is dashed"
+    chosen = sorted(sorted(range(len(ds)), key=lambda i: stable_hash('contact', seed, ds.ids[i]))[:n])
+    ncols = max(1, min(ncols, len(chosen)))
+    sheet = Image.new('RGB', (ncols*cell, -(-len(chosen)//ncols)*cell), (255, 255, 255))
+    for k, i in enumerate(chosen): sheet.paste(_tile(ds, i, cell), (k % ncols*cell, k//ncols*cell))
+    return sheet
+
+
+# %%
+#| label: fig-doctor-sheet
+#| fig-cap: "A contact sheet shows in a glance whether the boxes sit where the objects are."
+#| fig-alt: "Six photographs with coloured handwritten digits; a green box with the name of the class around each digit."
+sheet = contact_sheet(scenes, n=6, ncols=6, cell=150)
+assert sheet.size == (900, 150)
+fig, ax = plt.subplots(figsize=(6, 1.1), dpi=100)
+show_image(ax, sheet)
+plt.show()
+
+# %% [markdown]
+# ## Summary
+#
+# * `check_dataset` finds all faults in one pass: annotations, files, classes, copies, leaks between sets and splits.
+# * Errors are what loading would refuse or what would spoil a result; then the exit code is 2.
+# * Images are compared by their pixels.
+# * `to_text` is for people, `to_json` for programs; `quick` reads headers only.
+# * A contact sheet completes it.
+#
+# ## Exercises
+#
+# 1. @eq-doctor-key misses a copy that was compressed again. Which key would find it, and which different images would it then call equal?
+# 2. Is a labelled image that also lies in the unlabelled folder harmful? Argue for the training and for the numbers of the health monitor.
+# 3. Add a warning for classes that are frequent in one set and rare in the other. How large must a difference be before it is more than chance?

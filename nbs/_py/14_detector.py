@@ -2,9 +2,16 @@
 # # The detector {#sec-detector}
 #
 # > Build a detection transformer, run it on a padded batch, and read boxes from its output.
+#
+# Backbone, encoder, query selection, decoder and denoising are there; this chapter joins them into one network that maps images to a dictionary of tensors and knows nothing of losses, teachers or pseudo labels. Semi-supervised training asks for more than a call: one student must decode the same image several times, with and without extra queries, with and without gradient. So the forward pass comes apart into `encode`, which is expensive, and `decode`, which may be repeated.
 
 # %%
 #| default_exp detector
+
+# %%
+#| hide
+import warnings
+warnings.filterwarnings('ignore', message='IProgress')
 
 # %%
 #| export
@@ -20,6 +27,18 @@ from semidetr.core import ConfigError
 from semidetr.denoising import DenoisingConfig, combine_extras, denoising_queries
 from semidetr.transformer import MLP, Encoded, Transformer, TransformerConfig, predict_boxes
 
+# %%
+import matplotlib.pyplot as plt
+import torchvision.transforms.functional as TF
+from torchvision.ops import box_iou
+from semidetr.boxes import denormalize_boxes, normalize_boxes
+from semidetr.digits import DigitsScenes
+from semidetr.draw import draw_boxes, draw_points, show_image
+from semidetr.transformer import cell_centres
+
+
+# %% [markdown]
+# ## Configurations
 
 # %%
 #| export
@@ -35,8 +54,7 @@ class DetectorConfig:
 
     def __post_init__(self):
         if self.num_classes < 0: raise ConfigError(f'num_classes={self.num_classes} must not be negative')
-        if 0 < self.denoising.label_rows < self.num_classes:
-            raise ConfigError(f'denoising.label_rows={self.denoising.label_rows} is less than num_classes={self.num_classes}; use 0 for one row a class')
+        if not 0 < self.prior < 1: raise ConfigError(f'prior={self.prior} must lie between 0 and 1')
 
 
 # %%
@@ -53,8 +71,83 @@ def dino_r50(
     num_classes:int, # C
 )->DetectorConfig:
     "The paper's DINO: ResNet-50 at strides 8, 16, 32 and one more level; 6+6 layers of width 256, 900 queries"
-    return DetectorConfig(num_classes, BackboneConfig('resnet50', out_strides=(8, 16, 32)), TransformerConfig(),
-                          DenoisingConfig(label_rows=max(82, num_classes)))
+    return DetectorConfig(num_classes, BackboneConfig('resnet50', out_strides=(8, 16, 32)), TransformerConfig(), DenoisingConfig(label_rows=82))
+
+
+# %% [markdown]
+# ## The forward pass
+#
+# A class head gives one logit for each class, a box head a correction in logit space. All decoder layers share one pair of heads; the encoder's proposals have copies of their own. A fresh class head says $\pi=0.01$ for every class: with thousands of background queries a start at one half would drown everything else in the first steps,
+#
+# $$
+# b_{cls}=-\ln\frac{1-\pi}{\pi}=-\ln 99
+# $$ {#eq-detector-prior}
+#
+# A fresh box head has zeros in its last layer and so leaves every reference box as it is.
+
+# %%
+#| export
+def make_heads(
+    d_model:int, # d
+    num_classes:int, # C
+    prior:float=.01, # pi
+)->tuple: # (class head (..., d) -> (..., C), box head (..., d) -> (..., 4))
+    "Heads that start at the prior (@eq-detector-prior) and at a correction of zero"
+    class_head, box_head = nn.Linear(d_model, num_classes), MLP(d_model, d_model, 4, 3)
+    nn.init.constant_(class_head.bias, -math.log((1-prior)/prior))
+    for p in box_head.layers[-1].parameters(): nn.init.zeros_(p)
+    return class_head, box_head
+
+def level_masks(
+    mask:Tensor, # (B,H,W) bool, True=padding; or None
+    features, # L maps (B,d,h,w)
+): # L masks (B,h,w), or None if nothing is padded
+    "The padding as each level sees it"
+    if mask is None or not mask.any(): return None
+    return [resize_mask(mask, f.shape[-2:]) for f in features]
+
+
+# %%
+class_head, box_head = make_heads(8, 3)
+assert torch.allclose(class_head(torch.zeros(8)).sigmoid(), torch.tensor(.01)) and not box_head(torch.randn(8)).any()
+class_head(torch.zeros(8)).sigmoid()
+
+
+# %% [markdown]
+# What comes out, for $B$ images, $Q$ queries, $C$ classes and $D$ decoder layers:
+#
+# | key | value |
+# |---|---|
+# | `pred_logits`, `pred_boxes` | $(B,Q,C)$ logits and $(B,Q,4)$ cxcywh of the last layer |
+# | `aux_outputs` | list of the same for the layers before |
+# | `enc_outputs` | the same for the selected tokens of the encoder |
+# | `hs` | $(D,B,Q,d)$ outputs of all layers, normalised |
+# | `extra` | for every set of extra queries: `pred_logits`, `pred_boxes`, `hs`, all with a leading $D$, and its `meta` |
+
+# %%
+#| export
+def collect_outputs(
+    encoded:Encoded,
+    hs:Tensor, # (layers,B,P+Q,d)
+    cls:Tensor, # (layers,B,P+Q,C) logits
+    box:Tensor, # (layers,B,P+Q,4) cxcywh
+    extras=(), # `ExtraQueries` that were sent along, P in all
+    slices=None, # name -> slice of the P extra slots
+)->dict: # outputs
+    "Sort what the decoder said by who was asked"
+    P = sum(e.content.shape[1] for e in extras)
+    layers = [dict(pred_logits=c[:, P:], pred_boxes=b[:, P:]) for c, b in zip(cls, box)]
+    extra = {e.name: dict(pred_logits=cls[:, :, s], pred_boxes=box[:, :, s], hs=hs[:, :, s], meta=e.meta)
+             for e in extras for s in [slices[e.name]]}
+    return dict(**layers[-1], aux_outputs=layers[:-1], hs=hs[:, :, P:], extra=extra,
+                enc_outputs=dict(pred_logits=encoded.enc_logits, pred_boxes=encoded.enc_boxes))
+
+def _with_extras(encoded, extras):
+    "(content, boxes in [0,1], mask, slices) of extra and matching queries together"
+    content, logits, blocked, slices = combine_extras(extras, encoded.content.shape[1])
+    queries, references = encoded.content, encoded.reference_logits
+    if slices: queries, references = torch.cat([content.to(queries.dtype), queries], 1), torch.cat([logits.to(references.dtype), references], 1)
+    return queries, references.sigmoid(), blocked, slices
 
 
 # %%
@@ -63,15 +156,14 @@ class Detector(nn.Module):
     "A detection transformer with query selection, box refinement and room for extra queries (DINO)"
     def __init__(self, cfg:DetectorConfig):
         super().__init__()
+        if cfg.num_classes < 1: raise ConfigError('num_classes must be at least 1 to build a detector; take it from the data')
         self.cfg, t, d = cfg, cfg.transformer, cfg.transformer.d_model
         self.backbone = build_backbone(cfg.backbone)
         self.input_proj = InputProj(self.backbone.channels, d, t.n_levels)
         self.transformer = Transformer(t)
-        self.class_head, self.box_head = nn.Linear(d, cfg.num_classes), MLP(d, d, 4, 3)
-        nn.init.constant_(self.class_head.bias, -math.log((1-cfg.prior)/cfg.prior))
-        nn.init.zeros_(self.box_head.layers[-1].weight); nn.init.zeros_(self.box_head.layers[-1].bias)
+        self.class_head, self.box_head = make_heads(d, cfg.num_classes, cfg.prior)
         self.enc_class_head, self.enc_box_head = copy.deepcopy(self.class_head), copy.deepcopy(self.box_head)
-        self.label_enc = nn.Embedding(cfg.denoising.label_rows or cfg.num_classes, d)
+        self.label_enc = nn.Embedding(max(cfg.denoising.label_rows, cfg.num_classes), d)
 
     def encode(self,
         images:Tensor, # (B,3,H,W) normalised, zero padded at the right and the bottom
@@ -84,56 +176,99 @@ class Detector(nn.Module):
     def decode(self,
         encoded:Encoded,
         extras=(), # `ExtraQueries` to send along, in this order, in front of the matching queries
-    )->dict: # outputs; see the table below
+    )->dict: # outputs
         "Queries through the decoder and the heads"
-        content, logits, blocked, slices = combine_extras(extras, encoded.content.shape[1])
-        queries, references = encoded.content, encoded.reference_logits
-        if slices: queries, references = torch.cat([content.to(queries.dtype), queries], 1), torch.cat([logits.to(references.dtype), references], 1)
+        queries, references, blocked, slices = _with_extras(encoded, extras)
         ratios = None if encoded.valid_ratios is None else encoded.valid_ratios.to(references.dtype)
-        hs, references = self.transformer.decoder(queries, references.sigmoid(), encoded.memory, encoded.shapes, self.box_head,
+        hs, references = self.transformer.decoder(queries, references, encoded.memory, encoded.shapes, self.box_head,
                                                   encoded.padding_mask, ratios, blocked)
         cls, box = self.class_head(hs), predict_boxes(references, self.box_head(hs), self.cfg.look_forward_twice)
-        if self.training and 'denoising' not in slices: cls = cls+0*self.label_enc.weight.sum() # every parameter has a gradient
+        if self.training and 'denoising' not in slices: cls = cls+0*self.label_enc.weight.sum() # every parameter gets a gradient
         return collect_outputs(encoded, hs, cls, box, extras, slices)
 
-    def forward(self,
-        images:Tensor, # (B,3,H,W)
-        mask:Tensor=None, # (B,H,W) bool
-        targets:list=None, # given in training mode: denoising queries are made of them
-    )->dict: # outputs
-        "Encode and decode; with `targets`, in training, also denoise"
-        encoded, extras = self.encode(images, mask), []
-        if self.training and targets is not None:
-            extras = [denoising_queries(targets, self.label_enc, self.cfg.num_classes, self.cfg.denoising)]
-        return self.decode(encoded, [e for e in extras if e is not None])
+    def forward(self, images:Tensor, mask:Tensor=None, targets:list=None)->dict:
+        "Encode and decode; in training with `targets`, denoising queries made of them go along"
+        dn = denoising_queries(targets, self.label_enc, self.cfg.num_classes, self.cfg.denoising) if self.training and targets is not None else None
+        return self.decode(self.encode(images, mask), [] if dn is None else [dn])
 
+
+# %% [markdown]
+# Where a batch has no box there is nothing to denoise, and the label table would have no part in the outputs. Distributed training stumbles over parameters without gradient, so the table is added with weight zero.
+#
+# A detector small enough for a lesson, on four scenes of the built-in data. Its boxes start as the anchors of the selected tokens:
 
 # %%
-#| export
-def level_masks(
-    mask:Tensor, # (B,H,W) bool, True=padding, or None
-    features, # L maps (B,d,h,w)
-): # L masks (B,h,w), or None if nothing is padded
-    "The padding as each level sees it: nearest neighbour"
-    if mask is None or not mask.any(): return None
-    return [resize_mask(mask, f.shape[-2:]) for f in features]
+torch.manual_seed(0)
+lesson = DetectorConfig(10, BackboneConfig('efficientnet_lite0', out_strides=(8,)),
+                        TransformerConfig(d_model=64, n_levels=2, enc_layers=1, dec_layers=3, ffn=128, num_queries=30), DenoisingConfig(num=60))
+model = Detector(lesson).train()
+scenes = [DigitsScenes('train', n=8)[i] for i in (3, 5)]
+mean, std = model.backbone.mean, model.backbone.std
+images = torch.stack([TF.normalize(TF.to_tensor(s.image), mean, std) for s in scenes])
+targets = [dict(labels=s.labels, boxes=normalize_boxes(s.boxes, s.size)) for s in scenes]
+out = model(images, None, targets)
+assert torch.allclose(out['pred_boxes'], out['enc_outputs']['pred_boxes'], atol=1e-5)
+{k: (tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__) for k, v in out.items()}
 
-def collect_outputs(
-    encoded:Encoded,
-    hs:Tensor, # (layers,B,P+Q,d)
-    cls:Tensor, # (layers,B,P+Q,C) logits
-    box:Tensor, # (layers,B,P+Q,4) cxcywh
-    extras=(), # `ExtraQueries` that were sent along
-    slices:dict={}, # name -> slice of the P extra slots
-)->dict:
-    "Sort what the decoder said by who was asked"
-    P = sum(e.content.shape[1] for e in extras)
-    layers = [dict(pred_logits=c[:, P:], pred_boxes=b[:, P:]) for c, b in zip(cls, box)]
-    extra = {e.name: dict(pred_logits=cls[:, :, s], pred_boxes=box[:, :, s], hs=hs[:, :, s], meta=e.meta)
-             for e in extras for s in [slices[e.name]]}
-    return dict(**layers[-1], aux_outputs=layers[:-1], hs=hs[:, :, P:], extra=extra,
-                enc_outputs=dict(pred_logits=encoded.enc_logits, pred_boxes=encoded.enc_boxes))
+# %% [markdown]
+# The matching queries do not notice the denoising queries in front of them:
 
+# %%
+encoded = model.encode(images)
+plain, crowded = model.decode(encoded), model.decode(encoded, [denoising_queries(targets, model.label_enc, 10, lesson.denoising)])
+assert torch.allclose(plain['pred_logits'], crowded['pred_logits'], atol=1e-5)
+(plain['pred_logits']-crowded['pred_logits']).abs().max().item()
+
+
+# %% [markdown]
+# ## A first training, without any matching
+#
+# Denoising queries know their answers. So a few steps that only ask for the clean boxes, with the L1 distance on every layer, already teach the decoder to look:
+
+# %%
+def clean_boxes(outputs, targets):
+    "Predicted and true boxes of all positive slots: (layers,K,4), (K,4)"
+    dn = outputs['extra']['denoising']
+    index = dn['meta']['target']
+    truth = torch.stack([t['boxes'][i.clamp(min=0)] for t, i in zip(targets, index)])
+    return dn['pred_boxes'][:, index >= 0], truth[index >= 0]
+
+optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+history = []
+for _ in range(40):
+    predicted, wanted = clean_boxes(model(images, None, targets), targets)
+    loss = (predicted-wanted).abs().sum(-1).mean()
+    optimiser.zero_grad(); loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.); optimiser.step()
+    history.append(loss.item())
+assert sum(history[-5:]) < .8*sum(history[:5])
+[round(v, 3) for v in history[::8]]
+
+# %%
+#| label: fig-detector-refinement
+#| fig-cap: "After forty steps the decoder pulls a shaken box (dashed) towards its object, nearly all of the way in the first layer; later layers have little left to correct."
+#| fig-alt: "Left: a scene of digits with a shaken box on each, and the boxes after each of three decoder layers approaching the true one. Right: mean IoU with the truth for the start and the three layers; it jumps at the first layer and then stays"
+torch.manual_seed(1)
+with torch.no_grad():
+    dn = denoising_queries(targets, model.label_enc, 10, DenoisingConfig(num=60))
+    answer = model.decode(model.encode(images), [dn])['extra']['denoising']['pred_boxes']
+path = torch.cat([dn.boxes.sigmoid()[None], answer]) # (1+layers,B,P,4)
+index, size = dn.meta['target'][0], scenes[0].size
+slots = [int((index == i).nonzero()[0]) for i in range(len(targets[0]['labels']))]
+overlap = [box_iou(denormalize_boxes(b[0, index >= 0], size), scenes[0].boxes)[torch.arange(int((index >= 0).sum())), index[index >= 0]].mean().item() for b in path]
+assert overlap[1] > overlap[0] and overlap[-1] > overlap[0]
+fig, axes = plt.subplots(1, 2, figsize=(5.4, 2.7), dpi=80, layout='constrained')
+show_image(axes[0], scenes[0].image)
+draw_boxes(axes[0], scenes[0].boxes, kind='truth')
+for step, kind, lw in ((3, 'student', 1.2), (0, 'mined', 1.5)): draw_boxes(axes[0], denormalize_boxes(path[step, 0, slots], size), kind=kind, lw=lw)
+axes[1].plot(range(len(overlap)), overlap, 'o-'); axes[1].set(xlabel='decoder layer (0: start)', ylabel='mean IoU', xticks=range(len(overlap)))
+plt.show()
+
+
+# %% [markdown]
+# ## Reading boxes from the output
+#
+# There is no background class. Each of the $Q\times C$ pairs of query and class has a probability; the best of all pairs are the detections, so a query may be reported with two classes. With one-to-one matching that is all. A detector in its one-to-many stage says each object several times; then non-maximum suppression, within a class, removes the lesser of two boxes that overlap.
 
 # %%
 #| export
@@ -142,21 +277,51 @@ def post_process(
     outputs:dict, # pred_logits (B,Q,C), pred_boxes (B,Q,4) cxcywh
     sizes, # per image (H, W) of the pixels to report boxes in
     top_k:int=300, # most detections an image
-    nms:float=None, # IoU of a per-class suppression before the cut; None: no suppression
-    score_threshold:float=0., # scores must be larger; .01 with `nms` (all Q x C pairs go into it)
-)->list: # per image dict(scores (K,) descending, labels (K,), boxes (K,4) xyxy pixels)
-    "The best pairs of query and class; a query may appear with several classes"
+    nms:float=None, # IoU of a per-class suppression before the cut (official stage 1: .6); None: no suppression
+    score_threshold:float=0., # scores must be larger; use .01 with `nms`, or all Q x C pairs go into it
+)->list: # per image dict(scores (K,) descending, labels (K,), boxes (K,4) xyxy pixels, inside the image)
+    "The best pairs of query and class"
     scores = outputs['pred_logits'].float().sigmoid().flatten(1)
-    boxes, C, out = cxcywh_to_xyxy(outputs['pred_boxes'].float()), outputs['pred_logits'].shape[-1], []
-    for s, b, size in zip(scores, boxes, sizes):
-        h, w = (float(v) for v in size)
+    boxes, C, out = cxcywh_to_xyxy(outputs['pred_boxes'].float()).clamp(0, 1), outputs['pred_logits'].shape[-1], []
+    for s, b, (h, w) in zip(scores, boxes, sizes):
         s, order = s.sort(descending=True) if nms is not None else s.topk(min(top_k, len(s)))
-        keep = s > score_threshold
-        s, order = s[keep], order[keep]
-        b = (b[order//C].clamp(0, 1))*b.new_tensor([w, h, w, h])
-        labels = order % C
+        s, order = s[s > score_threshold], order[s > score_threshold]
+        b, labels = b[order//C]*b.new_tensor([w, h, w, h]), order % C
         if nms is not None:
             keep = batched_nms(b, s, labels, nms)[:top_k]
             s, b, labels = s[keep], b[keep], labels[keep]
         out.append(dict(scores=s, labels=labels, boxes=b))
     return out
+
+
+# %% [markdown]
+# Two queries on the same spot, two classes. The first query is reported twice; the second loses its class 0 to the first when suppression is on, but not its class 1:
+
+# %%
+pair = dict(pred_logits=torch.tensor([[[3., 1.], [2., 1.5]]]), pred_boxes=torch.tensor([[[.5, .5, .4, .4], [.51, .5, .4, .4]]]))
+free, suppressed = post_process(pair, [(100, 100)])[0], post_process(pair, [(100, 100)], nms=.6, score_threshold=.01)[0]
+assert free['labels'].tolist() == [0, 0, 1, 1] and suppressed['labels'].tolist() == [0, 1]
+suppressed
+
+# %%
+#| label: fig-detector-selection
+#| fig-cap: "Proposals of a detector that has only seen denoising: the selected tokens (dots) still lie anywhere, since nothing has taught the encoder which cells matter. That is the work of matching and losses."
+#| fig-alt: "A scene of digits with thirty dots spread over it"
+with torch.no_grad(): view = model.eval().encode(images)
+centres = cell_centres(view.shapes, torch.tensor([[[w, h] for h, w in view.shapes]], dtype=torch.float32))[0]
+fig, ax = plt.subplots(figsize=(2.7, 2.7), dpi=80)
+show_image(ax, scenes[0].image)
+draw_boxes(ax, scenes[0].boxes, kind='truth')
+draw_points(ax, centres[view.selected[0]]*torch.tensor([96., 96.]), kind='student', size=20)
+plt.show()
+
+# %% [markdown]
+# ## Summary
+#
+# - `encode` once, `decode` as often as needed; `forward` is both, plus denoising in training.
+# - Outputs are one dictionary; extra queries come out under their names, never mixed with the matching ones.
+# - Fresh heads say 1 % for every class and leave every box alone.
+# - Every trainable parameter takes part in every training step.
+# - Detections are the best pairs of query and class; suppression is per class and optional.
+#
+# **Exercises.** 1. Why may suppression across classes be wrong on digits, and right on some other data? 2. Train the lesson detector on the classes as well: which loss do the negative slots need? 3. `GroupNorm` in the projection averages over the whole canvas: what does that mean for a small image in a large batch?

@@ -32,23 +32,26 @@ import numpy as np
 
 # %%
 #| export
+def fail(
+    message:str, # one line that names the cure
+):
+    "Raise a fault of the user; the import waits until then, because it is slower than a whole build"
+    from semidetr.core import ConfigError
+    raise ConfigError(message)
+
 def need(
     module:str, # a module of the extra [book]
 ):
     "Import it, or say in one line what to install"
     try: return import_module(module)
-    except ImportError as e:
-        from semidetr.core import ConfigError
-        raise ConfigError(f"the site needs '{e.name}', which comes with the extra [book]: in a checkout of the project run `pip install -e .[book]`") from None
+    except ImportError as e: fail(f"the site needs '{e.name}', which comes with the extra [book]: in a checkout of the project run `pip install -e .[book]`")
 
 def read_book(
     root='.', # folder of the checkout, which holds `_quarto.yml`
 )->dict: # the whole configuration
     "Read the description of the book"
     path = Path(root)/'_quarto.yml'
-    if not path.exists():
-        from semidetr.core import ConfigError
-        raise ConfigError(f"no _quarto.yml in '{root}': the site is built in a checkout of the project, in its top folder")
+    if not path.exists(): fail(f"no _quarto.yml in '{root}': the site is built in a checkout of the project, in its top folder")
     return need('yaml').safe_load(path.read_text(encoding='utf-8'))
 
 def chapter_files(
@@ -114,7 +117,11 @@ defined_names(code)
 
 # %%
 #| export
-def cell_text(source): return ''.join(source) if isinstance(source, list) else source
+def cell_text(
+    source, # a string, or a list of lines as notebooks are stored
+)->str:
+    "The text of a cell or an output"
+    return ''.join(source) if isinstance(source, list) else source
 
 def notebook_module(
     nb:dict, # a notebook
@@ -140,6 +147,12 @@ def symbol_index(
                 index[name] = index[f'{module}.{name}'] = (page, f'{module}.{name}')
     return {k: v for k, v in index.items() if k not in twice}
 
+
+# %% [markdown]
+# Links are made outside headings, other links and code blocks.
+
+# %%
+#| export
 def link_names(
     text:str, # Markdown
     index:dict, # from `symbol_index`
@@ -172,7 +185,13 @@ linked
 
 # %%
 #| export
-def make_cell(kind, source, **more): return dict(cell_type=kind, metadata={}, source=source, **more)
+def make_cell(
+    kind:str, # 'markdown', 'code' or 'raw'
+    source:str, # its text
+    **more, # outputs, id
+)->dict:
+    "A cell of a notebook"
+    return dict(cell_type=kind, metadata={}, source=source, **more)
 
 def filter_notebook(
     nb:dict, # a notebook as JSON
@@ -379,7 +398,7 @@ print(table)
 # %% [markdown]
 # ## The order of the book
 #
-# Modules import only modules with a smaller number. `import_graph` reads the imports of every exported cell; @fig-pages-order draws them.
+# Modules import only modules with a smaller number. `import_graph` reads the imports of every exported cell; @fig-pages-order draws them. `upwards` lists those that point the wrong way, and a test of the book keeps it empty.
 
 # %%
 #| export
@@ -401,8 +420,9 @@ def import_graph(
 # %%
 graph = import_graph('..')
 names = list(graph)
-assert all(names.index(b) < names.index(a) for a in graph for b in graph[a] if b in names), 'an import goes up the numbers'
-{name: sorted(graph[name]) for name in names[:3]}
+upwards = [(a, b) for a in names for b in graph[a] if b in names and names.index(b) >= names.index(a)]
+assert graph['core'] == set(), 'the first chapter needs no other'
+upwards
 
 # %%
 #| label: fig-pages-order

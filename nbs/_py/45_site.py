@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from semidetr.pages import CrossRefs, REF, cell_text, chapter_files, cross_references, filter_notebook
+from semidetr.pages import CrossRefs, REF, cell_text, chapter_files, cross_references, fail, filter_notebook
 from semidetr.pages import load_pages, make_cell, need, outside_code, read_book, split_directives, symbol_index
 
 # %%
@@ -50,9 +50,10 @@ def mathml(
     display:bool=False, # a line of its own
 )->str: # MathML, which a browser shows without a script
     "LaTeX to MathML; a command that the converter does not know is an error"
-    out = need('latex2mathml.converter').convert(tex.strip(), display='block' if display else 'inline')
-    unknown = re.findall(r'>(\\[A-Za-z]+)<', out)
-    if unknown: raise ValueError(f"LaTeX command {unknown[0]} is not known to the converter to MathML, in: {' '.join(tex.split())}")
+    known = re.sub(r'\\operatorname\*?\{arg\\,\s*(min|max)\}', r'\\arg\1', tex.strip())
+    out = need('latex2mathml.converter').convert(known, display='block' if display else 'inline')
+    unknown = re.findall(r'\\arg(?:min|max)', tex) + re.findall(r'>(\\[A-Za-z]+)<', out)
+    if unknown: raise ValueError(f"LaTeX command {unknown[0]} is not known to both renderers, in: {' '.join(tex.split())}")
     return out
 
 
@@ -203,10 +204,10 @@ def stage(
             out.write_text(json.dumps(nb), encoding='utf-8')
     options = {k: v for k, v in book['format']['html'].items() if k not in ('html-math-method', 'number-sections')}
     chapters = book['book']['chapters'] + book['book'].get('appendices', [])
+    assets = [*([options['css']] if isinstance(options.get('css'), str) else options.get('css', [])), book['book'].get('favicon', ''), *book['project'].get('resources', [])]
     config = dict(project={'type': 'book', 'output-dir': '_out'}, book={**book['book'], 'chapters': chapters}, format={'html': options})
     Path(dest, '_quarto.yml').write_text(need('yaml').safe_dump(config, sort_keys=False), encoding='utf-8')
-    css = options.get('css', [])
-    for pattern in [*([css] if isinstance(css, str) else css), *book['project'].get('resources', [])]:
+    for pattern in filter(None, assets):
         for f in Path(root).glob(pattern):
             target = Path(dest)/f.relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -221,23 +222,22 @@ def _run(command, cwd, **env):
 
 def build_site(
     root='.', # folder of the checkout
-    engine:str='auto', # 'auto' takes Quarto where it is on the PATH; 'quarto'; 'smalldocs'
+    engine:str='auto', # 'auto' takes Quarto where it is on the PATH; 'quarto'; 'fallback' takes smalldocs
 )->Path: # folder of the site
     "Check the book and render it"
-    from semidetr.core import ConfigError
     root, book = Path(root).resolve(), read_book(root)
     pages = load_pages(root, chapter_files(book))
     refs = cross_references(pages)
-    if refs.problems: raise ConfigError('the book has broken references:\n' + '\n'.join(refs.problems))
+    if refs.problems: fail('the book has broken references:\n' + '\n'.join(refs.problems))
     out = root/book['project'].get('output-dir', '_docs')
-    if engine == 'auto': engine = 'quarto' if shutil.which('quarto') else 'smalldocs'
+    if engine == 'auto': engine = 'quarto' if shutil.which('quarto') else 'fallback'
     if engine == 'quarto':
         _run(['quarto', 'render'], root, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         return out
     need('smalldocs')
     with tempfile.TemporaryDirectory() as work:
         try: stage(root, work, book, pages, refs)
-        except ValueError as e: raise ConfigError(str(e)) from None
+        except ValueError as e: fail(str(e))
         _run([sys.executable, '-c', 'import sys; from smalldocs.cli import main; sys.exit(main())', 'render', work], root)
         shutil.rmtree(out, ignore_errors=True)
         shutil.move(Path(work)/'_out', out)
@@ -259,7 +259,7 @@ dict(chapters=len(chapters), words=sum(words), lines=sum(lines))
 
 # %%
 #| label: fig-site-size
-#| fig-cap: "Words of prose (left) and lines of code (right) on the page of each chapter. Prose and code grow together: a chapter that needs more code also explains more."
+#| fig-cap: "Words of prose (left) and lines of code (right) on the page of each chapter. No page is code alone."
 #| fig-alt: "Two horizontal bar charts with one bar for each chapter."
 fig, axes = plt.subplots(1, 2, figsize=(6, .22*len(chapters)+1), dpi=80, sharey=True)
 for ax, values, name, color in zip(axes, (words, lines), ('words', 'lines'), ('#1f77b4', '#ff7f0e')):
@@ -317,7 +317,7 @@ def main(
 )->int: # exit code
     "`python -m semidetr.site`: build the site, or serve Quarto as a filter"
     ap = argparse.ArgumentParser(prog='python -m semidetr.site', description='Build the site from _quarto.yml')
-    ap.add_argument('--engine', choices=['auto', 'quarto', 'smalldocs'], default='auto', help='auto: Quarto where it is on the PATH')
+    ap.add_argument('--engine', choices=['auto', 'quarto', 'fallback'], default='auto', help='auto: Quarto where it is on the PATH')
     ap.add_argument('--filter', action='store_true', help='for Quarto: notebook on stdin, processed notebook on stdout')
     ap.add_argument('--fresh', action='store_true', help='for Quarto: forget filtered notebooks that it keeps')
     a, here = ap.parse_args(argv), Path.cwd()
@@ -350,6 +350,6 @@ if __name__ == '__main__' and globals().get('__spec__'): sys.exit(main())
 #
 # ## Exercises
 #
-# 1. Write a formula with `\argmin` into a copy of a chapter and build the site with smalldocs. Where does the message point?
+# 1. Write a formula with `\nocommand` into a copy of a chapter and build the site with smalldocs. Where does the message point?
 # 2. Why must `--fresh` touch every notebook when only one of them has changed?
 # 3. `resolve` treats captions and prose alike. Find what would go wrong if it also looked into code blocks.

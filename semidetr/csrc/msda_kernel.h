@@ -8,11 +8,18 @@
 // With many queries the slice is first packed, in float, with a frame of zeros around every level. A tap outside the map then
 // reads a zero and needs no test; the frame between two rows is one pixel that ends one row and begins the next. With few
 // queries packing does not pay: taps are addressed one by one in the tensor itself, those outside go to a row of zeros.
+#include <math.h>
+
 #include "msda.h"
 
 namespace semidetr {
 namespace SEMIDETR_ISA {
 namespace {
+
+template <class A> struct IntegerOf;
+template <> struct IntegerOf<float> { typedef int32_t type; };
+template <> struct IntegerOf<double> { typedef int64_t type; };
+template <class A> using integer_of = typename IntegerOf<A>::type;
 
 // ---- vectors ------------------------------------------------------------------------------------------------------------
 #if SEMIDETR_VW > 1
@@ -34,6 +41,7 @@ template <> struct Lanes<double> {
   typedef int64_t I __attribute__((vector_size(SEMIDETR_VW * 4)));
 };
 template <class A> using Vec = typename Lanes<A>::V;
+template <class A> using Int = typename Lanes<A>::I;                       // as wide as A; a comparison gives -1 or 0
 
 template <class A> SEMIDETR_INLINE Vec<A> load(const A* p) { Vec<A> v; __builtin_memcpy(&v, p, sizeof v); return v; }
 template <class A> SEMIDETR_INLINE void store(A* p, Vec<A> v) { __builtin_memcpy(p, &v, sizeof v); }
@@ -42,19 +50,49 @@ template <class A> SEMIDETR_INLINE Vec<A> load(const uint16_t* p) {   // bfloat1
   return (Vec<float>)(__builtin_convertvector(h, typename Lanes<float>::U) << 16);
 }
 
-// Step of a tree that sums each of N vectors and leaves sum i in lane i: segments of s lanes become segments of s/2.
-template <int N, int S> constexpr int low_lane(int i) { return (i / (S / 2) & 1) * N + (i / (S / 2) >> 1) * S + i % (S / 2); }
+template <class A> SEMIDETR_INLINE void store(integer_of<A>* p, Int<A> v) { __builtin_memcpy(p, &v, sizeof v); }
+template <class A> SEMIDETR_INLINE Int<A> load(const integer_of<A>* p) { Int<A> v; __builtin_memcpy(&v, p, sizeof v); return v; }
+template <class A> SEMIDETR_INLINE Vec<A> all(A a) { return a - Vec<A>{}; }
+template <class A> SEMIDETR_INLINE Int<A> to_int(Vec<A> v) { return __builtin_convertvector(v, Int<A>); }
+template <class A> SEMIDETR_INLINE Vec<A> to_real(Int<A> v) { return __builtin_convertvector(v, Vec<A>); }
+SEMIDETR_INLINE Vec<float> power_of_two(Int<float> n) { return (Vec<float>)((n + 127) << 23); }
+
 template <int... I> struct Seq {};
 template <int N, int... I> struct Count : Count<N - 1, N - 1, I...> {};
 template <int... I> struct Count<0, I...> { typedef Seq<I...> type; };
+#if defined(__clang__) || __GNUC__ >= 12
+#define SEMIDETR_SHUFFLE(A, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SEMIDETR_SHUFFLE(A, a, b, ...) __builtin_shuffle(a, b, Int<A>{__VA_ARGS__})
+#endif
+template <class A, int... I> SEMIDETR_INLINE Vec<A> evens(Vec<A> a, Vec<A> b, Seq<I...>) { return SEMIDETR_SHUFFLE(A, a, b, 2 * I...); }
+template <class A, int... I> SEMIDETR_INLINE Vec<A> odds(Vec<A> a, Vec<A> b, Seq<I...>) { return SEMIDETR_SHUFFLE(A, a, b, (2 * I + 1)...); }
+template <class A, int F, int... I> SEMIDETR_INLINE Vec<A> zip(Vec<A> a, Vec<A> b, Seq<I...>) {
+  constexpr int N = Lanes<A>::n;
+  return SEMIDETR_SHUFFLE(A, a, b, ((F + I) / 2 + (I & 1) * N)...);
+}
+template <class A, int H, int... I> SEMIDETR_INLINE Vec<A> swapped(Vec<A> a, Seq<I...>) { return SEMIDETR_SHUFFLE(A, a, a, (I ^ H)...); }
+template <class A> SEMIDETR_INLINE void unzip(const A* p, Vec<A>& x, Vec<A>& y) {
+  typedef typename Count<Lanes<A>::n>::type S;
+  Vec<A> a = load(p), b = load(p + Lanes<A>::n);
+  x = evens<A>(a, b, S()); y = odds<A>(a, b, S());
+}
+template <class A> SEMIDETR_INLINE void zip(Vec<A> x, Vec<A> y, A* p) {
+  typedef typename Count<Lanes<A>::n>::type S;
+  store(p, zip<A, 0>(x, y, S())); store(p + Lanes<A>::n, zip<A, Lanes<A>::n>(x, y, S()));
+}
+template <class A, int H> struct Across {
+  typedef typename Count<Lanes<A>::n>::type S;
+  static SEMIDETR_INLINE Vec<A> sum(Vec<A> v) { return Across<A, H / 2>::sum(v + swapped<A, H>(v, S())); }
+  static SEMIDETR_INLINE Vec<A> max(Vec<A> v) { Vec<A> w = swapped<A, H>(v, S()); return Across<A, H / 2>::max(w > v ? w : v); }
+};
+template <class A> struct Across<A, 0> { static SEMIDETR_INLINE Vec<A> sum(Vec<A> v) { return v; } static SEMIDETR_INLINE Vec<A> max(Vec<A> v) { return v; } };
+
+// Step of a tree that sums each of N vectors and leaves sum i in lane i: segments of s lanes become segments of s/2.
+template <int N, int S> constexpr int low_lane(int i) { return (i / (S / 2) & 1) * N + (i / (S / 2) >> 1) * S + i % (S / 2); }
 template <class A, int S, int... I> SEMIDETR_INLINE Vec<A> fold(Vec<A> a, Vec<A> b, Seq<I...>) {
   constexpr int N = Lanes<A>::n;
-#if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(a, b, low_lane<N, S>(I)...) + __builtin_shufflevector(a, b, (low_lane<N, S>(I) + S / 2)...);
-#else
-  typedef typename Lanes<A>::I M;
-  return __builtin_shuffle(a, b, M{low_lane<N, S>(I)...}) + __builtin_shuffle(a, b, M{(low_lane<N, S>(I) + S / 2)...});
-#endif
+  return SEMIDETR_SHUFFLE(A, a, b, low_lane<N, S>(I)...) + SEMIDETR_SHUFFLE(A, a, b, (low_lane<N, S>(I) + S / 2)...);
 }
 template <class A, int S> struct Tree {
   static SEMIDETR_INLINE void sum(Vec<A>* x) {
@@ -75,18 +113,21 @@ template <class A> struct Tree<A, 1> { static SEMIDETR_INLINE void sum(Vec<A>*) 
 #define SEMIDETR_RESTRICT
 template <class A> struct Lanes { static constexpr int n = 1; };
 template <class A> using Vec = A;
+template <class A> using Int = integer_of<A>;
 template <class A> SEMIDETR_INLINE A load(const A* p) { return *p; }
 template <class A> SEMIDETR_INLINE void store(A* p, A v) { *p = v; }
+template <class A> SEMIDETR_INLINE void store(integer_of<A>* p, integer_of<A> v) { *p = v; }
+template <class A> SEMIDETR_INLINE integer_of<A> load(const integer_of<A>* p) { return *p; }
+template <class A> SEMIDETR_INLINE A all(A a) { return a; }
+template <class A> SEMIDETR_INLINE integer_of<A> to_int(A v) { return integer_of<A>(v); }
+template <class A> SEMIDETR_INLINE A to_real(integer_of<A> v) { return A(v); }
+SEMIDETR_INLINE float power_of_two(int32_t n) { union { int32_t i; float f; } x; x.i = (n + 127) << 23; return x.f; }
+template <class A> SEMIDETR_INLINE void unzip(const A* p, A& x, A& y) { x = p[0]; y = p[1]; }
+template <class A> SEMIDETR_INLINE void zip(A x, A y, A* p) { p[0] = x; p[1] = y; }
+template <class A, int H> struct Across { static SEMIDETR_INLINE A sum(A v) { return v; } static SEMIDETR_INLINE A max(A v) { return v; } };
 template <class A> SEMIDETR_INLINE A load(const uint16_t* p) {
   union { uint32_t u; float f; } x; x.u = uint32_t(*p) << 16; return x.f;
 }
-#endif
-
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-SEMIDETR_INLINE float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-SEMIDETR_INLINE double fma_(double a, double b, double c) { return __builtin_fma(a, b, c); }
-#else
-template <class A> SEMIDETR_INLINE A fma_(A a, A b, A c) { return a * b + c; }
 #endif
 
 // ---- numbers ------------------------------------------------------------------------------------------------------------
@@ -103,37 +144,39 @@ SEMIDETR_INLINE float get(const float* p) { return *p; }
 SEMIDETR_INLINE double get(const double* p) { return *p; }
 SEMIDETR_INLINE float get(const uint16_t* p) { return bits_to_float(uint32_t(*p) << 16); }
 
-// exp(x) for x <= 0, to about one unit in the last place; 0 below -87. No calls, no branches: the loops around it become vectors.
-SEMIDETR_INLINE float exp_(float x) {
-  float y = x > -87.f ? x : -87.f;
-  float k = y * 1.44269504088896341f - .5f;
-  int32_t n = int32_t(k);                                                  // k <= 0: towards zero is rounding to nearest of y*log2(e)
-  float f = float(n), r = fma_(f, -.693359375f, y);
-  r = fma_(f, 2.12194440e-4f, r);
-  float p = 1.9875691500e-4f;
-  p = fma_(p, r, 1.3981999507e-3f); p = fma_(p, r, 8.3334519073e-3f); p = fma_(p, r, 4.1665795894e-2f);
-  p = fma_(p, r, 1.6666665459e-1f); p = fma_(p, r, 5.0000001201e-1f);
-  p = fma_(p * r, r, r) + 1.f;
-  p *= bits_to_float(uint32_t(n + 127) << 23);
-  return x > -87.f ? p : (x == x ? 0.f : x);
+// exp(x) for x <= 0, to about one unit in the last place; 0 below -87; NaN stays NaN.
+SEMIDETR_INLINE Vec<float> exp_(Vec<float> x) {
+  Vec<float> y = x > -87.f ? x : all(-87.f);
+  Int<float> n = to_int<float>(y * 1.44269504088896341f - .5f);            // negative: towards zero is to the nearest of y*log2(e)
+  Vec<float> f = to_real<float>(n), r = y - f * .693359375f;
+  r = r + f * 2.12194440e-4f;
+  Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f; p = p * r + 4.1665795894e-2f; p = p * r + 1.6666665459e-1f; p = p * r + 5.0000001201e-1f;
+  p = ((p * r) * r + r + 1.f) * power_of_two(n);
+  return x > -87.f ? p : (x == x ? all(0.f) : x);
 }
-SEMIDETR_INLINE double exp_(double x) { return __builtin_exp(x); }
+#if SEMIDETR_VW > 1
+SEMIDETR_INLINE Vec<double> exp_(Vec<double> x) { for (int i = 0; i < Lanes<double>::n; i++) x[i] = exp(x[i]); return x; }
+#else
+SEMIDETR_INLINE double exp_(double x) { return exp(x); }
+#endif
 
 // ---- one query's points -------------------------------------------------------------------------------------------------
 constexpr int PB = 16;                        // points in a block
 constexpr int kMaxBlocks = kMaxPoints / PB;
 
 template <class A> struct alignas(64) Block {
+  typedef integer_of<A> I;
   A W[PB], H[PB];                             // of the task: size of the point's level (-2 = no such point),
-  int32_t w[PB], h[PB], base[PB], row[PB];    // the same as integers; where the level starts; what one step in y adds
-  int32_t level[PB];                          // its number among the task's levels, times ref_dim
+  I w[PB], h[PB], base[PB], row[PB];          // the same as integers; where the level starts; what one step in y adds
+  I level[PB];                                // its number among the task's levels, times ref_dim
   A cx[PB], cy[PB], dx[PB], dy[PB], a[PB];    // of the query: centre in [0,1], displacement in pixels, attention
   A sx[PB], sy[PB], ox[PB], oy[PB];           // fused form with boxes: pixels per unit of offset, raw offsets
   A fx[PB], fy[PB], ain[PB];                  // fractions; attention, or 0 outside the map
   A wt[4][PB], d[4][PB];                      // weight of each tap; dot product of the output's gradient with its row
   A gx[PB], gy[PB], ga[PB];                   // gradients with respect to the pixel and to the attention
-  int32_t at[4][PB];                          // packed: at[0] is the upper left tap's offset; else each tap's row or -1
-  int32_t in[PB];
+  I at[4][PB];                                // packed: at[0] is the upper left tap's offset; else each tap's row or -1
+  I in[PB];                                   // -1 inside the map, else 0
 };
 
 template <class A> struct Task {
@@ -157,35 +200,38 @@ template <class A, bool FRAMED> void describe(Task<A>& t) {
     bool real = i < t.n;
     k.w[j] = real ? p.w[l] : -2; k.h[j] = real ? p.h[l] : -2;
     k.W[j] = A(k.w[j]); k.H[j] = A(k.h[j]);
-    k.row[j] = !real ? 0 : FRAMED ? int32_t((p.w[l] + 1) * t.Dp) : p.w[l];
-    k.base[j] = !real ? 0 : FRAMED ? int32_t((start[l] + p.w[l] + 2) * t.Dp) : p.start[l];
+    k.row[j] = !real ? 0 : FRAMED ? integer_of<A>((p.w[l] + 1) * t.Dp) : p.w[l];
+    k.base[j] = !real ? 0 : FRAMED ? integer_of<A>((start[l] + p.w[l] + 2) * t.Dp) : p.start[l];
     k.level[j] = real ? int32_t((l - t.l0) * p.ref_dim) : 0;
     k.cx[j] = k.cy[j] = k.dx[j] = k.dy[j] = k.a[j] = k.sx[j] = k.sy[j] = k.ox[j] = k.oy[j] = 0;
   }
 }
 
-template <class A, bool FRAMED, bool PLAIN> SEMIDETR_INLINE void locate(Block<A>& k, int32_t Dp) {
-  for (int i = 0; i < PB; i++) {
-    A dx = PLAIN ? A(0) : k.dx[i], dy = PLAIN ? A(0) : k.dy[i];
-    A x = fma_(k.cx[i], k.W[i], dx - A(.5)), y = fma_(k.cy[i], k.H[i], dy - A(.5));
-    bool in = (x > A(-1)) & (x < k.W[i]) & (y > A(-1)) & (y < k.H[i]);     // false for NaN
-    x = in ? x : A(0); y = in ? y : A(0);
-    int32_t xi = int32_t(x), yi = int32_t(y);
-    xi -= A(xi) > x; yi -= A(yi) > y;                                      // floor
-    // the fraction from the exact product: a float location in a wide map keeps its last bits
-    A fx = fma_(k.cx[i], k.W[i], -(A(xi) + A(.5))) + dx, fy = fma_(k.cy[i], k.H[i], -(A(yi) + A(.5))) + dy;
-    fx = in ? fx : A(0); fy = in ? fy : A(0);
-    A a = in ? k.a[i] : A(0);
-    k.fx[i] = fx; k.fy[i] = fy; k.ain[i] = a; k.in[i] = in;
-    A top = a * (A(1) - fy), low = a * fy;
-    k.wt[0][i] = top * (A(1) - fx); k.wt[1][i] = top * fx; k.wt[2][i] = low * (A(1) - fx); k.wt[3][i] = low * fx;
-    if (FRAMED) k.at[0][i] = k.base[i] + yi * k.row[i] + xi * Dp;
-    else {
-      int32_t r = k.base[i] + yi * k.w[i] + xi;
-      bool x0 = in & (xi >= 0), x1 = in & (xi + 1 < k.w[i]), y0 = yi >= 0, y1 = yi + 1 < k.h[i];
-      k.at[0][i] = x0 & y0 ? r : -1; k.at[1][i] = x1 & y0 ? r + 1 : -1;
-      k.at[2][i] = x0 & y1 ? r + k.w[i] : -1; k.at[3][i] = x1 & y1 ? r + k.w[i] + 1 : -1;
-    }
+// Lanes j.. of a block: where the four taps are and what they weigh.
+template <class A, bool FRAMED> SEMIDETR_INLINE void locate(Block<A>& k, int j, Vec<A> cx, Vec<A> cy, Vec<A> dx, Vec<A> dy, Vec<A> a, integer_of<A> Dp) {
+  Vec<A> W = load(k.W + j), H = load(k.H + j), zero = all(A(0));
+  Vec<A> x = cx * W + (dx - A(.5)), y = cy * H + (dy - A(.5));
+  auto in = (x > A(-1)) & (x < W) & (y > A(-1)) & (y < H);                 // false for NaN
+  x = in ? x : zero; y = in ? y : zero;
+  Int<A> xi = to_int<A>(x), yi = to_int<A>(y);
+  Vec<A> xf = to_real<A>(xi), yf = to_real<A>(yi);
+  xf = xf > x ? xf - A(1) : xf; yf = yf > y ? yf - A(1) : yf;              // floor
+  xi = to_int<A>(xf); yi = to_int<A>(yf);
+  // The fraction from the exact product, where the CPU multiplies and adds in one: a float in a wide map keeps its last bits.
+  Vec<A> fx = (cx * W - (xf + A(.5))) + dx, fy = (cy * H - (yf + A(.5))) + dy;
+  fx = in ? fx : zero; fy = in ? fy : zero;
+  a = in ? a : zero;
+  Vec<A> low = a * fy, top = a - low, w1 = top * fx, w3 = low * fx;
+  store(k.fx + j, fx); store(k.fy + j, fy); store(k.ain + j, a);
+  store(k.wt[0] + j, top - w1); store(k.wt[1] + j, w1); store(k.wt[2] + j, low - w3); store(k.wt[3] + j, w3);
+  Int<A> outside = -Int<A>{} - 1, base = load<A>(k.base + j), row = load<A>(k.row + j);
+  store<A>(k.in + j, in ? outside : outside + 1);
+  if (FRAMED) store<A>(k.at[0] + j, base + yi * row + xi * Dp);
+  else {
+    Int<A> r = base + yi * row + xi, w = load<A>(k.w + j), h = load<A>(k.h + j);
+    auto x0 = in & (xi >= 0), x1 = in & (xi + 1 < w), y0 = yi >= 0, y1 = yi + 1 < h;
+    store<A>(k.at[0] + j, x0 & y0 ? r : outside); store<A>(k.at[1] + j, x1 & y0 ? r + 1 : outside);
+    store<A>(k.at[2] + j, x0 & y1 ? r + row : outside); store<A>(k.at[3] + j, x1 & y1 ? r + row + 1 : outside);
   }
 }
 
@@ -205,90 +251,101 @@ template <class A> SEMIDETR_INLINE const A* whole_rows(const uint16_t* src, int 
 
 // Softmax over the logits of one head. Not inlined: the same instructions, hence the same bits, wherever it is called.
 template <class A, class T> SEMIDETR_NOINLINE void softmax(const T* logit, int n, A* prob) {
-  int nb = (n + PB - 1) / PB * PB;
-  for (int i = 0; i < n; i++) prob[i] = get(logit + i);
-  for (int i = n; i < nb; i++) prob[i] = A(-INFINITY);
-  A top[PB];
-  for (int i = 0; i < PB; i++) top[i] = prob[i];
-  for (int k = PB; k < nb; k += PB) for (int i = 0; i < PB; i++) top[i] = prob[k + i] > top[i] ? prob[k + i] : top[i];
-  for (int i = 0; i < 8; i++) top[i] = top[i + 8] > top[i] ? top[i + 8] : top[i];
-  for (int i = 0; i < 4; i++) top[i] = top[i + 4] > top[i] ? top[i + 4] : top[i];
-  for (int i = 0; i < 2; i++) top[i] = top[i + 2] > top[i] ? top[i + 2] : top[i];
-  A m = top[1] > top[0] ? top[1] : top[0];
-  A sum[PB] = {};
-  for (int k = 0; k < nb; k += PB) for (int i = 0; i < PB; i++) { A e = exp_(prob[k + i] - m); prob[k + i] = e; sum[i] += e; }
-  for (int i = 0; i < 8; i++) sum[i] += sum[i + 8];
-  for (int i = 0; i < 4; i++) sum[i] += sum[i + 4];
-  for (int i = 0; i < 2; i++) sum[i] += sum[i + 2];
-  A scale = A(1) / (sum[0] + sum[1]);
-  for (int i = 0; i < nb; i++) prob[i] *= scale;
+  constexpr int N = Lanes<A>::n;
+  int i = 0, nb = (n + PB - 1) / PB * PB;
+  for (; i + N <= n; i += N) store(prob + i, load<A>(logit + i));
+  for (; i < n; i++) prob[i] = get(logit + i);
+  for (; i < nb; i++) prob[i] = A(-INFINITY);
+  Vec<A> top = load(prob), sum = all(A(0));
+  for (i = N; i < nb; i += N) { Vec<A> v = load(prob + i); top = v > top ? v : top; }
+  top = Across<A, N / 2>::max(top);
+  for (i = 0; i < nb; i += N) { Vec<A> e = exp_(load(prob + i) - top); store(prob + i, e); sum += e; }
+  Vec<A> scale = A(1) / Across<A, N / 2>::sum(sum);
+  for (i = 0; i < nb; i += N) store(prob + i, load(prob + i) * scale);
 }
 // Its gradient: prob * (grad - sum(prob * grad)); prob and grad are padded with zeros to whole blocks.
 template <class A> SEMIDETR_NOINLINE void softmax_grad(const A* prob, const A* grad, int n, A* out) {
+  constexpr int N = Lanes<A>::n;
   int nb = (n + PB - 1) / PB * PB;
-  A sum[PB] = {};
-  for (int k = 0; k < nb; k += PB) for (int i = 0; i < PB; i++) sum[i] = fma_(prob[k + i], grad[k + i], sum[i]);
-  for (int i = 0; i < 8; i++) sum[i] += sum[i + 8];
-  for (int i = 0; i < 4; i++) sum[i] += sum[i + 4];
-  for (int i = 0; i < 2; i++) sum[i] += sum[i + 2];
-  A s = sum[0] + sum[1];
-  for (int i = 0; i < nb; i++) out[i] = prob[i] * (grad[i] - s);
+  Vec<A> sum = all(A(0));
+  for (int i = 0; i < nb; i += N) sum += load(prob + i) * load(grad + i);
+  sum = Across<A, N / 2>::sum(sum);
+  for (int i = 0; i < nb; i += N) store(out + i, load(prob + i) * (load(grad + i) - sum));
 }
 
-// dst[i] = src[level of point i]
-template <class A> SEMIDETR_INLINE void spread(const A* src, const int32_t* level, bool fours, A* SEMIDETR_RESTRICT dst) {
-  if (fours) for (int i = 0; i < PB; i += 4) { A v = src[level[i]]; for (int j = 0; j < 4; j++) dst[i + j] = v; }
-  else for (int i = 0; i < PB; i++) dst[i] = src[level[i]];
+// src[level of each of the points j..]; `both` is a copy of the reference row, two vectors long, where it fits
+template <class A> SEMIDETR_INLINE Vec<A> spread(const A* src, const A* both, const integer_of<A>* level, integer_of<A> add) {
+#if SEMIDETR_VW > 1 && !defined(__clang__)
+  if (both) return __builtin_shuffle(load(both), load(both + Lanes<A>::n), load<A>(level) + add);
+#endif
+#if SEMIDETR_VW > 1
+  Vec<A> v;
+  for (int i = 0; i < Lanes<A>::n; i++) v[i] = src[level[i] + add];
+  return v;
+#else
+  return src[*level + add];
+#endif
 }
 
-template <class A> struct Query { alignas(64) A prob[kMaxPoints], grad[kMaxPoints], spare[2 * PB]; };
+template <class A> struct Query { alignas(64) A prob[kMaxPoints], grad[kMaxPoints], spare[2 * PB], ref[2 * PB]; };
 
-template <class A, bool FRAMED> SEMIDETR_INLINE void points_plain(Task<A>& t, Query<A>& qs, int64_t q) {
+template <class A, bool FRAMED> SEMIDETR_NOINLINE void points_plain(Task<A>& t, Query<A>& qs, int64_t q) {
+  constexpr int N = Lanes<A>::n;
   const Problem& p = t.p;
   int64_t at = ((t.b * p.Q + q) * p.M + t.m) * p.L * p.P + t.first;
   for (int k = 0; k < t.blocks; k++) {
     Block<A>& block = t.block[k];
     int have = t.n - k * PB;
     const A* xy = whole_rows((const A*)p.loc + 2 * (at + k * PB), 2, have, qs.spare);
-    for (int i = 0; i < PB; i++) { block.cx[i] = xy[2 * i]; block.cy[i] = xy[2 * i + 1]; }
-    const A* a = whole_rows((const A*)p.weight + at + k * PB, 1, have, qs.spare);
-    for (int i = 0; i < PB; i++) block.a[i] = a[i];
-    locate<A, FRAMED, true>(block, int32_t(t.Dp));
+    alignas(64) A spare[PB];
+    const A* a = whole_rows((const A*)p.weight + at + k * PB, 1, have, spare);
+    for (int j = 0; j < PB; j += N) {
+      Vec<A> x, y, zero = all(A(0));
+      unzip(xy + 2 * j, x, y);
+      locate<A, FRAMED>(block, j, x, y, zero, zero, load(a + j), integer_of<A>(t.Dp));
+    }
   }
 }
 
-template <class A, class R, bool FRAMED> SEMIDETR_INLINE void points_fused(Task<A>& t, Query<A>& qs, int64_t q) {
+template <class A, class R, bool FRAMED> SEMIDETR_NOINLINE void points_fused(Task<A>& t, Query<A>& qs, int64_t q) {
+  constexpr int N = Lanes<A>::n;
   const Problem& p = t.p;
-  int64_t N = p.L * p.P, head = ((t.b * p.Q + q) * p.M + t.m) * N;
+  int64_t head = ((t.b * p.Q + q) * p.M + t.m) * p.L * p.P, width = (t.l1 - t.l0) * p.ref_dim;
   const A* ref = (const A*)p.ref + ((t.b * p.Q + q) * p.L + t.l0) * p.ref_dim;
-  softmax((const R*)p.logit + head, int(N), qs.prob);
-  bool fours = p.P % 4 == 0;
+  softmax((const R*)p.logit + head, int(p.L * p.P), qs.prob);
+  const A* both = nullptr;
+  if (width <= 2 * N) {
+    both = qs.ref;
+    if (width == 2 * N) { store(qs.ref, load(ref)); store(qs.ref + N, load(ref + N)); }
+    else if (width % 4 == 0 || N < 4) for (int i = 0; i < width; i++) qs.ref[i] = ref[i];
+    else for (int i = 0; i < width; i++) qs.ref[i] = ref[i];
+  }
+  Vec<A> half = all(A(.5) / A(p.P));
   for (int k = 0; k < t.blocks; k++) {
     Block<A>& block = t.block[k];
     int have = t.n - k * PB;
-    spread(ref, block.level, fours, block.cx); spread(ref + 1, block.level, fours, block.cy);
     const A* xy = whole_rows((const R*)p.off + 2 * (head + t.first + k * PB), 2, have, qs.spare);
-    if (p.ref_dim == 2) for (int i = 0; i < PB; i++) { block.dx[i] = xy[2 * i]; block.dy[i] = xy[2 * i + 1]; }
-    else {
-      A half = A(.5) / A(p.P);
-      spread(ref + 2, block.level, fours, block.sx); spread(ref + 3, block.level, fours, block.sy);
-      for (int i = 0; i < PB; i++) {
-        A sx = block.sx[i] * half * block.W[i], sy = block.sy[i] * half * block.H[i];
-        A ox = xy[2 * i], oy = xy[2 * i + 1];
-        block.sx[i] = sx; block.sy[i] = sy; block.ox[i] = ox; block.oy[i] = oy;
-        block.dx[i] = ox * sx; block.dy[i] = oy * sy;
+    const A* a = qs.prob + t.first + k * PB;
+    alignas(64) A spare[PB];
+    if (have < PB) a = rows(a, 1, have, spare);
+    for (int j = 0; j < PB; j += N) {
+      const auto* level = block.level + j;
+      Vec<A> x, y, cx = spread(ref, both, level, 0), cy = spread(ref, both, level, 1);
+      unzip(xy + 2 * j, x, y);
+      if (p.ref_dim == 4) {
+        Vec<A> sx = spread(ref, both, level, 2) * half * load(block.W + j), sy = spread(ref, both, level, 3) * half * load(block.H + j);
+        store(block.sx + j, sx); store(block.sy + j, sy); store(block.ox + j, x); store(block.oy + j, y);
+        x *= sx; y *= sy;
       }
+      locate<A, FRAMED>(block, j, cx, cy, x, y, load(a + j), integer_of<A>(t.Dp));
     }
-    if (have >= PB) for (int i = 0; i < PB; i++) block.a[i] = qs.prob[t.first + k * PB + i];
-    else for (int i = 0; i < have; i++) block.a[i] = qs.prob[t.first + k * PB + i];
-    locate<A, FRAMED, false>(block, int32_t(t.Dp));
   }
 }
 
 template <class A> void mask_rows(Task<A>& t) {                            // padded pixels of an unpacked map read as zero
   const uint8_t* mask = t.p.mask + t.b * t.p.S;
   for (int i = 0; i < t.n; i++) for (int c = 0; c < 4; c++) {
-    int32_t& r = t.block[i / PB].at[c][i % PB];
+    integer_of<A>& r = t.block[i / PB].at[c][i % PB];
     if (r >= 0 && mask[r]) r = -1;
   }
 }
@@ -304,11 +361,11 @@ template <class A, bool FRAMED> SEMIDETR_INLINE void points(Task<A>& t, Query<A>
 // Rows of the four taps of point i. `step` is the distance of neighbours in x.
 template <class A, class T, bool FRAMED> SEMIDETR_INLINE void taps(const Block<A>& k, int i, T* v, int64_t step, T* outside, T** r) {
   if (FRAMED) { r[0] = v + k.at[0][i]; r[1] = r[0] + step; r[2] = r[0] + k.row[i]; r[3] = r[2] + step; }
-  else for (int c = 0; c < 4; c++) { int32_t at = k.at[c][i]; r[c] = at < 0 ? outside : v + at * step; }
+  else for (int c = 0; c < 4; c++) { int64_t at = k.at[c][i]; r[c] = at < 0 ? outside : v + at * step; }
 }
 
 template <class A, class T, bool FRAMED, int NV>
-SEMIDETR_INLINE void gather_channels(const Task<A>& t, const T* v, int64_t step, const T* zeros, A* out) {
+SEMIDETR_NOINLINE void gather_channels(const Task<A>& t, const T* v, int64_t step, const T* zeros, A* out) {
   constexpr int N = Lanes<A>::n, NA = NV >= 4 ? 2 : 4;
   Vec<A> acc[NA][NV] = {};
   for (int k = 0; k < t.blocks; k++) {
@@ -336,7 +393,7 @@ template <class A, class T, bool FRAMED> SEMIDETR_INLINE void gather(const Task<
 
 // Adds weight * grad to the gradient's rows, and leaves in block.d the dot products of grad with the value's rows.
 template <class A, class T, bool FRAMED, int NV>
-SEMIDETR_INLINE void scatter_channels(Task<A>& t, const T* v, int64_t step, const T* zeros, A* g, int64_t gstep, A* trash, const A* grad, bool add) {
+SEMIDETR_NOINLINE void scatter_channels(Task<A>& t, const T* v, int64_t step, const T* zeros, A* g, int64_t gstep, A* trash, const A* grad, bool add) {
   constexpr int N = Lanes<A>::n, G = N >= 4 ? N / 4 : 1;                   // points whose dot products fill one vector
   Vec<A> go[NV];
   for (int j = 0; j < NV; j++) go[j] = load<A>(grad + j * N);
@@ -371,6 +428,21 @@ SEMIDETR_INLINE void scatter_channels(Task<A>& t, const T* v, int64_t step, cons
   }
 }
 
+// Gradients with respect to each point's pixel and attention, from the four dot products.
+template <class A> SEMIDETR_NOINLINE void pixel_gradients(Task<A>& t) {
+  for (int k = 0; k < t.blocks; k++) {
+    Block<A>& b = t.block[k];
+    for (int j = 0; j < PB; j += Lanes<A>::n) {
+      Vec<A> fx = load(b.fx + j), fy = load(b.fy + j), a = load(b.ain + j), zero = all(A(0));
+      Vec<A> d0 = load(b.d[0] + j), d1 = load(b.d[1] + j), d2 = load(b.d[2] + j), d3 = load(b.d[3] + j);
+      auto in = load<A>(b.in + j) != 0;
+      Vec<A> top = fx * (d1 - d0) + d0, low = fx * (d3 - d2) + d2;
+      Vec<A> gx = a * (fy * ((d3 - d2) - (d1 - d0)) + (d1 - d0)), gy = a * (low - top), ga = fy * (low - top) + top;
+      store(b.ga + j, in ? ga : zero); store(b.gx + j, in ? gx : zero); store(b.gy + j, in ? gy : zero);
+    }
+  }
+}
+
 template <class A, class T, bool FRAMED>
 SEMIDETR_INLINE void scatter(Task<A>& t, const T* v, int64_t step, const T* zeros, A* g, int64_t gstep, A* trash, const A* grad) {
   constexpr int N = Lanes<A>::n;
@@ -378,16 +450,7 @@ SEMIDETR_INLINE void scatter(Task<A>& t, const T* v, int64_t step, const T* zero
   for (; c + 4 * N <= D; c += 4 * N) scatter_channels<A, T, FRAMED, 4>(t, v + c, step, zeros, g + c, gstep, trash, grad + c, c > 0);
   if (c + 2 * N <= D) { scatter_channels<A, T, FRAMED, 2>(t, v + c, step, zeros, g + c, gstep, trash, grad + c, c > 0); c += 2 * N; }
   if (c + N <= D) scatter_channels<A, T, FRAMED, 1>(t, v + c, step, zeros, g + c, gstep, trash, grad + c, c > 0);
-  for (int k = 0; k < t.blocks; k++) {
-    Block<A>& b = t.block[k];
-    for (int i = 0; i < PB; i++) {
-      A fx = b.fx[i], fy = b.fy[i], d0 = b.d[0][i], d1 = b.d[1][i], d2 = b.d[2][i], d3 = b.d[3][i];
-      bool in = b.in[i];
-      A top = fma_(fx, d1 - d0, d0), low = fma_(fx, d3 - d2, d2);
-      A gx = b.ain[i] * fma_(fy, (d3 - d2) - (d1 - d0), d1 - d0), gy = b.ain[i] * (low - top);
-      b.ga[i] = in ? fma_(fy, low - top, top) : A(0); b.gx[i] = in ? gx : A(0); b.gy[i] = in ? gy : A(0);
-    }
-  }
+  pixel_gradients(t);
 }
 
 // ---- packing ------------------------------------------------------------------------------------------------------------
@@ -464,14 +527,202 @@ template <class A> SEMIDETR_INLINE void prefetch(const Task<A>& t, int64_t q, co
   if (grad) for (int64_t i = 0; i < p.D * size; i += 64) SEMIDETR_PREFETCH(grad + head * p.D * size + i);
 }
 
-template <class A, class T, bool FRAMED> void forward_queries(Task<A>& t, int64_t q0, int64_t q1, const void* value, int64_t step, const A* zeros) {
-  typedef typename Lanes<A>::V* Unused; (void)sizeof(Unused);
+
+SEMIDETR_INLINE int64_t row_size(int64_t Dp) { return (Dp + 15) / 16 * 16; }
+
+template <class A> struct Workspace {                                      // one thread's memory
+  A *zeros, *trash, *line, *value, *grad;
+  Workspace(const Problem& p, void* scratch, int64_t packed_value) {
+    int64_t r = row_size(padded_channels<A>(p));
+    zeros = (A*)scratch; trash = zeros + r; line = trash + r; value = line + r; grad = value + packed_value;
+    clear(zeros, 3 * r);
+  }
+};
+
+template <class A, class T, class V, bool FRAMED>                          // T: of the tensors, V: of the rows that are read
+void forward_task(Task<A>& t, Query<A>& qs, int64_t q0, int64_t q1, const V* value, int64_t step, const V* zeros, A* line) {
   const Problem& p = t.p;
+  for (int64_t q = q0; q < q1; q++) {
+    prefetch(t, q, nullptr, 0);
+    points<A, FRAMED>(t, qs, q);
+    gather<A, V, FRAMED>(t, value, step, zeros, line);
+    write_row(line, p.D, (T*)p.out + ((t.b * p.Q + q) * p.M + t.m) * p.D);
+  }
+}
+
+template <class A, class T> void forward(const Problem& p, int64_t begin, int64_t end, void* scratch) {
+  bool packed = framed<A>(p, false);
+  Block<A> block[kMaxBlocks];
   Query<A> qs;
-  alignas(64) A spare[1024];
-  (void)spare; (void)q0; (void)q1; (void)value; (void)step; (void)zeros; (void)qs;
+  Task<A> t{p, 0, 0, 0, int(p.L), 0, 0, 0, padded_channels<A>(p), block};
+  if (packed) describe<A, true>(t); else describe<A, false>(t);
+  Workspace<A> ws(p, scratch, packed ? packed_size<A>(p, 0, int(p.L)) : 0);
+  int64_t held = -1;
+  for (int64_t i = begin; i < end; i++) {
+    int64_t bm = i / p.chunks, c = i % p.chunks, q0 = p.Q * c / p.chunks, q1 = p.Q * (c + 1) / p.chunks;
+    t.b = bm / p.M; t.m = bm % p.M;
+    if (packed) {
+      if (held != bm) pack<A, T>(t, ws.value);
+      held = bm;
+      forward_task<A, T, A, true>(t, qs, q0, q1, ws.value, t.Dp, ws.zeros, ws.line);
+    } else
+      forward_task<A, T, T, false>(t, qs, q0, q1, (const T*)p.value + (t.b * p.S * p.M + t.m) * p.D, p.M * p.D, (const T*)ws.zeros, ws.line);
+  }
+}
+
+// Writes the gradients of one query's points; `prob` is its softmax (fused form).
+template <class A, class R> SEMIDETR_NOINLINE void write_points(Task<A>& t, Query<A>& qs, int64_t q) {
+  const Problem& p = t.p;
+  int64_t N = p.L * p.P, head = ((t.b * p.Q + q) * p.M + t.m) * N;
+  bool fused = p.ref_dim > 0, boxes = p.ref_dim == 4;
+  for (int k = 0; k < t.blocks; k++) {
+    Block<A>& b = t.block[k];
+    int first = t.first + k * PB, n = t.n - k * PB < PB ? t.n - k * PB : PB;
+    alignas(64) A xy[2 * PB];
+    for (int j = 0; j < PB; j += Lanes<A>::n) {
+      Vec<A> gx = load(b.gx + j), gy = load(b.gy + j);
+      if (!fused) { gx *= load(b.W + j); gy *= load(b.H + j); }
+      else if (boxes) { gx *= load(b.sx + j); gy *= load(b.sy + j); }
+      zip(gx, gy, xy + 2 * j);
+    }
+    R* gxy = (R*)p.grad_loc + 2 * (head + first);
+    if (n == PB) for (int i = 0; i < 2 * PB; i++) put(gxy + i, xy[i]);
+    else for (int i = 0; i < 2 * n; i++) put(gxy + i, xy[i]);
+    if (!fused) {
+      R* ga = (R*)p.grad_weight + head + first;
+      if (n == PB) for (int i = 0; i < PB; i++) put(ga + i, b.ga[i]);
+      else for (int i = 0; i < n; i++) put(ga + i, b.ga[i]);
+    } else if (p.by_level) for (int i = 0; i < n; i++) ((A*)p.part_weight)[head + first + i] = b.ga[i];
+    else for (int i = 0; i < PB; i++) qs.grad[k * PB + i] = b.ga[i];
+  }
+  if (fused && !p.by_level) {
+    softmax_grad(qs.prob, qs.grad, int(N), qs.grad);
+    R* out = (R*)p.grad_weight + head;
+    for (int64_t i = 0; i < N; i++) put(out + i, qs.grad[i]);
+  }
+  if (p.part_ref) {
+    A half = A(.5) / A(p.P);
+    for (int l = t.l0, i = 0; l < t.l1; l++) {
+      A g[4] = {};
+      for (int k = 0; k < p.P; k++, i++) {
+        const Block<A>& b = t.block[i / PB]; int j = i % PB;
+        A gx = b.gx[j] * b.W[j], gy = b.gy[j] * b.H[j];
+        g[0] += gx; g[1] += gy; g[2] += gx * (b.ox[j] * half); g[3] += gy * (b.oy[j] * half);
+      }
+      A* out = (A*)p.part_ref + (((t.b * p.M + t.m) * p.Q + q) * p.L + l) * p.ref_dim;
+      for (int c = 0; c < p.ref_dim; c++) out[c] = g[c];
+    }
+  }
+}
+
+template <class A, class T, class V, bool FRAMED>
+void backward_task(Task<A>& t, Query<A>& qs, const V* value, int64_t step, const V* zeros, A* grad, int64_t gstep, A* trash, A* line) {
+  const Problem& p = t.p;
+  for (int64_t q = 0; q < p.Q; q++) {
+    prefetch(t, q, (const char*)p.grad_out, int64_t(sizeof(T)));
+    points<A, FRAMED>(t, qs, q);
+    copy_row((const T*)p.grad_out + ((t.b * p.Q + q) * p.M + t.m) * p.D, p.D, t.Dp, line);
+    scatter<A, V, FRAMED>(t, value, step, zeros, grad, gstep, trash, line);
+    if (p.ref_dim && p.raw == kBFloat16) write_points<A, uint16_t>(t, qs, q); else write_points<A, A>(t, qs, q);
+  }
+}
+
+template <class A, class T> void backward(const Problem& p, int64_t begin, int64_t end, void* scratch) {
+  bool packed = framed<A>(p, true);
+  constexpr bool direct = sizeof(T) == sizeof(A);                          // an unpacked float gradient is added to in place
+  Block<A> block[kMaxBlocks];
+  Query<A> qs;
+  Task<A> t{p, 0, 0, 0, int(p.L), 0, 0, 0, padded_channels<A>(p), block};
+  Workspace<A> ws(p, scratch, packed ? packed_size<A>(p, 0, int(p.L)) : 0);
+  int parts = p.by_level ? int(p.L) : 1, shown = -1;
+  for (int64_t i = begin; i < end; i++) {
+    int64_t bm = i / parts; int l = int(i % parts);
+    t.b = bm / p.M; t.m = bm % p.M;
+    if (l != shown) {
+      if (p.by_level) { t.l0 = l; t.l1 = l + 1; }
+      if (packed) describe<A, true>(t); else describe<A, false>(t);
+      shown = l;
+    }
+    if (packed) {
+      pack<A, T>(t, ws.value);
+      clear(ws.grad, packed_size<A>(p, t.l0, t.l1));
+      backward_task<A, T, A, true>(t, qs, ws.value, t.Dp, ws.zeros, ws.grad, t.Dp, ws.trash, ws.line);
+      unpack<A, T>(t, ws.grad);
+    } else {
+      int64_t at = (t.b * p.S * p.M + t.m) * p.D, step = p.M * p.D;
+      int64_t s0 = p.start[t.l0], s1 = t.l1 < p.L ? p.start[t.l1] : p.S;
+      if (direct)
+        backward_task<A, T, T, false>(t, qs, (const T*)p.value + at, step, (const T*)ws.zeros, (A*)p.grad_value + at, step, ws.trash, ws.line);
+      else {
+        clear(ws.grad, (s1 - s0) * p.D);
+        backward_task<A, T, T, false>(t, qs, (const T*)p.value + at, step, (const T*)ws.zeros, ws.grad - s0 * p.D, p.D, ws.trash, ws.line);
+        for (int64_t s = s0; s < s1; s++) write_row(ws.grad + (s - s0) * p.D, p.D, (T*)p.grad_value + at + s * step);
+      }
+    }
+  }
+}
+
+template <class A, class R> void finish(const Problem& p, int64_t begin, int64_t end) {
+  int64_t N = p.L * p.P, K = p.L * p.ref_dim;
+  Query<A> qs;
+  for (int64_t bq = begin; bq < end; bq++) {
+    if (p.by_level) for (int64_t m = 0; m < p.M; m++) {
+      int64_t head = (bq * p.M + m) * N;
+      softmax((const R*)p.logit + head, int(N), qs.prob);
+      for (int64_t i = 0; i < N; i++) qs.grad[i] = ((const A*)p.part_weight)[head + i];
+      for (int64_t i = N; i < (N + PB - 1) / PB * PB; i++) qs.grad[i] = 0;
+      softmax_grad(qs.prob, qs.grad, int(N), qs.grad);
+      for (int64_t i = 0; i < N; i++) put((R*)p.grad_weight + head + i, qs.grad[i]);
+    }
+    if (p.part_ref) {
+      int64_t b = bq / p.Q, q = bq % p.Q;
+      A* out = (A*)p.grad_ref + bq * K;
+      clear(out, K);
+      for (int64_t m = 0; m < p.M; m++) {
+        const A* part = (const A*)p.part_ref + ((b * p.M + m) * p.Q + q) * K;
+        for (int64_t i = 0; i < K; i++) out[i] += part[i];
+      }
+    }
+  }
+}
+
+// ---- entry --------------------------------------------------------------------------------------------------------------
+template <class A> size_t scratch_size(const Problem& p, bool backward) {
+  int64_t n = 3 * row_size(padded_channels<A>(p));
+  bool pk = framed<A>(p, backward);
+  if (pk) n += packed_size<A>(p, 0, int(p.L)) * (backward ? 2 : 1);
+  else if (backward && p.type == kBFloat16) n += p.S * p.D;
+  return size_t(n) * sizeof(A);
+}
+size_t scratch_any(const Problem& p, bool backward) { return p.type == kDouble ? scratch_size<double>(p, backward) : scratch_size<float>(p, backward); }
+bool needs_zero_any(const Problem& p) { return p.type == kDouble ? !framed<double>(p, true) : p.type == kFloat && !framed<float>(p, true); }
+void forward_any(const Problem& p, int64_t begin, int64_t end, void* scratch) {
+  if (p.type == kDouble) forward<double, double>(p, begin, end, scratch);
+  else if (p.type == kFloat) forward<float, float>(p, begin, end, scratch);
+  else forward<float, uint16_t>(p, begin, end, scratch);
+}
+void backward_any(const Problem& p, int64_t begin, int64_t end, void* scratch) {
+  if (p.type == kDouble) backward<double, double>(p, begin, end, scratch);
+  else if (p.type == kFloat) backward<float, float>(p, begin, end, scratch);
+  else backward<float, uint16_t>(p, begin, end, scratch);
+}
+void finish_any(const Problem& p, int64_t begin, int64_t end) {
+  if (p.type == kDouble) finish<double, double>(p, begin, end);
+  else if (p.raw == kBFloat16) finish<float, uint16_t>(p, begin, end);
+  else finish<float, float>(p, begin, end);
 }
 
 }  // namespace
 }  // namespace SEMIDETR_ISA
+
+#define SEMIDETR_NAME2(a) #a
+#define SEMIDETR_NAME(a) SEMIDETR_NAME2(a)
+#define SEMIDETR_JOIN2(a, b) a##b
+#define SEMIDETR_JOIN(a, b) SEMIDETR_JOIN2(a, b)
+const Kernels& SEMIDETR_JOIN(kernels_, SEMIDETR_ISA)() {
+  using namespace SEMIDETR_ISA;
+  static const Kernels k = {SEMIDETR_NAME(SEMIDETR_ISA), needs_zero_any, scratch_any, forward_any, backward_any, finish_any};
+  return k;
+}
+
 }  // namespace semidetr

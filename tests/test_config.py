@@ -1,0 +1,53 @@
+"Configuration: round trip, overrides, errors that name the cure, hash"
+import dataclasses, json
+import pytest
+from semidetr.config import PRESETS, Config, config_hash, from_dict, load_config, override, preset, to_dict
+from semidetr.core import ConfigError
+
+@pytest.mark.parametrize('name', sorted(PRESETS))
+def test_presets_survive_json(name):
+    cfg = preset(name)
+    back = from_dict(json.loads(json.dumps(to_dict(cfg))))
+    assert back == cfg and config_hash(back) == config_hash(cfg)
+
+def test_paper_settings():
+    c = preset('coco-10')
+    assert (c.optim.lr, c.optim.backbone_mult, c.optim.weight_decay, c.optim.clip) == (1e-4, .1, 1e-4, .1)
+    assert (c.method.T1, c.optim.iters, c.method.unsup_weight, c.loader.n_labelled, c.loader.n_unlabelled) == (60_000, 120_000, 4., 1, 4)
+    assert (c.criterion.w_cls, c.criterion.w_l1, c.criterion.w_giou, c.criterion.k) == (2., 5., 2., 13)
+    full = preset('coco-full')
+    assert (full.optim.steps, full.method.unsup_weight, full.loader.n_labelled, full.loader.n_unlabelled) == ((120_000, 160_000), 2., 4, 4)
+    assert (preset('voc').method.T1, preset('voc').optim.iters) == (40_000, 80_000)
+
+def test_override_types():
+    c = override(Config(), ['optim.lr=1e-3', 'optim.iters=7', 'data.data=a/b', 'data.cover_classes=true', 'optim.steps=[1,2]', 'run.init=12'])
+    assert (c.optim.lr, c.optim.iters, c.data.data, c.data.cover_classes, c.optim.steps, c.run.init) == (1e-3, 7, 'a/b', True, (1, 2), '12')
+
+@pytest.mark.parametrize('item,words', [('optim.lrr=1', ["optim.lrr", "did you mean 'lr'"]), ('optim.iters=1.5', ['optim.iters', 'int']),
+                                        ('optim.lr=fast', ['optim.lr', 'float']), ('lr', ['group.field=value']), ('optim=3', ['optim', 'group']),
+                                        ('method.name=mean_teacer', ["did you mean 'mean_teacher'"]), ('method.unsup_cdn=sometimes', ['stage2'])])
+def test_errors_name_the_cure(item, words):
+    with pytest.raises(ConfigError) as e: override(Config(), [item])
+    assert all(w in str(e.value) for w in words), str(e.value)
+
+def test_files(tmp_path):
+    f = tmp_path/'c.toml'; f.write_text('[optim]\nlr = 0.5\n')
+    assert load_config(f, preset('digits')).optim.lr == .5
+    f.write_text('[optim]\nlrate = 0.5\n')
+    with pytest.raises(ConfigError, match='c.toml.*lrate'): load_config(f)
+    f.write_text('[optim\n')
+    with pytest.raises(ConfigError, match='c.toml'): load_config(f)
+    with pytest.raises(ConfigError, match='no such'): load_config(tmp_path/'none.toml')
+
+def test_hash_ignores_only_what_changes_no_number():
+    h = config_hash(Config())
+    assert config_hash(override(Config(), ['run.device=cpu', 'loader.num_workers=7', 'run.log_every=3'])) == h
+    assert config_hash(override(Config(), ['run.seed=1'])) != h != config_hash(override(Config(), ['optim.lr=1e-3']))
+
+def test_every_field_is_documented():
+    "A field without a comment is a setting that nobody can choose"
+    import inspect, re
+    from semidetr import config, methods, teacher
+    for cls in (config.DataConfig, config.LoaderConfig, config.OptimConfig, config.RunConfig, methods.MethodConfig, teacher.EmaConfig, teacher.PseudoConfig):
+        assert cls.__doc__
+        for f in dataclasses.fields(cls): assert re.search(rf'^    {f.name}:', inspect.getsource(cls), re.M)

@@ -1,0 +1,60 @@
+"Averaging, pseudo labels, transport: spec items 25, 33, 36, 39"
+import pytest, torch
+from torch import nn
+from semidetr.teacher import (EmaConfig, PseudoConfig, ema_decay, fixed_threshold, keep_boxes, make_teacher, mean_std,
+                              teacher_detections, transport, update_teacher)
+
+@pytest.mark.parametrize('t,m', [(0, 0.), (1, .5), (9, .9), (998, .998999), (999, .999), (100_000, .999)])
+def test_decay_values(t, m): assert abs(ema_decay(t)-m) < 1e-6
+
+def test_decay_warmup_follows_longer(): assert ema_decay(10, EmaConfig(warmup=9)) == pytest.approx(.5)
+
+def test_mean_of_students_until_999():
+    torch.manual_seed(0)
+    student = nn.Linear(3, 2); teacher = make_teacher(student); total = torch.zeros(2, 3, dtype=torch.float64); worst = 0
+    for t in range(999):
+        with torch.no_grad(): student.weight.copy_(torch.randn(2, 3))
+        total += student.weight.double(); update_teacher(teacher, student, ema_decay(t))
+        worst = max(worst, float((teacher.weight.double()-total/(t+1)).abs().max()))
+    assert worst < 1e-5
+
+def test_teacher_is_frozen_and_buffers_follow():
+    student = nn.BatchNorm1d(2); teacher = make_teacher(student)
+    assert not any(p.requires_grad for p in teacher.parameters()) and not teacher.training
+    student(torch.randn(8, 2)); update_teacher(teacher, student, .9)
+    assert torch.equal(teacher.running_mean, student.running_mean)
+
+@pytest.mark.parametrize('scores,kept', [([.9, .1, .1, .1], [0]), ([.9, .8], []), ([.9], []), ([], [])])
+def test_mean_std(scores, kept): assert mean_std(torch.tensor(scores)).nonzero().flatten().tolist() == kept
+
+def test_mean_std_of_18_good_and_18_bad_boxes_keeps_none(): # spec section 8, small images
+    assert mean_std(torch.tensor([.9]*18+[.05]*18)).sum() == 0
+
+def outputs(boxes, logits): return dict(pred_boxes=torch.tensor([boxes]), pred_logits=torch.tensor([logits]))
+
+def test_suppression_is_per_class():
+    near = [[.5, .5, .4, .4], [.505, .5, .4, .4]]
+    same = teacher_detections(outputs(near, [[3., -9.], [2., -9.]]), [dict(size=(100, 100))])
+    other = teacher_detections(outputs(near, [[3., -9.], [-9., 2.]]), [dict(size=(100, 100))])
+    assert [len(d['boxes']) for d in same+other] == [1, 2]
+
+def view(m, size=(100, 100)): return dict(matrix=torch.tensor(m, dtype=torch.float64), size=size, image_id=0)
+EYE = [[1., 0, 0], [0, 1, 0], [0, 0, 1]]
+
+@pytest.mark.parametrize('m,want', [([[-1., 0, 100], [0, 1, 0], [0, 0, 1]], [70, 20, 90, 40]), ([[0., -1, 100], [1, 0, 0], [0, 0, 1]], [60, 10, 80, 30])])
+def test_transport_values(m, want):
+    det = [dict(boxes=torch.tensor([[10., 20, 30, 40]]), labels=torch.tensor([1]), scores=torch.tensor([.5]))]
+    t = transport(det, [view(EYE)], [view(m)])[0]
+    cx, cy, w, h = (t['boxes'][0]*100).tolist()
+    assert [cx-w/2, cy-h/2, cx+w/2, cy+h/2] == pytest.approx(want, abs=1e-4) and t['source'].tolist() == [0]
+
+def test_transport_drops_what_left_and_keeps_order():
+    det = [dict(boxes=torch.tensor([[60., 20, 90, 40], [0, 0, 20, 20]]), labels=torch.tensor([1, 2]), scores=torch.tensor([.5, .6]))]
+    t = transport(det, [view(EYE)], [view([[1., 0, 50], [0, 1, 0], [0, 0, 1]])])[0]
+    assert t['labels'].tolist() == [2] and t['source'].tolist() == [1]
+    empty = [dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long), scores=torch.zeros(0))]
+    assert transport(empty, [view(EYE)], [view(EYE)])[0]['boxes'].shape == (0, 4)
+
+def test_keep_boxes_and_threshold():
+    d = [dict(boxes=torch.zeros(3, 4), scores=torch.tensor([.5, .4, .39]))]
+    assert keep_boxes(d, [fixed_threshold(d[0]['scores'])])[0]['scores'].tolist() == pytest.approx([.5, .4])

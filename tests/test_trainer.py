@@ -1,0 +1,153 @@
+"Whole runs of a tiny detector: learning, exact resume, evidence of failures, several processes"
+import json, os, signal, subprocess, sys, warnings
+from pathlib import Path
+import pytest, torch
+from semidetr import trainer as T
+from semidetr.checkpoint import load_checkpoint
+from semidetr.config import config_hash, override, preset
+from semidetr.core import ConfigError, SemiDETRError
+from semidetr.health import HealthMonitor
+from semidetr.matching import NonFiniteError
+from semidetr.study import finished, paired, paired_difference, run_config
+
+TINY = ['data.data=digits:n=40,size=64', 'data.val=digits:n=6,size=64', 'data.count=6', 'data.dev=4', 'view.short_sides=[64]', 'view.eval_short=64', 'run.threads=1',
+        'detector.transformer.d_model=32', 'detector.transformer.ffn=32', 'detector.transformer.n_heads=4', 'detector.transformer.dec_layers=2',
+        'detector.transformer.num_queries=20', 'detector.backbone.weights=none', 'detector.denoising.num=8', 'loader.num_workers=0',
+        'loader.n_labelled=2', 'loader.n_unlabelled=2', 'method.burn_in=2', 'pseudo.threshold=0.005', 'optim.iters=6', 'run.log_every=2', 'run.checkpoint_every=3']
+def tiny(*more, method='mean_teacher'): return override(preset('digits'), [f'method.name={method}', *TINY, *more])
+def run(cfg, folder): return T.Trainer(cfg, folder, progress=False).fit()
+def weights(folder): return load_checkpoint(folder)
+def same(a, b): return all(torch.equal(a[w][k], b[w][k]) for w in ('student', 'teacher') for k in a[w])
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('runs')/'whole'
+    return folder, run(tiny(), folder)
+
+def test_run_json_tells_all(whole):
+    folder, r = whole
+    assert json.loads((folder/'run.json').read_text()) == json.loads(json.dumps(r))
+    assert {'hash', 'config', 'versions', 'commit', 'device', 'data', 'seconds', 'cpu_seconds', 'peak_memory_mb', 'metrics'} <= r.keys()
+    assert set(r['metrics']) == {'dev', 'val'} and set(r['metrics']['val']) == {'teacher', 'student'} and r['iterations'] == 6
+    rows = [json.loads(l) for l in (folder/'log.jsonl').read_text().splitlines()]
+    assert [x['step'] for x in rows] == [2, 4, 6] and 'pseudo_recall' in rows[-1] and rows[-1]['pseudo_boxes'] > 0
+    assert list(folder.glob('events.*'))
+
+@pytest.mark.parametrize('stop,workers', [(1, 0), (3, 2), (5, 0)])
+def test_exact_resume(whole, tmp_path, stop, workers):
+    "Stopped by a signal in the burn-in, after it, and with worker processes: weights, log and metrics of an unbroken run"
+    folder = tmp_path/'r'
+    t = T.Trainer(tiny(f'loader.num_workers={workers}'), folder, progress=False)
+    real = T.train_step
+    def until(run_, batches):
+        out = real(run_, batches)
+        if run_.step+1 == stop: os.kill(os.getpid(), signal.SIGINT)
+        return out
+    T.train_step = until
+    try:
+        with pytest.raises(KeyboardInterrupt, match='same command'): t.fit()
+    finally: T.train_step = real
+    assert load_checkpoint(folder)['step'] == stop and not (folder/'run.json').exists()
+    torch.manual_seed(123) # whatever the process did meanwhile
+    again = run(tiny(f'loader.num_workers={workers}'), folder)
+    assert same(weights(folder), weights(whole[0])) and (folder/'log.jsonl').read_text() == (whole[0]/'log.jsonl').read_text()
+    assert again['metrics'] == whole[1]['metrics'] or str(again['metrics']) == str(whole[1]['metrics'])
+
+def test_same_seed_same_numbers_other_seed_other(whole, tmp_path):
+    run(tiny(), tmp_path/'a'); run(tiny('run.seed=1'), tmp_path/'b')
+    assert same(weights(tmp_path/'a'), weights(whole[0])) and not same(weights(tmp_path/'b'), weights(whole[0]))
+
+def test_finished_runs_are_not_repeated(whole):
+    assert finished(tiny(), whole[0]) == json.loads((whole[0]/'run.json').read_text()) and finished(tiny('run.seed=1'), whole[0]) is None
+    with pytest.raises(ConfigError, match='run.seed: 0 -> 1'): run_config(tiny('run.seed=1'), whole[0], progress=False)
+
+def test_nan_is_caught_named_and_kept(tmp_path, monkeypatch):
+    t = T.Trainer(tiny(method='supervised'), tmp_path/'r', progress=False)
+    real = T.METHODS['supervised']
+    def broken(student, teacher, batch, step, cfg):
+        losses, stats = real(student, teacher, batch, step, cfg)
+        return (losses if step < 2 else losses | {'loss_l1': losses['loss_l1']*float('nan')}), stats
+    monkeypatch.setitem(T.METHODS, 'supervised', broken)
+    with pytest.raises(NonFiniteError, match='iteration 2.*loss_l1.*images') as e: t.fit()
+    kept = load_checkpoint(tmp_path/'r'/'failed_step_2.pt')
+    assert kept['step'] == 2 and kept['batches'][0]['labelled']['images'].ndim == 4 and {'rng', 'student', 'optimizer'} <= kept.keys()
+
+def test_accumulation_counts_steps(tmp_path):
+    r = run(tiny('optim.accumulate=2', 'optim.iters=2', method='supervised'), tmp_path/'r')
+    assert r['iterations'] == 2
+
+def test_average_of_accumulated_gradients_is_that_of_the_whole_batch():
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.zeros(3)); x = torch.randn(4, 3)
+    ((x@p-1)**2).mean().backward(); whole_ = p.grad.clone(); p.grad = None
+    for part in x.chunk(2): (((part@p-1)**2).mean()/2).backward()
+    assert torch.allclose(p.grad, whole_)
+
+def test_schedules():
+    o = lambda **k: override(preset('digits'), [f'optim.{a}={b}' for a, b in k.items()]).optim
+    assert T.lr_factor(0, o(warmup=9)) == pytest.approx(.1) and T.lr_factor(9, o(warmup=9)) == 1
+    assert T.lr_factor(50, o(schedule='cosine', iters=100)) == pytest.approx(.5)
+    steps = o(schedule='step', steps='[10,20]')
+    assert [round(T.lr_factor(t, steps), 6) for t in (9, 10, 20)] == [1, .1, .01]
+    with pytest.raises(ConfigError, match='cosine'): T.lr_factor(0, o(schedule='linear'))
+
+def test_backbone_gets_its_own_rate():
+    t = T.build_optimizer(T.Detector(T.resolve(tiny(), list('0123456789')).detector), tiny('optim.lr=1e-3', 'optim.backbone_mult=.2').optim)
+    assert sorted(g['lr'] for g in t.param_groups) == pytest.approx([2e-4, 1e-3]) and all(p.requires_grad for g in t.param_groups for p in g['params'])
+
+def test_health_warns_once_and_measures_against_hidden_truth():
+    class Truth:
+        has_boxes = True
+        def index_of(self, i): return i
+        def annotation(self, i): return dict(boxes=torch.tensor([[0., 0, 10, 10], [20, 20, 30, 30]]), labels=torch.tensor([0, 1]), ignore=torch.tensor([False, False]))
+    base = dict(pseudo_boxes=1., labelled_boxes=2., pseudo_score=.5, empty_images=0., top_score=.5)
+    h = HealthMonitor(Truth(), window=3)
+    hit = dict(image_id=0, boxes=torch.tensor([[0., 0, 10, 9]]), labels=torch.tensor([0])); wrong = dict(hit, labels=torch.tensor([1]))
+    h.add({**base, 'pseudo': [hit]}); h.add({**base, 'pseudo': [wrong]})
+    assert h.summary()['pseudo_precision'] == .5 and h.summary()['pseudo_recall'] == .25
+    silent = {**base, 'pseudo_boxes': 0., 'top_score': .1, 'pseudo': [dict(image_id=0, boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))]}
+    messages = [h.add(silent) for _ in range(6)]
+    assert [m is not None for m in messages] == [False, False, True, False, False, False] and 'pseudo.threshold' in messages[2]
+
+def test_labelled_and_unlabelled_and_dev_never_meet():
+    d = T.build_data(tiny().data)
+    parts = [set(d.split.labelled), set(d.split.unlabelled), set(d.split.dev)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 40 and [len(p) for p in parts] == [6, 30, 4]
+    assert len(d.unlabelled[0].boxes) == 0
+
+def test_no_labelled_image_is_one_clear_error(tmp_path):
+    with pytest.raises(SemiDETRError, match='40 development images'): T.Trainer(tiny('data.count=6', 'data.dev=40'), tmp_path/'r', progress=False)
+
+def test_paired_starts_from_one_checkpoint(tmp_path):
+    base = tiny('run.test=false')
+    out = paired(base, ['optim.iters=2'], dict(supervised=['method.name=supervised', 'optim.iters=1'], mean_teacher=['optim.iters=1']), tmp_path, seeds=(0, 1), workers=1, progress=False)
+    assert [r['seed'] for r in out] == [0, 1] and set(out[0]['arms']) == {'supervised', 'mean_teacher'}
+    assert 'val' not in out[0]['burn_in']['metrics'] and out[0]['burn_in']['config']['data']['fold'] == 0 and out[1]['burn_in']['config']['data']['fold'] == 1
+    assert all('burn_in' in a['config']['run']['init'] for r in out for a in r['arms'].values())
+    assert paired_difference([1., 2.], [2., 4.])['mean'] == 1.5
+
+def test_overfits_two_images(tmp_path):
+    "AP above .9 on the two images that it trains on"
+    cfg = override(preset('digits'), ['data.data=digits:n=2,size=64', 'data.dev=0', 'data.count=0', 'method.name=supervised', 'run.test=false', 'view.short_sides=[64]', 'view.eval_short=64',
+        'view.flip=0', 'optim.iters=200', 'optim.lr=2e-3', 'loader.n_labelled=2', 'loader.num_workers=0', 'optim.schedule=cosine', 'detector.transformer.num_queries=30', 'ema.decay=.9'])
+    t = T.Trainer(cfg, tmp_path/'r', progress=False); t.fit()
+    assert t.evaluate(t.data.labelled)['teacher']['AP'] > 90
+
+WORKER = '''
+import sys, torch
+from semidetr.config import override, preset
+from semidetr.trainer import Trainer
+sys.path.insert(0, {tests!r})
+from test_trainer import tiny
+t = Trainer(tiny({more}), sys.argv[1], progress=False); t.fit()
+torch.save([p.detach() for p in t.student.parameters()], sys.argv[1]+f'/rank{{t.device.index or __import__("os").environ["RANK"]}}.pt')
+'''
+def test_two_processes_stay_equal(tmp_path):
+    "torchrun with gloo: both processes end with the same weights, and one of them writes"
+    script = tmp_path/'w.py'; script.write_text(WORKER.format(tests=str(Path(__file__).parent), more="'optim.iters=4'"))
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(script), str(tmp_path/'r')], env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    a, b = (torch.load(tmp_path/'r'/f'rank{i}.pt') for i in (0, 1))
+    assert all(torch.equal(x, y) for x, y in zip(a, b))
+    assert json.loads((tmp_path/'r'/'run.json').read_text())['processes'] == 2 and (tmp_path/'r'/'last.rank1.pt').exists()
