@@ -10,7 +10,7 @@ def lines(k): return [o.strip() for o in cfg.get(k, "").splitlines() if o.strip(
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"],
     long_description=(here / "README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
-    keywords=cfg["keywords"], author=cfg["author"], author_email=cfg["author_email"], url=cfg["git_url"],
+    keywords=cfg["keywords"], author=cfg["author"], author_email=cfg["author_email"],
     license="Apache-2.0", license_files=["LICENSE"],
     classifiers=["Development Status :: 3 - Alpha", f"Intended Audience :: {cfg['audience']}", f"Natural Language :: {cfg['language']}",
                  "Operating System :: OS Independent", "Programming Language :: Python :: 3", "Programming Language :: Python :: 3.11",

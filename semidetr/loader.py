@@ -171,31 +171,17 @@ class _Batches:
         return out
 
 # %% ../nbs/06_loader.ipynb #e64dd65d
-class SemiLoader:
-    "Endless batches of labelled and unlabelled images; batch `t` is a pure function of `(seed, t)`"
-    def __init__(self,
-        labelled, # data set with boxes
-        unlabelled=None, # any data set, boxes or not: they are never shown
-        n_labelled:int=4, n_unlabelled:int=0, # images a batch, in this process
-        view:ViewConfig=ViewConfig(),
-        seed:int=0,
-        ratio:str='fixed', # or 'binomial': the published sampler
-        num_workers:int=2, # processes; 0 = in the training process
-        rank:int=0, world:int=1, # this process among those that train together
-        start:int=0, # first step
-        keep_empty:bool=False, # also draw labelled images without a box
-    ):
-        _check(labelled, unlabelled, n_labelled, n_unlabelled, ratio, num_workers)
-        kept = list(range(len(labelled))) if keep_empty else _with_boxes(labelled)
-        if not kept: raise DataError(f'{labelled.name}: no labelled image has a box; check the annotations with `semidetr doctor`')
-        plan = dict(n_labelled=n_labelled, n_unlabelled=n_unlabelled, ratio=ratio, seed=seed, rank=rank, world=world)
-        self.view, self.num_workers, self.step = view, num_workers, start
-        self._make = _Batches(labelled, unlabelled, kept, plan, view, seed)
-        self._loader = self._iter = None
+class _From:
+    "Step numbers from a loader's current step on"
+    def __init__(self, loader): self.loader = loader
+    def __iter__(self): return itertools.count(self.loader.step)
 
-    def draws(self, t:int):
-        "(draw number, position in the data set) of step `t`, for the labelled and the unlabelled pool"
-        return self._make.draws(t)
+# %% ../nbs/06_loader.ipynb #f02018de
+class _Stream:
+    "Batches of consecutive steps, made here or by workers; its only state is the next step"
+    def __init__(self, make, view, num_workers, start):
+        self._make, self.view, self.num_workers, self.step = make, view, num_workers, start
+        self._loader = self._iter = None
 
     def batch(self, t:int)->dict:
         "Make batch `t` here and now; the state is left alone"
@@ -229,11 +215,6 @@ class SemiLoader:
     def __exit__(self, *_): self.close()
 
 # %% ../nbs/06_loader.ipynb #ce7b83b7
-class _From:
-    "Step numbers from a loader's current step on"
-    def __init__(self, loader): self.loader = loader
-    def __iter__(self): return itertools.count(self.loader.step)
-
 def _check(labelled, unlabelled, n_labelled, n_unlabelled, ratio, num_workers):
     if ratio not in ('fixed', 'binomial'): raise ConfigError(f"ratio '{ratio}' is unknown; known: binomial, fixed")
     if n_labelled < 1 or n_unlabelled < 0: raise ConfigError(f'a batch needs at least one labelled image and no negative number (n_labelled={n_labelled}, n_unlabelled={n_unlabelled})')
@@ -242,6 +223,31 @@ def _check(labelled, unlabelled, n_labelled, n_unlabelled, ratio, num_workers):
     if n_unlabelled and (unlabelled is None or not len(unlabelled)):
         raise DataError(f'n_unlabelled={n_unlabelled}, but there are no unlabelled images; give some, or set n_unlabelled=0')
 
+class SemiLoader(_Stream):
+    "Endless batches of labelled and unlabelled images; batch `t` is a pure function of `(seed, t)`"
+    def __init__(self,
+        labelled, # data set with boxes
+        unlabelled=None, # any data set, boxes or not: they are never shown
+        n_labelled:int=4, n_unlabelled:int=0, # images a batch, in this process
+        view:ViewConfig=ViewConfig(),
+        seed:int=0,
+        ratio:str='fixed', # or 'binomial': the published sampler
+        num_workers:int=2, # processes; 0 = in the training process
+        rank:int=0, world:int=1, # this process among those that train together
+        start:int=0, # first step
+        keep_empty:bool=False, # also draw labelled images without a box
+    ):
+        _check(labelled, unlabelled, n_labelled, n_unlabelled, ratio, num_workers)
+        kept = list(range(len(labelled))) if keep_empty else _with_boxes(labelled)
+        if not kept: raise DataError(f'{labelled.name}: no labelled image has a box; check the annotations with `semidetr doctor`')
+        plan = dict(n_labelled=n_labelled, n_unlabelled=n_unlabelled, ratio=ratio, seed=seed, rank=rank, world=world)
+        super().__init__(_Batches(labelled, unlabelled, kept, plan, view, seed), view, num_workers, start)
+
+    def draws(self, t:int):
+        "(draw number, position in the data set) of step `t`, for the labelled and the unlabelled pool"
+        return self._make.draws(t)
+
+# %% ../nbs/06_loader.ipynb #7ec9c1dd
 class EvalLoader:
     "One pass over a data set in order, without augmentation; yields parts as `collate` makes them"
     def __init__(self,

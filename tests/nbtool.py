@@ -1,6 +1,6 @@
 """Keep one notebook, its text twin and its module together: `nbtool.py export|run NAME ...` (`make nb NB=10_attention`).
 
-export: text twin -> notebook (outputs and cell ids of unchanged cells stay) -> module.
+export: text twin -> notebook (outputs and cell ids of unchanged cells stay) -> module and index of names.
 run:    the same, then execute the notebook in place and clean it, so that the committed outputs are fresh.
 check:  say which twins differ from their notebooks.
 Without a NAME: all notebooks. Names are paths below nbs/ without the ending: 10_attention, ablations/02_txl_pbc."""
@@ -73,6 +73,8 @@ def export(path):
     from nbdev.export import nb_export
     if any(c.cell_type == 'code' and c.source.lstrip().startswith('#| default_exp') for c in nbformat.read(path, 4).cells):
         nb_export(path, lib_path=ROOT/'semidetr')
+        from nbdev.doclinks import _build_modidx
+        _build_modidx()
 
 def run(path, timeout=900):
     from nbclient import NotebookClient

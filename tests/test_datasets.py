@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from semidetr.core import DataError
 from semidetr.datasets import (CocoDataset, ImageFolder, Sample, Subset, Unlabelled, VocDataset, YoloDataset, open_dataset)
-from semidetr.digits import DigitsScenes, glyphs, layout, photos
+from semidetr.digits import DigitsScenes, glyphs, photos
 from semidetr.records import load_image, read_size
 
 RNG = np.random.default_rng(0)

@@ -91,7 +91,7 @@ def test_empty_annotations(tmp_path):
 def test_json_and_text(tmp_path):
     r = check_dataset(str(make(tmp_path)))
     j = json.loads(r.to_json())
-    assert j['exit_code'] == 0 and j['kinds']['warning']['zero-area'] == 1 and j['faults'][0].keys() == {'level', 'kind', 'where', 'item', 'cure'}
+    assert r.errors == [] and j['exit_code'] == 0 and j['kinds']['warning']['zero-area'] == 1 and j['faults'][0].keys() == {'level', 'kind', 'where', 'item', 'cure'}
     r.faults += [Fault('error', 'made-up', 'f', f'i{n}', 'c') for n in range(10)]
     text = r.to_text(most=2)
     assert 'made-up (10)' in text and 'f: i1; c' in text and 'f: i2; c' not in text and 'and 8 more' in text
@@ -195,6 +195,7 @@ def test_contact_sheet(tmp_path):
     plain = np.asarray(contact_sheet(Unlabelled(ds), n=12, ncols=2, cell=100), int)
     assert (np.abs(np.asarray(sheet, int)-plain) > 30).any() # boxes are drawn
     assert contact_sheet(ds, seed=0).tobytes() == contact_sheet(ds, seed=0).tobytes()
+    assert contact_sheet(str(tmp_path)).tobytes() == contact_sheet(ds).tobytes()
     (tmp_path/'images/a.jpg').unlink()
     contact_sheet(ds) # says so on the tile
 

@@ -108,6 +108,12 @@ def test_at_most_100_detections():
     out = evaluate(ds, {1: flood})
     assert out['AP'] == 0 and out['voc_AP50'] == APPROX(100/101) # VOC counts them all
 
+def test_the_better_score_takes_the_object():
+    "In whatever order detections come: the best is the hit, its double the false alarm"
+    ds = dataset({1: [(0, *BOX), (0, *BOX2)]}, ['cat'])
+    rows = (.3, 0, *BOX), (.9, 0, *BOX), (.5, 0, *BOX2), (.8, 0, *BOX2)
+    assert same(evaluate(ds, {1: det(*rows)}), 100, 'AP', 'voc_AP50') and voc_ap50(ds, {1: det(*rows[::-1])}) == APPROX(100)
+
 def test_silent(capsys):
     evaluate(dataset({1: [(0, *BOX)]}), {1: det((.5, 0, *BOX))})
     got = capsys.readouterr()

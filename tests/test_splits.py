@@ -109,7 +109,11 @@ def test_indices():
 
 def test_plain_lists(tmp_path):
     ds, path = Fake(100), tmp_path/'l.json' # ids 5, 8, ..., 302
-    def read(values, **kw): path.write_text(json.dumps(values)); return read_index_list(path, ds, **kw)
+    def read(values, **kw):
+        path.write_text(json.dumps(values))
+        s, how = read_index_list(path, ds, **kw)
+        assert Counter(s.labelled+s.unlabelled+s.dev) == Counter(ds.ids)
+        return s.labelled, how
     assert read([302, 5]) == ([302, 5], 'image ids')
     assert read([0, 99]) == ([5, 302], 'positions in the data set')
     with pytest.raises(DataError, match='both ids and positions'): read([5, 8])
@@ -120,10 +124,10 @@ def test_plain_lists(tmp_path):
         with pytest.raises(DataError): read(bad)
     names = Fake(ids=['a', 'b', 'c'])
     path.write_text('["c", "a"]')
-    assert read_index_list(path, names) == (['c', 'a'], 'image ids')
+    assert read_index_list(path, names)[0].labelled == ['c', 'a']
     same = Fake(ids=range(10)) # ids are positions: no ambiguity
     path.write_text('[3, 4]')
-    assert read_index_list(path, same)[0] == [3, 4]
+    assert read_index_list(path, same)[0].labelled == [3, 4]
 
 def test_unbiased_teacher_lists(tmp_path):
     ds, path = Fake(ids=[3*i+5 for i in range(1000)][::-1]), tmp_path/'l.txt' # file order is not id order
@@ -131,10 +135,11 @@ def test_unbiased_teacher_lists(tmp_path):
     assert len(boxed) == 900
     table = {'1.0': {'1': list(range(891, 900)), '2': list(range(9))}, '2.0': {'1': list(range(980, 1000))}, '5.0': {'1': [1, 2, 3]}}
     path.write_text(json.dumps(table))
-    ids, how = read_index_list(path, ds, percent=1, fold=1)
-    assert ids == boxed[891:] and 'with boxes' in how
-    ids, how = read_index_list(path, ds, percent=2, fold=1)
-    assert ids == sorted(ds.ids)[980:] and 'all images' in how
+    s, how = read_index_list(path, ds, percent=1, fold=1, dev=100)
+    assert (s.percent, s.fold, len(s.dev), len(s.unlabelled)) == (1, 1, 100, 891)
+    assert s.labelled == boxed[891:] and 'with boxes' in how
+    s, how = read_index_list(path, ds, percent=2, fold=1)
+    assert s.labelled == sorted(ds.ids)[980:] and 'all images' in how
     for kw, words in ((dict(percent=5, fold=1), 'fit neither'), (dict(percent=7, fold=1), 'percent=7'), (dict(percent=1, fold=9), 'fold=9'), (dict(), 'percent=None')):
         with pytest.raises(DataError, match=words): read_index_list(path, ds, **kw)
 

@@ -234,13 +234,15 @@ def test_cache_is_filled_once_and_survives_inference_mode():
     copy.deepcopy(model)
 
 def test_fewer_tokens_than_queries():
-    model, (cls, box) = randomised(Transformer(tiny(num_queries=500)), .2), map(randomised, heads())
+    model, (cls, box) = randomised(Transformer(tiny(num_queries=500)), .2), [randomised(h) for h in heads()]
     f, masks = padded(maps(((4, 4), (2, 2))), None, 2)
     enc, hs, refs = run(model, cls, box, f, masks)
     S = 36+9
     assert hs.shape[2] == S and sorted(enc.selected[0].tolist()) == list(range(S))
     n = int((~enc.padding_mask[0]).sum())
     assert not enc.padding_mask[0, enc.selected[0, :n]].any() # valid tokens first
+    blank = cls(model.enc_output_norm(model.enc_output(torch.zeros(1, 32)))) # what is padding reaches no head
+    assert torch.allclose(enc.enc_logits[0, n:], blank.expand(S-n, -1), atol=1e-5)
     boxes = predict_boxes(refs, box(hs))
     for t in (hs, refs, boxes, enc.enc_boxes, enc.reference_logits): assert torch.isfinite(t).all()
     (hs.sum()+boxes.sum()+enc.enc_boxes.sum()+enc.enc_logits.sum()).backward()

@@ -244,7 +244,7 @@ print(text[:150])
 # Two kinds of list circulate: image ids, and *positions* in a list of images. The public file of Unbiased Teacher holds positions, as `{percent: {fold: [position, ...]}}`, and the list they point into is
 # neither COCO's file order nor all of COCO: it is the images that have at least one box that is not a crowd region (117,266 of 118,287), sorted by image id. That is why its 1 % has 1,172 images and not 1,182.
 #
-# `read_index_list` checks each reading against the data, returns ids, and says which reading it took. Where more than one reading fits, it does not guess.
+# `read_index_list` checks each reading against the data, returns a `Split` with those labelled images, and says which reading it took. Where more than one reading fits, it does not guess.
 
 # %%
 #| export
@@ -269,14 +269,8 @@ def _nested(path, table, ds, percent, fold):
 
 # %%
 #| export
-def read_index_list(
-    path, # JSON: a list of ids, a list of positions, or {percent: {fold: [positions]}}
-    ds, # the data set it speaks of
-    percent=None, # for the nested form
-    fold=None, # for the nested form
-    convention:str='auto', # 'ids' or 'positions' (in the data set's own order) settles an ambiguous plain list
-): # (image ids in the order of the file, which convention was found)
-    "Read another project's list of labelled images and say how it was understood"
+def _read_ids(path, ds, percent, fold, convention):
+    "Image ids of a list, and how it was read"
     try: data = json.loads(Path(path).read_text())
     except (ValueError, OSError) as e: raise DataError(f"{path}: cannot be read as JSON ({e})") from None
     if convention not in ('auto', 'ids', 'positions'): raise ConfigError(f"convention='{convention}' is not one of auto, ids, positions")
@@ -298,7 +292,7 @@ def read_index_list(
 #| export
 def split_from_ids(
     ds, # data set
-    labelled, # image ids, for example from `read_index_list`
+    labelled, # image ids
     percent=None, # recorded only
     fold:int=0, # recorded only
     dev:int=0, # development images, taken from those that are not labelled
@@ -318,14 +312,30 @@ def split_from_ids(
 
 
 # %%
+#| export
+def read_index_list(
+    path, # JSON: a list of ids, a list of positions, or {percent: {fold: [positions]}}
+    ds, # the data set it speaks of
+    percent=None, # for the nested form
+    fold=None, # for the nested form
+    convention:str='auto', # 'ids' or 'positions' (in the data set's own order) settles an ambiguous plain list
+    dev:int=0, # development images, taken from those that the list leaves unlabelled
+    seed:int=0,
+): # (Split, its labelled images in the order of the file; which convention was found)
+    "Read another project's list of labelled images and say how it was understood"
+    ids, found = _read_ids(path, ds, percent, fold, convention)
+    return split_from_ids(ds, ids, percent, fold or 0, dev, seed), found
+
+
+# %%
 with tempfile.TemporaryDirectory() as tmp:
     Path(f'{tmp}/ut.json').write_text('{"10.0": {"1": [0, 7]}}')
-    nested_ids, nested_how = read_index_list(f'{tmp}/ut.json', twenty, percent=10, fold=1)
+    nested, nested_how = read_index_list(f'{tmp}/ut.json', twenty, percent=10, fold=1, dev=4)
     Path(f'{tmp}/plain.json').write_text('[103, 119]')
-    plain_ids, plain_how = read_index_list(f'{tmp}/plain.json', twenty)
-assert nested_ids == [100, 107] and plain_ids == [103, 119]
+    plain, plain_how = read_index_list(f'{tmp}/plain.json', twenty)
+assert nested.labelled == [100, 107] and plain.labelled == [103, 119]
 print(nested_how, '|', plain_how)
-split_from_ids(twenty, nested_ids, percent=10, fold=1, dev=4)
+nested
 
 # %% [markdown]
 # ## Summary

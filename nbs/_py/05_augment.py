@@ -391,14 +391,14 @@ def find_marker(image):
     ys, xs = (torch.arange(n).double()+.5 for n in d.shape)
     return torch.stack([(d.sum(0)*xs).sum(), (d.sum(1)*ys).sum()])/d.sum()
 
-grey = np.full((90, 120, 3), 125, np.uint8); grey[28:35, 66:73] = 255 # its centre is (69.5, 31.5)
+grey = np.full((60, 80, 3), 125, np.uint8); grey[18:27, 40:49] = 255 # its centre is (44.5, 22.5)
 marked, misses = toy_sample(Image.fromarray(grey), []), []
 fig, axes = plt.subplots(1, 6, figsize=(6, 1.2), dpi=80)
-for ax, op in zip(axes, (('resize', 72), ('flip', None), ('translate_x', .1), ('translate_y', -.07), ('rotate', 25.), ('shear', (.3, -.2)))):
+for ax, op in zip(axes, (('resize', 48), ('flip', None), ('translate_x', .1), ('translate_y', -.07), ('rotate', 25.), ('shear', (.3, -.2)))):
     v = render(marked, [op], replace(small, max_side=200), raw=True)
-    told = (v.matrix @ torch.tensor([69.5, 31.5, 1.]).double())[:2]
+    told = (v.matrix @ torch.tensor([44.5, 22.5, 1.]).double())[:2]
     misses.append((find_marker(v.image)-told).abs().max().item())
-    show_image(ax, v.image); ax.plot(*(told-.5), '+', color='#ff7f0e', ms=9); ax.set_title(op[0], fontsize=7)
+    show_image(ax, v.image); ax.plot(*(told-.5), '+', color='#ff7f0e', ms=14); ax.set_title(op[0], fontsize=7)
 plt.tight_layout(pad=.3); plt.show()
 assert max(misses) < .1
 print(f'largest miss: {max(misses):.3f} pixels')

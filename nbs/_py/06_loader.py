@@ -258,31 +258,19 @@ class _Batches:
 
 # %%
 #| export
-class SemiLoader:
-    "Endless batches of labelled and unlabelled images; batch `t` is a pure function of `(seed, t)`"
-    def __init__(self,
-        labelled, # data set with boxes
-        unlabelled=None, # any data set, boxes or not: they are never shown
-        n_labelled:int=4, n_unlabelled:int=0, # images a batch, in this process
-        view:ViewConfig=ViewConfig(),
-        seed:int=0,
-        ratio:str='fixed', # or 'binomial': the published sampler
-        num_workers:int=2, # processes; 0 = in the training process
-        rank:int=0, world:int=1, # this process among those that train together
-        start:int=0, # first step
-        keep_empty:bool=False, # also draw labelled images without a box
-    ):
-        _check(labelled, unlabelled, n_labelled, n_unlabelled, ratio, num_workers)
-        kept = list(range(len(labelled))) if keep_empty else _with_boxes(labelled)
-        if not kept: raise DataError(f'{labelled.name}: no labelled image has a box; check the annotations with `semidetr doctor`')
-        plan = dict(n_labelled=n_labelled, n_unlabelled=n_unlabelled, ratio=ratio, seed=seed, rank=rank, world=world)
-        self.view, self.num_workers, self.step = view, num_workers, start
-        self._make = _Batches(labelled, unlabelled, kept, plan, view, seed)
-        self._loader = self._iter = None
+class _From:
+    "Step numbers from a loader's current step on"
+    def __init__(self, loader): self.loader = loader
+    def __iter__(self): return itertools.count(self.loader.step)
 
-    def draws(self, t:int):
-        "(draw number, position in the data set) of step `t`, for the labelled and the unlabelled pool"
-        return self._make.draws(t)
+
+# %%
+#| export
+class _Stream:
+    "Batches of consecutive steps, made here or by workers; its only state is the next step"
+    def __init__(self, make, view, num_workers, start):
+        self._make, self.view, self.num_workers, self.step = make, view, num_workers, start
+        self._loader = self._iter = None
 
     def batch(self, t:int)->dict:
         "Make batch `t` here and now; the state is left alone"
@@ -318,11 +306,6 @@ class SemiLoader:
 
 # %%
 #| export
-class _From:
-    "Step numbers from a loader's current step on"
-    def __init__(self, loader): self.loader = loader
-    def __iter__(self): return itertools.count(self.loader.step)
-
 def _check(labelled, unlabelled, n_labelled, n_unlabelled, ratio, num_workers):
     if ratio not in ('fixed', 'binomial'): raise ConfigError(f"ratio '{ratio}' is unknown; known: binomial, fixed")
     if n_labelled < 1 or n_unlabelled < 0: raise ConfigError(f'a batch needs at least one labelled image and no negative number (n_labelled={n_labelled}, n_unlabelled={n_unlabelled})')
@@ -331,6 +314,33 @@ def _check(labelled, unlabelled, n_labelled, n_unlabelled, ratio, num_workers):
     if n_unlabelled and (unlabelled is None or not len(unlabelled)):
         raise DataError(f'n_unlabelled={n_unlabelled}, but there are no unlabelled images; give some, or set n_unlabelled=0')
 
+class SemiLoader(_Stream):
+    "Endless batches of labelled and unlabelled images; batch `t` is a pure function of `(seed, t)`"
+    def __init__(self,
+        labelled, # data set with boxes
+        unlabelled=None, # any data set, boxes or not: they are never shown
+        n_labelled:int=4, n_unlabelled:int=0, # images a batch, in this process
+        view:ViewConfig=ViewConfig(),
+        seed:int=0,
+        ratio:str='fixed', # or 'binomial': the published sampler
+        num_workers:int=2, # processes; 0 = in the training process
+        rank:int=0, world:int=1, # this process among those that train together
+        start:int=0, # first step
+        keep_empty:bool=False, # also draw labelled images without a box
+    ):
+        _check(labelled, unlabelled, n_labelled, n_unlabelled, ratio, num_workers)
+        kept = list(range(len(labelled))) if keep_empty else _with_boxes(labelled)
+        if not kept: raise DataError(f'{labelled.name}: no labelled image has a box; check the annotations with `semidetr doctor`')
+        plan = dict(n_labelled=n_labelled, n_unlabelled=n_unlabelled, ratio=ratio, seed=seed, rank=rank, world=world)
+        super().__init__(_Batches(labelled, unlabelled, kept, plan, view, seed), view, num_workers, start)
+
+    def draws(self, t:int):
+        "(draw number, position in the data set) of step `t`, for the labelled and the unlabelled pool"
+        return self._make.draws(t)
+
+
+# %%
+#| export
 class EvalLoader:
     "One pass over a data set in order, without augmentation; yields parts as `collate` makes them"
     def __init__(self,
@@ -355,6 +365,7 @@ class EvalLoader:
         work, steps = _Work(self._views), range(len(self))
         it = iter(_workers(work, steps, self.num_workers, False)) if self.num_workers and len(self) else map(work.__getitem__, steps)
         for _ in steps: yield _land(_next(it), self.view)['part']
+
 
 # %% [markdown]
 # ## Seen
@@ -394,6 +405,7 @@ for row, (kind, p) in zip(axes, whole[1].items()):
     row[0].set_title(kind, fontsize=8, loc='left')
 plt.tight_layout(pad=.3); plt.show()
 
+
 # %% [markdown]
 # The worker processes change nothing but the speed, and an unreadable image reaches the training process as one line.
 
@@ -414,7 +426,7 @@ line
 # ## Summary
 #
 # * Batch $t$ is a pure function of seed and $t$: the state is one integer, and `loader.batch(t)` makes any batch again.
-# * Draw numbers tile the pools over steps and processes: no image twice in an epoch, no image on two ranks at once.
+# * Draw numbers tile the pools over steps and processes: within an epoch of a pool no image is drawn twice, on whatever process.
 # * `ratio='binomial'` is the published sampler, with 1.327 labelled images where the paper says 1; `fixed` keeps the numbers.
 # * Truth of unlabelled images is removed before the views are made, and the keys for it do not exist.
 # * Workers send bytes, not floats; their errors arrive as errors.

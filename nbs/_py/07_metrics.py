@@ -88,15 +88,6 @@ def precision_recall(
     tp = h.cumsum()
     return tp/n_gt if n_gt else np.full(len(h), np.nan), tp/np.arange(1, len(h)+1)
 
-def average_precision(
-    recall, # (K,) rising
-    precision, # (K,)
-)->float: # in 0..1
-    "Area under the precision-recall curve after each precision is raised to the best one at higher recall (all points)"
-    r = np.concatenate([[0.], recall])
-    envelope = np.maximum.accumulate(np.asarray(precision, float)[::-1])[::-1]
-    return float((np.diff(r)*envelope).sum())
-
 
 # %%
 recall, precision = precision_recall([.9, .8, .7, .6, .5], hits=[1, 0, 1, 0, 1], n_gt=4)
@@ -106,18 +97,6 @@ recall, precision
 
 # %%
 #| export
-def precision_recall(
-    scores, # (K,) scores of all detections of a class, any order
-    hits, # (K,) 1 hit, 0 false alarm, -1 not counted
-    n_gt:int, # objects to be found
-): # (recall, precision), one point a counted detection, best score first
-    "Precision and recall after each detection"
-    scores, hits = np.asarray(scores, float), np.asarray(hits)
-    order = np.argsort(-scores, kind='stable')
-    h = hits[order]; h = h[h >= 0]
-    tp = h.cumsum()
-    return tp/n_gt if n_gt else np.full(len(h), np.nan), tp/np.arange(1, len(h)+1)
-
 def average_precision(
     recall, # (K,) rising
     precision, # (K,)

@@ -61,6 +61,8 @@ class Report:
         "Faults of one level or kind"
         return [f for f in self.faults if level in (None, f.level) and kind in (None, f.kind)]
     @property
+    def errors(self)->list[Fault]: return self.of('error')
+    @property
     def exit_code(self)->int: # 2: there are errors; 0: fit to train on, perhaps with warnings
         return 2 if self.of('error') else 0
     def to_json(self)->str:
@@ -405,13 +407,14 @@ def _tile(ds, i, cell): # one cell of the contact sheet
     return tile
 
 def contact_sheet(
-    ds:DetectionDataset, # any
+    ds, # data set, or its path or name
     n:int=12, # images, drawn by hash
     ncols:int=4, # in a row
     cell:int=220, # side of a cell in pixels
     seed:int=0, # another seed, other images
 )->Image.Image: # RGB
     "A page of images with their boxes: the check that no program can make; what is to be ignored is dashed"
+    if not isinstance(ds, DetectionDataset): ds = open_dataset(ds)
     chosen = sorted(sorted(range(len(ds)), key=lambda i: stable_hash('contact', seed, ds.ids[i]))[:n])
     ncols = max(1, min(ncols, len(chosen)))
     sheet = Image.new('RGB', (ncols*cell, -(-len(chosen)//ncols)*cell), (255, 255, 255))

@@ -393,7 +393,7 @@ assert [f.shape[-2:] for f in cat_maps] == [(38, 57), (19, 29)]  # sizes round u
 
 # %%
 #| label: fig-backbone-maps
-#| fig-cap: "Stride 8 still shows edges and whiskers; stride 16 has a quarter of the cells and answers to parts: eyes, nose, ears."
+#| fig-cap: "Stride 8 still draws outlines; stride 16 has a quarter of the cells and answers to parts: both eyes and the nose."
 #| fig-alt: "Three panels: a photograph of a cat's face, and two coarse grey maps in which eyes and nose stand out, the second with cells twice as large."
 fig, axes = plt.subplots(1, 3, figsize=(6, 1.7), dpi=80, layout='constrained')
 show_image(axes[0], data.chelsea(), title='300 x 451 pixels')
@@ -465,8 +465,8 @@ alone.shape
 
 # %%
 #| label: fig-backbone-sine
-#| fig-cap: "Similarity (dot product) of every cell's code with that of the marked cell. Temperature 20 makes neighbours stand out; with 10000 nearly all cells look alike."
-#| fig-alt: "Two heat maps of 24 by 24 cells with a marked cell. Left, a narrow bright spot around it; right, a broad bright area over the whole map."
+#| fig-cap: "Similarity (dot product) of every cell's code with that of the marked cell. Temperature 20 makes the neighbourhood stand out; with 10000 even far cells stay alike."
+#| fig-alt: "Two heat maps of 24 by 24 cells with a marked cell. Left, brightness falls off towards dark corners; right, the whole map stays bright."
 fig, axes = plt.subplots(1, 2, figsize=(5, 2.5), dpi=80, layout='constrained')
 for ax, T in zip(axes, (20, 10000)):
     code = sine_position(torch.zeros(1, 24, 24, dtype=torch.bool), 64, T)[0]

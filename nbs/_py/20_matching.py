@@ -357,20 +357,6 @@ def aligned_metric(
     iou = pairwise_overlap(boxes, gt)[0]
     return _of_class(logits, labels).sigmoid()**alpha*iou**beta, iou
 
-def select_positives(
-    m:Tensor, # (...,Q,N) metric
-    iou:Tensor, # (...,Q,N)
-    valid:Tensor, # (...,N) bool: real objects
-    k:int=13, # most positives of an object
-)->Tensor: # (...,Q,N) bool, at most one object a query
-    "The k best queries of each object; a query wanted by several goes to the one it overlaps most"
-    Q, N = m.shape[-2:]
-    if not Q*N: return torch.zeros_like(m, dtype=torch.bool)
-    best = m.topk(min(k, Q), dim=-2, sorted=False).indices
-    keep = torch.zeros_like(m, dtype=torch.bool).scatter(-2, best, True) & (m > 0) & valid[..., None, :]
-    owner = torch.where(keep, iou, -1.).argmax(-1, keepdim=True) # ties: the first
-    return keep & (owner == torch.arange(N, device=m.device))
-
 
 # %%
 score = torch.tensor([[.2], [.9], [.9], [.9]])
@@ -388,19 +374,6 @@ m[:, 0]
 
 # %%
 #| export
-def aligned_metric(
-    logits:Tensor, # (...,Q,C) raw class scores
-    boxes:Tensor, # (...,Q,4) cxcywh normalised
-    labels:Tensor, # (...,N)
-    gt:Tensor, # (...,N,4) cxcywh normalised
-    alpha:float=1., # power of the score
-    beta:float=6., # power of the IoU
-): # (m (...,Q,N), IoU (...,Q,N))
-    "Task-aligned metric of every pair (@eq-matching-metric): score and overlap must both be good"
-    logits, boxes, gt = (_at_least_float32(x) for x in (logits, boxes, gt))
-    iou = pairwise_overlap(boxes, gt)[0]
-    return _of_class(logits, labels).sigmoid()**alpha*iou**beta, iou
-
 def select_positives(
     m:Tensor, # (...,Q,N) metric
     iou:Tensor, # (...,Q,N)

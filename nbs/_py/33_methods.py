@@ -162,3 +162,80 @@ def pseudo_stats(
                 top_score=sum(float(d['scores'].max()) if len(d['scores']) else 0. for d in seen)/n)
 
 METHODS = dict(supervised=supervised, mean_teacher=mean_teacher)
+
+# %% [markdown]
+# ## One step, looked at
+#
+# A tiny detector, two labelled and two unlabelled scenes. The threshold is set so low that an untrained teacher labels something.
+
+# %%
+#| hide
+import dataclasses
+import matplotlib.pyplot as plt
+from semidetr.augment import ViewConfig
+from semidetr.boxes import denormalize_boxes
+from semidetr.datasets import Subset, Unlabelled, open_dataset
+from semidetr.detector import Detector, detector_small
+from semidetr.draw import COLORS, draw_boxes, show_image
+from semidetr.loader import SemiLoader
+from semidetr.teacher import make_teacher
+
+# %%
+torch.manual_seed(0)
+scenes = open_dataset('digits:n=40', 'train')
+view = ViewConfig(short_sides=(96,), eval_short=96, max_side=160, mean=(.5,)*3, std=(.5,)*3)
+loader = SemiLoader(Subset(scenes, range(4)), Unlabelled(scenes, range(4, 40)), 2, 2, view, num_workers=0)
+batch = next(iter(loader))
+tiny = detector_small(10)
+tiny = dataclasses.replace(tiny, backbone=dataclasses.replace(tiny.backbone, weights='none'),
+                           transformer=dataclasses.replace(tiny.transformer, num_queries=20, d_model=32, n_heads=4, ffn=64))
+student = Detector(tiny).train()
+teacher = make_teacher(student)
+step_cfg = StepConfig(MethodConfig('mean_teacher', burn_in=10, unsup_weight=4.), pseudo=PseudoConfig(threshold=.0105))
+losses, stats = mean_teacher(student, teacher, batch, 10, step_cfg)
+assert stats['pseudo_boxes'] > 0 and any('unsup' in k for k in losses) and all(torch.isfinite(v) for v in losses.values())
+{k: round(v.item(), 3) for k, v in losses.items() if k.endswith(('_cls', '_l1', '_giou'))}
+
+# %% [markdown]
+# The unlabelled part of a batch holds no boxes, whatever the data set knows. In the burn-in the method looks at nothing but the labelled part:
+
+# %%
+assert all('boxes' not in t for t in batch['weak']['targets']+batch['strong']['targets'])
+early, _ = mean_teacher(student, teacher, batch, 9, step_cfg)
+assert not any('unsup' in k for k in early)
+sorted(early)[:6]
+
+# %% [markdown]
+# Boxes travel with the views. Here true boxes stand in for a teacher that sees perfectly: drawn in the weak view, carried to the strong view by @eq-teacher-transport.
+
+# %%
+#| label: fig-methods-views
+#| fig-cap: "What the teacher says about the weak view (left) becomes the student's target in the strong view (right), through flip, shift, shear and rotation."
+#| fig-alt: "Two scenes in weak and strong views with the same boxes"
+fig, axes = plt.subplots(2, 2, figsize=(4, 4), dpi=80)
+for row, w, s, wi, si in zip(axes, batch['weak']['targets'], batch['strong']['targets'], batch['weak']['images'], batch['strong']['images']):
+    truth = scenes.annotation(scenes.index_of(w['image_id']))
+    in_weak, _ = transform_boxes(truth['boxes'], w['matrix'], w['size'])
+    seen = [dict(boxes=in_weak, labels=truth['labels'], scores=torch.ones(len(in_weak)))]
+    carried = transport(seen, [w], [s])[0]
+    for ax, image, boxes, kind in ((row[0], wi, in_weak, 'teacher'), (row[1], si, denormalize_boxes(carried['boxes'], s['size']), 'student')):
+        show_image(ax, image, view.mean, view.std); draw_boxes(ax, boxes, kind=kind)
+axes[0, 0].set_title('weak: teacher'); axes[0, 1].set_title('strong: student'); fig.tight_layout(); plt.show()
+
+# %%
+#| label: fig-methods-weight
+#| fig-cap: "The unsupervised weight is zero in the burn-in; a ramp lets a young teacher's mistakes in slowly."
+#| fig-alt: "Unsupervised weight over the iterations, without and with a ramp"
+fig, ax = plt.subplots(figsize=(5, 2.4), dpi=80)
+for ramp in (0, 200): ax.plot([unsup_weight(t, MethodConfig('mean_teacher', burn_in=100, unsup_ramp=ramp)) for t in range(500)], label=f'unsup_ramp={ramp}')
+ax.set(xlabel='iteration', ylabel='w_u'); ax.legend(); plt.show()
+
+# %% [markdown]
+# ## Summary
+#
+# - A method is a function of student, teacher, batch and step; the trainer only adds its losses up.
+# - Supervised training and the mean teacher share one criterion; the teacher's boxes simply take the place of the truth.
+# - Pseudo labels are made on the weak view and learnt on the strong one.
+# - Nothing of the hidden truth is in the batch; statistics leave the step so that the monitor can compare.
+#
+# **Exercises.** 1. What does an unlabelled image without any pseudo label teach the student? 2. Which losses change when `unsup_cdn` goes from `stage2` to `never`? 3. Write a method that uses the teacher's boxes only where two teachers of different age agree.

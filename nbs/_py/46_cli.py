@@ -1,16 +1,23 @@
 # %% [markdown]
 # # The command line {#sec-cli}
 #
-# > `semidetr demo`, `doctor`, `split`, `train`, `eval`, `predict`, `site`: the book's functions, one command each.
+# > Run the whole book from a shell: `semidetr demo`, `doctor`, `split`, `train`, `eval`, `predict`, `site`.
 #
-# The commands hold no logic of their own. Each opens what it is given, calls a function of an earlier chapter, and prints. A mistake in the input ends with one line that names the file, the item and the cure, and exit code 2; a traceback means a mistake in this package.
+# A command that ends in forty lines of traceback because a folder was misspelt teaches its user to fear it. The commands of this chapter hold no logic of their own: each opens what it is given, calls a function of an earlier chapter, and prints. What they add is manners:
+#
+# - a mistake in the input is *one line* on the error stream, `error: ...`, that names file, item and cure; the exit code is 2, and nothing is left half-written. A traceback means a mistake in this package;
+# - Ctrl-C ends a training run after the current iteration with a checkpoint and exit code 130; the same command goes on from there;
+# - a command that was run to its end is not run again: `train` on a finished folder prints its result;
+# - `--help` answers at once, because nothing heavy is imported before a command needs it.
 
 # %%
 #| default_exp cli
 
 # %%
 #| export
+import functools
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -18,178 +25,481 @@ from typing import Annotated
 import typer
 
 # %%
+#| hide
+import contextlib
+import io
+import tempfile
+import matplotlib.pyplot as plt
+from PIL import Image
+from semidetr.core import DataError
+from semidetr.draw import show_image
+
+
+# %% [markdown]
+# ## One line for an error
+#
+# Which errors are the user's to cure? Those that the package raises as `SemiDETRError`; what the operating system says about a file (no permission, disk full); and memory that ran out. `_one_line` turns these into a sentence and leaves everything else alone. It looks the classes up instead of importing them: if torch was never imported, none of its errors can have been raised.
+
+# %%
 #| export
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  help='Train detection transformers from few labelled and many unlabelled images (Semi-DETR).')
-Data = Annotated[str, typer.Option('--data', '-d', help="COCO JSON, folder with instances_train.json, VOC root, folder of images, a name under SEMIDETR_DATA, or 'digits'")]
-Out = Annotated[Path, typer.Option('--out', '-o', help='folder for the results')]
-Device = Annotated[str, typer.Option(help='auto, cpu, cuda, cuda:N')]
-Quiet = Annotated[bool, typer.Option('--quiet', '-q', help='no progress bars')]
+def _one_line(e): # exception -> sentence for the user, or None if it is a mistake of this package
+    known = getattr(sys.modules.get('semidetr.core'), 'SemiDETRError', ())
+    if isinstance(e, known): return ' '.join(str(e).split())
+    if isinstance(e, OSError) and e.strerror and not isinstance(e, BrokenPipeError):
+        return f'{e.filename}: {e.strerror}; choose another place, or change its permissions' if e.filename else e.strerror
+    if type(e).__name__ in ('OutOfMemoryError', 'MemoryError') or "DefaultCPUAllocator: can't allocate" in str(e):
+        return 'memory ran out; take a smaller loader.n_labelled, loader.n_unlabelled, view.max_side or --batch (optim.accumulate keeps the effective batch)'
 
-def _say(text=''): print(text, flush=True)
+def _say(text=''):
+    "Print, in the first of several processes"
+    if os.environ.get('RANK', '0') == '0': print(text, flush=True)
 
-def _row(name, m):
-    "One line of metrics"
-    value = lambda k: '   -' if m.get(k) != m.get(k) or m.get(k) is None else f'{m[k]:5.1f}'
-    return f"  {name:10s} AP {value('AP')}  AP50 {value('AP50')}  AP75 {value('AP75')}"
+def _fail(text, code=2): # -> the exit that ends a command
+    print(text if code == 130 else f'error: {text}', file=sys.stderr, flush=True)
+    return typer.Exit(code)
+
+
+# %%
+assert _one_line(DataError('a.jpg: cut off;\nrestore it')) == 'a.jpg: cut off; restore it' and _one_line(KeyError('x')) is None
+_one_line(PermissionError(13, 'Permission denied', 'runs/a'))
+
+# %% [markdown]
+# `command` registers a function with [typer](https://typer.tiangolo.com) and puts this net under it. `main` catches what happens before a command starts, such as an unknown option, and guarantees one line there too.
+
+# %%
+#| export
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help='Train detection transformers from few labelled and many unlabelled images (Semi-DETR).',
+                  epilog='Example: semidetr demo      Each command has its own: semidetr COMMAND --help')
+
+def command(
+    name:str=None, # on the command line; None: that of the function
+): # decorator; the function itself stays as it is
+    "A command whose foreseeable failures are one line and an exit code"
+    def register(fn):
+        @functools.wraps(fn)
+        def run(*args, **kwargs):
+            try: return fn(*args, **kwargs)
+            except KeyboardInterrupt as e: raise _fail(str(e) or 'stopped', 130) from None
+            except Exception as e:
+                if (line := _one_line(e)) is None: raise
+                raise _fail(line) from None
+        app.command(name)(run)
+        return fn
+    return register
+
+@app.callback(invoke_without_command=True)
+def _start(ctx:typer.Context, version:Annotated[bool, typer.Option('--version', help='print the version and stop')]=False):
+    if version:
+        from semidetr import __version__
+        _say(f'semidetr {__version__}')
+    elif ctx.invoked_subcommand is None: _say(ctx.get_help())
 
 
 # %%
 #| export
-@app.command()
+def _show_warning(message, category, filename, lineno, file=None, line=None):
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+
+def main(
+    argv=None, # arguments without the program's name; None: those of the process
+):
+    "Entry point: ends with SystemExit, code 0, 2 (the user can cure it) or 130 (Ctrl-C)"
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try: code = app(argv, prog_name='semidetr', standalone_mode=False)
+        except KeyboardInterrupt: code = 130
+        except Exception as e:
+            if not hasattr(e, 'format_message'): raise
+            ctx = getattr(e, 'ctx', None)
+            path = ctx.command_path if ctx is not None else 'semidetr'
+            code = _fail(f"{' '.join(e.format_message().split()).rstrip('.')}; see {path} --help").exit_code
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+# %% [markdown]
+# In the lesson cells below, `shell` runs a command line as a terminal would and shows both streams and the exit code.
+
+# %%
+home = Path(tempfile.mkdtemp())
+
+def shell(line):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(home):
+        try: main(line.split()[1:])
+        except SystemExit as e: code = e.code
+    print(f'$ {line}\n{out.getvalue()}{err.getvalue()}[exit {code}]')
+    return code
+
+assert shell('semidetr trian') == 2
+
+# %% [markdown]
+# ## What the commands share
+#
+# Options that mean the same are declared once. `_free` looks at an output place *before* the work: an hour of training must not end at a folder that cannot be written. It creates nothing. `_test_split` finds the images for the reported numbers, and says why there are none; an annotation file given as `--data` is no test split of itself.
+
+# %%
+#| export
+Out = Annotated[Path, typer.Option('--out', '-o', help='folder for the results')]
+Device = Annotated[str, typer.Option(help='auto, cpu, cuda, cuda:N')]
+Quiet = Annotated[bool, typer.Option('--quiet', '-q', help='no progress bars')]
+Run = Annotated[Path, typer.Option('--run', '-r', help='folder of a run, or a checkpoint')]
+Nms = Annotated[float, typer.Option(help='IoU of per-class suppression; 0: none, as DETR is meant to be used')]
+_HINT = "COCO JSON, folder with instances_train.json, VOC or YOLO folder, a name under SEMIDETR_DATA, or 'digits'"
+
+def _free(path, folder=True):
+    "DataError if results cannot be written there; nothing is created"
+    from semidetr.core import DataError
+    path = Path(path)
+    if path.exists() and path.is_dir() != folder: raise DataError(f"{path}: is {'a file' if folder else 'a folder'}; choose another --out")
+    there = next(p for p in [path, *path.absolute().parents] if p.exists())
+    if there.is_file() and there != path: raise DataError(f'{there}: is a file, so {path} cannot be made; choose another --out')
+    if not os.access(there, os.W_OK): raise DataError(f'{there}: no permission to write; choose another --out')
+    return path
+
+def _test_split(cfg): # DataConfig -> (data set or None, why there is none)
+    from semidetr.core import DataError
+    from semidetr.datasets import open_dataset
+    if cfg.val: return open_dataset(cfg.val, 'val'), ''
+    try: val = open_dataset(cfg.data, 'val')
+    except DataError as e: return None, str(e)
+    if getattr(val, 'where', None) and val.where == open_dataset(cfg.data, 'train').where: return None, f'{cfg.data}: has no split of its own for testing'
+    return val, ''
+
+def _no_nan(x): # NaN -> None: JSON has no NaN
+    if isinstance(x, dict): return {k: _no_nan(v) for k, v in x.items()}
+    return None if isinstance(x, float) and x != x else x
+
+
+# %% [markdown]
+# ## Look at the data first
+#
+# `doctor` (@sec-doctor) is the first command to run on data of your own. Without a data set it tells what it finds of the installation, which is the first thing to paste into a bug report.
+
+# %%
+#| export
+def _installation():
+    "Versions, devices and data sets, as lines"
+    import torch, torchvision
+    from semidetr import __version__
+    from semidetr.core import pick_device
+    yield f"semidetr {__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}, torchvision {torchvision.__version__}"
+    yield f"device {pick_device()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    root = os.environ.get('SEMIDETR_DATA')
+    names = sorted(p.name for p in Path(root).iterdir() if p.is_dir()) if root and Path(root).is_dir() else []
+    yield f"SEMIDETR_DATA={root}: {', '.join(names) or 'no data set there'}" if root else 'SEMIDETR_DATA is not set: it may name the folder that holds your data sets'
+    yield 'To examine data: semidetr doctor DATA, where DATA is a '+_HINT
+
+@command()
 def doctor(
-    data:Annotated[str, typer.Argument(help='data set to examine')]='',
-    other:Annotated[str, typer.Option(help='unlabelled data set that goes with it')]='',
-    split:Annotated[list[Path], typer.Option(help='split file to check (may be repeated)')]=[],
-    out:Annotated[Path, typer.Option('--out', '-o', help='write report.json and a contact sheet here')]=None,
+    data:Annotated[str, typer.Argument(help=_HINT+', or folder of images', show_default=False)]='',
+    other:Annotated[list[str], typer.Option(help='data set that must not overlap with it, e.g. the unlabelled one (may be repeated); default: its val and test splits')]=[],
+    split_file:Annotated[list[Path], typer.Option(help='split file to check (may be repeated)')]=[],
+    split:Annotated[str, typer.Option(help='which split of DATA')]='train',
+    out:Annotated[Path, typer.Option('--out', '-o', help='write report.json and contact_sheet.png to this folder')]=None,
     quick:Annotated[bool, typer.Option(help='do not decode the images')]=False,
 ):
-    """Examine a data set: counts, classes, and every fault with file, item and cure. Exit code 2 if it cannot be trained on.
+    """Examine a data set: counts, classes, and every fault with file, item and cure.
+
+    Exit code 2 if it cannot be trained on. Without DATA: what is installed.
 
     Example: semidetr doctor path/to/coco --out report
     """
+    if not data:
+        for line in _installation(): _say(line)
+        return
+    from semidetr.core import DataError, atomic_write
+    from semidetr.datasets import open_dataset
     from semidetr.doctor import check_dataset, contact_sheet
-    report = check_dataset(data, other or None, tuple(split), quick=quick)
+    if out: _free(out)
+    report = check_dataset(data, other or None, split_file, split, quick)
+    if report.of('error', 'cannot-open') and not report.counts: raise DataError(str(report.errors[0]).removesuffix('; see above'))
     _say(report.to_text())
     if out:
-        out.mkdir(parents=True, exist_ok=True)
-        (out/'report.json').write_text(report.to_json())
-        if not report.errors: contact_sheet(data).save(out/'contact_sheet.png'); _say(f'contact sheet: {out/"contact_sheet.png"}')
+        atomic_write(out/'report.json', report.to_json())
+        if not report.errors: contact_sheet(open_dataset(data, split)).save(out/'contact_sheet.png')
+        _say(f"written: {out/'report.json'}"+('' if report.errors else f" and {out/'contact_sheet.png'}"))
     if report.errors: raise typer.Exit(2)
 
 
 # %%
+assert shell('semidetr doctor digits:n=30,size=96 --out report') == 0
+
+# %%
+#| label: fig-cli-sheet
+#| fig-cap: "The contact sheet of the doctor: numbers in a report can all be right while the boxes lie beside the objects; a look settles it."
+#| fig-alt: "Twelve scenes with handwritten digits and a box around each"
+fig, ax = plt.subplots(figsize=(4.4, 3.4), dpi=80)
+show_image(ax, Image.open(home/'report'/'contact_sheet.png')); plt.show()
+
+# %%
+assert shell('semidetr doctor no/such/folder') == 2
+
+
+# %% [markdown]
+# ## Divide the images
+#
+# @sec-splits explains what a split is. With a small data set a development part of 100 images would take everything: a fifth is the most that is held out unless you say otherwise.
+
+# %%
 #| export
-@app.command()
+@command()
 def split(
-    data:Data,
+    data:Annotated[str, typer.Option('--data', '-d', help=_HINT)],
     out:Annotated[Path, typer.Option('--out', '-o', help='JSON file to write')],
-    percent:Annotated[float, typer.Option(help='percent of the images that keep their labels')]=0.,
-    count:Annotated[int, typer.Option(help='or: number of labelled images')]=0,
+    percent:Annotated[float, typer.Option(help='percent of the images that keep their labels')]=None,
+    count:Annotated[int, typer.Option(help='or: number of labelled images')]=None,
     fold:Annotated[int, typer.Option(help='which draw')]=0,
-    dev:Annotated[int, typer.Option(help='images held out to choose settings on')]=100,
-    seed:int=0,
+    dev:Annotated[int, typer.Option(help='images held out to choose settings on; default: 100, at most a fifth; with --from 0')]=None,
+    seed:Annotated[int, typer.Option(help='another seed, another development part')]=0,
     cover_classes:Annotated[bool, typer.Option(help='each class has a labelled image')]=False,
     from_file:Annotated[Path, typer.Option('--from', help='published list of indices or ids instead of a draw')]=None,
+    convention:Annotated[str, typer.Option(help='what the numbers of --from are: auto, ids, positions')]='auto',
 ):
     """Divide training images into labelled, unlabelled and development part; the same on every machine.
 
     Example: semidetr split --data path/to/coco --percent 5 --fold 0 -o split.json
     """
     from semidetr.datasets import open_dataset
-    from semidetr.splits import make_split, read_index_list, save_split
+    from semidetr.splits import make_split, read_index_list, save_split, split_from_ids
+    _free(out, folder=False)
     ds = open_dataset(data, 'train')
     if from_file:
-        s, convention = read_index_list(from_file, ds, percent or None, fold)
-        _say(f'{from_file}: {convention}')
-    else: s = make_split(ds, percent or None, count or None, fold, dev, seed, cover_classes)
+        ids, found = read_index_list(from_file, ds, percent, fold, convention)
+        s = split_from_ids(ds, ids, percent, fold, dev or 0, seed)
+        _say(f'{from_file}: read as {found}')
+    else: s = make_split(ds, percent, count, fold, min(100, len(ds)//5) if dev is None else dev, seed, cover_classes)
     save_split(s, out)
     _say(f'{out}: {len(s.labelled)} labelled, {len(s.unlabelled)} unlabelled, {len(s.dev)} development images')
 
 
+# %%
+assert shell('semidetr split --data digits:n=30,size=96 --percent 20 --out split.json') == 0
+assert shell('semidetr split --data digits:n=30,size=96 --percent 120 --out other.json') == 2 and not (home/'other.json').exists()
+
+
 # %% [markdown]
-# ## Training
+# ## Settings of a run
+#
+# A run's settings come from four places, later ones win: preset, `--config` file, options, single settings `group.field=value` (@sec-config). Then the data are looked at, and what does not fit them is changed, each with one line that says so. What you set yourself is never changed.
 
 # %%
 #| export
-@app.command()
+def _settings(preset, config, items): # -> (Config, names that the user set)
+    from semidetr.config import Config, load_config, override
+    from semidetr.config import preset as named
+    from semidetr.core import ConfigError
+    build = lambda base: override(load_config(config, base) if config else base, items)
+    data = build(Config()).data.data
+    cfg = build(named(preset or ('digits' if data.partition(':')[0] == 'digits' else 'small')))
+    if not cfg.data.data: raise ConfigError(f'no data: give --data, a {_HINT}')
+    given = {i.partition('=')[0].strip() for i in items}
+    if config: given |= {k for k in ('data.dev', 'method.name', 'run.test') if _mentions(config, k)}
+    return cfg, given
+
+def _mentions(path, name): # does a configuration file set group.field?
+    import tomllib
+    text, (group, key) = Path(path).read_text(), name.split('.')
+    return key in (json.loads(text) if Path(path).suffix == '.json' else tomllib.loads(text)).get(group, {})
+
+def _fit_to_data(cfg, given): # -> overrides that these data need, each with the line that says so
+    from semidetr.core import DataError
+    from semidetr.datasets import open_dataset
+    d, train = cfg.data, open_dataset(cfg.data.data, 'train')
+    if not train.has_boxes: raise DataError(f'{d.data}: no box to learn from; images without labels belong to --unlabelled')
+    most = len(train)//5
+    if 'data.dev' not in given and not d.split_file and d.dev > most:
+        yield f'data.dev={most}', f'{len(train)} images: {most} of them, not {d.dev}, are held out as development part (data.dev)'
+    if cfg.run.test and 'run.test' not in given:
+        val, why = _test_split(d)
+        if val is None: yield 'run.test=false', f'no test split ({why}): the development part alone is measured; --val names one'
+        elif list(val.classes) != list(train.classes): raise DataError(f'{d.val or d.data}: the classes of the test split are {val.classes[:10]}, those of the training images {train.classes[:10]}; give both the same')
+    if d.unlabelled and 'method.name' not in given: yield 'method.name=mean_teacher', '--unlabelled is given: method mean_teacher (--method supervised leaves those images out)'
+
+
+# %%
+#| export
+def _check_method(cfg): # -> lines about settings that make no sense together
+    from semidetr.core import ConfigError
+    partly = cfg.data.unlabelled or cfg.data.split_file or cfg.data.count or cfg.data.percent not in (0, 100)
+    if cfg.method.name == 'supervised':
+        if partly: yield 'method supervised: unlabelled images are not used (--method mean_teacher learns from them)'
+    elif not partly: raise ConfigError(f"method {cfg.method.name} needs unlabelled images: --unlabelled FOLDER, or keep the labels of a part with --percent or --count")
+    elif cfg.method.burn_in >= cfg.optim.iters: yield f'method.burn_in={cfg.method.burn_in} takes all of the {cfg.optim.iters} iterations; no unlabelled image will be used'
+
+def _result(folder): # content of a run.json that may be damaged -> nothing; DataError names it
+    from semidetr.core import DataError
+    from semidetr.records import read_json
+    path = Path(folder)/'run.json'
+    if path.exists() and 'hash' not in (read_json(path) or {}): raise DataError(f'{path}: is not the result of a run; choose another --out')
+
+def _row(name, m):
+    "One line of metrics"
+    value = lambda k: f'{m[k]:5.1f}' if m.get(k) is not None and m[k] == m[k] else '    -'
+    return f"  {name:10s} "+'  '.join(f'{k} {value(k)}' for k in ('AP', 'AP50', 'AP75') if k in m)
+
+def _summary(result, out):
+    "What a finished run has to say"
+    d = result['data']
+    _say(f"{out}: {result['iterations']} iterations in {result['seconds']/60:.1f} min ({result['cpu_seconds']/60:.1f} CPU-min), {d['labelled']} labelled and {d['unlabelled']} unlabelled images")
+    for part, title in (('dev', 'development part'), ('val', 'test split')):
+        for i, (who, m) in enumerate(result['metrics'].get(part, {}).items()): _say(('' if i else f' {title}, {d[part]} images\n')+_row(who, m))
+    h = result.get('health') or {}
+    quality = f", precision {h['pseudo_precision']:.2f}, recall {h['pseudo_recall']:.2f} against hidden truth" if 'pseudo_recall' in h else ''
+    if 'pseudo_boxes' in h: _say(f" pseudo labels: {h['pseudo_boxes']:.1f} boxes an image (labelled images: {h['labelled_boxes']:.1f}){quality}")
+    _say(f' next: semidetr predict --run {out} --source IMAGES')
+
+
+# %%
+_row('teacher', dict(AP=31.25, AP50=float('nan'), AP75=30.))
+
+
+# %% [markdown]
+# ## Train
+#
+# Images of your own, all or some of them labelled, with more of them in a plain folder: that is the case the defaults are made for. `--show-config` prints the settings of a run instead of running it; the output is a file for `--config`.
+
+# %%
+#| export
+@command()
 def train(
-    settings:Annotated[list[str], typer.Argument(help='single settings, e.g. optim.lr=1e-3 pseudo.threshold=.3')]=None,
-    data:Data='',
+    settings:Annotated[list[str], typer.Argument(help='single settings, e.g. optim.lr=1e-3 pseudo.threshold=.3', show_default=False)]=None,
+    data:Annotated[str, typer.Option('--data', '-d', help=_HINT+'; default: digits')]='',
     unlabelled:Annotated[str, typer.Option(help='more images without labels: a folder is enough')]='',
     val:Annotated[str, typer.Option(help='test split; default: the val split of --data')]='',
-    method:Annotated[str, typer.Option(help='supervised or mean_teacher')]='',
-    preset:Annotated[str, typer.Option(help='starting point: digits, small, coco-1, coco-5, coco-10, coco-full, voc')]='',
+    method:Annotated[str, typer.Option(help='supervised or mean_teacher; default: mean_teacher with --unlabelled, else supervised')]='',
+    preset:Annotated[str, typer.Option(help='starting point: digits, small, coco-1, coco-5, coco-10, coco-full, voc; default: digits or small')]='',
     config:Annotated[Path, typer.Option(help='TOML or JSON file with the settings that differ from the preset')]=None,
     percent:Annotated[float, typer.Option(help='percent of the training images that keep their labels; default: all')]=None,
+    count:Annotated[int, typer.Option(help='or: number of images that keep their labels')]=None,
+    split_file:Annotated[str, typer.Option(help='or: file of semidetr split')]='',
     iters:Annotated[int, typer.Option(help='iterations')]=None,
     seed:Annotated[int, typer.Option(help='seed')]=None,
-    out:Out=Path('runs/train'),
-    device:Device=None, quiet:Quiet=False,
-    show:Annotated[bool, typer.Option(help='print the resolved settings and stop')]=False,
+    threads:Annotated[int, typer.Option(help='CPU threads; 0: all cores')]=0,
+    out:Out=Path('runs/train'), device:Device=None, quiet:Quiet=False,
+    show_config:Annotated[bool, typer.Option('--show-config', help='print the settings as JSON and stop')]=False,
 ):
-    """Train a detector. A folder that holds a stopped run is gone on with. With several GPUs: torchrun --nproc-per-node N -m semidetr.cli train ...
+    """Train a detector. A folder that holds a stopped run is gone on with.
+
+    With several GPUs: torchrun --nproc-per-node N -m semidetr.cli train ...
 
     Example: semidetr train --data path/to/coco --percent 5 --method mean_teacher -o runs/mine
     """
-    from semidetr.config import load_config, override, to_dict
-    from semidetr.config import preset as named
+    from semidetr.config import override, to_dict
+    from semidetr.core import pick_device
+    items = _flags(locals())+list(settings or [])
+    cfg, given = _settings(preset, config, items)
+    pick_device(cfg.run.device)
+    changes = list(_fit_to_data(cfg, given))
+    cfg = override(cfg, [c for c, _ in changes])
+    notes = [text for _, text in changes]+list(_check_method(cfg))
+    if show_config: return _say(json.dumps(to_dict(cfg), indent=1))
+    _result(_free(out))
+    for text in notes: _say(f'note: {text}')
     from semidetr.study import run_config
-    cfg = named(preset or ('digits' if not data or data.startswith('digits') else 'small'))
-    if config: cfg = load_config(config, cfg)
-    flags = {'data.data': data or None, 'data.unlabelled': unlabelled or None, 'data.val': val or None, 'method.name': method or None,
-             'data.percent': percent, 'optim.iters': iters, 'run.seed': seed, 'run.device': device}
-    if percent is not None: flags['data.count'] = 0
-    cfg = override(cfg, [f'{k}={v}' for k, v in flags.items() if v is not None]+list(settings or []))
-    if show: return _say(json.dumps(to_dict(cfg), indent=1))
-    result = run_config(cfg, out, not quiet)
-    _summary(result, out)
+    _summary(run_config(cfg, out, not quiet), out)
+
+def _flags(v): # options of `train` -> settings
+    from semidetr.core import ConfigError
+    if sum(bool(v[k]) for k in ('percent', 'count', 'split_file')) > 1: raise ConfigError('give one of --percent, --count and --split-file')
+    if v['percent'] is not None and not 0 < v['percent'] <= 100: raise ConfigError(f"--percent {v['percent']:g} is outside (0, 100]; 10 means ten percent")
+    for k in ('count', 'iters'):
+        if v[k] is not None and v[k] < 1: raise ConfigError(f'--{k} {v[k]} must be at least 1')
+    names = dict(data='data.data', unlabelled='data.unlabelled', val='data.val', split_file='data.split_file', method='method.name', percent='data.percent',
+                 count='data.count', iters='optim.iters', seed='run.seed', device='run.device', threads='run.threads')
+    reset = [f'data.{k}=0' for k in ('percent', 'count') if v['percent'] is not None or v['count'] or v['split_file']]
+    return reset+[f'{name}={v[k]}' for k, name in names.items() if v[k] not in (None, '')]
 
 
 # %%
-#| export
-def _summary(result, out):
-    "What a finished run has to say"
-    _say(f"{out}: {result['iterations']} iterations in {result['seconds']/60:.1f} min ({result['cpu_seconds']/60:.1f} CPU-min), "
-         f"{result['data']['labelled']} labelled and {result['data']['unlabelled']} unlabelled images")
-    for part, title in (('dev', 'development part'), ('val', 'test split')):
-        for i, (who, m) in enumerate(result['metrics'].get(part, {}).items()):
-            if not i: _say(f" {title}")
-            _say(_row(who, m))
-    if h := result.get('health'):
-        quality = f", precision {h['pseudo_precision']:.2f}, recall {h['pseudo_recall']:.2f} against hidden truth" if 'pseudo_recall' in h else ''
-        _say(f" pseudo labels: {h['pseudo_boxes']:.1f} boxes an image (labelled images: {h['labelled_boxes']:.1f}){quality}")
-    _say(f' next: semidetr predict --run {out} --source IMAGES')
+assert shell('semidetr train --data digits:n=30,size=96 --method mean_teecher') == 2
+assert shell('semidetr train --data digits:n=30,size=96 optim.irts=3') == 2
+assert shell('semidetr train --data digits:n=30,size=96 --percent 20 --device cuda:99') == 2
 
-@app.command('eval')
+
+# %% [markdown]
+# ## Evaluate and predict
+#
+# `eval` measures both networks of a run, class by class for the teacher. Without `--data` it opens the run's own: its test split, or with `--part dev` the images that were held out to choose settings on. `predict` needs no annotations (@sec-predict). If files of a folder cannot be read, the others are finished; each bad one is a line on the error stream, and the exit code is 2, so that a script notices.
+
+# %%
+#| export
+def _eval_part(cfg, data, part): # -> the data set to measure on
+    from semidetr.core import ConfigError, DataError
+    from semidetr.datasets import open_dataset
+    from semidetr.trainer import build_data
+    if part not in (known := ('val', 'dev', 'train') if not data else ('val', 'train', 'test')): raise ConfigError(f"--part '{part}' is unknown{' with --data' if data else ''}; known: {', '.join(known)}")
+    if data or part == 'train': return open_dataset(data or cfg.data, part)
+    ds, why = _test_split(cfg) if part == 'val' else (build_data(cfg).dev, 'the run held no development part out')
+    if ds is None: raise DataError(f'{why}; give --data, or another --part (val, dev, train)')
+    return ds
+
+@command('eval')
 def evaluate(
-    run:Annotated[Path, typer.Option(help='folder of a run, or a checkpoint')],
+    run:Run,
     data:Annotated[str, typer.Option('--data', '-d', help='data set; default: the one of the run')]='',
-    part:Annotated[str, typer.Option(help='train or val')]='val',
-    nms:Annotated[float, typer.Option(help='IoU of per-class suppression; 0: none')]=0.,
-    out:Annotated[Path, typer.Option('--out', '-o', help='write metrics to this JSON file')]=None,
+    part:Annotated[str, typer.Option(help='val, train, or without --data also dev')]='val',
+    nms:Nms=0.,
+    out:Annotated[Path, typer.Option('--out', '-o', help='write all metrics to this JSON file')]=None,
     device:Device='auto', quiet:Quiet=False,
 ):
     """COCO metrics of a run's two networks, per class too.
 
     Example: semidetr eval --run runs/mine --data path/to/coco
     """
-    from semidetr.core import DataError, atomic_write, pick_device
-    from semidetr.datasets import open_dataset
-    from semidetr.predict import load_model
+    from semidetr.core import DataError, atomic_write
     from semidetr.evaluation import evaluate_model
-    dev, result = pick_device(device), {}
+    from semidetr.predict import Predictor
+    if out: _free(out, folder=False)
+    result, ds = {}, None
     for which in ('teacher', 'student'):
-        model, cfg, classes = load_model(run, which, dev)
-        ds = open_dataset(data or cfg.data.val or cfg.data.data, part)
-        if list(ds.classes) != classes: raise DataError(f'{data}: its classes {ds.classes} are not those of the run {classes}; evaluate on data with the same classes')
-        result[which] = m = evaluate_model(model, ds, cfg.view, dev, nms or None, '' if quiet else which)
-        _say(_row(which, m))
-    width = max(map(len, classes))
-    for name, m in result['teacher']['per_class'].items(): _say(f"    {name:{width}s} {_row('', m).strip()}")
-    if out: atomic_write(out, json.dumps(result, indent=1))
+        p = Predictor(run, device, nms=nms or None, which=which)
+        ds = ds or _eval_part(p.cfg.data, data, part)
+        if not ds.has_boxes: raise DataError(f'{ds.name}: no box to measure against; to draw detections there is semidetr predict')
+        if list(ds.classes) != p.classes: raise DataError(f'{data or ds.name}: its classes ({", ".join(ds.classes[:5])}, ...) are not those of the run ({", ".join(p.classes[:5])}, ...); evaluate on data with the same classes')
+        result[which] = evaluate_model(p.model, ds, p.cfg.view, p.device, p.nms, '' if quiet else f'evaluate {which}')
+    _say(f'{ds.name}: {len(ds)} images')
+    for which, m in result.items(): _say(_row(which, m))
+    _say(' teacher, class by class')
+    width = max(10, *map(len, p.classes))
+    for name, m in result['teacher']['per_class'].items(): _say(f"  {name:{width}s} {_row('', m).strip()}")
+    if out: atomic_write(out, json.dumps(_no_nan(result), indent=1)); _say(f'written: {out}')
 
 
 # %%
 #| export
-@app.command()
+@command()
 def predict(
-    run:Annotated[Path, typer.Option(help='folder of a run, or a checkpoint')],
-    source:Annotated[Path, typer.Option(help='an image or a folder of images')],
+    run:Run,
+    source:Annotated[Path, typer.Option('--source', '-s', help='an image or a folder of images')],
     out:Out=Path('runs/predict'),
     threshold:Annotated[float, typer.Option(help='least score')]=.3,
-    nms:Annotated[float, typer.Option(help='IoU of per-class suppression; 0: none')]=0.,
+    nms:Nms=0.,
+    which:Annotated[str, typer.Option(help='teacher or student')]='teacher',
     draw:Annotated[bool, typer.Option(help='write pictures')]=True,
+    ids:Annotated[Path, typer.Option(help='COCO annotation file whose image and category ids to write; default: file names, label + 1')]=None,
+    batch:Annotated[int, typer.Option(min=1, help='images of one size at a time')]=8,
     device:Device='auto', quiet:Quiet=False,
 ):
-    """Detect objects in an image or a folder: drawn pictures and detections.json in COCO's result format.
+    """Detect objects in an image or a folder: drawn pictures, and detections.json in COCO's result format.
+
+    Files that cannot be read are named and left out; the exit code is then 2.
 
     Example: semidetr predict --run runs/mine --source photos -o runs/predict
     """
     from tqdm.auto import tqdm
     from semidetr.predict import Predictor, predict_folder
-    found = predict_folder(Predictor(run, device, threshold, nms or None), source, out, draw, lambda x: tqdm(x, desc='predict', disable=quiet))
+    model = Predictor(run, device, threshold, nms or None, which)
+    found, broken = predict_folder(model, source, _free(out), draw, ids, batch, lambda x: tqdm(x, desc='predict', unit='batch', disable=quiet))
     _say(f"{len(found)} detections in {out/'detections.json'}"+(f', pictures in {out}' if draw else ''))
+    if not found: _say(f'note: no score reaches {threshold:g}; try a lower --threshold')
+    for line in broken: _fail(line)
+    if broken: raise typer.Exit(2)
+
+
+# %%
+(home/'empty').mkdir()
+assert shell('semidetr predict --run empty --source empty') == 2
+assert shell('semidetr eval') == 2
 
 
 # %% [markdown]
@@ -197,40 +507,55 @@ def predict(
 
 # %%
 #| export
-@app.command()
+@command()
 def demo(
     out:Out=Path('runs/demo'),
-    labels:Annotated[int, typer.Option(help='number of labelled scenes')]=20,
+    labels:Annotated[int, typer.Option(min=1, help='number of labelled scenes')]=20,
     seed:Annotated[list[int], typer.Option(help='seed of split and training (may be repeated)')]=[0],
+    workers:Annotated[int, typer.Option(min=0, help='runs at a time; 0: one a core')]=0,
     quiet:Quiet=False,
 ):
-    """Learn to detect handwritten digits from 20 labelled and 1000 unlabelled scenes: supervised against mean teacher, minutes on two cores.
+    """Learn to detect handwritten digits from 20 labelled and 1000 unlabelled scenes.
+
+    Supervised against mean teacher, a few minutes on two cores; table and pictures at the end.
 
     Example: semidetr demo -o runs/demo
     """
     from semidetr.demo import run_demo
-    run_demo(out, labels, tuple(seed), progress=not quiet, say=_say)
+    run_demo(_free(out), labels, tuple(seed), not quiet, workers, _say)
 
-@app.command()
+@command()
 def site(
     engine:Annotated[str, typer.Option(help='auto, quarto or fallback')]='auto',
 ):
-    """Render the book to _docs/ (needs a checkout and the extra [book]).
+    """Render the book to _docs/. Needs a checkout and the extra [book].
 
     Example: semidetr site
     """
+    from semidetr.core import ConfigError
+    if engine not in ('auto', 'quarto', 'fallback'): raise ConfigError(f"--engine '{engine}' is unknown; known: auto, quarto, fallback")
+    if not any((d/'_quarto.yml').exists() for d in (Path.cwd(), *Path.cwd().parents)): raise ConfigError('no _quarto.yml here or above; run this in a checkout of the book')
     from semidetr.site import main as render
     raise typer.Exit(render(['--engine', engine]))
 
 
 # %%
 #| export
-def main():
-    "Entry point: errors that a user can cure are one line and exit code 2"
-    from semidetr.core import SemiDETRError
-    warnings.showwarning = lambda m, c, f, l, file=None, line=None: print(f'warning: {m}' if issubclass(c, UserWarning) else f'{c.__name__}: {m}', file=sys.stderr)
-    try: app()
-    except SemiDETRError as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)
-    except KeyboardInterrupt as e: print(e or 'stopped', file=sys.stderr); sys.exit(130)
+if __name__ == '__main__' and globals().get('__spec__'): main()
 
-if __name__ == '__main__': main()
+# %% [markdown]
+# Every command explains itself, with an example to copy:
+
+# %%
+assert shell('semidetr predict --help') == 0
+
+# %% [markdown]
+# ## Summary
+#
+# - Commands hold no logic: what they do can be done in a script with the functions of the earlier chapters.
+# - Errors that a user can cure are one line with place and cure and exit code 2; anything else is a traceback, because it is a bug.
+# - The output place is tested before the work, and files are written whole or not at all.
+# - Defaults bend to the data (development part, test split, method), always with a line that says so, never against your own setting.
+# - Ctrl-C costs nothing: exit code 130, and the same command goes on.
+#
+# **Exercises.** 1. Which of the errors above are found before the first image is decoded, and which can only be found while training? 2. Why does `predict` exit with code 2 although it wrote its results? What would you choose for a nightly script? 3. Add a command `classes` that prints the class names of a run; how many lines does it need?

@@ -20,6 +20,9 @@ template <class A> struct IntegerOf;
 template <> struct IntegerOf<float> { typedef int32_t type; };
 template <> struct IntegerOf<double> { typedef int64_t type; };
 template <class A> using integer_of = typename IntegerOf<A>::type;
+template <class A> struct HalfOf { typedef A type; };
+template <> struct HalfOf<float> { typedef uint16_t type; };               // bfloat16 goes with float only
+template <class A> using half_of = typename HalfOf<A>::type;
 
 // ---- vectors ------------------------------------------------------------------------------------------------------------
 #if SEMIDETR_VW > 1
@@ -170,8 +173,7 @@ template <class A> struct alignas(64) Block {
   A W[PB], H[PB];                             // of the task: size of the point's level (-2 = no such point),
   I w[PB], h[PB], base[PB], row[PB];          // the same as integers; where the level starts; what one step in y adds
   I level[PB];                                // its number among the task's levels, times ref_dim
-  A cx[PB], cy[PB], dx[PB], dy[PB], a[PB];    // of the query: centre in [0,1], displacement in pixels, attention
-  A sx[PB], sy[PB], ox[PB], oy[PB];           // fused form with boxes: pixels per unit of offset, raw offsets
+  A sx[PB], sy[PB], ox[PB], oy[PB];           // of the query, fused with boxes: pixels per unit of offset, raw offsets
   A fx[PB], fy[PB], ain[PB];                  // fractions; attention, or 0 outside the map
   A wt[4][PB], d[4][PB];                      // weight of each tap; dot product of the output's gradient with its row
   A gx[PB], gy[PB], ga[PB];                   // gradients with respect to the pixel and to the attention
@@ -179,12 +181,18 @@ template <class A> struct alignas(64) Block {
   I in[PB];                                   // -1 inside the map, else 0
 };
 
+// All points of one query and, in the fused form, its softmax and that one's gradient.
+template <class A> struct alignas(64) Query {
+  Block<A> block[kMaxBlocks];
+  A prob[kMaxPoints], grad[kMaxPoints];
+};
+
 template <class A> struct Task {
   const Problem& p;
   int64_t b, m;
   int l0, l1, first, n, blocks;               // levels [l0,l1), first point, number of points, of blocks
   int64_t Dp;                                 // channels of a packed row
-  Block<A>* block;
+  Query<A> query[2];                          // while one query's channels are summed, the next one's points are located
 };
 
 template <class A> SEMIDETR_INLINE int64_t padded_channels(const Problem& p) { constexpr int N = Lanes<A>::n; return (p.D + N - 1) / N * N; }
@@ -196,15 +204,16 @@ template <class A, bool FRAMED> void describe(Task<A>& t) {
   int64_t start[kMaxLevels], s = 0;
   for (int l = t.l0; l < t.l1; l++) { start[l] = s; s += framed_rows(p, l); }
   for (int i = 0; i < t.blocks * PB; i++) {
-    Block<A>& k = t.block[i / PB]; int j = i % PB, l = t.l0 + i / int(p.P);
+    Block<A>& k = t.query[0].block[i / PB]; int j = i % PB, l = t.l0 + i / int(p.P);
     bool real = i < t.n;
     k.w[j] = real ? p.w[l] : -2; k.h[j] = real ? p.h[l] : -2;
     k.W[j] = A(k.w[j]); k.H[j] = A(k.h[j]);
     k.row[j] = !real ? 0 : FRAMED ? integer_of<A>((p.w[l] + 1) * t.Dp) : p.w[l];
     k.base[j] = !real ? 0 : FRAMED ? integer_of<A>((start[l] + p.w[l] + 2) * t.Dp) : p.start[l];
     k.level[j] = real ? int32_t((l - t.l0) * p.ref_dim) : 0;
-    k.cx[j] = k.cy[j] = k.dx[j] = k.dy[j] = k.a[j] = k.sx[j] = k.sy[j] = k.ox[j] = k.oy[j] = 0;
+    k.sx[j] = k.sy[j] = k.ox[j] = k.oy[j] = 0;
   }
+  for (int k = 0; k < t.blocks; k++) t.query[1].block[k] = t.query[0].block[k];
 }
 
 // Lanes j.. of a block: where the four taps are and what they weigh.
@@ -287,18 +296,16 @@ template <class A> SEMIDETR_INLINE Vec<A> spread(const A* src, const A* both, co
 #endif
 }
 
-template <class A> struct Query { alignas(64) A prob[kMaxPoints], grad[kMaxPoints], spare[2 * PB], ref[2 * PB]; };
-
-template <class A, bool FRAMED> SEMIDETR_NOINLINE void points_plain(Task<A>& t, Query<A>& qs, int64_t q) {
+template <class A, bool FRAMED> SEMIDETR_NOINLINE void points_plain(const Task<A>& t, Query<A>& qs, int64_t q) {
   constexpr int N = Lanes<A>::n;
   const Problem& p = t.p;
   int64_t at = ((t.b * p.Q + q) * p.M + t.m) * p.L * p.P + t.first;
   for (int k = 0; k < t.blocks; k++) {
-    Block<A>& block = t.block[k];
+    Block<A>& block = qs.block[k];
     int have = t.n - k * PB;
-    const A* xy = whole_rows((const A*)p.loc + 2 * (at + k * PB), 2, have, qs.spare);
-    alignas(64) A spare[PB];
-    const A* a = whole_rows((const A*)p.weight + at + k * PB, 1, have, spare);
+    alignas(64) A spare[3 * PB];
+    const A* xy = whole_rows((const A*)p.loc + 2 * (at + k * PB), 2, have, spare);
+    const A* a = whole_rows((const A*)p.weight + at + k * PB, 1, have, spare + 2 * PB);
     for (int j = 0; j < PB; j += N) {
       Vec<A> x, y, zero = all(A(0));
       unzip(xy + 2 * j, x, y);
@@ -307,27 +314,25 @@ template <class A, bool FRAMED> SEMIDETR_NOINLINE void points_plain(Task<A>& t, 
   }
 }
 
-template <class A, class R, bool FRAMED> SEMIDETR_NOINLINE void points_fused(Task<A>& t, Query<A>& qs, int64_t q) {
+template <class A, class R, bool FRAMED> SEMIDETR_NOINLINE void points_fused(const Task<A>& t, Query<A>& qs, int64_t q) {
   constexpr int N = Lanes<A>::n;
   const Problem& p = t.p;
   int64_t head = ((t.b * p.Q + q) * p.M + t.m) * p.L * p.P, width = (t.l1 - t.l0) * p.ref_dim;
   const A* ref = (const A*)p.ref + ((t.b * p.Q + q) * p.L + t.l0) * p.ref_dim;
   softmax((const R*)p.logit + head, int(p.L * p.P), qs.prob);
+  alignas(64) A copy[2 * N];
   const A* both = nullptr;
   if (width <= 2 * N) {
-    both = qs.ref;
-    if (width == 2 * N) { store(qs.ref, load(ref)); store(qs.ref + N, load(ref + N)); }
-    else if (width % 4 == 0 || N < 4) for (int i = 0; i < width; i++) qs.ref[i] = ref[i];
-    else for (int i = 0; i < width; i++) qs.ref[i] = ref[i];
+    both = copy;
+    for (int i = 0; i < width; i++) copy[i] = ref[i];
   }
   Vec<A> half = all(A(.5) / A(p.P));
   for (int k = 0; k < t.blocks; k++) {
-    Block<A>& block = t.block[k];
+    Block<A>& block = qs.block[k];
     int have = t.n - k * PB;
-    const A* xy = whole_rows((const R*)p.off + 2 * (head + t.first + k * PB), 2, have, qs.spare);
-    const A* a = qs.prob + t.first + k * PB;
-    alignas(64) A spare[PB];
-    if (have < PB) a = rows(a, 1, have, spare);
+    alignas(64) A spare[3 * PB];
+    const A* xy = whole_rows((const R*)p.off + 2 * (head + t.first + k * PB), 2, have, spare);
+    const A* a = whole_rows(qs.prob + t.first + k * PB, 1, have, spare + 2 * PB);
     for (int j = 0; j < PB; j += N) {
       const auto* level = block.level + j;
       Vec<A> x, y, cx = spread(ref, both, level, 0), cy = spread(ref, both, level, 1);
@@ -342,19 +347,19 @@ template <class A, class R, bool FRAMED> SEMIDETR_NOINLINE void points_fused(Tas
   }
 }
 
-template <class A> void mask_rows(Task<A>& t) {                            // padded pixels of an unpacked map read as zero
+template <class A> void mask_rows(const Task<A>& t, Query<A>& qs) {        // padded pixels of an unpacked map read as zero
   const uint8_t* mask = t.p.mask + t.b * t.p.S;
   for (int i = 0; i < t.n; i++) for (int c = 0; c < 4; c++) {
-    integer_of<A>& r = t.block[i / PB].at[c][i % PB];
+    integer_of<A>& r = qs.block[i / PB].at[c][i % PB];
     if (r >= 0 && mask[r]) r = -1;
   }
 }
 
-template <class A, bool FRAMED> SEMIDETR_INLINE void points(Task<A>& t, Query<A>& qs, int64_t q) {
+template <class A, bool FRAMED> SEMIDETR_INLINE void points(const Task<A>& t, Query<A>& qs, int64_t q) {
   if (!t.p.ref_dim) points_plain<A, FRAMED>(t, qs, q);
-  else if (t.p.raw == kBFloat16) points_fused<A, uint16_t, FRAMED>(t, qs, q);
+  else if (t.p.raw == kBFloat16) points_fused<A, half_of<A>, FRAMED>(t, qs, q);
   else points_fused<A, A, FRAMED>(t, qs, q);
-  if (!FRAMED && t.p.mask) mask_rows(t);
+  if (!FRAMED && t.p.mask) mask_rows(t, qs);
 }
 
 // ---- channels -----------------------------------------------------------------------------------------------------------
@@ -365,11 +370,11 @@ template <class A, class T, bool FRAMED> SEMIDETR_INLINE void taps(const Block<A
 }
 
 template <class A, class T, bool FRAMED, int NV>
-SEMIDETR_NOINLINE void gather_channels(const Task<A>& t, const T* v, int64_t step, const T* zeros, A* out) {
+SEMIDETR_NOINLINE void gather_channels(const Task<A>& t, const Query<A>& qs, const T* v, int64_t step, const T* zeros, A* out) {
   constexpr int N = Lanes<A>::n, NA = NV >= 4 ? 2 : 4;
   Vec<A> acc[NA][NV] = {};
   for (int k = 0; k < t.blocks; k++) {
-    const Block<A>& block = t.block[k];
+    const Block<A>& block = qs.block[k];
     int n = t.n - k * PB < PB ? t.n - k * PB : PB;
     for (int i = 0; i < n; i++) {
       const T* r[4];
@@ -383,22 +388,22 @@ SEMIDETR_NOINLINE void gather_channels(const Task<A>& t, const T* v, int64_t ste
   for (int j = 0; j < NV; j++) store(out + j * N, NA == 2 ? acc[0][j] + acc[1][j] : (acc[0][j] + acc[1][j]) + (acc[NA - 2][j] + acc[NA - 1][j]));
 }
 
-template <class A, class T, bool FRAMED> SEMIDETR_INLINE void gather(const Task<A>& t, const T* v, int64_t step, const T* zeros, A* out) {
+template <class A, class T, bool FRAMED> SEMIDETR_INLINE void gather(const Task<A>& t, const Query<A>& qs, const T* v, int64_t step, const T* zeros, A* out) {
   constexpr int N = Lanes<A>::n;
   int64_t c = 0, D = t.Dp;
-  for (; c + 4 * N <= D; c += 4 * N) gather_channels<A, T, FRAMED, 4>(t, v + c, step, zeros, out + c);
-  if (c + 2 * N <= D) { gather_channels<A, T, FRAMED, 2>(t, v + c, step, zeros, out + c); c += 2 * N; }
-  if (c + N <= D) gather_channels<A, T, FRAMED, 1>(t, v + c, step, zeros, out + c);
+  for (; c + 4 * N <= D; c += 4 * N) gather_channels<A, T, FRAMED, 4>(t, qs, v + c, step, zeros, out + c);
+  if (c + 2 * N <= D) { gather_channels<A, T, FRAMED, 2>(t, qs, v + c, step, zeros, out + c); c += 2 * N; }
+  if (c + N <= D) gather_channels<A, T, FRAMED, 1>(t, qs, v + c, step, zeros, out + c);
 }
 
 // Adds weight * grad to the gradient's rows, and leaves in block.d the dot products of grad with the value's rows.
 template <class A, class T, bool FRAMED, int NV>
-SEMIDETR_NOINLINE void scatter_channels(Task<A>& t, const T* v, int64_t step, const T* zeros, A* g, int64_t gstep, A* trash, const A* grad, bool add) {
+SEMIDETR_NOINLINE void scatter_channels(const Task<A>& t, Query<A>& qs, const T* v, int64_t step, const T* zeros, A* g, int64_t gstep, A* trash, const A* grad, bool add) {
   constexpr int N = Lanes<A>::n, G = N >= 4 ? N / 4 : 1;                   // points whose dot products fill one vector
   Vec<A> go[NV];
   for (int j = 0; j < NV; j++) go[j] = load<A>(grad + j * N);
   for (int k = 0; k < t.blocks; k++) {
-    Block<A>& block = t.block[k];
+    Block<A>& block = qs.block[k];
     int n = t.n - k * PB < PB ? t.n - k * PB : PB;
     for (int i = 0; i < n; i += G) {
       Vec<A> x[4 * G];
@@ -429,9 +434,9 @@ SEMIDETR_NOINLINE void scatter_channels(Task<A>& t, const T* v, int64_t step, co
 }
 
 // Gradients with respect to each point's pixel and attention, from the four dot products.
-template <class A> SEMIDETR_NOINLINE void pixel_gradients(Task<A>& t) {
+template <class A> SEMIDETR_NOINLINE void pixel_gradients(const Task<A>& t, Query<A>& qs) {
   for (int k = 0; k < t.blocks; k++) {
-    Block<A>& b = t.block[k];
+    Block<A>& b = qs.block[k];
     for (int j = 0; j < PB; j += Lanes<A>::n) {
       Vec<A> fx = load(b.fx + j), fy = load(b.fy + j), a = load(b.ain + j), zero = all(A(0));
       Vec<A> d0 = load(b.d[0] + j), d1 = load(b.d[1] + j), d2 = load(b.d[2] + j), d3 = load(b.d[3] + j);
@@ -444,13 +449,13 @@ template <class A> SEMIDETR_NOINLINE void pixel_gradients(Task<A>& t) {
 }
 
 template <class A, class T, bool FRAMED>
-SEMIDETR_INLINE void scatter(Task<A>& t, const T* v, int64_t step, const T* zeros, A* g, int64_t gstep, A* trash, const A* grad) {
+SEMIDETR_INLINE void scatter(const Task<A>& t, Query<A>& qs, const T* v, int64_t step, const T* zeros, A* g, int64_t gstep, A* trash, const A* grad) {
   constexpr int N = Lanes<A>::n;
   int64_t c = 0, D = t.Dp;
-  for (; c + 4 * N <= D; c += 4 * N) scatter_channels<A, T, FRAMED, 4>(t, v + c, step, zeros, g + c, gstep, trash, grad + c, c > 0);
-  if (c + 2 * N <= D) { scatter_channels<A, T, FRAMED, 2>(t, v + c, step, zeros, g + c, gstep, trash, grad + c, c > 0); c += 2 * N; }
-  if (c + N <= D) scatter_channels<A, T, FRAMED, 1>(t, v + c, step, zeros, g + c, gstep, trash, grad + c, c > 0);
-  pixel_gradients(t);
+  for (; c + 4 * N <= D; c += 4 * N) scatter_channels<A, T, FRAMED, 4>(t, qs, v + c, step, zeros, g + c, gstep, trash, grad + c, c > 0);
+  if (c + 2 * N <= D) { scatter_channels<A, T, FRAMED, 2>(t, qs, v + c, step, zeros, g + c, gstep, trash, grad + c, c > 0); c += 2 * N; }
+  if (c + N <= D) scatter_channels<A, T, FRAMED, 1>(t, qs, v + c, step, zeros, g + c, gstep, trash, grad + c, c > 0);
+  pixel_gradients(t, qs);
 }
 
 // ---- packing ------------------------------------------------------------------------------------------------------------
@@ -540,21 +545,20 @@ template <class A> struct Workspace {                                      // on
 };
 
 template <class A, class T, class V, bool FRAMED>                          // T: of the tensors, V: of the rows that are read
-void forward_task(Task<A>& t, Query<A>& qs, int64_t q0, int64_t q1, const V* value, int64_t step, const V* zeros, A* line) {
+void forward_task(Task<A>& t, int64_t q0, int64_t q1, const V* value, int64_t step, const V* zeros, A* line) {
   const Problem& p = t.p;
+  if (q0 < q1) points<A, FRAMED>(t, t.query[q0 & 1], q0);
   for (int64_t q = q0; q < q1; q++) {
     prefetch(t, q, nullptr, 0);
-    points<A, FRAMED>(t, qs, q);
-    gather<A, V, FRAMED>(t, value, step, zeros, line);
+    if (q + 1 < q1) points<A, FRAMED>(t, t.query[(q + 1) & 1], q + 1);
+    gather<A, V, FRAMED>(t, t.query[q & 1], value, step, zeros, line);
     write_row(line, p.D, (T*)p.out + ((t.b * p.Q + q) * p.M + t.m) * p.D);
   }
 }
 
 template <class A, class T> void forward(const Problem& p, int64_t begin, int64_t end, void* scratch) {
   bool packed = framed<A>(p, false);
-  Block<A> block[kMaxBlocks];
-  Query<A> qs;
-  Task<A> t{p, 0, 0, 0, int(p.L), 0, 0, 0, padded_channels<A>(p), block};
+  Task<A> t{p, 0, 0, 0, int(p.L), 0, 0, 0, padded_channels<A>(p), {}};
   if (packed) describe<A, true>(t); else describe<A, false>(t);
   Workspace<A> ws(p, scratch, packed ? packed_size<A>(p, 0, int(p.L)) : 0);
   int64_t held = -1;
@@ -564,19 +568,19 @@ template <class A, class T> void forward(const Problem& p, int64_t begin, int64_
     if (packed) {
       if (held != bm) pack<A, T>(t, ws.value);
       held = bm;
-      forward_task<A, T, A, true>(t, qs, q0, q1, ws.value, t.Dp, ws.zeros, ws.line);
+      forward_task<A, T, A, true>(t, q0, q1, ws.value, t.Dp, ws.zeros, ws.line);
     } else
-      forward_task<A, T, T, false>(t, qs, q0, q1, (const T*)p.value + (t.b * p.S * p.M + t.m) * p.D, p.M * p.D, (const T*)ws.zeros, ws.line);
+      forward_task<A, T, T, false>(t, q0, q1, (const T*)p.value + (t.b * p.S * p.M + t.m) * p.D, p.M * p.D, (const T*)ws.zeros, ws.line);
   }
 }
 
 // Writes the gradients of one query's points; `prob` is its softmax (fused form).
-template <class A, class R> SEMIDETR_NOINLINE void write_points(Task<A>& t, Query<A>& qs, int64_t q) {
+template <class A, class R> SEMIDETR_NOINLINE void write_points(const Task<A>& t, Query<A>& qs, int64_t q) {
   const Problem& p = t.p;
   int64_t N = p.L * p.P, head = ((t.b * p.Q + q) * p.M + t.m) * N;
   bool fused = p.ref_dim > 0, boxes = p.ref_dim == 4;
   for (int k = 0; k < t.blocks; k++) {
-    Block<A>& b = t.block[k];
+    Block<A>& b = qs.block[k];
     int first = t.first + k * PB, n = t.n - k * PB < PB ? t.n - k * PB : PB;
     alignas(64) A xy[2 * PB];
     for (int j = 0; j < PB; j += Lanes<A>::n) {
@@ -605,7 +609,7 @@ template <class A, class R> SEMIDETR_NOINLINE void write_points(Task<A>& t, Quer
     for (int l = t.l0, i = 0; l < t.l1; l++) {
       A g[4] = {};
       for (int k = 0; k < p.P; k++, i++) {
-        const Block<A>& b = t.block[i / PB]; int j = i % PB;
+        const Block<A>& b = qs.block[i / PB]; int j = i % PB;
         A gx = b.gx[j] * b.W[j], gy = b.gy[j] * b.H[j];
         g[0] += gx; g[1] += gy; g[2] += gx * (b.ox[j] * half); g[3] += gy * (b.oy[j] * half);
       }
@@ -616,23 +620,23 @@ template <class A, class R> SEMIDETR_NOINLINE void write_points(Task<A>& t, Quer
 }
 
 template <class A, class T, class V, bool FRAMED>
-void backward_task(Task<A>& t, Query<A>& qs, const V* value, int64_t step, const V* zeros, A* grad, int64_t gstep, A* trash, A* line) {
+void backward_task(Task<A>& t, const V* value, int64_t step, const V* zeros, A* grad, int64_t gstep, A* trash, A* line) {
   const Problem& p = t.p;
+  points<A, FRAMED>(t, t.query[0], 0);
   for (int64_t q = 0; q < p.Q; q++) {
+    Query<A>& qs = t.query[q & 1];
     prefetch(t, q, (const char*)p.grad_out, int64_t(sizeof(T)));
-    points<A, FRAMED>(t, qs, q);
+    if (q + 1 < p.Q) points<A, FRAMED>(t, t.query[(q + 1) & 1], q + 1);
     copy_row((const T*)p.grad_out + ((t.b * p.Q + q) * p.M + t.m) * p.D, p.D, t.Dp, line);
-    scatter<A, V, FRAMED>(t, value, step, zeros, grad, gstep, trash, line);
-    if (p.ref_dim && p.raw == kBFloat16) write_points<A, uint16_t>(t, qs, q); else write_points<A, A>(t, qs, q);
+    scatter<A, V, FRAMED>(t, qs, value, step, zeros, grad, gstep, trash, line);
+    if (p.ref_dim && p.raw == kBFloat16) write_points<A, half_of<A>>(t, qs, q); else write_points<A, A>(t, qs, q);
   }
 }
 
 template <class A, class T> void backward(const Problem& p, int64_t begin, int64_t end, void* scratch) {
   bool packed = framed<A>(p, true);
   constexpr bool direct = sizeof(T) == sizeof(A);                          // an unpacked float gradient is added to in place
-  Block<A> block[kMaxBlocks];
-  Query<A> qs;
-  Task<A> t{p, 0, 0, 0, int(p.L), 0, 0, 0, padded_channels<A>(p), block};
+  Task<A> t{p, 0, 0, 0, int(p.L), 0, 0, 0, padded_channels<A>(p), {}};
   Workspace<A> ws(p, scratch, packed ? packed_size<A>(p, 0, int(p.L)) : 0);
   int parts = p.by_level ? int(p.L) : 1, shown = -1;
   for (int64_t i = begin; i < end; i++) {
@@ -646,16 +650,16 @@ template <class A, class T> void backward(const Problem& p, int64_t begin, int64
     if (packed) {
       pack<A, T>(t, ws.value);
       clear(ws.grad, packed_size<A>(p, t.l0, t.l1));
-      backward_task<A, T, A, true>(t, qs, ws.value, t.Dp, ws.zeros, ws.grad, t.Dp, ws.trash, ws.line);
+      backward_task<A, T, A, true>(t, ws.value, t.Dp, ws.zeros, ws.grad, t.Dp, ws.trash, ws.line);
       unpack<A, T>(t, ws.grad);
     } else {
       int64_t at = (t.b * p.S * p.M + t.m) * p.D, step = p.M * p.D;
       int64_t s0 = p.start[t.l0], s1 = t.l1 < p.L ? p.start[t.l1] : p.S;
       if (direct)
-        backward_task<A, T, T, false>(t, qs, (const T*)p.value + at, step, (const T*)ws.zeros, (A*)p.grad_value + at, step, ws.trash, ws.line);
+        backward_task<A, T, T, false>(t, (const T*)p.value + at, step, (const T*)ws.zeros, (A*)p.grad_value + at, step, ws.trash, ws.line);
       else {
         clear(ws.grad, (s1 - s0) * p.D);
-        backward_task<A, T, T, false>(t, qs, (const T*)p.value + at, step, (const T*)ws.zeros, ws.grad - s0 * p.D, p.D, ws.trash, ws.line);
+        backward_task<A, T, T, false>(t, (const T*)p.value + at, step, (const T*)ws.zeros, ws.grad - s0 * p.D, p.D, ws.trash, ws.line);
         for (int64_t s = s0; s < s1; s++) write_row(ws.grad + (s - s0) * p.D, p.D, (T*)p.grad_value + at + s * step);
       }
     }
