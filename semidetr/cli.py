@@ -115,9 +115,9 @@ def _installation():
     "Versions, devices and data sets, as lines"
     import torch, torchvision
     from semidetr import __version__
+    from semidetr.core import pick_device
     yield f"semidetr {__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}, torchvision {torchvision.__version__}"
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    yield f"{torch.get_num_threads()} of {os.cpu_count()} cores; {', '.join(gpus) or 'no GPU'}"
+    yield f"device {pick_device()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
     root = os.environ.get('SEMIDETR_DATA')
     names = sorted(p.name for p in Path(root).iterdir() if p.is_dir()) if root and Path(root).is_dir() else []
     yield f"SEMIDETR_DATA={root}: {', '.join(names) or 'no data set there'}" if root else 'SEMIDETR_DATA is not set: it may name the folder that holds your data sets'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHOWN', 'RunData', 'build_data', 'build_optimizer', 'lr_factor', 'average_gradients', 'differences',
            'start_processes', 'resolve', 'RunState', 'data_parts', 'forward_backward', 'optimizer_step', 'train_step',
-           'after_step', 'report', 'stop_gently', 'Trainer']
+           'after_step', 'evaluate_now', 'report', 'stop_gently', 'Trainer']
 
 # %% ../nbs/42_trainer.ipynb #82b36df5
 import contextlib
@@ -261,17 +261,34 @@ def after_step(
         mean = {k: sum(r.get(k, 0.) for r in run.recent)/len(run.recent) for k in keys}
         log.write({**mean, **run.health.summary(), 'step': run.step, 'lr': run.optimizer.param_groups[0]['lr']})
         run.recent = []
-    bar.set_postfix(loss=f"{stats['loss']:.2f}", **({'pseudo': f"{stats['pseudo_boxes']:.1f}"} if 'pseudo_boxes' in stats else {}), refresh=False)
+    shown = dict(loss=f"{stats['loss']:.2f}")
+    if 'pseudo_boxes' in stats: shown['pseudo'] = f"{stats['pseudo_boxes']:.1f}"
+    if cfg.eval_every and run.step % cfg.eval_every == 0 and run.data.dev is not None: evaluate_now(run, log)
+    if run.history: shown['AP'] = f"{run.history[-1]['teacher']['AP']:.1f}"
+    bar.set_postfix(shown, refresh=False)
     bar.update()
-    if cfg.eval_every and run.step % cfg.eval_every == 0 and run.data.dev is not None and run.step < run.cfg.optim.iters:
-        run.history.append(dict(step=run.step, **run.evaluate(run.data.dev)))
+
+def evaluate_now(
+    run, # Trainer
+    log, # RunLog
+):
+    "Metrics on the development part, into the history; the best teacher so far is kept in best.pt"
+    best = max((h['teacher']['AP'] for h in run.history), default=-1.)
+    run.history.append(dict(step=run.step, **run.evaluate(run.data.dev)))
+    now = run.history[-1]['teacher']['AP']
+    log.write({'step': run.step, 'AP': now, 'AP_student': run.history[-1]['student']['AP']})
+    if now > best and is_main():
+        save_checkpoint(run.dir/'best.pt', config=to_dict(run.cfg), classes=run.data.classes, step=run.step,
+                        student=run.student.state_dict(), teacher=run.teacher.state_dict())
 
 def report(
     run, # Trainer at its end
 )->dict: # content of run.json
     "Evaluate both networks and write run.json: all that a page may say about this run"
     d, metrics = run.data, {}
-    if d.dev is not None: metrics['dev'] = run.evaluate(d.dev)
+    last = run.history[-1] if run.history else dict(step=-1)
+    if last['step'] == run.step: metrics['dev'] = {k: v for k, v in last.items() if k != 'step'}
+    elif d.dev is not None: metrics['dev'] = run.evaluate(d.dev)
     if d.val is not None and run.cfg.run.test: metrics['val'] = run.evaluate(d.val)
     result = dict(name=run.dir.name, hash=config_hash(run.cfg), config=to_dict(run.cfg), **environment(),
                   device=str(run.device) if run.device.type == 'cpu' else torch.cuda.get_device_name(run.device),

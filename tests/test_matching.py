@@ -1,7 +1,6 @@
 "Matching against brute force, a slow loop, the values of the specification and the recorded outputs of the official code"
 import itertools, json
 from pathlib import Path
-import numpy as np
 import pytest
 import torch
 from semidetr.boxes import box_iou, cxcywh_to_xyxy, generalized_box_iou, normalize_boxes

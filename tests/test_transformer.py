@@ -225,6 +225,8 @@ def test_cache_is_filled_once_and_survives_inference_mode():
     f = maps()
     with torch.inference_mode(): run(model, cls, box, f)
     assert len(model._cache) == 1
+    kept, = model._cache.values()
+    assert not any(t.is_inference() for t in (kept.position, kept.reference_points, kept.anchors))
     enc, hs, refs = run(model, cls, box, f)
     (hs.sum()+enc.enc_boxes.sum()).backward() # an inference tensor in the graph would raise
     assert len(model._cache) == 1

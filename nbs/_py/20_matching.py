@@ -23,7 +23,7 @@ from semidetr.core import DataError, SemiDETRError
 import itertools
 import matplotlib.pyplot as plt
 from semidetr.boxes import denormalize_boxes
-from semidetr.draw import COLORS, draw_boxes, draw_matches
+from semidetr.draw import draw_matches
 
 
 # %% [markdown]

@@ -89,7 +89,7 @@ def load_weights(
 # %% [markdown]
 # ## What a run writes
 #
-# A run's folder holds `run.json` (the resolved configuration, versions, commit, data fingerprint, times, metrics), `log.jsonl` (a line every `log_every` iterations), `last.pt` (all state) and TensorBoard events. Reports read `run.json` and `log.jsonl` and nothing else.
+# A run's folder holds `run.json` (the resolved configuration, versions, commit, data fingerprint, times, metrics), `log.jsonl` (a line every `log_every` iterations), `last.pt` (all state), `best.pt` (the weights that were best on the development part, where it is evaluated on the way) and TensorBoard events. Reports read `run.json` and `log.jsonl` and nothing else.
 
 # %%
 #| export

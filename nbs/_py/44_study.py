@@ -114,7 +114,7 @@ def record(
     out = {k: result[k] for k in keep if k in result}
     log = Path(folder)/'log.jsonl'
     if folder and log.is_file():
-        rows = [json.loads(r) for r in log.read_text().splitlines()]
+        rows = [r for r in map(json.loads, log.read_text().splitlines()) if 'loss' in r]
         names = sorted({k for r in rows for k in r} & {'step', 'loss', 'pseudo_boxes', 'pseudo_precision', 'pseudo_recall', 'pseudo_score', 'empty_images', 'grad_norm'})
         out['curve'] = {k: [round(r[k], 4) if isinstance(r.get(k), float) else r.get(k) for r in rows] for k in names}
     return out
