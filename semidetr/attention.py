@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .core import ConfigError
+from .native import native_available, native_fused_ms_deform_attn, native_ms_deform_attn
 
 # %% ../nbs/10_attention.ipynb #381ae7c6
 def sampling_locations(
@@ -26,12 +27,14 @@ def sampling_locations(
     raise ValueError(f'reference_points must end in 2 or 4 numbers, got {tuple(reference_points.shape)}')
 
 # %% ../nbs/10_attention.ipynb #6aac6317
-def _split_levels(value, spatial_shapes, loc):
-    "Values of each level, after a check that the level sizes add up"
+def _level_sizes(value, spatial_shapes, loc):
+    "Cells of each level, after a check that they add up"
     sizes = [h*w for h, w in spatial_shapes]
     if sum(sizes) != value.shape[1] or len(sizes) != loc.shape[3]:
         raise ValueError(f'levels {list(spatial_shapes)} have {sum(sizes)} cells; value has {value.shape[1]}, sampling_locations {loc.shape[3]} levels')
-    return value.split(sizes, 1)
+    return sizes
+
+def _split_levels(value, spatial_shapes, loc): return value.split(_level_sizes(value, spatial_shapes, loc), 1)
 
 def ms_deform_attn_grid(
     value:Tensor, # (B,S,M,D) projected values, levels one after another, S = sum of h*w
@@ -83,8 +86,14 @@ def ms_deform_attn(
     attention_weights:Tensor, # (B,Q,M,L,P)
 )->Tensor: # (B,Q,M*D)
     "The one door to the operation: whichever form suits the device and the settings. All forms agree"
-    form = ms_deform_attn_gather if value.is_cuda and torch.are_deterministic_algorithms_enabled() else ms_deform_attn_grid
+    _level_sizes(value, spatial_shapes, sampling_locations)
+    levels, points = sampling_locations.shape[3:5]
+    if _deterministic(value): form = ms_deform_attn_gather
+    elif native_available(value.dtype, value.device, levels*points, levels): form = native_ms_deform_attn
+    else: form = ms_deform_attn_grid
     return form(value, spatial_shapes, sampling_locations, attention_weights)
+
+def _deterministic(value): return value.is_cuda and torch.are_deterministic_algorithms_enabled()
 
 # %% ../nbs/10_attention.ipynb #49ef0da4
 def star_offsets(
@@ -130,9 +139,11 @@ class MSDeformAttn(nn.Module):
         padding_mask:Tensor|None=None, # (B,S) True = padding, reads as zero
     )->Tensor: # (B,Q,d)
         B, Q, heads = *query.shape[:2], (self.n_heads, self.n_levels, self.n_points)
-        v = self.value_proj(value)
-        if padding_mask is not None: v = v.masked_fill(padding_mask[..., None], 0.)
+        v = self.value_proj(value).view(*value.shape[:2], self.n_heads, -1)
         offsets = self.sampling_offsets(query).view(B, Q, *heads, 2)
-        weights = self.attention_weights(query).view(B, Q, self.n_heads, heads[1]*heads[2]).softmax(-1).view(B, Q, *heads)
+        logits = self.attention_weights(query).view(B, Q, self.n_heads, self.n_levels*self.n_points)
+        if not _deterministic(v) and native_available(v.dtype, v.device, logits.shape[-1], self.n_levels):
+            return self.output_proj(native_fused_ms_deform_attn(v, spatial_shapes, reference_points, offsets, logits, padding_mask))
+        if padding_mask is not None: v = v.masked_fill(padding_mask[..., None, None], 0.)
         where = sampling_locations(reference_points, offsets, spatial_shapes)
-        return self.output_proj(ms_deform_attn(v.view(*v.shape[:2], self.n_heads, -1), spatial_shapes, where, weights))
+        return self.output_proj(ms_deform_attn(v, spatial_shapes, where, logits.softmax(-1).view(B, Q, *heads)))

@@ -191,19 +191,20 @@ def config_hash(
 # %% ../nbs/40_config.ipynb #698dcff9
 def _digits()->Config:
     "Built-in scenes of 96 px: minutes on one core"
-    return Config(data=DataConfig(data='digits', count=20, dev=100), view=ViewConfig(short_sides=(80, 88, 96, 104, 112), eval_short=96, max_side=160, mean=(.5,)*3, std=(.5,)*3),
-        loader=LoaderConfig(4, 8, 'fixed', 1), detector=detector_small(0),
-        criterion=CriterionConfig(k=6), pseudo=PseudoConfig(threshold=.4, nms=.6), ema=EmaConfig(decay=.99),
-        method=MethodConfig(unsup_weight=1., burn_in=250), optim=OptimConfig(iters=550, lr=1e-3, backbone_mult=.2, clip=1., schedule='constant'),
-        run=RunConfig(threads=1))
+    return Config(data=DataConfig(data='digits', count=20, dev=100), loader=LoaderConfig(4, 8, 'fixed', 1), detector=detector_small(0),
+        view=ViewConfig(short_sides=(80, 88, 96, 104, 112), eval_short=96, max_side=160, mean=(.5,)*3, std=(.5,)*3),
+        criterion=CriterionConfig(k=6, cls_loss='varifocal'), ema=EmaConfig(decay=.99),
+        method=MethodConfig(unsup_weight=1., burn_in_iters=400, T1=250),
+        optim=OptimConfig(iters=800, lr=1e-3, backbone_mult=.2, clip=1.), run=RunConfig(threads=1))
 
 def _small()->Config:
-    "Your own images on a laptop: 256 px, EfficientNet-Lite0, an hour on two cores"
+    "Your own images on a laptop: about 208 px, EfficientNet-Lite0, half an hour on one core"
     base = _digits()
     big = dataclasses.replace(base.detector, transformer=dataclasses.replace(base.detector.transformer, num_queries=300))
-    return dataclasses.replace(base, data=DataConfig(data=''), detector=big, criterion=CriterionConfig(k=4),
-        view=dataclasses.replace(base.view, short_sides=(192, 208, 224, 240, 256), eval_short=240, max_side=400),
-        method=MethodConfig(unsup_weight=1., burn_in=600), optim=dataclasses.replace(base.optim, iters=2000))
+    return dataclasses.replace(base, data=DataConfig(data=''), detector=big, criterion=dataclasses.replace(base.criterion, k=4),
+        view=dataclasses.replace(base.view, short_sides=(176, 192, 208, 224), eval_short=208, max_side=360),
+        method=dataclasses.replace(base.method, burn_in_iters=500, T1=500),
+        optim=dataclasses.replace(base.optim, iters=1200, schedule='cosine'))
 
 # %% ../nbs/40_config.ipynb #8951f2c9
 def _coco(percent, unsup_weight=4., iters=120_000, T1=60_000, **data)->Config:

@@ -9,7 +9,7 @@ __all__ = ['to_device', 'detect', 'same_rng', 'evaluate_model']
 import contextlib
 import torch
 import torch.distributed as dist
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .core import rank, rng_state, set_rng_state, world_size
 from .datasets import Subset
 from .detector import post_process

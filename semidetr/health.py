@@ -42,7 +42,7 @@ class HealthMonitor:
         if self.warned or len(self.rows) < self.window or any(r[0] for r in self.rows): return None
         self.warned = True
         return (f'no pseudo label in {self.window} iterations (best score of the teacher: {self.rows[-1][4]:.2f}): the unlabelled images teach '
-                'nothing. Lower pseudo.threshold, lengthen method.burn_in, or check that both data sets show the same things.')
+                'nothing. Lower pseudo.threshold, lengthen method.burn_in_iters, or check that both data sets show the same things.')
 
     def summary(self)->dict: # means over the window; precision and recall where the truth is known
         "What goes into the log"

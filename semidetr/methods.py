@@ -20,7 +20,7 @@ from .teacher import PseudoConfig, fixed_threshold, keep_boxes, teacher_detectio
 class MethodConfig:
     "Which method, and when its parts act; iterations count from 0"
     name:str = 'supervised' # 'supervised' or 'mean_teacher'
-    burn_in:int = 0 # supervised iterations before the unsupervised losses (official: 0)
+    burn_in_iters:int = 0 # supervised iterations before the unsupervised losses (official: 0)
     T1:int = 0 # first iteration of one-to-one matching; one-to-many before it (paper: half of the run)
     unsup_weight:float = 4. # w_u (paper: 4 for COCO-Partial, 2 for COCO-Full)
     unsup_ramp:int = 0 # iterations over which w_u grows from 0 after the burn-in (official: 0)
@@ -58,7 +58,7 @@ def unsup_weight(
     cfg:MethodConfig,
 )->float: # factor of every unsupervised loss
     "w_u after the burn-in, over a linear ramp if one is asked for"
-    since = step-cfg.burn_in
+    since = step-cfg.burn_in_iters
     if since < 0: return 0.
     return cfg.unsup_weight*min(1., (since+1)/(cfg.unsup_ramp+1))
 

@@ -71,10 +71,10 @@ def paired(
     "For each seed one burn-in and, from its checkpoint, every arm"
     folder, seeded = Path(folder), {s: override(base, [f'run.seed={s}', f'data.fold={s}']) for s in seeds}
     if 'run.test' not in str(burn_in): burn_in = [*burn_in, 'run.test=false']
-    first = [(override(override(c, ['method.name=supervised', 'method.burn_in=0']), burn_in), folder/f'seed{s}'/'burn_in') for s, c in seeded.items()]
+    first = [(override(override(c, ['method.name=supervised', 'method.burn_in_iters=0']), burn_in), folder/f'seed{s}'/'burn_in') for s, c in seeded.items()]
     starts = run_many(first, workers, progress)
     init = lambda s: f"run.init={folder/f'seed{s}'/'burn_in'}"
-    second = [(override(c, ['method.burn_in=0', init(s), *o]), folder/f'seed{s}'/name) for s, c in seeded.items() for name, o in arms.items()]
+    second = [(override(c, ['method.burn_in_iters=0', init(s), *o]), folder/f'seed{s}'/name) for s, c in seeded.items() for name, o in arms.items()]
     ends = run_many(second, workers, progress)
     n = len(arms)
     return [dict(seed=s, burn_in=starts[i], arms=dict(zip(arms, ends[i*n:(i+1)*n]))) for i, s in enumerate(seeds)]

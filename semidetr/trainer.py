@@ -19,7 +19,7 @@ import warnings
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .checkpoint import (RunLog, cpu_seconds, environment, load_checkpoint, load_weights, pack_rng, peak_memory_mb,
                                  save_checkpoint, unpack_rng)
 from .config import Config, config_hash, from_dict, to_dict
@@ -319,7 +319,7 @@ class Trainer(RunState):
     "Run a configuration: `Trainer(cfg, 'runs/mine').fit()`; a folder that holds a stopped run is gone on with"
     def steps(self):
         "Batches of each iteration that is left, over burn-in and main phase"
-        burn = 0 if self.cfg.method.name == 'supervised' else min(self.cfg.method.burn_in, self.cfg.optim.iters)
+        burn = 0 if self.cfg.method.name == 'supervised' else min(self.cfg.method.burn_in_iters, self.cfg.optim.iters)
         for burn_in, last in ((True, burn), (False, self.cfg.optim.iters)):
             if self.step >= last: continue
             with same_rng(): batches = iter(data_parts(self, burn_in))

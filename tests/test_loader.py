@@ -307,7 +307,7 @@ def test_no_process_is_left(tmp_path):
     (tmp_path/'run.py').write_text(SCRIPT.format(tests=os.path.dirname(__file__), folder=tmp_path))
     out = subprocess.run([sys.executable, str(tmp_path/'run.py')], capture_output=True, text=True, timeout=120)
     cases = sorted(list(map(int, line.split())) for line in out.stdout.splitlines())
-    assert [c[0] for c in cases] == [0, 1, 2], out.stderr
+    assert [c[0] for c in cases] == [0, 1, 2], out.stderr+''.join((tmp_path/f'{k}.err').read_text() for k in range(3))
     pids = [p for c in cases for p in c[1:]]
     assert len(pids) == 6
     deadline = time.time()+30 # torch's workers look for their parent every five seconds

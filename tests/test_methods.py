@@ -45,12 +45,12 @@ def test_doubling_the_weight_doubles_the_unsupervised_gradient_only(nets): # spe
     assert all(torch.equal(a[k], b[k]) for k in a if '_unsup_' not in k)
 
 def test_burn_in_is_supervised(nets):
-    torch.manual_seed(1); a, s = mean_teacher(*nets, batch(), 9, cfg(burn_in=10))
-    torch.manual_seed(1); b, _ = supervised(*nets, batch(), 9, cfg(burn_in=10))
+    torch.manual_seed(1); a, s = mean_teacher(*nets, batch(), 9, cfg(burn_in_iters=10))
+    torch.manual_seed(1); b, _ = supervised(*nets, batch(), 9, cfg(burn_in_iters=10))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and 'pseudo' not in s
 
 @pytest.mark.parametrize('step,want', [(0, 0.), (9, 0.), (10, 1.), (11, 2.), (13, 4.), (99, 4.)])
-def test_ramp(step, want): assert unsup_weight(step, MethodConfig(burn_in=10, unsup_ramp=3, unsup_weight=4.)) == pytest.approx(want)
+def test_ramp(step, want): assert unsup_weight(step, MethodConfig(burn_in_iters=10, unsup_ramp=3, unsup_weight=4.)) == pytest.approx(want)
 
 @pytest.mark.parametrize('rule,T1,has', [('stage2', 0, True), ('stage2', 10, False), ('always', 10, True), ('never', 0, False)])
 def test_denoising_of_pseudo_labels(nets, rule, T1, has): # spec table 2.1, item 34

@@ -13,7 +13,7 @@ from semidetr.study import finished, paired, paired_difference, run_config
 TINY = ['data.data=digits:n=40,size=64', 'data.val=digits:n=6,size=64', 'data.count=6', 'data.dev=4', 'view.short_sides=[64]', 'view.eval_short=64', 'run.threads=1',
         'detector.transformer.d_model=32', 'detector.transformer.ffn=32', 'detector.transformer.n_heads=4', 'detector.transformer.dec_layers=2',
         'detector.transformer.num_queries=20', 'detector.backbone.weights=none', 'detector.denoising.num=8', 'loader.num_workers=0',
-        'loader.n_labelled=2', 'loader.n_unlabelled=2', 'method.burn_in=2', 'pseudo.threshold=0.005', 'optim.iters=6', 'run.log_every=2', 'run.checkpoint_every=3']
+        'loader.n_labelled=2', 'loader.n_unlabelled=2', 'method.burn_in_iters=2', 'pseudo.threshold=0.005', 'optim.iters=6', 'run.log_every=2', 'run.checkpoint_every=3']
 def tiny(*more, method='mean_teacher'): return override(preset('digits'), [f'method.name={method}', *TINY, *more])
 def run(cfg, folder): return T.Trainer(cfg, folder, progress=False).fit()
 def weights(folder): return load_checkpoint(folder)

@@ -17,7 +17,6 @@ import hashlib
 import logging
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,6 @@ import tempfile
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -115,10 +113,10 @@ def _register(
     ns:str='semidetr', # namespace under torch.ops
 ):
     "Define the four operators in a namespace: schema, fake kernel, gradient, autocast rule; once"
-    if ns in _LIBS: return getattr(torch.ops, ns)
+    ops = getattr(torch.ops, ns)
+    if hasattr(ops, 'ms_deform_attn'): return ops
     lib = _LIBS[ns] = torch.library.Library(ns, 'FRAGMENT')
     for name, schema in _SCHEMAS.items(): lib.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    ops = getattr(torch.ops, ns)
     for name, fake in _fakes().items(): torch.library.register_fake(f'{ns}::{name}', fake, lib=lib)
     for name, (setup, backward) in _gradients(ops).items():
         torch.library.register_autograd(f'{ns}::{name}', backward, setup_context=setup, lib=lib)
@@ -127,7 +125,6 @@ def _register(
     return ops
 
 _register();
-
 
 # %% [markdown]
 # ## The build
@@ -144,9 +141,9 @@ _ISA_FLAGS = dict(
     v4='-mavx2 -mfma -mbmi -mbmi2 -mf16c -mavx512f -mavx512bw -mavx512cd -mavx512dq -mavx512vl -mprefer-vector-width=512')
 _FLAGS = '-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi'
 _ABI = '-DTORCH_TARGET_VERSION=0x020a000000000000'
-_NVCC_FLAGS = '-std=c++17 -O3 -Xcompiler -fPIC -Xcompiler -fvisibility=hidden'
+_NVCC_FLAGS = '-std=c++17 -O3 -DUSE_CUDA -Xcompiler -fPIC -Xcompiler -fvisibility=hidden'
 
-def _csrc()->Path: return Path(__file__).resolve().parent/'csrc' if '__file__' in globals() else Path(torch.__file__)
+def _package()->Path: return Path(sys.modules[ConfigError.__module__].__file__).resolve().parent
 
 def _cpu_isa()->str:
     "Widest of the three instruction sets that this CPU has"
@@ -161,3 +158,277 @@ def _compiler()->list[str]:
         words = n.split()
         if words and shutil.which(words[0]): return [shutil.which(words[0]), *words[1:]]
     return []
+
+def _nvcc()->str:
+    "The CUDA compiler; empty where there is none"
+    homes = [os.environ.get('CUDA_HOME'), os.environ.get('CUDA_PATH'), '/usr/local/cuda']
+    found = [str(Path(h)/'bin'/'nvcc') for h in homes if h and (Path(h)/'bin'/'nvcc').exists()]
+    return found[0] if found else shutil.which('nvcc') or ''
+
+
+# %% [markdown]
+# A build is a handful of compiler calls, run side by side, and a link. It happens in a folder of its own; only the finished library is moved, in one step, to its place in the cache.
+# Its name there holds a hash of the sources, the flags, the torch version and the instruction set: another torch, another library.
+
+# %%
+#| export
+def _run(commands, timeout):
+    "Run commands side by side; the first one that fails gives a ConfigError with the compiler's own words"
+    jobs = []
+    try:
+        for c in commands: jobs.append((c, subprocess.Popen(c, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')))
+        end = time.monotonic() + timeout
+        for c, job in jobs:
+            out, _ = job.communicate(timeout=max(1., end-time.monotonic()))
+            if job.returncode:
+                lines = [o.strip() for o in out.splitlines() if o.strip()]
+                said = next((o for o in lines if 'error' in o.lower()), lines[-1] if lines else f'exit code {job.returncode}')
+                raise ConfigError(f'the build failed: {said}')
+    except subprocess.TimeoutExpired: raise ConfigError(f'the build took longer than {timeout:.0f} s') from None
+    except OSError as e: raise ConfigError(f'the compiler could not be started: {e}') from None
+    finally:
+        for _, job in jobs:
+            if job.poll() is None: job.kill(); job.wait()
+
+def _torch_paths():
+    "Include folder and library folder of the installed torch"
+    root = Path(torch.__file__).resolve().parent
+    return root/'include', root/'lib'
+
+def _compile(
+    sources, # [(source file, flags as one string)]
+    out:Path, # library to write; appears only when it is whole
+    link:str='', # more flags for the link
+    compiler=None, # command as a list; default: the C++ compiler that is found
+    timeout:float=600., # seconds
+)->Path:
+    "Compile sources side by side and link them to a shared library next to torch's own; ConfigError says what went wrong"
+    compiler = compiler or _compiler()
+    if not compiler: raise ConfigError('no C++ compiler was found')
+    include, lib = _torch_paths()
+    out = Path(out); out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix='.build-', dir=out.parent) as tmp:
+        objects = [str(Path(tmp)/f'{i}.o') for i in range(len(sources))]
+        _run([[*compiler, *flags.split(), '-I', str(include), '-c', str(src), '-o', o] for (src, flags), o in zip(sources, objects)], timeout)
+        made = str(Path(tmp)/'made.so')
+        _run([[*compiler, '-shared', *objects, '-o', made, '-L', str(lib), '-ltorch_cpu', *link.split()]], timeout)
+        os.replace(made, out)
+    return out
+
+
+# %%
+#| export
+def _plan(
+    device:str='cpu', # 'cpu' or 'cuda'
+    isas=('auto',), # instruction sets to compile for: 'base', 'v3', 'v4'; 'auto' = the one of this CPU, 'all'
+    archs=('native',), # CUDA architectures such as 80 or 90; 'native' = that of the first GPU
+):
+    "What to compile: sources with their flags, flags for the link, compiler, and the key of the result"
+    src = _package()/'csrc'
+    if device == 'cuda':
+        if 'native' in archs: archs = ['{}{}'.format(*torch.cuda.get_device_capability())]
+        gen = ' '.join(f'-gencode arch=compute_{a},code=sm_{a}' for a in archs) + f' -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}'
+        sources, compiler, link = [(src/'msda_cuda.cu', f'{_NVCC_FLAGS} {_ABI} {gen}')], [_nvcc()], '-ltorch_cuda'
+    else:
+        if 'all' in isas: isas = ('base', 'v3', 'v4') if platform.machine().lower() in ('x86_64', 'amd64') else ('base',)
+        isas = tuple(_cpu_isa() if i == 'auto' else i for i in isas)
+        have = ' '.join(f'-DSEMIDETR_HAVE_{i.upper()}' for i in isas)
+        sources = [(src/f'msda_cpu_{i}.cpp', f'{_FLAGS} {_ISA_FLAGS[i]}') for i in isas] + [(src/'msda_ops.cpp', f'{_FLAGS} {_ABI} {have}')]
+        compiler, link = _compiler(), ''
+    text = [p.read_bytes() for p in sorted(src.iterdir()) if p.suffix in ('.h', '.cpp', '.cu', '.cuh')]
+    what = repr((text, [(p.name, f) for p, f in sources], link, torch.__version__, platform.system(), platform.machine(), _cpu_isa()))
+    return sources, link, compiler, f'{device}-{hashlib.sha256(what.encode()).hexdigest()[:16]}'
+
+
+# %% [markdown]
+# **Where it is kept.** The user's cache folder; if that cannot be written, a folder of the user's own in the temporary directory. A lock file makes several processes that start at once (the ranks of one
+# run) build once: the others wait and load. The operating system drops the lock when a process dies, and where locks do not work the builds run in parallel and replace each other's equal result.
+
+# %%
+#| export
+def _cache_dirs()->list[Path]:
+    "Folders that may hold the library, best first"
+    named = os.environ.get('SEMIDETR_CACHE')
+    base = Path(named) if named else Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'semidetr'
+    uid = os.getuid() if hasattr(os, 'getuid') else os.environ.get('USERNAME', 'user')
+    return [base/'ops', Path(tempfile.gettempdir())/f'semidetr-ops-{uid}']
+
+def _usable(
+    folder:Path, # may not exist yet
+)->bool: # can this user write there, and nobody else
+    "Make the folder; code is loaded from it, so one that others can write to is refused"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        s = folder.stat()
+        if hasattr(os, 'getuid') and (s.st_uid != os.getuid() or s.st_mode & 0o022): return False
+        with tempfile.TemporaryFile(dir=folder): return True
+    except OSError: return False
+
+@contextmanager
+def _locked(path, timeout=600.):
+    "Hold a lock on a file while others wait; go on without it where that is not possible"
+    try:
+        import fcntl
+        f = open(path, 'w')
+    except (ImportError, OSError): yield; return
+    end = time.monotonic() + timeout
+    try:
+        while time.monotonic() < end:
+            try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB); break
+            except BlockingIOError: time.sleep(.1)
+            except OSError: break
+        yield
+    finally: f.close()
+
+
+# %%
+#| export
+_log = logging.getLogger('semidetr')
+
+def build_ops(
+    device:str='cpu', # 'cpu' or 'cuda'
+    out=None, # library to write; default: in the cache, where it is found at the next start
+    isas=('auto',), # instruction sets: 'base', 'v3', 'v4', 'auto' = that of this CPU, 'all'
+    archs=('native',), # CUDA architectures such as 80 or 90
+    force:bool=False, # build even if the library is there
+)->Path: # the library
+    "Build the op with the C++ compiler (or nvcc) of this machine; raises ConfigError with the reason and the cure"
+    if tuple(int(n) for n in torch.__version__.split('+')[0].split('.')[:2]) < _MIN_TORCH:
+        raise ConfigError(f'the op needs torch {_MIN_TORCH[0]}.{_MIN_TORCH[1]} or later, this is {torch.__version__}')
+    if device == 'cuda' and not _nvcc(): raise ConfigError('no CUDA compiler (nvcc) was found; set CUDA_HOME')
+    if device != 'cuda' and not _compiler(): raise ConfigError('no C++ compiler was found; install g++ or clang++, or set CXX')
+    sources, link, compiler, key = _plan(device, isas, archs)
+    if out: return _compile(sources, Path(out), link, compiler)
+    dirs = _cache_dirs()
+    kept = [d/f'{key}.so' for d in dirs if (d/f'{key}.so').exists() and not force and _trusted(d)]
+    if kept: return kept[0]
+    home = next((d for d in dirs if _usable(d)), None) or Path(tempfile.mkdtemp(prefix='semidetr-ops-'))
+    with _locked(home/f'{key}.lock'):
+        target = home/f'{key}.so'
+        if force or not target.exists():
+            _log.info('building the deformable-attention op in %s', home)
+            _compile(sources, target, link, compiler)
+    return target
+
+def _trusted(folder:Path)->bool:
+    "Is this folder writable by nobody but its owner, and the owner this user or root?"
+    s = folder.stat()
+    return not hasattr(os, 'getuid') or (s.st_uid in (0, os.getuid()) and not s.st_mode & 0o022)
+
+
+# %% [markdown]
+# ## Loading, and saying so
+#
+# The order is: a library that came with the package, then one built here, now or earlier, then plain PyTorch with one warning. `SEMIDETR_OPS` chooses: `auto` is that order, `torch` never loads anything,
+# `native` insists, and raises an error where `auto` would warn.
+
+# %%
+#| export
+_DTYPES = dict(cpu=(torch.float32, torch.float64, torch.bfloat16), cuda=(torch.float32, torch.float16, torch.bfloat16))
+_MAX_POINTS, _MAX_LEVELS = 128, 16
+_TRIED:dict = {} # device type -> dict(ready, source, path, reason)
+_WARNED:list = []
+
+def _mode()->str:
+    mode = os.environ.get('SEMIDETR_OPS', 'auto') or 'auto'
+    if mode not in ('auto', 'native', 'torch'): raise ConfigError(f"SEMIDETR_OPS='{mode}' is not known; use auto, native or torch")
+    return mode
+
+def _has_kernel(kind): return torch._C._dispatch_has_kernel_for_dispatch_key('semidetr::ms_deform_attn', kind.upper())
+
+def _load(
+    kind:str, # 'cpu' or 'cuda'
+)->dict: # ready, source, path, reason
+    "Find or build the library of one device type and load it; never raises"
+    why = []
+    def attempt(path, source):
+        try: torch.ops.load_library(str(path))
+        except Exception as e: why.append(f'{Path(path).name} cannot be loaded ({str(e).splitlines()[0]})'); return None
+        if _has_kernel(kind): return dict(ready=True, source=source, path=str(path), reason='')
+        why.append(f'{Path(path).name} holds no {kind} kernel')
+    if _has_kernel(kind): return dict(ready=True, source='loaded before', path='', reason='')
+    for lib in sorted(_package().glob('_C_cuda*.so' if kind == 'cuda' else '_C.*so')):
+        if done := attempt(lib, 'prebuilt'): return done
+    try:
+        if kind == 'cuda' and not torch.cuda.is_available(): raise ConfigError('torch sees no GPU')
+        path = build_ops(kind)
+        if done := attempt(path, 'built'): return done
+        if done := attempt(build_ops(kind, force=True), 'built'): return done # a damaged file in the cache
+    except Exception as e: why.append(str(e).splitlines()[0] if str(e) else type(e).__name__)
+    return dict(ready=False, source='', path='', reason='; '.join(why))
+
+
+# %%
+#| export
+_CURE = dict(cpu='install g++ or clang++ and run `semidetr build-ops`', cuda='install the CUDA toolkit (nvcc), set CUDA_HOME and run `semidetr build-ops`')
+
+def _refuse(kind, reason, cure):
+    "One warning in the life of the process, or the error that SEMIDETR_OPS=native asks for"
+    text = f'deformable attention runs in plain PyTorch, many times slower: {reason}. To get the native op: {cure}'
+    if _mode() == 'native': raise ConfigError(f'SEMIDETR_OPS=native, but {text}')
+    if not _WARNED: _WARNED.append(text); warnings.warn(text, RuntimeWarning, stacklevel=3)
+    return False
+
+@torch.compiler.assume_constant_result
+def native_available(
+    dtype:torch.dtype=torch.float32, # of the value
+    device='cpu', # of the value: name or torch.device
+    points:int=1, # points of one head: levels times points a level
+    levels:int=1, # levels
+)->bool:
+    "Can the native op take such a value? The first call loads the library, and builds it if need be; a no is said once, in one warning"
+    kind = torch.device(device).type
+    if _mode() == 'torch' or kind == 'meta': return False
+    if kind not in _DTYPES: return _refuse(kind, f'no kernel for the device {kind}', 'use the CPU or a CUDA GPU')
+    if kind not in _TRIED: _TRIED[kind] = _load(kind)
+    if not _TRIED[kind]['ready']: return _refuse(kind, _TRIED[kind]['reason'], _CURE[kind])
+    if dtype not in _DTYPES[kind]: return _refuse(kind, f'no {kind} kernel for {dtype}', f'use {", ".join(str(d)[6:] for d in _DTYPES[kind])}')
+    if points > _MAX_POINTS or levels > _MAX_LEVELS: return _refuse(kind, f'{levels} levels, {points} points a head', f'at most {_MAX_LEVELS} and {_MAX_POINTS}')
+    return True
+
+def ops_status(
+    load:bool=True, # try to load now; False only tells what happened so far
+)->dict: # mode, cpu and cuda: each ready, source, path, reason; cpu also isa
+    "What is in use, and why: for `semidetr doctor --env`"
+    status = dict(mode=_mode())
+    for kind in ('cpu', 'cuda'):
+        if load and kind not in _TRIED and status['mode'] != 'torch' and (kind == 'cpu' or torch.cuda.is_available()): _TRIED[kind] = _load(kind)
+        status[kind] = dict(_TRIED.get(kind) or dict(ready=False, source='', path='', reason='not tried'))
+    if path := status['cpu']['path']:
+        isa = ctypes.CDLL(path).semidetr_isa; isa.restype = ctypes.c_char_p
+        status['cpu']['isa'] = isa().decode()
+    return status
+
+
+# %% [markdown]
+# ## The two functions
+#
+# They take what @sec-attention has at hand. Locations, weights and reference points are brought to float32 (float64 for a float64 value); offsets and logits may stay in bfloat16 with a bfloat16 value.
+
+# %%
+#| export
+def _flat(shapes): return [n for hw in shapes for n in hw]
+def _real(value): return torch.float64 if value.dtype == torch.float64 else torch.float32
+
+def native_ms_deform_attn(
+    value:Tensor, # (B,S,M,D) projected features of all levels, head by head
+    spatial_shapes, # [(h,w)] of the L levels, sum of h*w = S
+    locations:Tensor, # (B,Q,M,L,P,2) sampling locations (x,y); [0,1] is the map
+    weights:Tensor, # (B,Q,M,L,P) attention weights
+)->Tensor: # (B,Q,M*D)
+    "Deformable attention's sampling and sum (@eq-native-sum) by the native op; ask `native_available` first"
+    real = _real(value)
+    return torch.ops.semidetr.ms_deform_attn(value, _flat(spatial_shapes), locations.to(real), weights.to(real))
+
+def native_fused_ms_deform_attn(
+    value:Tensor, # (B,S,M,D)
+    spatial_shapes, # [(h,w)] of the L levels
+    reference_points:Tensor, # (B,Q,L,2) points or (B,Q,L,4) cxcywh boxes, times the valid ratios
+    raw_offsets:Tensor, # (B,Q,M,L,P,2) as the linear layer gives them
+    logits:Tensor, # (B,Q,M,L*P) before the softmax
+    padding_mask=None, # (B,S) bool, True = padding, or None
+)->Tensor: # (B,Q,M*D)
+    "Softmax, locations (@eq-native-fused), masking and sampling in one native op"
+    real = _real(value)
+    raw = value.dtype if raw_offsets.dtype == logits.dtype == value.dtype else real
+    return torch.ops.semidetr.fused_ms_deform_attn(value, _flat(spatial_shapes), reference_points.to(real), raw_offsets.to(raw), logits.to(raw), padding_mask)

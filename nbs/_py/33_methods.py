@@ -25,7 +25,7 @@ from semidetr.teacher import PseudoConfig, fixed_threshold, keep_boxes, teacher_
 class MethodConfig:
     "Which method, and when its parts act; iterations count from 0"
     name:str = 'supervised' # 'supervised' or 'mean_teacher'
-    burn_in:int = 0 # supervised iterations before the unsupervised losses (official: 0)
+    burn_in_iters:int = 0 # supervised iterations before the unsupervised losses (official: 0)
     T1:int = 0 # first iteration of one-to-one matching; one-to-many before it (paper: half of the run)
     unsup_weight:float = 4. # w_u (paper: 4 for COCO-Partial, 2 for COCO-Full)
     unsup_ramp:int = 0 # iterations over which w_u grows from 0 after the burn-in (official: 0)
@@ -85,7 +85,7 @@ def unsup_weight(
     cfg:MethodConfig,
 )->float: # factor of every unsupervised loss
     "w_u after the burn-in, over a linear ramp if one is asked for"
-    since = step-cfg.burn_in
+    since = step-cfg.burn_in_iters
     if since < 0: return 0.
     return cfg.unsup_weight*min(1., (since+1)/(cfg.unsup_ramp+1))
 
@@ -191,7 +191,7 @@ tiny = dataclasses.replace(tiny, backbone=dataclasses.replace(tiny.backbone, wei
                            transformer=dataclasses.replace(tiny.transformer, num_queries=20, d_model=32, n_heads=4, ffn=64))
 student = Detector(tiny).train()
 teacher = make_teacher(student)
-step_cfg = StepConfig(MethodConfig('mean_teacher', burn_in=10, unsup_weight=4.), pseudo=PseudoConfig(threshold=.0105))
+step_cfg = StepConfig(MethodConfig('mean_teacher', burn_in_iters=10, unsup_weight=4.), pseudo=PseudoConfig(threshold=.0105))
 losses, stats = mean_teacher(student, teacher, batch, 10, step_cfg)
 assert stats['pseudo_boxes'] > 0 and any('unsup' in k for k in losses) and all(torch.isfinite(v) for v in losses.values())
 {k: round(v.item(), 3) for k, v in losses.items() if k.endswith(('_cls', '_l1', '_giou'))}
@@ -227,7 +227,7 @@ axes[0, 0].set_title('weak: teacher'); axes[0, 1].set_title('strong: student'); 
 #| fig-cap: "The unsupervised weight is zero in the burn-in; a ramp lets a young teacher's mistakes in slowly."
 #| fig-alt: "Unsupervised weight over the iterations, without and with a ramp"
 fig, ax = plt.subplots(figsize=(5, 2.4), dpi=80)
-for ramp in (0, 200): ax.plot([unsup_weight(t, MethodConfig('mean_teacher', burn_in=100, unsup_ramp=ramp)) for t in range(500)], label=f'unsup_ramp={ramp}')
+for ramp in (0, 200): ax.plot([unsup_weight(t, MethodConfig('mean_teacher', burn_in_iters=100, unsup_ramp=ramp)) for t in range(500)], label=f'unsup_ramp={ramp}')
 ax.set(xlabel='iteration', ylabel='w_u'); ax.legend(); plt.show()
 
 # %% [markdown]

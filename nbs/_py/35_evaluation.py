@@ -13,7 +13,7 @@
 import contextlib
 import torch
 import torch.distributed as dist
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from semidetr.core import rank, rng_state, set_rng_state, world_size
 from semidetr.datasets import Subset
 from semidetr.detector import post_process

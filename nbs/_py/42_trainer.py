@@ -21,7 +21,7 @@ import warnings
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from semidetr.checkpoint import (RunLog, cpu_seconds, environment, load_checkpoint, load_weights, pack_rng, peak_memory_mb,
                                  save_checkpoint, unpack_rng)
 from semidetr.config import Config, config_hash, from_dict, to_dict
@@ -362,7 +362,7 @@ class Trainer(RunState):
     "Run a configuration: `Trainer(cfg, 'runs/mine').fit()`; a folder that holds a stopped run is gone on with"
     def steps(self):
         "Batches of each iteration that is left, over burn-in and main phase"
-        burn = 0 if self.cfg.method.name == 'supervised' else min(self.cfg.method.burn_in, self.cfg.optim.iters)
+        burn = 0 if self.cfg.method.name == 'supervised' else min(self.cfg.method.burn_in_iters, self.cfg.optim.iters)
         for burn_in, last in ((True, burn), (False, self.cfg.optim.iters)):
             if self.step >= last: continue
             with same_rng(): batches = iter(data_parts(self, burn_in))
@@ -405,7 +405,7 @@ from semidetr.config import override, preset
 
 # %%
 tiny = override(preset('digits'), ['data.data=digits:n=40,size=64', 'data.count=6', 'data.dev=4', 'view.short_sides=[64]', 'view.eval_short=64', 'optim.iters=6', 'method.name=mean_teacher',
-    'method.burn_in=2', 'pseudo.threshold=0.005', 'loader.n_labelled=2', 'loader.n_unlabelled=2', 'loader.num_workers=0', 'run.test=false', 'run.log_every=1', 'detector.backbone.weights=none',
+    'method.burn_in_iters=2', 'pseudo.threshold=0.005', 'loader.n_labelled=2', 'loader.n_unlabelled=2', 'loader.num_workers=0', 'run.test=false', 'run.log_every=1', 'detector.backbone.weights=none',
     'detector.transformer.d_model=32', 'detector.transformer.n_heads=4', 'detector.transformer.ffn=32', 'detector.transformer.num_queries=20', 'detector.denoising.num=8'])
 folder = Path(tempfile.mkdtemp())
 whole = Trainer(tiny, folder/'whole', progress=False)

@@ -11,6 +11,11 @@
 #| default_exp predict
 
 # %%
+#| hide
+import warnings
+warnings.filterwarnings('ignore', message='IProgress')
+
+# %%
 #| export
 import dataclasses
 import io
@@ -207,13 +212,13 @@ answers['threshold .5']['names'], [scenes.classes[i] for i in scenes[0].labels]
 #| label: fig-predict-knobs
 #| fig-cap: "Duplicates go when the threshold rises above their score, or by suppression. A detector whose matching is one-to-one gives them low scores by itself and needs no suppression."
 #| fig-alt: "The same scene with doubled boxes, and twice with one box an object"
-fig, axes = plt.subplots(1, 3, figsize=(6, 2.3), dpi=80)
-for ax, (name, p) in zip(axes, hasty.items()): show_image(ax, p.draw(photo.resize((288, 288))), title=name)
+fig, axes = plt.subplots(1, 3, figsize=(6, 2.4), dpi=80)
+for ax, (name, p) in zip(axes, hasty.items()): show_image(ax, p.draw(photo.resize((150, 150))), title=name)
 plt.tight_layout(); plt.show()
 
 
 # %% [markdown]
-# The picture was drawn on an image of three times the size, and the boxes are where they belong: @eq-predict-pixels.
+# The picture was drawn on a larger copy of the scene, and the boxes are where they belong: @eq-predict-pixels.
 #
 # ## COCO's result format
 #
@@ -342,4 +347,8 @@ broken[0].replace(str(folder), '...')
 # - The threshold belongs to the use; suppression is for detectors that were trained one-to-many, or not long enough.
 # - A broken file costs itself and nothing else; results are COCO's, with file names as image ids unless an annotation file gives others.
 #
-# **Exercises.** 1. Pad the views of two images of different size into one batch and compare with single images; which convolution lets the padding in? 2. In `Hasty`, at which shift does an NMS of .5 stop removing the second box? 3. Write a `Predictor` that averages the boxes of an image and its mirror image.
+# ## Exercises
+#
+# 1. Pad the views of two images of different size into one batch and compare with single images; which convolution lets the padding in?
+# 2. In `Hasty`, at which shift does an NMS of .5 stop removing the second box?
+# 3. Write a `Predictor` that averages the boxes of an image and its mirror image.

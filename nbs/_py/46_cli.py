@@ -14,19 +14,26 @@
 #| default_exp cli
 
 # %%
+#| hide
+import warnings
+warnings.filterwarnings('ignore', message='IProgress')
+
+# %%
 #| export
+import contextlib
 import functools
 import json
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
 from typing import Annotated
 import typer
+import semidetr
 
 # %%
 #| hide
-import contextlib
 import io
 import tempfile
 import matplotlib.pyplot as plt
@@ -49,6 +56,10 @@ def _one_line(e): # exception -> sentence for the user, or None if it is a mista
         return f'{e.filename}: {e.strerror}; choose another place, or change its permissions' if e.filename else e.strerror
     if type(e).__name__ in ('OutOfMemoryError', 'MemoryError') or "DefaultCPUAllocator: can't allocate" in str(e):
         return 'memory ran out; take a smaller loader.n_labelled, loader.n_unlabelled, view.max_side or --batch (optim.accumulate keeps the effective batch)'
+
+def _bad(text): # -> error for a mistake of the user
+    from semidetr.core import DataError
+    return DataError(text)
 
 def _say(text=''):
     "Print, in the first of several processes"
@@ -89,9 +100,7 @@ def command(
 
 @app.callback(invoke_without_command=True)
 def _start(ctx:typer.Context, version:Annotated[bool, typer.Option('--version', help='print the version and stop')]=False):
-    if version:
-        from semidetr import __version__
-        _say(f'semidetr {__version__}')
+    if version: _say(f'semidetr {semidetr.__version__}')
     elif ctx.invoked_subcommand is None: _say(ctx.get_help())
 
 
@@ -127,10 +136,11 @@ def shell(line):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(home):
         try: main(line.split()[1:])
         except SystemExit as e: code = e.code
-    print(f'$ {line}\n{out.getvalue()}{err.getvalue()}[exit {code}]')
+    print(f'$ {line}\n{out.getvalue()}{err.getvalue()}[exit {code}]'.replace(str(home.resolve()), '~'))
     return code
 
-assert shell('semidetr trian') == 2
+assert shell('semidetr --version') == 0
+
 
 # %% [markdown]
 # ## What the commands share
@@ -139,21 +149,21 @@ assert shell('semidetr trian') == 2
 
 # %%
 #| export
-Out = Annotated[Path, typer.Option('--out', '-o', help='folder for the results')]
-Device = Annotated[str, typer.Option(help='auto, cpu, cuda, cuda:N')]
-Quiet = Annotated[bool, typer.Option('--quiet', '-q', help='no progress bars')]
-Run = Annotated[Path, typer.Option('--run', '-r', help='folder of a run, or a checkpoint')]
-Nms = Annotated[float, typer.Option(help='IoU of per-class suppression; 0: none, as DETR is meant to be used')]
+def _opt(kind, text, *names, **kwargs): # annotation of an option
+    return Annotated[kind, typer.Option(*names, help=text, **kwargs)]
+
+Out, Quiet = _opt(Path, 'folder for the results', '--out', '-o'), _opt(bool, 'no progress bars', '--quiet', '-q')
+Run, Device = _opt(Path, 'folder of a run, or a checkpoint', '--run', '-r'), _opt(str, 'auto, cpu, cuda, cuda:N')
+Nms = _opt(float, 'IoU of per-class suppression; 0: none, as DETR is meant to be used')
 _HINT = "COCO JSON, folder with instances_train.json, VOC or YOLO folder, a name under SEMIDETR_DATA, or 'digits'"
 
 def _free(path, folder=True):
     "DataError if results cannot be written there; nothing is created"
-    from semidetr.core import DataError
     path = Path(path)
-    if path.exists() and path.is_dir() != folder: raise DataError(f"{path}: is {'a file' if folder else 'a folder'}; choose another --out")
+    if path.exists() and path.is_dir() != folder: raise _bad(f"{path}: is {'a file' if folder else 'a folder'}; choose another --out")
     there = next(p for p in [path, *path.absolute().parents] if p.exists())
-    if there.is_file() and there != path: raise DataError(f'{there}: is a file, so {path} cannot be made; choose another --out')
-    if not os.access(there, os.W_OK): raise DataError(f'{there}: no permission to write; choose another --out')
+    if there.is_file() and there != path: raise _bad(f'{there}: is a file, so {path} cannot be made; choose another --out')
+    if not os.access(there, os.W_OK): raise _bad(f'{there}: no permission to write; choose another --out')
     return path
 
 def _test_split(cfg): # DataConfig -> (data set or None, why there is none)
@@ -180,39 +190,32 @@ def _no_nan(x): # NaN -> None: JSON has no NaN
 def _installation():
     "Versions, devices and data sets, as lines"
     import torch, torchvision
-    from semidetr import __version__
-    from semidetr.core import pick_device
-    yield f"semidetr {__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}, torchvision {torchvision.__version__}"
-    yield f"device {pick_device()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    yield f"semidetr {semidetr.__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}, torchvision {torchvision.__version__}"
+    yield f"device {semidetr.pick_device()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
     root = os.environ.get('SEMIDETR_DATA')
-    names = sorted(p.name for p in Path(root).iterdir() if p.is_dir()) if root and Path(root).is_dir() else []
+    names = sorted(p.name for p in Path(root).glob('*/')) if root else []
     yield f"SEMIDETR_DATA={root}: {', '.join(names) or 'no data set there'}" if root else 'SEMIDETR_DATA is not set: it may name the folder that holds your data sets'
     yield 'To examine data: semidetr doctor DATA, where DATA is a '+_HINT
 
 @command()
-def doctor(
-    data:Annotated[str, typer.Argument(help=_HINT+', or folder of images', show_default=False)]='',
-    other:Annotated[list[str], typer.Option(help='data set that must not overlap with it, e.g. the unlabelled one (may be repeated); default: its val and test splits')]=[],
-    split_file:Annotated[list[Path], typer.Option(help='split file to check (may be repeated)')]=[],
-    split:Annotated[str, typer.Option(help='which split of DATA')]='train',
-    out:Annotated[Path, typer.Option('--out', '-o', help='write report.json and contact_sheet.png to this folder')]=None,
-    quick:Annotated[bool, typer.Option(help='do not decode the images')]=False,
-):
+def doctor(data:Annotated[str, typer.Argument(help=_HINT+', or folder of images', show_default=False)]='',
+    other:_opt(list[str], 'data set that must not overlap with it, e.g. the unlabelled one (may be repeated); default: its val and test splits')=[],
+    split_file:_opt(list[Path], 'split file to check (may be repeated)')=[], split:_opt(str, 'which split of DATA')='train',
+    out:_opt(Path, 'write report.json and contact_sheet.png to this folder', '--out', '-o')=None, quick:_opt(bool, 'do not decode the images')=False):
     """Examine a data set: counts, classes, and every fault with file, item and cure.
 
     Exit code 2 if it cannot be trained on. Without DATA: what is installed.
 
     Example: semidetr doctor path/to/coco --out report
     """
-    if not data:
-        for line in _installation(): _say(line)
-        return
-    from semidetr.core import DataError, atomic_write
-    from semidetr.datasets import open_dataset
-    from semidetr.doctor import check_dataset, contact_sheet
+    if not data: return _say('\n'.join(_installation()))
+    from semidetr import check_dataset, contact_sheet, open_dataset
+    from semidetr.core import atomic_write
     if out: _free(out)
     report = check_dataset(data, other or None, split_file, split, quick)
-    if report.of('error', 'cannot-open') and not report.counts: raise DataError(str(report.errors[0]).removesuffix('; see above'))
+    if report.of('error', 'cannot-open') and not report.counts:
+        f = report.errors[0]
+        raise _bad(f"{'' if data in f.item else f'{data}: '}{f.item}; {f.cure}")
     _say(report.to_text())
     if out:
         atomic_write(out/'report.json', report.to_json())
@@ -243,29 +246,20 @@ assert shell('semidetr doctor no/such/folder') == 2
 # %%
 #| export
 @command()
-def split(
-    data:Annotated[str, typer.Option('--data', '-d', help=_HINT)],
-    out:Annotated[Path, typer.Option('--out', '-o', help='JSON file to write')],
-    percent:Annotated[float, typer.Option(help='percent of the images that keep their labels')]=None,
-    count:Annotated[int, typer.Option(help='or: number of labelled images')]=None,
-    fold:Annotated[int, typer.Option(help='which draw')]=0,
-    dev:Annotated[int, typer.Option(help='images held out to choose settings on; default: 100, at most a fifth; with --from 0')]=None,
-    seed:Annotated[int, typer.Option(help='another seed, another development part')]=0,
-    cover_classes:Annotated[bool, typer.Option(help='each class has a labelled image')]=False,
-    from_file:Annotated[Path, typer.Option('--from', help='published list of indices or ids instead of a draw')]=None,
-    convention:Annotated[str, typer.Option(help='what the numbers of --from are: auto, ids, positions')]='auto',
-):
+def split(data:_opt(str, _HINT, '--data', '-d'), out:_opt(Path, 'JSON file to write', '--out', '-o'), percent:_opt(float, 'percent of the images that keep their labels')=None,
+    count:_opt(int, 'or: number of labelled images')=None, fold:_opt(int, 'which draw')=0,
+    dev:_opt(int, 'images held out to choose settings on; default: 100, at most a fifth; with --from 0')=None, seed:_opt(int, 'another seed, another development part')=0,
+    cover_classes:_opt(bool, 'each class has a labelled image')=False, from_file:_opt(Path, 'published list of indices or ids instead of a draw', '--from')=None,
+    convention:_opt(str, 'what the numbers of --from are: auto, ids, positions')='auto'):
     """Divide training images into labelled, unlabelled and development part; the same on every machine.
 
     Example: semidetr split --data path/to/coco --percent 5 --fold 0 -o split.json
     """
-    from semidetr.datasets import open_dataset
-    from semidetr.splits import make_split, read_index_list, save_split, split_from_ids
+    from semidetr import make_split, open_dataset, read_index_list, save_split
     _free(out, folder=False)
     ds = open_dataset(data, 'train')
     if from_file:
-        ids, found = read_index_list(from_file, ds, percent, fold, convention)
-        s = split_from_ids(ds, ids, percent, fold, dev or 0, seed)
+        s, found = read_index_list(from_file, ds, percent, fold, convention, dev or 0, seed)
         _say(f'{from_file}: read as {found}')
     else: s = make_split(ds, percent, count, fold, min(100, len(ds)//5) if dev is None else dev, seed, cover_classes)
     save_split(s, out)
@@ -287,50 +281,54 @@ assert shell('semidetr split --data digits:n=30,size=96 --percent 120 --out othe
 def _settings(preset, config, items): # -> (Config, names that the user set)
     from semidetr.config import Config, load_config, override
     from semidetr.config import preset as named
-    from semidetr.core import ConfigError
     build = lambda base: override(load_config(config, base) if config else base, items)
     data = build(Config()).data.data
     cfg = build(named(preset or ('digits' if data.partition(':')[0] == 'digits' else 'small')))
-    if not cfg.data.data: raise ConfigError(f'no data: give --data, a {_HINT}')
+    if not cfg.data.data: raise _bad(f'no data: give --data, a {_HINT}')
     given = {i.partition('=')[0].strip() for i in items}
-    if config: given |= {k for k in ('data.dev', 'method.name', 'run.test') if _mentions(config, k)}
+    if config: given |= {f'{group}.{k}' for group, fields in _file(config).items() for k in fields}
     return cfg, given
 
-def _mentions(path, name): # does a configuration file set group.field?
+def _file(path): # content of a configuration file that has been checked
     import tomllib
-    text, (group, key) = Path(path).read_text(), name.split('.')
-    return key in (json.loads(text) if Path(path).suffix == '.json' else tomllib.loads(text)).get(group, {})
+    return (json.loads if path.suffix == '.json' else tomllib.loads)(path.read_text())
 
 def _fit_to_data(cfg, given): # -> overrides that these data need, each with the line that says so
-    from semidetr.core import DataError
     from semidetr.datasets import open_dataset
     d, train = cfg.data, open_dataset(cfg.data.data, 'train')
-    if not train.has_boxes: raise DataError(f'{d.data}: no box to learn from; images without labels belong to --unlabelled')
+    if not train.has_boxes: raise _bad(f'{d.data}: no box to learn from; images without labels belong to --unlabelled')
     most = len(train)//5
     if 'data.dev' not in given and not d.split_file and d.dev > most:
         yield f'data.dev={most}', f'{len(train)} images: {most} of them, not {d.dev}, are held out as development part (data.dev)'
     if cfg.run.test and 'run.test' not in given:
         val, why = _test_split(d)
         if val is None: yield 'run.test=false', f'no test split ({why}): the development part alone is measured; --val names one'
-        elif list(val.classes) != list(train.classes): raise DataError(f'{d.val or d.data}: the classes of the test split are {val.classes[:10]}, those of the training images {train.classes[:10]}; give both the same')
+        elif list(val.classes) != list(train.classes): raise _bad(f'{d.val or d.data}: the classes of the test split are {val.classes[:10]}, those of the training images {train.classes[:10]}; give both the same')
     if d.unlabelled and 'method.name' not in given: yield 'method.name=mean_teacher', '--unlabelled is given: method mean_teacher (--method supervised leaves those images out)'
 
 
 # %%
 #| export
 def _check_method(cfg): # -> lines about settings that make no sense together
-    from semidetr.core import ConfigError
     partly = cfg.data.unlabelled or cfg.data.split_file or cfg.data.count or cfg.data.percent not in (0, 100)
     if cfg.method.name == 'supervised':
         if partly: yield 'method supervised: unlabelled images are not used (--method mean_teacher learns from them)'
-    elif not partly: raise ConfigError(f"method {cfg.method.name} needs unlabelled images: --unlabelled FOLDER, or keep the labels of a part with --percent or --count")
-    elif cfg.method.burn_in >= cfg.optim.iters: yield f'method.burn_in={cfg.method.burn_in} takes all of the {cfg.optim.iters} iterations; no unlabelled image will be used'
+    elif not partly: raise _bad(f"method {cfg.method.name} needs unlabelled images: --unlabelled FOLDER, or keep the labels of a part with --percent or --count")
+    elif cfg.method.burn_in_iters >= cfg.optim.iters: yield f'method.burn_in_iters={cfg.method.burn_in_iters} takes all of the {cfg.optim.iters} iterations; no unlabelled image will be used'
 
 def _result(folder): # content of a run.json that may be damaged -> nothing; DataError names it
-    from semidetr.core import DataError
     from semidetr.records import read_json
     path = Path(folder)/'run.json'
-    if path.exists() and 'hash' not in (read_json(path) or {}): raise DataError(f'{path}: is not the result of a run; choose another --out')
+    if path.exists() and 'hash' not in (read_json(path) or {}): raise _bad(f'{path}: is not the result of a run; choose another --out')
+
+@contextlib.contextmanager
+def _no_debris(folder):
+    "A run that fails before its first checkpoint leaves no folder behind, unless there was one before"
+    new = not folder.exists()
+    try: yield
+    except BaseException:
+        if new and not list(folder.glob('*.pt')): shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 def _row(name, m):
     "One line of metrics"
@@ -344,7 +342,8 @@ def _summary(result, out):
     for part, title in (('dev', 'development part'), ('val', 'test split')):
         for i, (who, m) in enumerate(result['metrics'].get(part, {}).items()): _say(('' if i else f' {title}, {d[part]} images\n')+_row(who, m))
     h = result.get('health') or {}
-    quality = f", precision {h['pseudo_precision']:.2f}, recall {h['pseudo_recall']:.2f} against hidden truth" if 'pseudo_recall' in h else ''
+    share = lambda k: '-' if h[k] != h[k] else f'{h[k]:.2f}'
+    quality = f", precision {share('pseudo_precision')}, recall {share('pseudo_recall')} against hidden truth" if 'pseudo_recall' in h else ''
     if 'pseudo_boxes' in h: _say(f" pseudo labels: {h['pseudo_boxes']:.1f} boxes an image (labelled images: {h['labelled_boxes']:.1f}){quality}")
     _say(f' next: semidetr predict --run {out} --source IMAGES')
 
@@ -361,23 +360,14 @@ _row('teacher', dict(AP=31.25, AP50=float('nan'), AP75=30.))
 # %%
 #| export
 @command()
-def train(
-    settings:Annotated[list[str], typer.Argument(help='single settings, e.g. optim.lr=1e-3 pseudo.threshold=.3', show_default=False)]=None,
-    data:Annotated[str, typer.Option('--data', '-d', help=_HINT+'; default: digits')]='',
-    unlabelled:Annotated[str, typer.Option(help='more images without labels: a folder is enough')]='',
-    val:Annotated[str, typer.Option(help='test split; default: the val split of --data')]='',
-    method:Annotated[str, typer.Option(help='supervised or mean_teacher; default: mean_teacher with --unlabelled, else supervised')]='',
-    preset:Annotated[str, typer.Option(help='starting point: digits, small, coco-1, coco-5, coco-10, coco-full, voc; default: digits or small')]='',
-    config:Annotated[Path, typer.Option(help='TOML or JSON file with the settings that differ from the preset')]=None,
-    percent:Annotated[float, typer.Option(help='percent of the training images that keep their labels; default: all')]=None,
-    count:Annotated[int, typer.Option(help='or: number of images that keep their labels')]=None,
-    split_file:Annotated[str, typer.Option(help='or: file of semidetr split')]='',
-    iters:Annotated[int, typer.Option(help='iterations')]=None,
-    seed:Annotated[int, typer.Option(help='seed')]=None,
-    threads:Annotated[int, typer.Option(help='CPU threads; 0: all cores')]=0,
-    out:Out=Path('runs/train'), device:Device=None, quiet:Quiet=False,
-    show_config:Annotated[bool, typer.Option('--show-config', help='print the settings as JSON and stop')]=False,
-):
+def train(settings:Annotated[list[str], typer.Argument(help='single settings, e.g. optim.lr=1e-3 pseudo.threshold=.3', show_default=False)]=None,
+    data:_opt(str, _HINT+'; default: digits', '--data', '-d')='', unlabelled:_opt(str, 'more images without labels: a folder is enough')='',
+    val:_opt(str, 'test split; default: the val split of --data')='', method:_opt(str, 'supervised or mean_teacher; default: mean_teacher with --unlabelled, else supervised')='',
+    preset:_opt(str, 'starting point: digits, small, coco-1, coco-5, coco-10, coco-full, voc; default: digits or small')='',
+    config:_opt(Path, 'TOML or JSON file with the settings that differ from the preset')=None,
+    percent:_opt(float, 'percent of the training images that keep their labels; default: all')=None, count:_opt(int, 'or: number of images that keep their labels')=None,
+    split_file:_opt(str, 'or: file of semidetr split')='', iters:_opt(int, 'iterations')=None, seed:_opt(int, 'seed')=None, threads:_opt(int, 'CPU threads; 0: all cores')=0,
+    out:Out=Path('runs/train'), device:Device=None, quiet:Quiet=False, show_config:_opt(bool, 'print the settings as JSON and stop', '--show-config')=False):
     """Train a detector. A folder that holds a stopped run is gone on with.
 
     With several GPUs: torchrun --nproc-per-node N -m semidetr.cli train ...
@@ -386,6 +376,7 @@ def train(
     """
     from semidetr.config import override, to_dict
     from semidetr.core import pick_device
+    from semidetr.study import run_config
     items = _flags(locals())+list(settings or [])
     cfg, given = _settings(preset, config, items)
     pick_device(cfg.run.device)
@@ -395,15 +386,13 @@ def train(
     if show_config: return _say(json.dumps(to_dict(cfg), indent=1))
     _result(_free(out))
     for text in notes: _say(f'note: {text}')
-    from semidetr.study import run_config
-    _summary(run_config(cfg, out, not quiet), out)
+    with _no_debris(out): _summary(run_config(cfg, out, not quiet), out)
 
 def _flags(v): # options of `train` -> settings
-    from semidetr.core import ConfigError
-    if sum(bool(v[k]) for k in ('percent', 'count', 'split_file')) > 1: raise ConfigError('give one of --percent, --count and --split-file')
-    if v['percent'] is not None and not 0 < v['percent'] <= 100: raise ConfigError(f"--percent {v['percent']:g} is outside (0, 100]; 10 means ten percent")
+    if sum(bool(v[k]) for k in ('percent', 'count', 'split_file')) > 1: raise _bad('give one of --percent, --count and --split-file')
+    if v['percent'] is not None and not 0 < v['percent'] <= 100: raise _bad(f"--percent {v['percent']:g} is outside (0, 100]; 10 means ten percent")
     for k in ('count', 'iters'):
-        if v[k] is not None and v[k] < 1: raise ConfigError(f'--{k} {v[k]} must be at least 1')
+        if v[k] is not None and v[k] < 1: raise _bad(f'--{k} {v[k]} must be at least 1')
     names = dict(data='data.data', unlabelled='data.unlabelled', val='data.val', split_file='data.split_file', method='method.name', percent='data.percent',
                  count='data.count', iters='optim.iters', seed='run.seed', device='run.device', threads='run.threads')
     reset = [f'data.{k}=0' for k in ('percent', 'count') if v['percent'] is not None or v['count'] or v['split_file']]
@@ -424,29 +413,22 @@ assert shell('semidetr train --data digits:n=30,size=96 --percent 20 --device cu
 # %%
 #| export
 def _eval_part(cfg, data, part): # -> the data set to measure on
-    from semidetr.core import ConfigError, DataError
     from semidetr.datasets import open_dataset
     from semidetr.trainer import build_data
-    if part not in (known := ('val', 'dev', 'train') if not data else ('val', 'train', 'test')): raise ConfigError(f"--part '{part}' is unknown{' with --data' if data else ''}; known: {', '.join(known)}")
+    if part not in (known := ('val', 'dev', 'train') if not data else ('val', 'train', 'test')): raise _bad(f"--part '{part}' is unknown{' with --data' if data else ''}; known: {', '.join(known)}")
     if data or part == 'train': return open_dataset(data or cfg.data, part)
     ds, why = _test_split(cfg) if part == 'val' else (build_data(cfg).dev, 'the run held no development part out')
-    if ds is None: raise DataError(f'{why}; give --data, or another --part (val, dev, train)')
+    if ds is None: raise _bad(f'{why}; give --data, or another --part (val, dev, train)')
     return ds
 
 @command('eval')
-def evaluate(
-    run:Run,
-    data:Annotated[str, typer.Option('--data', '-d', help='data set; default: the one of the run')]='',
-    part:Annotated[str, typer.Option(help='val, train, or without --data also dev')]='val',
-    nms:Nms=0.,
-    out:Annotated[Path, typer.Option('--out', '-o', help='write all metrics to this JSON file')]=None,
-    device:Device='auto', quiet:Quiet=False,
-):
+def evaluate(run:Run, data:_opt(str, 'data set; default: the one of the run', '--data', '-d')='', part:_opt(str, 'val, train, or without --data also dev')='val', nms:Nms=0.,
+    out:_opt(Path, 'write all metrics to this JSON file', '--out', '-o')=None, device:Device='auto', quiet:Quiet=False):
     """COCO metrics of a run's two networks, per class too.
 
     Example: semidetr eval --run runs/mine --data path/to/coco
     """
-    from semidetr.core import DataError, atomic_write
+    from semidetr.core import atomic_write
     from semidetr.evaluation import evaluate_model
     from semidetr.predict import Predictor
     if out: _free(out, folder=False)
@@ -454,8 +436,8 @@ def evaluate(
     for which in ('teacher', 'student'):
         p = Predictor(run, device, nms=nms or None, which=which)
         ds = ds or _eval_part(p.cfg.data, data, part)
-        if not ds.has_boxes: raise DataError(f'{ds.name}: no box to measure against; to draw detections there is semidetr predict')
-        if list(ds.classes) != p.classes: raise DataError(f'{data or ds.name}: its classes ({", ".join(ds.classes[:5])}, ...) are not those of the run ({", ".join(p.classes[:5])}, ...); evaluate on data with the same classes')
+        if not ds.has_boxes: raise _bad(f'{ds.name}: no box to measure against; to draw detections there is semidetr predict')
+        if list(ds.classes) != p.classes: raise _bad(f'{data or ds.name}: its classes ({", ".join(ds.classes[:5])}, ...) are not those of the run ({", ".join(p.classes[:5])}, ...); evaluate on data with the same classes')
         result[which] = evaluate_model(p.model, ds, p.cfg.view, p.device, p.nms, '' if quiet else f'evaluate {which}')
     _say(f'{ds.name}: {len(ds)} images')
     for which, m in result.items(): _say(_row(which, m))
@@ -468,25 +450,17 @@ def evaluate(
 # %%
 #| export
 @command()
-def predict(
-    run:Run,
-    source:Annotated[Path, typer.Option('--source', '-s', help='an image or a folder of images')],
-    out:Out=Path('runs/predict'),
-    threshold:Annotated[float, typer.Option(help='least score')]=.3,
-    nms:Nms=0.,
-    which:Annotated[str, typer.Option(help='teacher or student')]='teacher',
-    draw:Annotated[bool, typer.Option(help='write pictures')]=True,
-    ids:Annotated[Path, typer.Option(help='COCO annotation file whose image and category ids to write; default: file names, label + 1')]=None,
-    batch:Annotated[int, typer.Option(min=1, help='images of one size at a time')]=8,
-    device:Device='auto', quiet:Quiet=False,
-):
+def predict(run:Run, source:_opt(Path, 'an image or a folder of images', '--source', '-s'), out:Out=Path('runs/predict'), threshold:_opt(float, 'least score')=.3, nms:Nms=0.,
+    which:_opt(str, 'teacher or student')='teacher', draw:_opt(bool, 'write pictures')=True,
+    ids:_opt(Path, 'COCO annotation file whose image and category ids to write; default: file names, label + 1')=None, batch:_opt(int, 'images of one size at a time', min=1)=8,
+    device:Device='auto', quiet:Quiet=False):
     """Detect objects in an image or a folder: drawn pictures, and detections.json in COCO's result format.
 
     Files that cannot be read are named and left out; the exit code is then 2.
 
     Example: semidetr predict --run runs/mine --source photos -o runs/predict
     """
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     from semidetr.predict import Predictor, predict_folder
     model = Predictor(run, device, threshold, nms or None, which)
     found, broken = predict_folder(model, source, _free(out), draw, ids, batch, lambda x: tqdm(x, desc='predict', unit='batch', disable=quiet))
@@ -508,13 +482,8 @@ assert shell('semidetr eval') == 2
 # %%
 #| export
 @command()
-def demo(
-    out:Out=Path('runs/demo'),
-    labels:Annotated[int, typer.Option(min=1, help='number of labelled scenes')]=20,
-    seed:Annotated[list[int], typer.Option(help='seed of split and training (may be repeated)')]=[0],
-    workers:Annotated[int, typer.Option(min=0, help='runs at a time; 0: one a core')]=0,
-    quiet:Quiet=False,
-):
+def demo(out:Out=Path('runs/demo'), labels:_opt(int, 'number of labelled scenes', min=1)=20, seed:_opt(list[int], 'seed of split and training (may be repeated)')=[0],
+    workers:_opt(int, 'runs at a time; 0: one a core', min=0)=0, quiet:Quiet=False):
     """Learn to detect handwritten digits from 20 labelled and 1000 unlabelled scenes.
 
     Supervised against mean teacher, a few minutes on two cores; table and pictures at the end.
@@ -525,16 +494,13 @@ def demo(
     run_demo(_free(out), labels, tuple(seed), not quiet, workers, _say)
 
 @command()
-def site(
-    engine:Annotated[str, typer.Option(help='auto, quarto or fallback')]='auto',
-):
+def site(engine:_opt(str, 'auto, quarto or fallback')='auto'):
     """Render the book to _docs/. Needs a checkout and the extra [book].
 
     Example: semidetr site
     """
-    from semidetr.core import ConfigError
-    if engine not in ('auto', 'quarto', 'fallback'): raise ConfigError(f"--engine '{engine}' is unknown; known: auto, quarto, fallback")
-    if not any((d/'_quarto.yml').exists() for d in (Path.cwd(), *Path.cwd().parents)): raise ConfigError('no _quarto.yml here or above; run this in a checkout of the book')
+    if engine not in ('auto', 'quarto', 'fallback'): raise _bad(f"--engine '{engine}' is unknown; known: auto, quarto, fallback")
+    if not any((d/'_quarto.yml').exists() for d in (Path.cwd(), *Path.cwd().parents)): raise _bad('no _quarto.yml here or above; run this in a checkout of the book')
     from semidetr.site import main as render
     raise typer.Exit(render(['--engine', engine]))
 
@@ -544,9 +510,10 @@ def site(
 if __name__ == '__main__' and globals().get('__spec__'): main()
 
 # %% [markdown]
-# Every command explains itself, with an example to copy:
+# A misspelt command is guessed, and every command explains itself, with an example to copy:
 
 # %%
+assert shell('semidetr trian') == 2
 assert shell('semidetr predict --help') == 0
 
 # %% [markdown]
@@ -558,4 +525,8 @@ assert shell('semidetr predict --help') == 0
 # - Defaults bend to the data (development part, test split, method), always with a line that says so, never against your own setting.
 # - Ctrl-C costs nothing: exit code 130, and the same command goes on.
 #
-# **Exercises.** 1. Which of the errors above are found before the first image is decoded, and which can only be found while training? 2. Why does `predict` exit with code 2 although it wrote its results? What would you choose for a nightly script? 3. Add a command `classes` that prints the class names of a run; how many lines does it need?
+# ## Exercises
+#
+# 1. Which of the errors above are found before the first image is decoded, and which can only be found while training?
+# 2. Why does `predict` exit with code 2 although it wrote its results? What would you choose for a nightly script?
+# 3. Add a command `classes` that prints the class names of a run; how many lines does it need?

@@ -9,6 +9,9 @@
 // reads a zero and needs no test; the frame between two rows is one pixel that ends one row and begins the next. With few
 // queries packing does not pay: taps are addressed one by one in the tensor itself, those outside go to a row of zeros.
 #include <math.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include "msda.h"
 
@@ -59,6 +62,17 @@ template <class A> SEMIDETR_INLINE Vec<A> all(A a) { return a - Vec<A>{}; }
 template <class A> SEMIDETR_INLINE Int<A> to_int(Vec<A> v) { return __builtin_convertvector(v, Int<A>); }
 template <class A> SEMIDETR_INLINE Vec<A> to_real(Int<A> v) { return __builtin_convertvector(v, Vec<A>); }
 SEMIDETR_INLINE Vec<float> power_of_two(Int<float> n) { return (Vec<float>)((n + 127) << 23); }
+template <class A> SEMIDETR_INLINE Vec<A> floor_generic(Vec<A> v) { Vec<A> f = to_real<A>(to_int<A>(v)); return f > v ? f - A(1) : f; }
+#if defined(__AVX512F__)
+SEMIDETR_INLINE Vec<float> floor_(Vec<float> v) { return (Vec<float>)_mm512_roundscale_ps((__m512)v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+SEMIDETR_INLINE Vec<double> floor_(Vec<double> v) { return (Vec<double>)_mm512_roundscale_pd((__m512d)v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+#elif defined(__AVX2__)
+SEMIDETR_INLINE Vec<float> floor_(Vec<float> v) { return (Vec<float>)_mm256_floor_ps((__m256)v); }
+SEMIDETR_INLINE Vec<double> floor_(Vec<double> v) { return (Vec<double>)_mm256_floor_pd((__m256d)v); }
+#else
+SEMIDETR_INLINE Vec<float> floor_(Vec<float> v) { return floor_generic<float>(v); }
+SEMIDETR_INLINE Vec<double> floor_(Vec<double> v) { return floor_generic<double>(v); }
+#endif
 
 template <int... I> struct Seq {};
 template <int N, int... I> struct Count : Count<N - 1, N - 1, I...> {};
@@ -124,6 +138,8 @@ template <class A> SEMIDETR_INLINE integer_of<A> load(const integer_of<A>* p) { 
 template <class A> SEMIDETR_INLINE A all(A a) { return a; }
 template <class A> SEMIDETR_INLINE integer_of<A> to_int(A v) { return integer_of<A>(v); }
 template <class A> SEMIDETR_INLINE A to_real(integer_of<A> v) { return A(v); }
+SEMIDETR_INLINE float floor_(float v) { float f = float(int32_t(v)); return f > v ? f - 1.f : f; }
+SEMIDETR_INLINE double floor_(double v) { double f = double(int64_t(v)); return f > v ? f - 1. : f; }
 SEMIDETR_INLINE float power_of_two(int32_t n) { union { int32_t i; float f; } x; x.i = (n + 127) << 23; return x.f; }
 template <class A> SEMIDETR_INLINE void unzip(const A* p, A& x, A& y) { x = p[0]; y = p[1]; }
 template <class A> SEMIDETR_INLINE void zip(A x, A y, A* p) { p[0] = x; p[1] = y; }
@@ -170,15 +186,14 @@ constexpr int kMaxBlocks = kMaxPoints / PB;
 
 template <class A> struct alignas(64) Block {
   typedef integer_of<A> I;
-  A W[PB], H[PB];                             // of the task: size of the point's level (-2 = no such point),
-  I w[PB], h[PB], base[PB], row[PB];          // the same as integers; where the level starts; what one step in y adds
-  I level[PB];                                // its number among the task's levels, times ref_dim
+  A W[PB], H[PB], Wmax[PB], Hmax[PB];         // of the task: size of the point's level, the largest number below it,
+  A w1[PB], base[PB];                         // rows of the value in one step of y, number of the level's pixel (0,0)
+  I row[PB], level[PB];                       // one step of y in the value's numbers; the level times ref_dim
   A sx[PB], sy[PB], ox[PB], oy[PB];           // of the query, fused with boxes: pixels per unit of offset, raw offsets
-  A fx[PB], fy[PB], ain[PB];                  // fractions; attention, or 0 outside the map
+  A fx[PB], fy[PB], ax[PB], ay[PB];           // fractions; attention, or 0 where a step in x or y changes nothing
   A wt[4][PB], d[4][PB];                      // weight of each tap; dot product of the output's gradient with its row
   A gx[PB], gy[PB], ga[PB];                   // gradients with respect to the pixel and to the attention
   I at[4][PB];                                // packed: at[0] is the upper left tap's offset; else each tap's row or -1
-  I in[PB];                                   // -1 inside the map, else 0
 };
 
 // All points of one query and, in the fused form, its softmax and that one's gradient.
@@ -187,16 +202,21 @@ template <class A> struct alignas(64) Query {
   A prob[kMaxPoints], grad[kMaxPoints];
 };
 
+constexpr int kBatch = 4;                     // queries
+
 template <class A> struct Task {
   const Problem& p;
   int64_t b, m;
   int l0, l1, first, n, blocks;               // levels [l0,l1), first point, number of points, of blocks
   int64_t Dp;                                 // channels of a packed row
-  Query<A> query[2];                          // while one query's channels are summed, the next one's points are located
+  Query<A> query[kBatch];                     // several at a time: the steps of one hide the latency of another's
 };
 
 template <class A> SEMIDETR_INLINE int64_t padded_channels(const Problem& p) { constexpr int N = Lanes<A>::n; return (p.D + N - 1) / N * N; }
 SEMIDETR_INLINE int64_t framed_rows(const Problem& p, int l) { return int64_t(p.h[l] + 2) * (p.w[l] + 1) + 1; }
+
+SEMIDETR_INLINE float below(float x) { return nextafterf(x, 0.f); }
+SEMIDETR_INLINE double below(double x) { return nextafter(x, 0.); }
 
 template <class A, bool FRAMED> void describe(Task<A>& t) {
   const Problem& p = t.p;
@@ -205,42 +225,45 @@ template <class A, bool FRAMED> void describe(Task<A>& t) {
   for (int l = t.l0; l < t.l1; l++) { start[l] = s; s += framed_rows(p, l); }
   for (int i = 0; i < t.blocks * PB; i++) {
     Block<A>& k = t.query[0].block[i / PB]; int j = i % PB, l = t.l0 + i / int(p.P);
-    bool real = i < t.n;
-    k.w[j] = real ? p.w[l] : -2; k.h[j] = real ? p.h[l] : -2;
-    k.W[j] = A(k.w[j]); k.H[j] = A(k.h[j]);
-    k.row[j] = !real ? 0 : FRAMED ? integer_of<A>((p.w[l] + 1) * t.Dp) : p.w[l];
-    k.base[j] = !real ? 0 : FRAMED ? integer_of<A>((start[l] + p.w[l] + 2) * t.Dp) : p.start[l];
-    k.level[j] = real ? int32_t((l - t.l0) * p.ref_dim) : 0;
+    bool real = i < t.n;                      // the others lie on a map of one pixel, with no attention
+    k.W[j] = real ? A(p.w[l]) : A(1); k.H[j] = real ? A(p.h[l]) : A(1);
+    k.Wmax[j] = below(k.W[j]); k.Hmax[j] = below(k.H[j]);
+    k.w1[j] = real ? A(p.w[l] + FRAMED) : A(0);
+    k.base[j] = !real ? A(FRAMED) : FRAMED ? A(start[l] + p.w[l] + 2) : A(p.start[l]);
+    k.row[j] = !real ? 0 : integer_of<A>(FRAMED ? (p.w[l] + 1) * t.Dp : p.w[l]);
+    k.level[j] = real ? integer_of<A>((l - t.l0) * p.ref_dim) : 0;
     k.sx[j] = k.sy[j] = k.ox[j] = k.oy[j] = 0;
   }
-  for (int k = 0; k < t.blocks; k++) t.query[1].block[k] = t.query[0].block[k];
+  for (int u = 1; u < kBatch; u++) for (int k = 0; k < t.blocks; k++) t.query[u].block[k] = t.query[0].block[k];
 }
 
-// Lanes j.. of a block: where the four taps are and what they weigh.
-template <class A, bool FRAMED> SEMIDETR_INLINE void locate(Block<A>& k, int j, Vec<A> cx, Vec<A> cy, Vec<A> dx, Vec<A> dy, Vec<A> a, integer_of<A> Dp) {
-  Vec<A> W = load(k.W + j), H = load(k.H + j), zero = all(A(0));
+// Lanes j.. of a block: where the four taps are and what they weigh. A point outside the map (or NaN) is moved to the nearest
+// place whose taps with a weight all lie on the frame: it adds nothing. Pixel numbers are computed as floats: exact below 2^24.
+template <class A, bool FRAMED, bool GRAD>
+SEMIDETR_INLINE void locate(Block<A>& k, int j, Vec<A> cx, Vec<A> cy, Vec<A> dx, Vec<A> dy, Vec<A> a, integer_of<A> Dp) {
+  const Vec<A> W = load(k.W + j), H = load(k.H + j), Wmax = load(k.Wmax + j), Hmax = load(k.Hmax + j);
+  const Vec<A> zero = all(A(0)), one = all(A(1)), low = all(A(-1));
   Vec<A> x = cx * W + (dx - A(.5)), y = cy * H + (dy - A(.5));
-  auto in = (x > A(-1)) & (x < W) & (y > A(-1)) & (y < H);                 // false for NaN
-  x = in ? x : zero; y = in ? y : zero;
-  Int<A> xi = to_int<A>(x), yi = to_int<A>(y);
-  Vec<A> xf = to_real<A>(xi), yf = to_real<A>(yi);
-  xf = xf > x ? xf - A(1) : xf; yf = yf > y ? yf - A(1) : yf;              // floor
-  xi = to_int<A>(xf); yi = to_int<A>(yf);
+  Vec<A> xc = x > low ? x : low, yc = y > low ? y : low;                   // NaN becomes -1
+  xc = xc < Wmax ? xc : Wmax; yc = yc < Hmax ? yc : Hmax;
+  Vec<A> xf = floor_(xc), yf = floor_(yc);
   // The fraction from the exact product, where the CPU multiplies and adds in one: a float in a wide map keeps its last bits.
   Vec<A> fx = (cx * W - (xf + A(.5))) + dx, fy = (cy * H - (yf + A(.5))) + dy;
-  fx = in ? fx : zero; fy = in ? fy : zero;
-  a = in ? a : zero;
-  Vec<A> low = a * fy, top = a - low, w1 = top * fx, w3 = low * fx;
-  store(k.fx + j, fx); store(k.fy + j, fy); store(k.ain + j, a);
-  store(k.wt[0] + j, top - w1); store(k.wt[1] + j, w1); store(k.wt[2] + j, low - w3); store(k.wt[3] + j, w3);
-  Int<A> outside = -Int<A>{} - 1, base = load<A>(k.base + j), row = load<A>(k.row + j);
-  store<A>(k.in + j, in ? outside : outside + 1);
-  if (FRAMED) store<A>(k.at[0] + j, base + yi * row + xi * Dp);
+  fx = fx > zero ? fx : zero; fy = fy > zero ? fy : zero;
+  fx = fx < one ? fx : one; fy = fy < one ? fy : one;
+  Vec<A> row1 = a * fy, row0 = a - row1, w1 = row0 * fx, w3 = row1 * fx;
+  store(k.wt[0] + j, row0 - w1); store(k.wt[1] + j, w1); store(k.wt[2] + j, row1 - w3); store(k.wt[3] + j, w3);
+  if (GRAD) {
+    store(k.fx + j, fx); store(k.fy + j, fy);
+    store(k.ax + j, (x > low) & (x < W) ? a : zero); store(k.ay + j, (y > low) & (y < H) ? a : zero);
+  }
+  Int<A> r = to_int<A>(yf * load(k.w1 + j) + (xf + load(k.base + j)));
+  if (FRAMED) store<A>(k.at[0] + j, r * Dp);
   else {
-    Int<A> r = base + yi * row + xi, w = load<A>(k.w + j), h = load<A>(k.h + j);
-    auto x0 = in & (xi >= 0), x1 = in & (xi + 1 < w), y0 = yi >= 0, y1 = yi + 1 < h;
+    Int<A> outside = -Int<A>{} - 1, w = load<A>(k.row + j);
+    auto x0 = xf >= zero, x1 = xf + one < W, y0 = yf >= zero, y1 = yf + one < H;
     store<A>(k.at[0] + j, x0 & y0 ? r : outside); store<A>(k.at[1] + j, x1 & y0 ? r + 1 : outside);
-    store<A>(k.at[2] + j, x0 & y1 ? r + row : outside); store<A>(k.at[3] + j, x1 & y1 ? r + row + 1 : outside);
+    store<A>(k.at[2] + j, x0 & y1 ? r + w : outside); store<A>(k.at[3] + j, x1 & y1 ? r + w + 1 : outside);
   }
 }
 
@@ -296,7 +319,7 @@ template <class A> SEMIDETR_INLINE Vec<A> spread(const A* src, const A* both, co
 #endif
 }
 
-template <class A, bool FRAMED> SEMIDETR_NOINLINE void points_plain(const Task<A>& t, Query<A>& qs, int64_t q) {
+template <class A, bool FRAMED, bool GRAD> SEMIDETR_NOINLINE void points_plain(const Task<A>& t, Query<A>& qs, int64_t q) {
   constexpr int N = Lanes<A>::n;
   const Problem& p = t.p;
   int64_t at = ((t.b * p.Q + q) * p.M + t.m) * p.L * p.P + t.first;
@@ -309,12 +332,12 @@ template <class A, bool FRAMED> SEMIDETR_NOINLINE void points_plain(const Task<A
     for (int j = 0; j < PB; j += N) {
       Vec<A> x, y, zero = all(A(0));
       unzip(xy + 2 * j, x, y);
-      locate<A, FRAMED>(block, j, x, y, zero, zero, load(a + j), integer_of<A>(t.Dp));
+      locate<A, FRAMED, GRAD>(block, j, x, y, zero, zero, load(a + j), integer_of<A>(t.Dp));
     }
   }
 }
 
-template <class A, class R, bool FRAMED> SEMIDETR_NOINLINE void points_fused(const Task<A>& t, Query<A>& qs, int64_t q) {
+template <class A, class R, bool FRAMED, bool GRAD> SEMIDETR_NOINLINE void points_fused(const Task<A>& t, Query<A>& qs, int64_t q) {
   constexpr int N = Lanes<A>::n;
   const Problem& p = t.p;
   int64_t head = ((t.b * p.Q + q) * p.M + t.m) * p.L * p.P, width = (t.l1 - t.l0) * p.ref_dim;
@@ -342,7 +365,7 @@ template <class A, class R, bool FRAMED> SEMIDETR_NOINLINE void points_fused(con
         store(block.sx + j, sx); store(block.sy + j, sy); store(block.ox + j, x); store(block.oy + j, y);
         x *= sx; y *= sy;
       }
-      locate<A, FRAMED>(block, j, cx, cy, x, y, load(a + j), integer_of<A>(t.Dp));
+      locate<A, FRAMED, GRAD>(block, j, cx, cy, x, y, load(a + j), integer_of<A>(t.Dp));
     }
   }
 }
@@ -355,10 +378,10 @@ template <class A> void mask_rows(const Task<A>& t, Query<A>& qs) {        // pa
   }
 }
 
-template <class A, bool FRAMED> SEMIDETR_INLINE void points(const Task<A>& t, Query<A>& qs, int64_t q) {
-  if (!t.p.ref_dim) points_plain<A, FRAMED>(t, qs, q);
-  else if (t.p.raw == kBFloat16) points_fused<A, half_of<A>, FRAMED>(t, qs, q);
-  else points_fused<A, A, FRAMED>(t, qs, q);
+template <class A, bool FRAMED, bool GRAD> SEMIDETR_INLINE void points(const Task<A>& t, Query<A>& qs, int64_t q) {
+  if (!t.p.ref_dim) points_plain<A, FRAMED, GRAD>(t, qs, q);
+  else if (t.p.raw == kBFloat16) points_fused<A, half_of<A>, FRAMED, GRAD>(t, qs, q);
+  else points_fused<A, A, FRAMED, GRAD>(t, qs, q);
   if (!FRAMED && t.p.mask) mask_rows(t, qs);
 }
 
@@ -392,13 +415,13 @@ template <class A, class T, bool FRAMED> SEMIDETR_INLINE void gather(const Task<
   constexpr int N = Lanes<A>::n;
   int64_t c = 0, D = t.Dp;
   for (; c + 4 * N <= D; c += 4 * N) gather_channels<A, T, FRAMED, 4>(t, qs, v + c, step, zeros, out + c);
-  if (c + 2 * N <= D) { gather_channels<A, T, FRAMED, 2>(t, qs, v + c, step, zeros, out + c); c += 2 * N; }
-  if (c + N <= D) gather_channels<A, T, FRAMED, 1>(t, qs, v + c, step, zeros, out + c);
+  for (; c + 2 * N <= D; c += 2 * N) gather_channels<A, T, FRAMED, 2>(t, qs, v + c, step, zeros, out + c);
+  if (c < D) gather_channels<A, T, FRAMED, 1>(t, qs, v + c, step, zeros, out + c);
 }
 
 // Adds weight * grad to the gradient's rows, and leaves in block.d the dot products of grad with the value's rows.
-template <class A, class T, bool FRAMED, int NV>
-SEMIDETR_NOINLINE void scatter_channels(const Task<A>& t, Query<A>& qs, const T* v, int64_t step, const T* zeros, A* g, int64_t gstep, A* trash, const A* grad, bool add) {
+template <class A, class T, bool FRAMED, int NV, bool ADD>
+SEMIDETR_NOINLINE void scatter_channels(const Task<A>& t, Query<A>& qs, const T* v, int64_t step, const T* zeros, A* g, int64_t gstep, A* trash, const A* grad) {
   constexpr int N = Lanes<A>::n, G = N >= 4 ? N / 4 : 1;                   // points whose dot products fill one vector
   Vec<A> go[NV];
   for (int j = 0; j < NV; j++) go[j] = load<A>(grad + j * N);
@@ -419,16 +442,14 @@ SEMIDETR_NOINLINE void scatter_channels(const Task<A>& t, Query<A>& qs, const T*
           for (int j = 0; j < NV; j++) store(s[c] + j * N, load<A>(s[c] + j * N) + w * go[j]);
         }
       }
+      A y[4 * G];
 #if SEMIDETR_VW > 1
-      if (N >= 4) {
-        Tree<A, N>::sum(x);
-        A y[N]; store(y, x[0]);
-        for (int c = 0; c < 4; c++) for (int u = 0; u < G; u++) block.d[c][i + u] = add ? block.d[c][i + u] + y[c * G + u] : y[c * G + u];
-      } else
-        for (int c = 0; c < 4; c++) { A y = x[c][0]; for (int j = 1; j < N; j++) y += x[c][j]; block.d[c][i] = add ? block.d[c][i] + y : y; }
+      if (N >= 4) { Tree<A, N>::sum(x); store(y, x[0]); }
+      else for (int c = 0; c < 4; c++) { y[c] = x[c][0]; for (int j = 1; j < N; j++) y[c] += x[c][j]; }
 #else
-      for (int c = 0; c < 4; c++) block.d[c][i] = add ? block.d[c][i] + x[c] : x[c];
+      for (int c = 0; c < 4; c++) y[c] = x[c];
 #endif
+      for (int c = 0; c < 4; c++) for (int u = 0; u < G; u++) block.d[c][i + u] = (ADD ? block.d[c][i + u] : A(0)) + y[c * G + u];
     }
   }
 }
@@ -438,12 +459,12 @@ template <class A> SEMIDETR_NOINLINE void pixel_gradients(const Task<A>& t, Quer
   for (int k = 0; k < t.blocks; k++) {
     Block<A>& b = qs.block[k];
     for (int j = 0; j < PB; j += Lanes<A>::n) {
-      Vec<A> fx = load(b.fx + j), fy = load(b.fy + j), a = load(b.ain + j), zero = all(A(0));
+      Vec<A> fx = load(b.fx + j), fy = load(b.fy + j);
       Vec<A> d0 = load(b.d[0] + j), d1 = load(b.d[1] + j), d2 = load(b.d[2] + j), d3 = load(b.d[3] + j);
-      auto in = load<A>(b.in + j) != 0;
       Vec<A> top = fx * (d1 - d0) + d0, low = fx * (d3 - d2) + d2;
-      Vec<A> gx = a * (fy * ((d3 - d2) - (d1 - d0)) + (d1 - d0)), gy = a * (low - top), ga = fy * (low - top) + top;
-      store(b.ga + j, in ? ga : zero); store(b.gx + j, in ? gx : zero); store(b.gy + j, in ? gy : zero);
+      store(b.ga + j, fy * (low - top) + top);
+      store(b.gx + j, load(b.ax + j) * (fy * ((d3 - d2) - (d1 - d0)) + (d1 - d0)));
+      store(b.gy + j, load(b.ay + j) * (low - top));
     }
   }
 }
@@ -452,10 +473,12 @@ template <class A, class T, bool FRAMED>
 SEMIDETR_INLINE void scatter(const Task<A>& t, Query<A>& qs, const T* v, int64_t step, const T* zeros, A* g, int64_t gstep, A* trash, const A* grad) {
   constexpr int N = Lanes<A>::n;
   int64_t c = 0, D = t.Dp;
-  for (; c + 4 * N <= D; c += 4 * N) scatter_channels<A, T, FRAMED, 4>(t, qs, v + c, step, zeros, g + c, gstep, trash, grad + c, c > 0);
-  if (c + 2 * N <= D) { scatter_channels<A, T, FRAMED, 2>(t, qs, v + c, step, zeros, g + c, gstep, trash, grad + c, c > 0); c += 2 * N; }
-  if (c + N <= D) scatter_channels<A, T, FRAMED, 1>(t, qs, v + c, step, zeros, g + c, gstep, trash, grad + c, c > 0);
-  pixel_gradients(t, qs);
+#define SEMIDETR_PART(NV, ADD) scatter_channels<A, T, FRAMED, NV, ADD>(t, qs, v + c, step, zeros, g + c, gstep, trash, grad + c); c += NV * N
+  if (D >= 4 * N) { SEMIDETR_PART(4, false); while (c + 4 * N <= D) { SEMIDETR_PART(4, true); } }
+  else if (D >= 2 * N) { SEMIDETR_PART(2, false); }
+  else { SEMIDETR_PART(1, false); }
+  while (c < D) { SEMIDETR_PART(1, true); }
+#undef SEMIDETR_PART
 }
 
 // ---- packing ------------------------------------------------------------------------------------------------------------
@@ -520,10 +543,10 @@ template <class A> SEMIDETR_INLINE bool framed(const Problem& p, bool backward) 
 }
 
 // ---- tasks --------------------------------------------------------------------------------------------------------------
-constexpr int kAhead = 4;                                                  // queries to prefetch: their rows are M apart
+// Prefetches the inputs of the query that is one batch ahead: its rows lie M apart from this one's.
 template <class A> SEMIDETR_INLINE void prefetch(const Task<A>& t, int64_t q, const char* grad, int64_t size) {
   const Problem& p = t.p;
-  int64_t head = (t.b * p.Q + q + kAhead) * p.M + t.m, at = head * p.L * p.P + t.first;
+  int64_t head = (t.b * p.Q + q + kBatch) * p.M + t.m, at = head * p.L * p.P + t.first;
   int64_t r = p.ref_dim ? (p.raw == kBFloat16 ? 2 : int64_t(sizeof(A))) : int64_t(sizeof(A));
   const char* xy = (const char*)(p.ref_dim ? p.off : p.loc) + at * 2 * r;
   for (int64_t i = 0; i < t.n * 2 * r; i += 64) SEMIDETR_PREFETCH(xy + i);
@@ -547,12 +570,16 @@ template <class A> struct Workspace {                                      // on
 template <class A, class T, class V, bool FRAMED>                          // T: of the tensors, V: of the rows that are read
 void forward_task(Task<A>& t, int64_t q0, int64_t q1, const V* value, int64_t step, const V* zeros, A* line) {
   const Problem& p = t.p;
-  if (q0 < q1) points<A, FRAMED>(t, t.query[q0 & 1], q0);
-  for (int64_t q = q0; q < q1; q++) {
-    prefetch(t, q, nullptr, 0);
-    if (q + 1 < q1) points<A, FRAMED>(t, t.query[(q + 1) & 1], q + 1);
-    gather<A, V, FRAMED>(t, t.query[q & 1], value, step, zeros, line);
-    write_row(line, p.D, (T*)p.out + ((t.b * p.Q + q) * p.M + t.m) * p.D);
+  bool direct = sizeof(T) == sizeof(A) && p.D == t.Dp;
+  for (int64_t q = q0; q < q1; q += kBatch) {
+    int n = q1 - q < kBatch ? int(q1 - q) : kBatch;
+    for (int u = 0; u < n; u++) { prefetch(t, q + u, nullptr, 0); points<A, FRAMED, false>(t, t.query[u], q + u); }
+    for (int u = 0; u < n; u++) {
+      T* out = (T*)p.out + ((t.b * p.Q + q + u) * p.M + t.m) * p.D;
+      if (direct) { gather<A, V, FRAMED>(t, t.query[u], value, step, zeros, (A*)out); continue; }
+      gather<A, V, FRAMED>(t, t.query[u], value, step, zeros, line);
+      write_row(line, p.D, out);
+    }
   }
 }
 
@@ -622,14 +649,22 @@ template <class A, class R> SEMIDETR_NOINLINE void write_points(const Task<A>& t
 template <class A, class T, class V, bool FRAMED>
 void backward_task(Task<A>& t, const V* value, int64_t step, const V* zeros, A* grad, int64_t gstep, A* trash, A* line) {
   const Problem& p = t.p;
-  points<A, FRAMED>(t, t.query[0], 0);
-  for (int64_t q = 0; q < p.Q; q++) {
-    Query<A>& qs = t.query[q & 1];
-    prefetch(t, q, (const char*)p.grad_out, int64_t(sizeof(T)));
-    if (q + 1 < p.Q) points<A, FRAMED>(t, t.query[(q + 1) & 1], q + 1);
-    copy_row((const T*)p.grad_out + ((t.b * p.Q + q) * p.M + t.m) * p.D, p.D, t.Dp, line);
-    scatter<A, V, FRAMED>(t, qs, value, step, zeros, grad, gstep, trash, line);
-    if (p.ref_dim && p.raw == kBFloat16) write_points<A, half_of<A>>(t, qs, q); else write_points<A, A>(t, qs, q);
+  bool direct = sizeof(T) == sizeof(A) && p.D == t.Dp;
+  for (int64_t q = 0; q < p.Q; q += kBatch) {
+    int n = p.Q - q < kBatch ? int(p.Q - q) : kBatch;
+    for (int u = 0; u < n; u++) {
+      prefetch(t, q + u, (const char*)p.grad_out, int64_t(sizeof(T)));
+      points<A, FRAMED, true>(t, t.query[u], q + u);
+    }
+    for (int u = 0; u < n; u++) {
+      const T* go = (const T*)p.grad_out + ((t.b * p.Q + q + u) * p.M + t.m) * p.D;
+      if (!direct) copy_row(go, p.D, t.Dp, line);
+      scatter<A, V, FRAMED>(t, t.query[u], value, step, zeros, grad, gstep, trash, direct ? (const A*)go : line);
+    }
+    for (int u = 0; u < n; u++) {
+      pixel_gradients(t, t.query[u]);
+      if (p.ref_dim && p.raw == kBFloat16) write_points<A, half_of<A>>(t, t.query[u], q + u); else write_points<A, A>(t, t.query[u], q + u);
+    }
   }
 }
 

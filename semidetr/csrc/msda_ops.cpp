@@ -36,7 +36,11 @@ bool supported(const char* name) {
   if (!strcmp(name, "v3")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
 #endif
 #endif
+#ifdef SEMIDETR_HAVE_BASE
   return !strcmp(name, "base");
+#else
+  return false;
+#endif
 }
 
 const Kernels& named(const char* name) {
@@ -46,7 +50,10 @@ const Kernels& named(const char* name) {
 #ifdef SEMIDETR_HAVE_V3
   if (!strcmp(name, "v3")) return semidetr::kernels_v3();
 #endif
-  return semidetr::kernels_base();
+#ifdef SEMIDETR_HAVE_BASE
+  if (!strcmp(name, "base")) return semidetr::kernels_base();
+#endif
+  STD_TORCH_CHECK(false, "semidetr: this library was built for another CPU; run `semidetr build-ops`");
 }
 
 // The widest instruction set that this CPU has and this library was built for; SEMIDETR_ISA names a narrower one.
