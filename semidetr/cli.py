@@ -328,7 +328,7 @@ def predict(run:Run, source:_opt(Path, 'an image or a folder of images', '--sour
 
     Example: semidetr predict --run runs/mine --source photos -o runs/predict
     """
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     from semidetr.predict import Predictor, predict_folder
     model = Predictor(run, device, threshold, nms or None, which)
     found, broken = predict_folder(model, source, _free(out), draw, ids, batch, lambda x: tqdm(x, desc='predict', unit='batch', disable=quiet))

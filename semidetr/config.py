@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'DataConfig', 'LoaderConfig', 'OptimConfig', 'RunConfig', 'Config', 'to_dict', 'from_dict', 'override',
-           'load_config', 'config_hash', 'preset']
+           'load_config', 'differences', 'config_hash', 'preset']
 
 # %% ../nbs/40_config.ipynb #f5748570
 import dataclasses
@@ -176,6 +176,17 @@ def load_config(
     except (json.JSONDecodeError, tomllib.TOMLDecodeError) as e: raise ConfigError(f'{path}: {e}') from None
     try: return from_dict(values, base)
     except ConfigError as e: raise ConfigError(f'{path}: {e}') from None
+
+def differences(
+    a:dict, b:dict, # nested plain values
+    where:str='',
+)->list: # 'group.field: old -> new'
+    "What differs between two configurations"
+    out = []
+    for k in a:
+        if isinstance(a[k], dict): out += differences(a[k], b[k], f'{where}{k}.')
+        elif a[k] != b[k]: out.append(f'{where}{k}: {a[k]} -> {b[k]}')
+    return out
 
 def config_hash(
     cfg, # Config

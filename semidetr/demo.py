@@ -19,10 +19,10 @@ from .predict import load_model
 from .study import paired, record
 
 # %% ../nbs/45_demo.ipynb #ba13a213
-BURN_IN = ['optim.iters=400', 'loader.n_labelled=8', 'optim.lr=2e-3']
+BURN_IN = ['optim.iters=300', 'method.T1=200', 'loader.n_labelled=8', 'optim.lr=2e-3']
 ARMS = {'supervised': ['method.name=supervised', 'loader.n_labelled=12'],
         'mean_teacher': ['method.name=mean_teacher', 'loader.n_labelled=4', 'loader.n_unlabelled=8', 'pseudo.threshold=0.3']}
-LATER = ['method.T1=0', 'optim.iters=400', 'optim.lr=1e-3', 'optim.schedule=cosine'] # of both continuations
+LATER = ['method.T1=0', 'optim.iters=300', 'optim.lr=1e-3', 'optim.schedule=cosine'] # of both continuations
 
 def shown_scenes(
     n:int=6,

@@ -20,9 +20,6 @@ from .boxes import inverse_sigmoid
 from .core import ConfigError, suggest
 
 # %% ../nbs/12_transformer.ipynb #2796f267
-def _one_of(field, value, known):
-    if value not in known: raise ConfigError(f"transformer.{field}='{value}' is unknown; {suggest(value, known)}")
-
 @dataclass(frozen=True)
 class TransformerConfig:
     "Size and variant of encoder and decoder; the defaults are those of the paper's DINO"
@@ -42,10 +39,9 @@ class TransformerConfig:
     position_unit:str = 'canvas' # unit of the box behind a query's position code: 'canvas', the padded image (official), or 'image'
 
     def __post_init__(self):
-        _one_of('activation', self.activation, ('relu', 'gelu'))
-        _one_of('query_content', self.query_content, ('learned', 'memory'))
-        _one_of('select_score', self.select_score, ('max', 'class0'))
-        _one_of('position_unit', self.position_unit, ('canvas', 'image'))
+        known = dict(activation=('relu', 'gelu'), query_content=('learned', 'memory'), select_score=('max', 'class0'), position_unit=('canvas', 'image'))
+        for f, values in known.items():
+            if getattr(self, f) not in values: raise ConfigError(f"transformer.{f}='{getattr(self, f)}' is unknown; {suggest(getattr(self, f), values)}")
         if self.d_model % self.n_heads or self.d_model % 4:
             raise ConfigError(f'transformer.d_model={self.d_model} must be a multiple of 4 and of n_heads={self.n_heads}')
         if min(self.num_queries, self.n_levels, self.dec_layers) < 1: raise ConfigError('transformer: num_queries, n_levels and dec_layers must be at least 1')

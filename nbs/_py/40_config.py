@@ -202,6 +202,17 @@ def load_config(
     try: return from_dict(values, base)
     except ConfigError as e: raise ConfigError(f'{path}: {e}') from None
 
+def differences(
+    a:dict, b:dict, # nested plain values
+    where:str='',
+)->list: # 'group.field: old -> new'
+    "What differs between two configurations"
+    out = []
+    for k in a:
+        if isinstance(a[k], dict): out += differences(a[k], b[k], f'{where}{k}.')
+        elif a[k] != b[k]: out.append(f'{where}{k}: {a[k]} -> {b[k]}')
+    return out
+
 def config_hash(
     cfg, # Config
     ignore=('run.device', 'run.threads', 'run.log_every', 'run.checkpoint_every', 'loader.num_workers', 'detector.num_classes'),

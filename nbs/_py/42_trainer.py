@@ -24,7 +24,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 from semidetr.checkpoint import (RunLog, cpu_seconds, environment, load_checkpoint, load_weights, pack_rng, peak_memory_mb,
                                  save_checkpoint, unpack_rng)
-from semidetr.config import Config, config_hash, from_dict, to_dict
+from semidetr.config import Config, config_hash, differences, from_dict, to_dict
 from semidetr.core import (ConfigError, DataError, atomic_write, is_main, pick_device, rank, rng_state,
                            seed_everything, set_rng_state, stable_hash, world_size)
 from semidetr.datasets import Subset, Unlabelled, open_dataset
@@ -119,17 +119,6 @@ def average_gradients(
 
 # %%
 #| export
-def differences(
-    a:dict, b:dict, # nested plain values
-    where:str='',
-)->list: # 'group.field: old -> new'
-    "What differs between two configurations"
-    out = []
-    for k in a:
-        if isinstance(a[k], dict): out += differences(a[k], b[k], f'{where}{k}.')
-        elif a[k] != b[k]: out.append(f'{where}{k}: {a[k]} -> {b[k]}')
-    return out
-
 def start_processes():
     "Join the process group that torchrun describes; nothing to do for a single process"
     if int(os.environ.get('WORLD_SIZE', 1)) == 1 or dist.is_initialized(): return
@@ -175,24 +164,34 @@ class RunState:
     @property
     def own_file(self): return self.dir/('last.pt' if is_main() else f'last.rank{rank()}.pt')
 
-    def state_dict(self)->dict:
-        own = dict(step=self.step, rng=pack_rng(rng_state()), health=self.health.state_dict(), recent=self.recent)
-        if not is_main(): return own
-        return own | dict(config=to_dict(self.cfg), classes=self.data.classes, split=self.data.split.fingerprint, history=self.history,
-                          spent=self.spent, student=self.student.state_dict(), teacher=self.teacher.state_dict(),
-                          optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
-
+    def state_dict(self)->dict: return run_state(self)
     def save(self): save_checkpoint(self.own_file, **self.state_dict())
+    def load(self): restore(self, load_checkpoint(self.dir/'last.pt'))
 
-    def load(self):
-        "Go on from the run's folder"
-        s = load_checkpoint(self.dir/'last.pt')
-        _same_run(self, s)
-        load_weights(self.student, s['student'], self.dir); load_weights(self.teacher, s['teacher'], self.dir)
-        self.optimizer.load_state_dict(s['optimizer']); self.scaler.load_state_dict(s['scaler'])
-        self.history, self.spent, self.step = s['history'], s['spent'], s['step']
-        if not is_main() and self.own_file.exists(): s = load_checkpoint(self.own_file)
-        self.recent = s['recent']; self.health.load_state_dict(s['health']); set_rng_state(unpack_rng(s['rng']))
+
+# %%
+#| export
+def run_state(
+    run, # RunState
+)->dict: # tensors and plain values
+    "All state of a run; processes other than the first keep what is theirs alone"
+    own = dict(step=run.step, rng=pack_rng(rng_state()), health=run.health.state_dict(), recent=run.recent)
+    if not is_main(): return own
+    return own | dict(config=to_dict(run.cfg), classes=run.data.classes, split=run.data.split.fingerprint, history=run.history,
+                      spent=run.spent, student=run.student.state_dict(), teacher=run.teacher.state_dict(),
+                      optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict())
+
+def restore(
+    run, # RunState of the same configuration
+    saved:dict, # of `run_state`
+):
+    "Go on from saved state"
+    _same_run(run, saved)
+    load_weights(run.student, saved['student'], run.dir); load_weights(run.teacher, saved['teacher'], run.dir)
+    run.optimizer.load_state_dict(saved['optimizer']); run.scaler.load_state_dict(saved['scaler'])
+    run.history, run.spent, run.step = saved['history'], saved['spent'], saved['step']
+    if not is_main() and run.own_file.exists(): saved = load_checkpoint(run.own_file)
+    run.recent = saved['recent']; run.health.load_state_dict(saved['health']); set_rng_state(unpack_rng(saved['rng']))
 
 
 # %%
@@ -307,10 +306,7 @@ def after_step(
     bar.set_postfix(shown, refresh=False)
     bar.update()
 
-def evaluate_now(
-    run, # Trainer
-    log, # RunLog
-):
+def evaluate_now(run, log):
     "Metrics on the development part, into the history; the best teacher so far is kept in best.pt"
     best = max((h['teacher']['AP'] for h in run.history), default=-1.)
     run.history.append(dict(step=run.step, **run.evaluate(run.data.dev)))
@@ -320,6 +316,9 @@ def evaluate_now(
         save_checkpoint(run.dir/'best.pt', config=to_dict(run.cfg), classes=run.data.classes, step=run.step,
                         student=run.student.state_dict(), teacher=run.teacher.state_dict())
 
+
+# %%
+#| export
 def report(
     run, # Trainer at its end
 )->dict: # content of run.json

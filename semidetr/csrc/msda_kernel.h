@@ -64,8 +64,8 @@ template <class A> SEMIDETR_INLINE Vec<A> to_real(Int<A> v) { return __builtin_c
 SEMIDETR_INLINE Vec<float> power_of_two(Int<float> n) { return (Vec<float>)((n + 127) << 23); }
 template <class A> SEMIDETR_INLINE Vec<A> floor_generic(Vec<A> v) { Vec<A> f = to_real<A>(to_int<A>(v)); return f > v ? f - A(1) : f; }
 #if defined(__AVX512F__)
-SEMIDETR_INLINE Vec<float> floor_(Vec<float> v) { return (Vec<float>)_mm512_roundscale_ps((__m512)v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
-SEMIDETR_INLINE Vec<double> floor_(Vec<double> v) { return (Vec<double>)_mm512_roundscale_pd((__m512d)v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+SEMIDETR_INLINE Vec<float> floor_(Vec<float> v) { return (Vec<float>)_mm512_mask_roundscale_ps((__m512)v, 0xffff, (__m512)v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+SEMIDETR_INLINE Vec<double> floor_(Vec<double> v) { return (Vec<double>)_mm512_mask_roundscale_pd((__m512d)v, 0xff, (__m512d)v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 #elif defined(__AVX2__)
 SEMIDETR_INLINE Vec<float> floor_(Vec<float> v) { return (Vec<float>)_mm256_floor_ps((__m256)v); }
 SEMIDETR_INLINE Vec<double> floor_(Vec<double> v) { return (Vec<double>)_mm256_floor_pd((__m256d)v); }

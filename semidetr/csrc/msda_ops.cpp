@@ -116,7 +116,7 @@ struct Inputs {                    // contiguous tensors of one call and their d
       int64_t h = shapes[2 * l], w = shapes[2 * l + 1];
       STD_TORCH_CHECK(h >= 1 && w >= 1, "ms_deform_attn: empty level");
       s += h * w; framed += (h + 2) * (w + 1) + 1;
-      STD_TORCH_CHECK(framed * (p.D + 16) < (int64_t(1) << 31), "ms_deform_attn: the value of one head has more than 2^31 numbers");
+      STD_TORCH_CHECK(framed < (int64_t(1) << 24) && framed * (p.D + 16) < (int64_t(1) << 31), "ms_deform_attn: the map is too large");
       p.h[l] = int32_t(h); p.w[l] = int32_t(w); p.start[l] = int32_t(s - h * w);
     }
     STD_TORCH_CHECK(s == p.S, "ms_deform_attn: spatial_shapes hold ", s, " pixels, value has ", p.S);
