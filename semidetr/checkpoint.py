@@ -109,7 +109,8 @@ class RunLog:
         if not is_main(): return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = self.path.read_text().splitlines() if self.path.exists() else []
-        atomic_write(self.path, ''.join(r+'\n' for r in rows if json.loads(r)['step'] <= step))
+        whole = [r for r in rows if r.endswith('}')] # a crash may have cut the last line
+        atomic_write(self.path, ''.join(r+'\n' for r in whole if json.loads(r)['step'] <= step))
         from torch.utils.tensorboard import SummaryWriter
         self.board = SummaryWriter(str(self.path.parent), purge_step=step)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Sample', 'DetectionDataset', 'fingerprint', 'coco_dict', 'FileDataset', 'CocoDataset', 'VocDataset', 'YoloDataset',
-           'ImageFolder', 'Subset', 'Unlabelled', 'read_source', 'open_dataset']
+           'ImageFolder', 'Subset', 'Unlabelled', 'Joined', 'read_source', 'open_dataset']
 
 # %% ../nbs/03_datasets.ipynb #2e5d2461
 import copy
@@ -199,6 +199,28 @@ class Unlabelled(DetectionDataset):
         s = self._ds[i]
         return Sample(s.image, s.image_id, *_nothing(), s.path)
     def annotation(self, i): return dict(zip(('boxes', 'labels', 'ignore'), _nothing()), area=torch.zeros(0), size=self._ds.annotation(i)['size'])
+
+# %% ../nbs/03_datasets.ipynb #7171f603
+class Joined(DetectionDataset):
+    "Several data sets one after another; where two share an image id, the later one's becomes 'k/id'"
+    def __init__(self,
+        parts:list, # data sets with the same classes, or without boxes
+    ):
+        self.parts, self.name, self.classes = list(parts), '+'.join(p.name for p in parts), parts[0].classes
+        self.has_boxes = all(p.has_boxes for p in parts)
+        self._at, self.ids, seen = [(k, i) for k, p in enumerate(parts) for i in range(len(p))], [], set()
+        for k, i in self._at:
+            x = parts[k].ids[i]
+            self.ids.append(f'{k}/{x}' if x in seen else x)
+            seen.add(self.ids[-1])
+    def __getitem__(self, i):
+        k, n = self._at[i]
+        s = self.parts[k][n]
+        return Sample(s.image, self.ids[i], s.boxes, s.labels, s.ignore, s.path)
+    def annotation(self, i):
+        k, n = self._at[i]
+        return self.parts[k].annotation(n)
+    def _strip(self): return Joined([p._strip() for p in self.parts])
 
 # %% ../nbs/03_datasets.ipynb #64b674cc
 _ALIAS = {'val': ('val', 'valid', 'validation'), 'train': ('train',), 'test': ('test',), 'unlabeled': ('unlabeled', 'unlabelled')}

@@ -316,6 +316,35 @@ class Unlabelled(DetectionDataset):
 
 
 # %%
+#| export
+class Joined(DetectionDataset):
+    "Several data sets one after another; where two share an image id, the later one's becomes 'k/id'"
+    def __init__(self,
+        parts:list, # data sets with the same classes, or without boxes
+    ):
+        self.parts, self.name, self.classes = list(parts), '+'.join(p.name for p in parts), parts[0].classes
+        self.has_boxes = all(p.has_boxes for p in parts)
+        self._at, self.ids, seen = [(k, i) for k, p in enumerate(parts) for i in range(len(p))], [], set()
+        for k, i in self._at:
+            x = parts[k].ids[i]
+            self.ids.append(f'{k}/{x}' if x in seen else x)
+            seen.add(self.ids[-1])
+    def __getitem__(self, i):
+        k, n = self._at[i]
+        s = self.parts[k][n]
+        return Sample(s.image, self.ids[i], s.boxes, s.labels, s.ignore, s.path)
+    def annotation(self, i):
+        k, n = self._at[i]
+        return self.parts[k].annotation(n)
+    def _strip(self): return Joined([p._strip() for p in self.parts])
+
+
+# %%
+both = Joined([Unlabelled(toy), Unlabelled(toy, [1])])
+assert len(both) == 3 and both.ids == [7, 3, '1/3'] and both[2].image.tobytes() == toy[1].image.tobytes() and not both.has_boxes
+both.ids
+
+# %%
 hidden = Unlabelled(toy, [1, 0])
 assert hidden.ids == [3, 7] and not hidden.has_boxes and hidden.coco_dict()['annotations'] == []
 assert all(len(hidden[i].boxes) == 0 and len(hidden.annotation(i)['labels']) == 0 for i in range(2))

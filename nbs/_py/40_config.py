@@ -34,6 +34,11 @@ from semidetr.transformer import TransformerConfig
 
 # %%
 #| export
+def _one_of(group, cfg, **known):
+    "ConfigError unless each named field of `cfg` has one of its known values"
+    for name, values in known.items():
+        if (v := getattr(cfg, name)) not in values: raise ConfigError(f"{group}.{name}='{v}' is unknown; {suggest(v, values)}")
+
 @dataclass(frozen=True)
 class DataConfig:
     "Which images: `data` and its labelled part, `unlabelled` for more images, `val` for the reported numbers"
@@ -56,6 +61,8 @@ class LoaderConfig:
     ratio:str = 'binomial' # 'binomial' (code: the numbers vary around the ratio) or 'fixed'
     num_workers:int = 2
 
+    def __post_init__(self): _one_of('loader', self, ratio=('binomial', 'fixed'))
+
 
 # %%
 #| export
@@ -72,6 +79,8 @@ class OptimConfig:
     warmup:int = 0 # iterations of linear warm-up
     accumulate:int = 1 # batches summed into one step: n processes x a = the paper's 8 x 5 images
 
+    def __post_init__(self): _one_of('optim', self, schedule=('constant', 'cosine', 'step'))
+
 @dataclass(frozen=True)
 class RunConfig:
     "Where, how exactly and how talkatively a run runs"
@@ -87,6 +96,8 @@ class RunConfig:
     checkpoint_every:int = 500
     log_every:int = 20
     health_window:int = 200 # iterations without pseudo labels before the warning
+
+    def __post_init__(self): _one_of('run', self, amp=('off', 'bf16', 'fp16'), init_from=('teacher', 'student'))
 
 
 # %%
@@ -215,7 +226,7 @@ def differences(
 
 def config_hash(
     cfg, # Config
-    ignore=('run.device', 'run.threads', 'run.log_every', 'run.checkpoint_every', 'loader.num_workers', 'detector.num_classes'),
+    ignore=('run.device', 'run.threads', 'run.log_every', 'run.checkpoint_every', 'loader.num_workers', 'detector.num_classes', 'run.test'),
 )->str: # 12 hex digits
     "Name of a configuration: equal for equal choices; settings that cannot change a number do not count"
     values = to_dict(cfg)

@@ -27,7 +27,7 @@ from semidetr.checkpoint import (RunLog, cpu_seconds, environment, load_checkpoi
 from semidetr.config import Config, config_hash, differences, from_dict, to_dict
 from semidetr.core import (ConfigError, DataError, atomic_write, is_main, pick_device, rank, rng_state,
                            seed_everything, set_rng_state, stable_hash, world_size)
-from semidetr.datasets import Subset, Unlabelled, open_dataset
+from semidetr.datasets import Joined, Subset, Unlabelled, open_dataset
 from semidetr.detector import Detector
 from semidetr.evaluation import evaluate_model, same_rng, to_device
 from semidetr.health import HealthMonitor
@@ -54,6 +54,18 @@ class RunData:
     split:object
     classes:list
 
+def test_split(
+    cfg, # DataConfig
+    train=None, # the training images, already open
+): # data set, or None
+    "The images for the reported numbers: `val`, or the val split that `data` brings along; a single annotation file is no test split of itself"
+    if cfg.val: return open_dataset(cfg.val, 'val')
+    try: val = open_dataset(cfg.data, 'val')
+    except DataError as e:
+        warnings.warn(f'no test split: {e}')
+        return None
+    return None if getattr(val, 'where', 0) == getattr(train, 'where', None) else val
+
 def build_data(
     cfg, # DataConfig
 )->RunData:
@@ -63,13 +75,10 @@ def build_data(
         train, percent=cfg.percent or (None if cfg.count else 100.), count=cfg.count or None, fold=cfg.fold, dev=cfg.dev, seed=cfg.split_seed, cover_classes=cfg.cover_classes)
     pick = lambda ids: Subset(train, [train.index_of(i) for i in ids])
     labelled, dev = pick(split.labelled), pick(split.dev) if split.dev else None
-    extra = open_dataset(cfg.unlabelled, 'train') if cfg.unlabelled else None
-    unlabelled = Unlabelled(extra) if extra is not None else Unlabelled(pick(split.unlabelled)) if split.unlabelled else None
-    try: val = open_dataset(cfg.val or cfg.data, 'val')
-    except DataError:
-        if cfg.val: raise
-        val = None
-    return RunData(labelled, unlabelled, dev, val, train if extra is None else None, split, list(train.classes))
+    pools = [Unlabelled(pick(split.unlabelled))] if split.unlabelled else []
+    if cfg.unlabelled: pools.append(Unlabelled(open_dataset(cfg.unlabelled, 'train')))
+    unlabelled = Joined(pools) if len(pools) > 1 else pools[0] if pools else None
+    return RunData(labelled, unlabelled, dev, test_split(cfg, train), None if cfg.unlabelled else train, split, list(train.classes))
 
 
 # %% [markdown]
@@ -96,8 +105,7 @@ def lr_factor(
     warm = min(1., (step+1)/(cfg.warmup+1))
     if cfg.schedule == 'constant': return warm
     if cfg.schedule == 'cosine': return warm*.5*(1+math.cos(math.pi*min(1., step/max(1, cfg.iters))))
-    if cfg.schedule == 'step': return warm*.1**sum(step >= s for s in cfg.steps)
-    raise ConfigError(f"optim.schedule='{cfg.schedule}' is unknown; known: constant, cosine, step")
+    return warm*.1**sum(step >= s for s in cfg.steps) # 'step'
 
 @torch.no_grad()
 def average_gradients(

@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 from semidetr.config import config_hash, override, to_dict, from_dict
-from semidetr.core import SemiDETRError, atomic_write
+from semidetr.core import DataError, SemiDETRError
 from semidetr.trainer import Trainer
 
 
@@ -34,7 +34,8 @@ def finished(
     "The result of a run, if this very configuration has been run in this folder to its end"
     path = Path(folder)/'run.json'
     if not path.is_file(): return None
-    result = json.loads(path.read_text())
+    try: result = json.loads(path.read_text())
+    except json.JSONDecodeError: raise DataError(f'{path}: damaged; delete it, and the run is evaluated again from its checkpoint') from None
     return result if result['hash'] == config_hash(cfg) else None
 
 def run_config(

@@ -113,8 +113,10 @@ struct Inputs {
 template <class F> void by_type(const Tensor& t, const F& f) {
   switch (t.scalar_type()) {
     case ScalarType::Float: f(static_cast<float*>(nullptr)); break;
+#ifndef SEMIDETR_FLOAT_ONLY
     case ScalarType::Half: f(static_cast<torch::headeronly::Half*>(nullptr)); break;
     case ScalarType::BFloat16: f(static_cast<torch::headeronly::BFloat16*>(nullptr)); break;
+#endif
     default: STD_TORCH_CHECK(false, "ms_deform_attn on a GPU takes float32, float16 and bfloat16");
   }
 }
