@@ -214,7 +214,8 @@ def config_hash(
 def _digits()->Config:
     "Built-in scenes of 96 px: minutes on one core"
     return Config(data=DataConfig(data='digits', count=20, dev=100), loader=LoaderConfig(4, 8, 'fixed', 1), detector=detector_small(0),
-        view=ViewConfig(short_sides=(80, 88, 96, 104, 112), eval_short=96, max_side=160, mean=(.5,)*3, std=(.5,)*3),
+        view=ViewConfig(short_sides=(80, 88, 96, 104, 112), eval_short=96, max_side=160, flip=0., # a mirrored digit is another one
+                         mean=(.5,)*3, std=(.5,)*3),
         criterion=CriterionConfig(k=6, cls_loss='varifocal'), ema=EmaConfig(decay=.99),
         method=MethodConfig(unsup_weight=1., burn_in_iters=400, T1=250),
         optim=OptimConfig(iters=800, lr=1e-3, backbone_mult=.2, clip=1.), run=RunConfig(threads=1))
@@ -224,7 +225,7 @@ def _small()->Config:
     base = _digits()
     big = dataclasses.replace(base.detector, transformer=dataclasses.replace(base.detector.transformer, num_queries=300))
     return dataclasses.replace(base, data=DataConfig(data=''), detector=big, criterion=dataclasses.replace(base.criterion, k=4),
-        view=dataclasses.replace(base.view, short_sides=(176, 192, 208, 224), eval_short=208, max_side=360),
+        view=dataclasses.replace(base.view, short_sides=(176, 192, 208, 224), eval_short=208, max_side=360, flip=.5),
         method=dataclasses.replace(base.method, burn_in_iters=500, T1=500),
         optim=dataclasses.replace(base.optim, iters=1200, schedule='cosine'))
 

@@ -60,13 +60,13 @@ def layout(
     size:int, # side of the scene in pixels
     most:int=6, # objects
 )->list[tuple[int,tuple,Image.Image]]: # (digit, (x1,y1,x2,y2), ink of exactly that size)
-    "Where which digit stands: 1 to 6 of them, the longer side 12-40 % of the scene, hardly overlapping"
+    "Where which digit stands: 1 to 6 of them, the longer side 20-45 % of the scene, hardly overlapping"
     pool, out = glyphs(split), []
     for _ in range(rng.randint(1, most)):
         digit, ink = rng.choice(pool)
         ink = ink.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR, expand=True)
         ink = ink.crop(ink.getbbox())
-        k = size*(.12+.28*rng.random()**1.5)/max(ink.size)
+        k = size*rng.uniform(.2, .45)/max(ink.size)
         w, h = (max(2, round(s*k)) for s in ink.size)
         ink = ink.resize((w, h), Image.Resampling.BOX if k < .5 else Image.Resampling.BILINEAR).point(lambda v: 0 if v < 64 else v)
         trim = ink.getbbox()
@@ -100,9 +100,9 @@ def paint(
     ink:Image.Image, # opacity, of the size of the box
     rng:random.Random,
 ):
-    "Draw one digit in a random colour that differs from what lies behind it, strongly or hardly"
+    "Draw one digit in a random colour that differs from what lies behind it, clearly or strongly"
     behind = _luma(img.resize((1, 1), Image.Resampling.BOX, box=box).getpixel((0, 0)))
-    contrast = rng.uniform(35, 110)
+    contrast = rng.uniform(60, 130)
     for _ in range(30):
         colour = tuple(rng.randrange(256) for _ in range(3))
         if abs(_luma(colour)-behind) >= contrast: break
@@ -136,7 +136,7 @@ class DigitsScenes(DetectionDataset):
         img = background(rng, self.split, self.size)
         for _, box, ink in objects: paint(img, box, ink, rng)
         return Sample(img, self.ids[n], **_tensors(objects))
-    def fingerprint(self): return _digest(['digits', 1, self.split, self.n, self.size, self.seed])
+    def fingerprint(self): return _digest(['digits', 2, self.split, self.n, self.size, self.seed])
 
 def _tensors(objects):
     boxes = torch.tensor([o[1] for o in objects], dtype=torch.float32).reshape(-1, 4)
