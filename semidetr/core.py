@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SemiDETRError', 'DataError', 'ConfigError', 'suggest', 'atomic_write', 'stable_hash', 'seed_everything', 'rng_state',
-           'set_rng_state', 'pick_device', 'world_size', 'rank', 'is_main', 'all_reduce_mean', 'all_gather_cat']
+           'set_rng_state', 'pick_device', 'start_processes', 'world_size', 'rank', 'is_main', 'all_reduce_mean',
+           'all_gather_cat']
 
 # %% ../nbs/00_core.ipynb #1052b046
 import difflib
@@ -106,6 +107,11 @@ def pick_device(
 
 # %% ../nbs/00_core.ipynb #9407ef76
 def _distributed(): return dist.is_available() and dist.is_initialized()
+
+def start_processes():
+    "Join the process group that torchrun describes; nothing to do for a single process"
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1 or dist.is_initialized(): return
+    dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
 
 def world_size()->int:
     "Number of processes that train together; 1 without torch.distributed"

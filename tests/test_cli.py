@@ -1,6 +1,5 @@
 "The command line: every command on tiny data sets of every kind, and every mistake as one line and an exit code"
 import json, os, shutil, signal, subprocess, sys, time
-from pathlib import Path
 import numpy as np, pytest, typer
 from PIL import Image
 from semidetr import cli

@@ -66,7 +66,7 @@ def test_coco_dict_is_what_pycocotools_reads(coco):
 
 def test_fingerprint(coco, tmp_path):
     a = CocoDataset(coco()).fingerprint()
-    other = tmp_path/'moved'; os.rename(tmp_path/'images', tmp_path/'pics')
+    tmp_path/'moved'; os.rename(tmp_path/'images', tmp_path/'pics')
     assert CocoDataset(tmp_path/'instances_train.json', tmp_path/'pics').fingerprint() == a # the folder does not count
     edits = [lambda d: d['annotations'][0].update(bbox=[1, 2, 10, 21]), lambda d: d['annotations'][0].update(category_id=1), lambda d: d['images'][2].update(id=12),
              lambda d: d['categories'][0].update(name='Zebra'), lambda d: d['images'][2].update(width=61), lambda d: d['annotations'][0].update(iscrowd=1)]

@@ -1,7 +1,7 @@
 "Denoising queries: group sizes, noise ranges, targets, masks, empty images (acceptance 8 in part, 9, 10, 11)"
 import pytest, torch
 from torch import nn
-from semidetr.boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
+from semidetr.boxes import cxcywh_to_xyxy
 from semidetr.core import ConfigError
 from semidetr.denoising import (DenoisingConfig, ExtraQueries, combine_extras, denoising_queries, group_mask, group_sizes, noise_boxes, noise_labels)
 

@@ -1,5 +1,5 @@
 "The whole detector: fresh state, isolation of extra queries, gradients, empty batches, official names, post-processing"
-import copy, math, time
+import copy, time
 from pathlib import Path
 import pytest, torch
 from torch import nn
@@ -18,7 +18,7 @@ class ToyBackbone(nn.Module):
     "Strided convolutions: maps at strides 8, 16, (32)"
     def __init__(self, channels=(16, 24)):
         super().__init__()
-        self.channels, self.strides, first = list(channels), tuple(8*2**i for i in range(len(channels))), 3
+        self.channels, self.strides, _first = list(channels), tuple(8*2**i for i in range(len(channels))), 3
         self.steps = nn.ModuleList(nn.Conv2d(a, b, k, k) for a, b, k in zip((3, *channels), channels, (8, 2, 2)))
     def forward(self, x):
         out = []
@@ -86,7 +86,7 @@ def test_fresh_heads(toy):
     model = toy(fresh=True)
     for head in (model.class_head, model.enc_class_head): assert torch.allclose(head(torch.zeros(1, 32)).sigmoid(), torch.tensor(.01), atol=1e-7)
     out = model(images())
-    enc = model.encode(images())
+    model.encode(images())
     for layer in [*out['aux_outputs'], out]: assert torch.allclose(layer['pred_boxes'], out['enc_outputs']['pred_boxes'], atol=1e-5)
     assert model.enc_box_head is not model.box_head and model.enc_class_head.weight is not model.class_head.weight
     assert torch.equal(model.enc_class_head.weight, model.class_head.weight)

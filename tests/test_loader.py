@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from semidetr import loader as L
-from semidetr.augment import ViewConfig, labelled_view, scaled_views, strong_view, weak_view
+from semidetr.augment import labelled_view, scaled_views, strong_view, weak_view
 from semidetr.boxes import denormalize_boxes
 from semidetr.core import ConfigError, DataError, SemiDETRError, stable_hash
 from semidetr.datasets import CocoDataset, DetectionDataset, ImageFolder, Sample, Subset, Unlabelled

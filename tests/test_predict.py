@@ -1,6 +1,5 @@
 "Prediction: pixels of the file, batches that change nothing, COCO results that pycocotools reads, folders with broken files"
 import contextlib, io, json
-from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from pycocotools.coco import COCO

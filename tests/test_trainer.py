@@ -1,10 +1,10 @@
 "Whole runs of a tiny detector: learning, exact resume, evidence of failures, several processes"
-import json, os, signal, subprocess, sys, warnings
+import json, os, signal, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from semidetr import trainer as T
 from semidetr.checkpoint import load_checkpoint
-from semidetr.config import config_hash, override, preset
+from semidetr.config import override, preset
 from semidetr.core import ConfigError, SemiDETRError
 from semidetr.health import HealthMonitor
 from semidetr.matching import NonFiniteError
@@ -68,7 +68,7 @@ def test_nan_is_caught_named_and_kept(tmp_path, monkeypatch):
         losses, stats = real(student, teacher, batch, step, cfg)
         return (losses if step < 2 else losses | {'loss_l1': losses['loss_l1']*float('nan')}), stats
     monkeypatch.setitem(T.METHODS, 'supervised', broken)
-    with pytest.raises(NonFiniteError, match='iteration 2.*loss_l1.*images') as e: t.fit()
+    with pytest.raises(NonFiniteError, match='iteration 2.*loss_l1.*images'): t.fit()
     kept = load_checkpoint(tmp_path/'r'/'failed_step_2.pt')
     assert kept['step'] == 2 and kept['batches'][0]['labelled']['images'].ndim == 4 and {'rng', 'student', 'optimizer'} <= kept.keys()
 

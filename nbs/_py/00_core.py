@@ -247,6 +247,11 @@ answer
 #| export
 def _distributed(): return dist.is_available() and dist.is_initialized()
 
+def start_processes():
+    "Join the process group that torchrun describes; nothing to do for a single process"
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1 or dist.is_initialized(): return
+    dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
+
 def world_size()->int:
     "Number of processes that train together; 1 without torch.distributed"
     return dist.get_world_size() if _distributed() else 1

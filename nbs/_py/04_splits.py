@@ -178,11 +178,15 @@ assert {c for i in covered.labelled for c in _labels(twenty, i)} == {0, 1, 2}
 # At COCO's size the counts are the ones of the field: 1,182 / 5,914 / 11,828 of 118,287 images. Each fold is one row in @fig-splits-strip; a column is one image.
 
 # %%
+#| hide
+import matplotlib.pyplot as plt
+import numpy as np
+
+
+# %%
 #| label: fig-splits-strip
 #| fig-cap: "A larger percentage only adds labels, and the development images (grey) are the same in every row. Rows: 10, 25 and 50 % of sixty images in two folds; dark = labelled, light = unlabelled."
 #| fig-alt: "Six rows of sixty cells; dark labelled cells of a row are contained in the row below within each fold; grey cells stand in the same columns everywhere."
-import matplotlib.pyplot as plt
-import numpy as np
 
 class Sixty(TwentyImages): ids = list(range(100, 160))
 
@@ -229,8 +233,10 @@ def load_split(
 
 
 # %%
+#| hide
 import tempfile
 
+# %%
 with tempfile.TemporaryDirectory() as tmp:
     save_split(small, f'{tmp}/small.json')
     text = Path(f'{tmp}/small.json').read_text()

@@ -338,8 +338,11 @@ def between_views(
 # A hundred-pixel image with one box, checked by hand: flipping sends $(10,20,30,40)$ to $(70,20,90,40)$.
 
 # %%
+#| hide
 from types import SimpleNamespace
 
+
+# %%
 def toy_sample(image, boxes, labels=None):
     "The fields of a sample that a view needs"
     boxes = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
@@ -357,12 +360,15 @@ mirror.boxes, gone.boxes
 # The same photograph with digits through all three views. In @fig-augment-views each green box was carried by the view's matrix alone; nobody looked at the pixels.
 
 # %%
-#| label: fig-augment-views
-#| fig-cap: "Boxes stay on their objects through size, flip, colour, rotation, shear and erasing, because each view knows its matrix. Columns: original, labelled, weak, and two strong views."
-#| fig-alt: "Two rows of five pictures of digits on a photograph; green boxes sit on the same digits in each."
+#| hide
 import matplotlib.pyplot as plt
 from semidetr.digits import DigitsScenes
 from semidetr.draw import draw_boxes, show_image
+
+# %%
+#| label: fig-augment-views
+#| fig-cap: "Boxes stay on their objects through size, flip, colour, rotation, shear and erasing, because each view knows its matrix. Columns: original, labelled, weak, and two strong views."
+#| fig-alt: "Two rows of five pictures of digits on a photograph; green boxes sit on the same digits in each."
 
 scenes, small = DigitsScenes('train', n=50, size=160), scaled_views(160, smallest=.75)
 fig, axes = plt.subplots(2, 5, figsize=(6, 2.7), dpi=80)

@@ -159,8 +159,11 @@ def collate(
 
 
 # %%
+#| hide
 from semidetr.augment import View
 
+
+# %%
 def plain_view(h, w, boxes=()):
     return View(torch.ones(3, h, w), torch.tensor(boxes).reshape(-1, 4), torch.zeros(len(boxes), dtype=torch.long), torch.eye(3).double(), (h, w), 0, (h, w))
 
@@ -373,9 +376,11 @@ class EvalLoader:
 # A batch of the digits scenes. The loader is stopped after three batches; another one, told only the step, goes on with the same images.
 
 # %%
+#| hide
 from semidetr.augment import scaled_views
 from semidetr.digits import DigitsScenes
 
+# %%
 digits, sizes = DigitsScenes('train', n=200, size=96), scaled_views(96, smallest=.6, mean=(.5,)*3, std=(.5,)*3)
 first = SemiLoader(digits, digits, 2, 4, sizes, num_workers=0)
 whole = list(itertools.islice(first, 5))
@@ -387,12 +392,15 @@ assert 'boxes' not in resumed['weak']['targets'][0]
 {k: tuple(p['images'].shape) for k, p in resumed.items()}, second.draws(3)
 
 # %%
-#| label: fig-loader-batch
-#| fig-cap: "Images of different sizes share one tensor; padding (blue) lies at the right and bottom only, and the mask knows it. Row 1: labelled images with their boxes; row 2: weak views; row 3: strong views of the same images, in the same order, without boxes."
-#| fig-alt: "Three rows of digit scenes with blue padding at the right and bottom edges; only the first row has green boxes."
+#| hide
 import matplotlib.pyplot as plt
 from semidetr.boxes import denormalize_boxes
 from semidetr.draw import draw_boxes, to_pil
+
+# %%
+#| label: fig-loader-batch
+#| fig-cap: "Images of different sizes share one tensor; padding (blue) lies at the right and bottom only, and the mask knows it. Row 1: labelled images with their boxes; row 2: weak views; row 3: strong views of the same images, in the same order, without boxes."
+#| fig-alt: "Three rows of digit scenes with blue padding at the right and bottom edges; only the first row has green boxes."
 
 fig, axes = plt.subplots(3, 4, figsize=(4.4, 3.4), dpi=80)
 for ax in axes.flat: ax.axis('off')

@@ -332,4 +332,8 @@ f'precision {hits/n_pred:.2f}, recall {hits/n_gt:.2f}'
 # * Faulty detections are refused with image and reason.
 # * `pseudo_quality` counts what `precision` and `recall` of pseudo labels are made of.
 #
-# **Exercises.** 1. Add a thousand detections of score .001 far from everything: what happens to both numbers? 2. Give every detection the class of its neighbour: which of the two numbers of `pseudo_quality` changes? 3. Find five detections for which "most overlapping object" and "best free object" disagree.
+# ## Exercises
+#
+# 1. Add a thousand detections of score .001 far from everything: what happens to both numbers?
+# 2. Give every detection the class of its neighbour: which of the two numbers of `pseudo_quality` changes?
+# 3. Find five detections for which "most overlapping object" and "best free object" disagree.

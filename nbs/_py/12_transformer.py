@@ -643,4 +643,8 @@ assert torch.allclose(padded.enc_logits, seen.enc_logits, atol=1e-4) and torch.a
 # - The loss of a layer sees the layer before as well (look forward twice), and no further.
 # - What depends on sizes only is computed once; what needs no gradient is computed without.
 #
-# **Exercises.** 1. Why is the side of an anchor not learned? 2. Let the decoder keep the gradient of all references: which pattern does @fig-transformer-forward-twice show then? 3. Which tokens are invalid in an image of one cell a level, and what happens to its queries?
+# ## Exercises
+#
+# 1. Why is the side of an anchor not learned?
+# 2. Let the decoder keep the gradient of all references: which pattern does @fig-transformer-forward-twice show then?
+# 3. Which tokens are invalid in an image of one cell a level, and what happens to its queries?

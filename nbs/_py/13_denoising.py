@@ -270,4 +270,8 @@ plt.show()
 # - Images without boxes take part with a fake box of weight zero; a batch without boxes has no denoising at all.
 # - Randomness comes from a generator or from torch's global state, which a checkpoint holds.
 #
-# **Exercises.** 1. What could a group learn from another one if it saw it? 2. With $\beta=1$, can a positive still contain the centre of its object? 3. Which share of labels is wrong with $C=2$?
+# ## Exercises
+#
+# 1. What could a group learn from another one if it saw it?
+# 2. With $\beta=1$, can a positive still contain the centre of its object?
+# 3. Which share of labels is wrong with $C=2$?

@@ -324,4 +324,8 @@ plt.show()
 # - Every trainable parameter takes part in every training step.
 # - Detections are the best pairs of query and class; suppression is per class and optional.
 #
-# **Exercises.** 1. Why may suppression across classes be wrong on digits, and right on some other data? 2. Train the lesson detector on the classes as well: which loss do the negative slots need? 3. `GroupNorm` in the projection averages over the whole canvas: what does that mean for a small image in a large batch?
+# ## Exercises
+#
+# 1. Why may suppression across classes be wrong on digits, and right on some other data?
+# 2. Train the lesson detector on the classes as well: which loss do the negative slots need?
+# 3. `GroupNorm` in the projection averages over the whole canvas: what does that mean for a small image in a large batch?

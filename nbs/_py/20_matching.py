@@ -511,4 +511,9 @@ plt.show()
 # * All of it runs detached, in float32, and each image is compared with its own objects only.
 # * NaN is an error that names image, layer and term; zero objects and fewer queries than $k$ are not errors.
 #
-# **Exercises.** 1. Multiply all scores of a class by $\tfrac12$: which positives and soft targets change, and which costs? 2. With 100 queries and 8 objects an image, how large may $k$ be before a quarter of all queries is positive? 3. Two identical objects of the same class: what do the two matchings do? 4. Why would a conflict resolved by $m$ favour classes that the network already knows?
+# ## Exercises
+#
+# 1. Multiply all scores of a class by $\tfrac12$: which positives and soft targets change, and which costs?
+# 2. With 100 queries and 8 objects an image, how large may $k$ be before a quarter of all queries is positive?
+# 3. Two identical objects of the same class: what do the two matchings do?
+# 4. Why would a conflict resolved by $m$ favour classes that the network already knows?

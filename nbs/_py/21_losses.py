@@ -417,4 +417,9 @@ report
 # * All layers are computed together; the encoder output learns "object or not" unless told otherwise; denoising queries skip the matching.
 # * The weight of L1 is 10, as in the published code, and 5 at a word.
 #
-# **Exercises.** 1. Show that $\mathrm{TL}(p,\hat m)$ has its minimum at $p=\hat m$, and find its value there. 2. Why is the sum of soft targets a better divisor than the number of positives? 3. Two processes hold 0 and 10 objects: compare what each divides its class and box losses by in the second stage. 4. Train with `enc_labels='true'`: which queries does the encoder select that it did not before?
+# ## Exercises
+#
+# 1. Show that $\mathrm{TL}(p,\hat m)$ has its minimum at $p=\hat m$, and find its value there.
+# 2. Why is the sum of soft targets a better divisor than the number of positives?
+# 3. Two processes hold 0 and 10 objects: compare what each divides its class and box losses by in the second stage.
+# 4. Train with `enc_labels='true'`: which queries does the encoder select that it did not before?

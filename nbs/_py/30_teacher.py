@@ -86,10 +86,13 @@ assert abs(teacher.weight.item()-sum(seen)/len(seen)) < 1e-5
 teacher.weight.item(), sum(seen)/len(seen)
 
 # %%
+#| hide
+import matplotlib.pyplot as plt
+
+# %%
 #| label: fig-teacher-decay
 #| fig-cap: "A fixed decay of .999 remembers the random start for a thousand steps; the ramp has forgotten it after the first and is a plain mean until the two meet."
 #| fig-alt: "Share of the initial weights left in the teacher against the iteration, for a fixed decay and for the ramp"
-import matplotlib.pyplot as plt
 steps = list(range(3000))
 share, left = [], 1.
 for t in steps: left *= ema_decay(t); share.append(left)
@@ -217,4 +220,8 @@ there[0]['boxes'], gone[0]['boxes']
 # - A box moves between views by two recorded matrices, and disappears when it leaves the view.
 # - Every piece is a function of tensors; the training step that joins them is in @sec-methods.
 #
-# **Exercises.** 1. How many steps back does a teacher with decay .999 remember half of its weight? 2. Why does *mean + std* keep nothing of two different scores? 3. Rotate a square box by 45 degrees and back: how much larger is it, and why?
+# ## Exercises
+#
+# 1. How many steps back does a teacher with decay .999 remember half of its weight?
+# 2. Why does *mean + std* keep nothing of two different scores?
+# 3. Rotate a square box by 45 degrees and back: how much larger is it, and why?

@@ -238,4 +238,8 @@ ax.set(xlabel='iteration', ylabel='w_u'); ax.legend(); plt.show()
 # - Pseudo labels are made on the weak view and learnt on the strong one.
 # - Nothing of the hidden truth is in the batch; statistics leave the step so that the monitor can compare.
 #
-# **Exercises.** 1. What does an unlabelled image without any pseudo label teach the student? 2. Which losses change when `unsup_cdn` goes from `stage2` to `never`? 3. Write a method that uses the teacher's boxes only where two teachers of different age agree.
+# ## Exercises
+#
+# 1. What does an unlabelled image without any pseudo label teach the student?
+# 2. Which losses change when `unsup_cdn` goes from `stage2` to `never`?
+# 3. Write a method that uses the teacher's boxes only where two teachers of different age agree.

@@ -138,4 +138,8 @@ said[2]
 # - A whole window without pseudo labels raises one warning that says what to change.
 # - The window is part of the checkpoint, so a resumed run watches on.
 #
-# **Exercises.** 1. In the toy, which threshold makes the number of pseudo boxes right, and what are precision and recall there? 2. Why may $\rho=1$ hide a bad teacher? 3. What does the monitor see when labelled images were chosen because they are crowded?
+# ## Exercises
+#
+# 1. In the toy, which threshold makes the number of pseudo boxes right, and what are precision and recall there?
+# 2. Why may $\rho=1$ hide a bad teacher?
+# 3. What does the monitor see when labelled images were chosen because they are crowded?

@@ -140,4 +140,8 @@ ax.set(xlabel='shift, of the width'); ax.legend(); plt.show()
 # - Evaluating draws no random number that training would miss: the random state is put back.
 # - No suppression is the default; `nms` is for one-to-many stages.
 #
-# **Exercises.** 1. From the picture: which IoU does a box have that is shifted by a tenth of its width? 2. Which detections does the top-300 cut lose when there are 900 queries and 80 classes? 3. Why must `detect` put the network back into training mode even after an error?
+# ## Exercises
+#
+# 1. From the picture: which IoU does a box have that is shifted by a tenth of its width?
+# 2. Which detections does the top-300 cut lose when there are 900 queries and 80 classes?
+# 3. Why must `detect` put the network back into training mode even after an error?

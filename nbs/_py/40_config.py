@@ -117,6 +117,11 @@ class Config:
     run:RunConfig = RunConfig()
 
 
+# %%
+assert Config().optim.lr == 1e-4 and Config().method.unsup_weight == 4 # the paper's
+Config().loader
+
+
 # %% [markdown]
 # ## To a file and back
 #
@@ -236,6 +241,11 @@ def config_hash(
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
+# %%
+assert override(Config(), ['optim.lr=1e-3', 'optim.steps=[10, 20]']).optim.steps == (10, 20)
+config_hash(Config())
+
+
 # %% [markdown]
 # ## Presets
 #
@@ -332,4 +342,8 @@ ax.barh(list(seen), list(seen.values()), color='#1f77b4'); ax.set(xscale='log', 
 # - Unknown keys and wrong types are errors that name the cure.
 # - The hash names a run; results are stored and found under it.
 #
-# **Exercises.** 1. Which settings would you add to the ignored ones, and how would you prove that they change no number? 2. Write a TOML file for one GPU with the effective batch of the paper. 3. Why are the dataclasses frozen?
+# ## Exercises
+#
+# 1. Which settings would you add to the ignored ones, and how would you prove that they change no number?
+# 2. Write a TOML file for one GPU with the effective batch of the paper.
+# 3. Why are the dataclasses frozen?

@@ -202,4 +202,8 @@ messages
 # - Loading is strict and says what does not fit.
 # - `run.json` and `log.jsonl` are the run's memory for pages and people.
 #
-# **Exercises.** 1. Which part of the state would you miss first if it were lost: moments, data position, or random state? 2. Why is the temporary file in the same folder as the checkpoint? 3. What can a malicious file do to `torch.load` without `weights_only=True`?
+# ## Exercises
+#
+# 1. Which part of the state would you miss first if it were lost: moments, data position, or random state?
+# 2. Why is the temporary file in the same folder as the checkpoint?
+# 3. What can a malicious file do to `torch.load` without `weights_only=True`?

@@ -24,9 +24,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 from semidetr.checkpoint import (RunLog, cpu_seconds, environment, load_checkpoint, load_weights, pack_rng, peak_memory_mb,
                                  save_checkpoint, unpack_rng)
-from semidetr.config import Config, config_hash, differences, from_dict, to_dict
+from semidetr.config import Config, DataConfig, OptimConfig, config_hash, differences, from_dict, to_dict
 from semidetr.core import (ConfigError, DataError, atomic_write, is_main, pick_device, rank, rng_state,
-                           seed_everything, set_rng_state, stable_hash, world_size)
+                           seed_everything, set_rng_state, stable_hash, start_processes, world_size)
 from semidetr.datasets import Joined, Subset, Unlabelled, open_dataset
 from semidetr.detector import Detector
 from semidetr.evaluation import evaluate_model, same_rng, to_device
@@ -81,6 +81,12 @@ def build_data(
     return RunData(labelled, unlabelled, dev, test_split(cfg, train), None if cfg.unlabelled else train, split, list(train.classes))
 
 
+# %%
+toy_data = build_data(DataConfig(data='digits:n=40', count=6, dev=4))
+assert (len(toy_data.labelled), len(toy_data.unlabelled), len(toy_data.dev)) == (6, 30, 4) and len(toy_data.unlabelled[0].boxes) == 0
+toy_data.split
+
+
 # %% [markdown]
 # ## The optimiser
 
@@ -120,6 +126,12 @@ def average_gradients(
     for p, g in zip(params, flat.split([p.numel() for p in params])): p.grad = g.view_as(p).clone()
 
 
+# %%
+cosine = OptimConfig(iters=100, schedule='cosine', warmup=9)
+assert lr_factor(0, cosine) == .1 and abs(lr_factor(50, cosine)-.5) < 1e-9 and lr_factor(100, cosine) == 0
+[round(lr_factor(t, cosine), 2) for t in (0, 4, 9, 25, 50, 75, 100)]
+
+
 # %% [markdown]
 # ## State of a run
 #
@@ -127,11 +139,6 @@ def average_gradients(
 
 # %%
 #| export
-def start_processes():
-    "Join the process group that torchrun describes; nothing to do for a single process"
-    if int(os.environ.get('WORLD_SIZE', 1)) == 1 or dist.is_initialized(): return
-    dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
-
 def resolve(
     cfg, # Config
     classes:list,
@@ -227,6 +234,14 @@ def data_parts(
 
 
 # %% [markdown]
+# What a user is told who starts other settings in the folder of an old run:
+
+# %%
+changed = differences(to_dict(Config()), to_dict(dataclasses.replace(Config(), optim=cosine)))
+assert any('schedule: constant -> cosine' in c for c in changed)
+changed
+
+# %% [markdown]
 # ## One step
 #
 # The gradients of `accumulate` batches add up before the optimiser moves: a single GPU, or a laptop, takes the steps of many GPUs, only later. The average over processes is one message after the last batch, so it does not matter which parameters a stage leaves unused.
@@ -285,6 +300,14 @@ def train_step(
         save_checkpoint(path, **{**run.state_dict(), 'rng': before, 'batches': batches})
         ids = {k: [t['image_id'] for t in part['targets']] for k, part in batch.items()}
         raise NonFiniteError(f'iteration {run.step}: {e}; images {ids}; batch, weights and random state are in {path}') from None
+
+
+# %%
+with same_rng(): torch.manual_seed(0); weight = torch.nn.Parameter(torch.ones(3))
+(weight*torch.tensor([3., 4., 0.])).sum().backward()
+average_gradients([weight]) # one process: nothing changes
+assert torch.nn.utils.clip_grad_norm_([weight], 1.).item() == 5. and abs(weight.grad.norm().item()-1) < 1e-5
+weight.grad
 
 
 # %% [markdown]
@@ -456,4 +479,8 @@ message
 # - A loss or gradient that is not finite ends the run and leaves its evidence.
 # - Gradients accumulate over batches and average over processes, so the recipe for 8 GPUs runs on one.
 #
-# **Exercises.** 1. Why is the random state put back after worker processes are started? 2. With 8 processes and 5 images each, what `accumulate` gives one process the same step? 3. What would go wrong if a resumed run appended to its log without cutting it first?
+# ## Exercises
+#
+# 1. Why is the random state put back after worker processes are started?
+# 2. With 8 processes and 5 images each, what `accumulate` gives one process the same step?
+# 3. What would go wrong if a resumed run appended to its log without cutting it first?

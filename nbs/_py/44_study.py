@@ -159,4 +159,8 @@ ax.set(xticks=[0, 1], xticklabels=['supervised', 'mean teacher'], ylabel='AP', x
 # - Independent runs share the cores, one thread each.
 # - Committed records are small, and every number on a page comes from one.
 #
-# **Exercises.** 1. How many unpaired seeds would show the gain of the toy as clearly as three pairs do? 2. What does pairing not control? 3. Why is the burn-in evaluated on the development part only?
+# ## Exercises
+#
+# 1. How many unpaired seeds would show the gain of the toy as clearly as three pairs do?
+# 2. What does pairing not control?
+# 3. Why is the burn-in evaluated on the development part only?

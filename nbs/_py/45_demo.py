@@ -166,4 +166,8 @@ print('\n'.join(table(toy)))
 # - Finished runs are looked up, so asking again costs nothing.
 # - Numbers, curves and some detections are kept in one JSON file that the result page reads.
 #
-# **Exercises.** 1. How does the gain change with `--labels 50`? 2. Why is the supervised continuation given twelve labelled images an iteration? 3. What would be unfair about evaluating the student of one method and the teacher of the other?
+# ## Exercises
+#
+# 1. How does the gain change with `--labels 50`?
+# 2. Why is the supervised continuation given twelve labelled images an iteration?
+# 3. What would be unfair about evaluating the student of one method and the teacher of the other?

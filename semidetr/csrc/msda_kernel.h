@@ -63,15 +63,22 @@ template <class A> SEMIDETR_INLINE Int<A> to_int(Vec<A> v) { return __builtin_co
 template <class A> SEMIDETR_INLINE Vec<A> to_real(Int<A> v) { return __builtin_convertvector(v, Vec<A>); }
 SEMIDETR_INLINE Vec<float> power_of_two(Int<float> n) { return (Vec<float>)((n + 127) << 23); }
 template <class A> SEMIDETR_INLINE Vec<A> floor_generic(Vec<A> v) { Vec<A> f = to_real<A>(to_int<A>(v)); return f > v ? f - A(1) : f; }
+// `madd` is one multiplication and addition with one rounding where the CPU has it; left to the compiler that is not certain.
 #if defined(__AVX512F__)
 SEMIDETR_INLINE Vec<float> floor_(Vec<float> v) { return (Vec<float>)_mm512_mask_roundscale_ps((__m512)v, 0xffff, (__m512)v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 SEMIDETR_INLINE Vec<double> floor_(Vec<double> v) { return (Vec<double>)_mm512_mask_roundscale_pd((__m512d)v, 0xff, (__m512d)v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+SEMIDETR_INLINE Vec<float> madd(Vec<float> a, Vec<float> b, Vec<float> c) { return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+SEMIDETR_INLINE Vec<double> madd(Vec<double> a, Vec<double> b, Vec<double> c) { return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
 #elif defined(__AVX2__)
 SEMIDETR_INLINE Vec<float> floor_(Vec<float> v) { return (Vec<float>)_mm256_floor_ps((__m256)v); }
 SEMIDETR_INLINE Vec<double> floor_(Vec<double> v) { return (Vec<double>)_mm256_floor_pd((__m256d)v); }
+SEMIDETR_INLINE Vec<float> madd(Vec<float> a, Vec<float> b, Vec<float> c) { return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+SEMIDETR_INLINE Vec<double> madd(Vec<double> a, Vec<double> b, Vec<double> c) { return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
 #else
 SEMIDETR_INLINE Vec<float> floor_(Vec<float> v) { return floor_generic<float>(v); }
 SEMIDETR_INLINE Vec<double> floor_(Vec<double> v) { return floor_generic<double>(v); }
+SEMIDETR_INLINE Vec<float> madd(Vec<float> a, Vec<float> b, Vec<float> c) { return a * b + c; }
+SEMIDETR_INLINE Vec<double> madd(Vec<double> a, Vec<double> b, Vec<double> c) { return a * b + c; }
 #endif
 
 template <int... I> struct Seq {};
@@ -140,6 +147,8 @@ template <class A> SEMIDETR_INLINE integer_of<A> to_int(A v) { return integer_of
 template <class A> SEMIDETR_INLINE A to_real(integer_of<A> v) { return A(v); }
 SEMIDETR_INLINE float floor_(float v) { float f = float(int32_t(v)); return f > v ? f - 1.f : f; }
 SEMIDETR_INLINE double floor_(double v) { double f = double(int64_t(v)); return f > v ? f - 1. : f; }
+SEMIDETR_INLINE float madd(float a, float b, float c) { return a * b + c; }
+SEMIDETR_INLINE double madd(double a, double b, double c) { return a * b + c; }
 SEMIDETR_INLINE float power_of_two(int32_t n) { union { int32_t i; float f; } x; x.i = (n + 127) << 23; return x.f; }
 template <class A> SEMIDETR_INLINE void unzip(const A* p, A& x, A& y) { x = p[0]; y = p[1]; }
 template <class A> SEMIDETR_INLINE void zip(A x, A y, A* p) { p[0] = x; p[1] = y; }
@@ -243,12 +252,12 @@ template <class A, bool FRAMED, bool GRAD>
 SEMIDETR_INLINE void locate(Block<A>& k, int j, Vec<A> cx, Vec<A> cy, Vec<A> dx, Vec<A> dy, Vec<A> a, integer_of<A> Dp) {
   const Vec<A> W = load(k.W + j), H = load(k.H + j), Wmax = load(k.Wmax + j), Hmax = load(k.Hmax + j);
   const Vec<A> zero = all(A(0)), one = all(A(1)), low = all(A(-1));
-  Vec<A> x = cx * W + (dx - A(.5)), y = cy * H + (dy - A(.5));
+  Vec<A> x = madd(cx, W, dx - A(.5)), y = madd(cy, H, dy - A(.5));
   Vec<A> xc = x > low ? x : low, yc = y > low ? y : low;                   // NaN becomes -1
   xc = xc < Wmax ? xc : Wmax; yc = yc < Hmax ? yc : Hmax;
   Vec<A> xf = floor_(xc), yf = floor_(yc);
-  // The fraction from the exact product, where the CPU multiplies and adds in one: a float in a wide map keeps its last bits.
-  Vec<A> fx = (cx * W - (xf + A(.5))) + dx, fy = (cy * H - (yf + A(.5))) + dy;
+  // The fraction from the exact product: in a map 160 pixels wide, a float pixel number would have lost five bits of it.
+  Vec<A> fx = madd(cx, W, -A(.5) - xf) + dx, fy = madd(cy, H, -A(.5) - yf) + dy;
   fx = fx > zero ? fx : zero; fy = fy > zero ? fy : zero;
   fx = fx < one ? fx : one; fy = fy < one ? fy : one;
   Vec<A> row1 = a * fy, row0 = a - row1, w1 = row0 * fx, w3 = row1 * fx;

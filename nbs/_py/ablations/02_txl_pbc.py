@@ -5,7 +5,7 @@
 #
 # The data set txl_pbc holds three classes of blood cells, 17.6 boxes an image, and one rare and small class, the platelets. Everything was chosen on a development part of 100 training images; the 244 test images were read once, for this page. The detector is the small one (@sec-detector): EfficientNet-Lite0 with ImageNet weights, one encoder and three decoder layers of width 128, 300 queries.
 #
-# All supervised runs have the same length, eight images an iteration, one-to-many matching for the first five eighths and one-to-one for the rest, so that no suppression is needed. The mean teacher starts from the last checkpoint of the supervised run with 5 % and is compared with a supervised continuation from the same checkpoint, twelve images an iteration each.
+# All supervised runs have the same length, eight images an iteration, one-to-many matching for the first five eighths and one-to-one for the rest, so that no suppression is needed. The mean teacher starts from the averaged network of the supervised run with 5 % and is compared with a supervised continuation from the same weights: 250 iterations of twelve images each.
 
 # %%
 #| hide
@@ -50,7 +50,7 @@ markdown(f"**With every label the detector reaches {ap['supervised_100']:.1f} AP
 
 # %%
 #| label: fig-abl-txl-curves
-#| fig-cap: "AP of the averaged network on the development part. The burn-in's switch to one-to-one matching shows as a kink; the continuations start where it ended."
+#| fig-cap: "AP of the averaged network on the development part. Until iteration 500 an object has several positives, and duplicates cost AP; one-to-one matching removes them. The continuations start where the 5 % run ended."
 #| fig-alt: "AP over iterations for all runs"
 #| echo: false
 fig, ax = plt.subplots(figsize=(5.5, 3), dpi=80)
@@ -89,8 +89,15 @@ ax.set(xlabel='iteration', ylim=(0, 1)); ax.legend(); plt.show()
 # Each run is one command; `--data` finds `txl_pbc` under `SEMIDETR_DATA`:
 #
 # ```bash
-# semidetr train --data txl_pbc -o runs/txl/supervised_100 --preset small method.name=supervised loader.n_labelled=8
-# semidetr train --data txl_pbc -o runs/txl/supervised_5 --preset small --percent 5 method.name=supervised loader.n_labelled=8
-# semidetr train --data txl_pbc -o runs/txl/mean_teacher_5 --preset small --percent 5 --method mean_teacher \
-#     run.init=runs/txl/supervised_5 method.burn_in_iters=0 method.T1=0 optim.iters=400
+# semidetr train --data txl_pbc --preset small -o runs/txl/supervised_100 method.name=supervised loader.n_labelled=8 optim.iters=800
+# semidetr train --data txl_pbc --preset small -o runs/txl/supervised_5 --percent 5 method.name=supervised loader.n_labelled=8 optim.iters=800
+# semidetr train --data txl_pbc --preset small -o runs/txl/mean_teacher_5 --percent 5 --method mean_teacher pseudo.threshold=0.3 \
+#     run.init=runs/txl/supervised_5 method.burn_in_iters=0 method.T1=0 optim.iters=250 optim.lr=5e-4
 # ```
+#
+# ## Summary
+#
+# - Forty-two labelled images train a detection transformer on these cells to within a few points of the one that has every label.
+# - One-to-many matching first and one-to-one later: fast learning and no duplicates.
+# - The teacher's labels are precise and nearly complete here; the rare class gains most.
+# - Platelets, input size and length are what is left to gain.

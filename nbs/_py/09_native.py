@@ -12,22 +12,18 @@
 
 # %%
 #| export
-import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
-import time
-import warnings
+import ctypes, hashlib, logging, warnings
+import os, platform, shutil, subprocess, sys, tempfile, time
 from contextlib import contextmanager
 from pathlib import Path
 import torch
 from torch import Tensor
 from semidetr.core import ConfigError
+
+# %%
+import matplotlib.pyplot as plt
+from torch._subclasses.fake_tensor import FakeTensorMode
+from semidetr.draw import show_image, draw_points
 
 # %% [markdown]
 # ## Two forms of one sum
@@ -127,6 +123,18 @@ def _register(
 _register();
 
 # %% [markdown]
+# With fake tensors there are shapes and no numbers. This is what `torch.compile` and `torch.export` see: an encoder layer of a COCO image, and nothing is computed.
+
+# %%
+with FakeTensorMode():
+    pyramid = [(100, 167), (50, 84), (25, 42), (13, 21)]
+    S_coco = sum(h*w for h, w in pyramid)
+    faked = torch.ops.semidetr.fused_ms_deform_attn(torch.empty(2, S_coco, 8, 32), [n for hw in pyramid for n in hw], torch.empty(2, S_coco, 4, 2),
+                                                    torch.empty(2, S_coco, 8, 4, 4, 2), torch.empty(2, S_coco, 8, 16), None)
+assert faked.shape == (2, 22223, 256)
+faked.shape
+
+# %% [markdown]
 # ## The build
 #
 # The sources lie in `csrc/`, beside this module, in the wheel too. They use torch's stable ABI: no Python header, no pybind, nothing that changes with the torch version, so that a build
@@ -189,7 +197,11 @@ def _run(commands, timeout):
     finally:
         for _, job in jobs:
             if job.poll() is None: job.kill(); job.wait()
+            job.stdout.close()
 
+
+# %%
+#| export
 def _torch_paths():
     "Include folder and library folder of the installed torch"
     root = Path(torch.__file__).resolve().parent
@@ -214,6 +226,19 @@ def _compile(
         _run([[*compiler, '-shared', *objects, '-o', made, '-L', str(lib), '-ltorch_cpu', *link.split()]], timeout)
         os.replace(made, out)
     return out
+
+
+# %% [markdown]
+# A failed build says what the compiler said, in one line, and leaves nothing behind.
+
+# %%
+if _compiler():
+    with tempfile.TemporaryDirectory() as folder:
+        broken = Path(folder)/'broken.cpp'
+        broken.write_text('int f() { return no_such_name; }')
+        try: _compile([(broken, '')], Path(folder)/'broken.so')
+        except ConfigError as e: print(str(e).replace(folder, '...'))
+        assert not (Path(folder)/'broken.so').exists()
 
 
 # %%
@@ -253,15 +278,16 @@ def _cache_dirs()->list[Path]:
     uid = os.getuid() if hasattr(os, 'getuid') else os.environ.get('USERNAME', 'user')
     return [base/'ops', Path(tempfile.gettempdir())/f'semidetr-ops-{uid}']
 
-def _usable(
-    folder:Path, # may not exist yet
-)->bool: # can this user write there, and nobody else
-    "Make the folder; code is loaded from it, so one that others can write to is refused"
+def _trusted(folder:Path)->bool:
+    "Can nobody but this user (or root) write to the folder? Code is loaded from it"
+    s = folder.stat()
+    return not hasattr(os, 'getuid') or (s.st_uid in (0, os.getuid()) and not s.st_mode & 0o022)
+
+def _usable(folder:Path)->bool:
+    "Make the folder; is it safe, and can this user write to it?"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        s = folder.stat()
-        if hasattr(os, 'getuid') and (s.st_uid != os.getuid() or s.st_mode & 0o022): return False
-        with tempfile.TemporaryFile(dir=folder): return True
+        with tempfile.TemporaryFile(dir=folder): return _trusted(folder)
     except OSError: return False
 
 @contextmanager
@@ -310,11 +336,13 @@ def build_ops(
             _compile(sources, target, link, compiler)
     return target
 
-def _trusted(folder:Path)->bool:
-    "Is this folder writable by nobody but its owner, and the owner this user or root?"
-    s = folder.stat()
-    return not hasattr(os, 'getuid') or (s.st_uid in (0, os.getuid()) and not s.st_mode & 0o022)
 
+# %% [markdown]
+# The key of a library follows everything that its bytes depend on. Two plans for two instruction sets are two libraries; the same plan again is the same one.
+
+# %%
+assert _plan()[3] == _plan()[3] != _plan(isas=('all',))[3]
+[(source.name, flags.split()[-1]) for source, flags in _plan(isas=('all',))[0]]
 
 # %% [markdown]
 # ## Loading, and saying so
@@ -432,3 +460,91 @@ def native_fused_ms_deform_attn(
     real = _real(value)
     raw = value.dtype if raw_offsets.dtype == logits.dtype == value.dtype else real
     return torch.ops.semidetr.fused_ms_deform_attn(value, _flat(spatial_shapes), reference_points.to(real), raw_offsets.to(raw), logits.to(raw), padding_mask)
+
+
+# %% [markdown]
+# What happened here? On a machine without a compiler the same cell prints `ready: False` and the reason, and everything below is skipped.
+
+# %%
+ready = native_available()
+{k: v for k, v in ops_status()['cpu'].items() if k in ('ready', 'source', 'isa')}
+
+
+# %% [markdown]
+# ## Check by hand
+#
+# A map of 3 x 4 pixels holds 0 to 11. Half way between pixels 5 and 6 the value is 5.5; on the left edge half of the two taps lies outside, where everything is zero, so that pixel 4 counts half. A location
+# that is infinite or not a number is outside, too.
+
+# %%
+def sample(x, y):
+    "Value of the little map at a place given in pixels"
+    place = torch.tensor([x/4, y/3]).view(1, 1, 1, 1, 1, 2)
+    return native_ms_deform_attn(torch.arange(12.).view(1, 12, 1, 1), [(3, 4)], place, torch.ones(1, 1, 1, 1, 1)).item()
+
+if ready:
+    by_hand = [sample(2.5, 1.5), sample(2, 1.5), sample(0, 1.5), sample(float('nan'), 1.5), sample(float('inf'), 1.5)]
+    assert by_hand == [6, 5.5, 2, 0, 0]
+    print(by_hand)
+
+# %% [markdown]
+# ## What a query can change
+#
+# The gradient of one query's output with respect to the value is one number a pixel: the total weight with which the query reads it. Here one head asks for four points a level around the centre of
+# the image. Each point spreads over its four nearest pixels.
+
+# %%
+torch.manual_seed(0)
+shapes = [(24, 32), (12, 16), (6, 8)]
+value = torch.zeros(1, sum(h*w for h, w in shapes), 1, 1, requires_grad=True)
+reference = torch.full((1, 1, 3, 2), .5)
+offsets, logits = torch.randn(1, 1, 1, 3, 4, 2), torch.randn(1, 1, 1, 12)
+if ready: native_fused_ms_deform_attn(value, shapes, reference, offsets, logits).sum().backward()
+read = torch.zeros_like(value) if value.grad is None else value.grad
+assert not ready or abs(read.sum()-1) < 1e-6
+read.sum().item()
+
+# %% [markdown]
+# The weights of a softmax sum to one, and so do the pixels, as long as no point leaves the map.
+
+# %%
+#| label: fig-native-read
+#| fig-cap: "A query reads at most four pixels a point, on every level: with 12 points, at most 48 of 1008 pixels."
+#| fig-alt: "Three dark maps of 24 by 32, 12 by 16 and 6 by 8 pixels; a few pixels around each of four dots a level are bright."
+figure, panels = plt.subplots(1, 3, figsize=(6, 1.8), dpi=80, layout='constrained')
+for l, (panel, (h, w), level) in enumerate(zip(panels, shapes, read.view(-1).split([h*w for h, w in shapes]))):
+    show_image(panel, (level/read.max().clamp(min=1e-9)).clamp(0, 1).view(h, w), title=f'level {l}: {h} x {w}')
+    draw_points(panel, torch.tensor([w, h])/2 + offsets[0, 0, 0, l], logits.softmax(-1).view(3, 4)[l], kind='teacher', size=30)
+plt.show()
+
+# %% [markdown]
+# ## How the CPU kernel is fast
+#
+# * **One task is one head of one image.** It owns its slice of the value's gradient: no atomics, and the same bits for any number of threads.
+# * **The slice is packed first, with a frame of zeros**, when queries are many. A tap outside the map reads a zero and needs no test; a point far outside is moved to where all its weight lies on the frame.
+# * **Two phases.** Sixteen points at a time become pixel numbers and weights, four queries in a row so that one's waiting is filled with another's work. Then channels are summed a vector at a time.
+# * **Dot products are folded by a tree** in the backward pass: sixteen of them become one vector with fifteen steps.
+# * **The fraction of a pixel comes from one rounded multiplication and addition.** In a map 160 pixels wide this keeps five bits that the usual formula loses.
+#
+# The CUDA kernels follow the usual division of labour: a group of lanes for a head of a query, shuffles for dot products, atomics in float32 for the value's gradient. Machines that run the tests have
+# often no GPU. So the same text (kernels, launchers, binding) is also compiled as C++ against a small header in which a block's threads are fibers that meet at shuffles and barriers. The tests run it against `grid_sample`, spoil it
+# on purpose in three ways and see that they notice, and repeat it under sanitizers. What this cannot show are races between threads, and speed.
+#
+# ::: {.callout-note}
+# ## Paper vs. code
+# The papers' CUDA op takes float32 only, needs the build at install time and exists for GPUs alone; on a CPU the official code stops with an error. `SEMIDETR_OPS=torch` gives the plain PyTorch form that all implementations share.
+# :::
+#
+# ## Summary
+#
+# * The op has a plain and a fused form; the fused one also does softmax, locations and masking.
+# * It builds itself once, for this CPU, in the user's cache, and can come ready in a wheel.
+# * No compiler, a failed build, an unknown device or dtype: plain PyTorch, one warning with reason and cure.
+# * Locations stay in float32 under autocast; the value may be bfloat16.
+# * `ops_status` says what is in use; `SEMIDETR_OPS` chooses.
+#
+# ## Exercises
+#
+# 1. Move the reference point to a corner of the image. Why is the sum over the read pixels now below one?
+# 2. Set `SEMIDETR_ISA=base` before Python starts and time the op: how much is the wide vector worth?
+# 3. Give a head two points on the same place. What is the gradient of the loss with respect to the two offsets, and with respect to the two logits?
