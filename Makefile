@@ -57,3 +57,5 @@ nb-export:
 	@$(BIN)/python tests/nbtool.py export $(NB)
 nb: nb-export
 	@$(BIN)/python tests/nbtool.py run $(NB)
+
+include semidetr/csrc/ops.mk

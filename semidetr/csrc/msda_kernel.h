@@ -401,9 +401,11 @@ template <class A, class T, bool FRAMED> SEMIDETR_INLINE void taps(const Block<A
   else for (int c = 0; c < 4; c++) { int64_t at = k.at[c][i]; r[c] = at < 0 ? outside : v + at * step; }
 }
 
-template <class A, class T, bool FRAMED, int NV>
+// WHOLE: these NV vectors are all of a packed row, so that neighbours in x lie at a distance known to the compiler.
+template <class A, class T, bool FRAMED, int NV, bool WHOLE>
 SEMIDETR_NOINLINE void gather_channels(const Task<A>& t, const Query<A>& qs, const T* v, int64_t step, const T* zeros, A* out) {
   constexpr int N = Lanes<A>::n, NA = NV >= 4 ? 2 : 4;
+  if (WHOLE) step = NV * N;
   Vec<A> acc[NA][NV] = {};
   for (int k = 0; k < t.blocks; k++) {
     const Block<A>& block = qs.block[k];
@@ -423,15 +425,19 @@ SEMIDETR_NOINLINE void gather_channels(const Task<A>& t, const Query<A>& qs, con
 template <class A, class T, bool FRAMED> SEMIDETR_INLINE void gather(const Task<A>& t, const Query<A>& qs, const T* v, int64_t step, const T* zeros, A* out) {
   constexpr int N = Lanes<A>::n;
   int64_t c = 0, D = t.Dp;
-  for (; c + 4 * N <= D; c += 4 * N) gather_channels<A, T, FRAMED, 4>(t, qs, v + c, step, zeros, out + c);
-  for (; c + 2 * N <= D; c += 2 * N) gather_channels<A, T, FRAMED, 2>(t, qs, v + c, step, zeros, out + c);
-  if (c < D) gather_channels<A, T, FRAMED, 1>(t, qs, v + c, step, zeros, out + c);
+  if (FRAMED && D == 4 * N) return gather_channels<A, T, FRAMED, 4, FRAMED>(t, qs, v, step, zeros, out);
+  if (FRAMED && D == 2 * N) return gather_channels<A, T, FRAMED, 2, FRAMED>(t, qs, v, step, zeros, out);
+  for (; c + 4 * N <= D; c += 4 * N) gather_channels<A, T, FRAMED, 4, false>(t, qs, v + c, step, zeros, out + c);
+  for (; c + 2 * N <= D; c += 2 * N) gather_channels<A, T, FRAMED, 2, false>(t, qs, v + c, step, zeros, out + c);
+  if (c < D) gather_channels<A, T, FRAMED, 1, false>(t, qs, v + c, step, zeros, out + c);
 }
 
 // Adds weight * grad to the gradient's rows, and leaves in block.d the dot products of grad with the value's rows.
-template <class A, class T, bool FRAMED, int NV, bool ADD>
+template <class A, class T, bool FRAMED, int NV, bool ADD, bool WHOLE>
 SEMIDETR_NOINLINE void scatter_channels(const Task<A>& t, Query<A>& qs, const T* v, int64_t step, const T* zeros, A* g, int64_t gstep, A* trash, const A* grad) {
   constexpr int N = Lanes<A>::n, G = N >= 4 ? N / 4 : 1;                   // points whose dot products fill one vector
+  if (WHOLE) step = NV * N;
+  const int64_t apart = FRAMED ? (const char*)g - (const char*)v : 0;      // packed: both maps lie in one workspace, row for row
   Vec<A> go[NV];
   for (int j = 0; j < NV; j++) go[j] = load<A>(grad + j * N);
   for (int k = 0; k < t.blocks; k++) {
@@ -442,7 +448,8 @@ SEMIDETR_NOINLINE void scatter_channels(const Task<A>& t, Query<A>& qs, const T*
       for (int u = 0; u < G; u++) {
         const T* r[4]; A* s[4];
         taps<A, const T, FRAMED>(block, i + u, v, step, zeros, r);
-        taps<A, A, FRAMED>(block, i + u, g, gstep, trash, s);
+        if (FRAMED) for (int c = 0; c < 4; c++) s[c] = (A*)((char*)r[c] + apart);
+        else taps<A, A, FRAMED>(block, i + u, g, gstep, trash, s);
         for (int c = 0; c < 4; c++) {
           Vec<A> dot = go[0] * load<A>(r[c]);
           for (int j = 1; j < NV; j++) dot += go[j] * load<A>(r[c] + j * N);
@@ -482,7 +489,9 @@ template <class A, class T, bool FRAMED>
 SEMIDETR_INLINE void scatter(const Task<A>& t, Query<A>& qs, const T* v, int64_t step, const T* zeros, A* g, int64_t gstep, A* trash, const A* grad) {
   constexpr int N = Lanes<A>::n;
   int64_t c = 0, D = t.Dp;
-#define SEMIDETR_PART(NV, ADD) scatter_channels<A, T, FRAMED, NV, ADD>(t, qs, v + c, step, zeros, g + c, gstep, trash, grad + c); c += NV * N
+  if (FRAMED && D == 4 * N) return scatter_channels<A, T, FRAMED, 4, false, FRAMED>(t, qs, v, step, zeros, g, gstep, trash, grad);
+  if (FRAMED && D == 2 * N) return scatter_channels<A, T, FRAMED, 2, false, FRAMED>(t, qs, v, step, zeros, g, gstep, trash, grad);
+#define SEMIDETR_PART(NV, ADD) scatter_channels<A, T, FRAMED, NV, ADD, false>(t, qs, v + c, step, zeros, g + c, gstep, trash, grad + c); c += NV * N
   if (D >= 4 * N) { SEMIDETR_PART(4, false); while (c + 4 * N <= D) { SEMIDETR_PART(4, true); } }
   else if (D >= 2 * N) { SEMIDETR_PART(2, false); }
   else { SEMIDETR_PART(1, false); }

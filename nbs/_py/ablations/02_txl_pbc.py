@@ -99,5 +99,5 @@ ax.set(xlabel='iteration', ylim=(0, 1)); ax.legend(); plt.show()
 #
 # - Forty-two labelled images train a detection transformer on these cells to within a few points of the one that has every label.
 # - One-to-many matching first and one-to-one later: fast learning and no duplicates.
-# - The teacher's labels are precise and nearly complete here; the rare class gains most.
+# - The teacher's labels are precise and nearly complete here, but there is little left to gain: the run with every label is only a few points above, and the supervised continuation sees three times as many labelled images an iteration.
 # - Platelets, input size and length are what is left to gain.
