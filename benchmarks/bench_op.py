@@ -5,7 +5,7 @@
 The baseline is Hugging Face's `MultiScaleDeformableAttention` where `transformers` is installed, else the same chain of grid_sample
 calls written out below. Both run in one process, in turns, on the same inputs; a figure is the median of the turns (`--best`: the
 fastest turn, for a machine that is not quiet). Locations: encoder queries look around their own place, decoder queries anywhere."""
-import argparse, json, os, platform, statistics, sys, time
+import argparse, json, os, platform, statistics, subprocess, sys, time
 
 p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 p.add_argument('--threads', type=int, default=1)
@@ -13,6 +13,8 @@ p.add_argument('--seconds', type=float, default=4., help='time for each case')
 p.add_argument('--cases', nargs='*', help='names such as enc256 (default: all)')
 p.add_argument('--best', action='store_true', help='fastest turn instead of the median')
 p.add_argument('--cpu-time', action='store_true', help='CPU time of this thread instead of the clock (one thread only)')
+p.add_argument('--memory', action='store_true', help='also the extra memory, in processes of their own')
+p.add_argument('--peak', nargs=2, help=argparse.SUPPRESS)
 p.add_argument('--out', help='JSON file')
 if __name__ == '__main__': args = p.parse_args(); os.environ['OMP_NUM_THREADS'] = str(args.threads)
 
@@ -71,13 +73,26 @@ def forms(x, base, dtype=torch.float32):
             'fused': ((v, x['off'], x['logits']), lambda v, o, z: native.native_fused_ms_deform_attn(v, x['shapes'], x['ref'], o, z)),
             'fused bf16': ((low(v), low(x['off']), low(x['logits'])), lambda v, o, z: native.native_fused_ms_deform_attn(v, x['shapes'], x['ref'], o, z))}
 
-def peak(f):
-    "Largest extra resident memory while f runs, MB; None where the system does not say"
+def peak(case, name):
+    "Largest extra resident memory of one forward and backward pass in a process of its own, MB; None where the system does not say"
+    try: done = subprocess.run([sys.executable, __file__, '--peak', case, name], capture_output=True, text=True, check=True)
+    except subprocess.CalledProcessError: return None
+    return float(done.stdout.split()[-1])
+
+def measure_peak(case, name):
+    "The child's part: warm up on a small case, then look at the high-water mark of the resident memory"
     def rss(key): return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith(key))/1024
-    try:
-        with open('/proc/self/clear_refs', 'w') as c: c.write('5')
-        before = rss('VmRSS'); f(); return rss('VmHWM')-before
-    except OSError: return None
+    def step(case):
+        x = inputs(case[:3], case[3:])
+        leaves, f = forms(x, baseline()[1])[name]
+        ls = [t.detach().requires_grad_() for t in leaves]
+        def run(): return torch.autograd.grad(f(*ls), ls, x['grad'].to(ls[0].dtype))
+        return run
+    native.native_available(); step('dec256')()
+    run = step(case)
+    with open('/proc/self/clear_refs', 'w') as c: c.write('5')
+    before = rss('VmRSS'); run()
+    print(rss('VmHWM')-before)
 
 def bench(kind, size, base, args):
     x = inputs(kind, size)
@@ -91,7 +106,8 @@ def bench(kind, size, base, args):
             ls = [t.detach().requires_grad_() for t in leaves]
             return torch.autograd.grad(f(*ls), ls, grad)
         jobs[name, 'forward'], jobs[name, 'step'] = forward, step
-        forward(); step(); memory[name] = peak(step)
+        forward(); step()
+        if args.memory and 'bf16' not in name: memory[name] = peak(kind+size, name)
     times, end = {k: [] for k in jobs}, time.monotonic()+args.seconds
     while time.monotonic() < end or min(map(len, times.values())) < 3:
         for k, f in jobs.items(): t = clock(); f(); times[k].append(clock()-t)
@@ -100,7 +116,7 @@ def bench(kind, size, base, args):
     row = dict(case=kind+size, turns=len(next(iter(times.values()))))
     for name in ('reference', 'native', 'native bf16', 'reference pipeline', 'fused', 'fused bf16'):
         ref = 'reference pipeline' if name.startswith('fused') else 'reference'
-        row[name] = dict(forward_ms=ms[name, 'forward'], step_ms=ms[name, 'step'], extra_MB=memory[name],
+        row[name] = dict(forward_ms=ms[name, 'forward'], step_ms=ms[name, 'step'], extra_MB=memory.get(name),
                          forward_ratio=ms[ref, 'forward']/ms[name, 'forward'], step_ratio=ms[ref, 'step']/ms[name, 'step'])
     return row
 
@@ -118,4 +134,4 @@ def main(args):
     if args.out:
         with open(args.out, 'w') as f: json.dump(result, f, indent=1)
 
-if __name__ == '__main__': main(args)
+if __name__ == '__main__': measure_peak(*args.peak) if args.peak else main(args)

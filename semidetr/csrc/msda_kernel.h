@@ -351,12 +351,11 @@ template <class A, class R, bool FRAMED, bool GRAD> SEMIDETR_NOINLINE void point
   const Problem& p = t.p;
   int64_t head = ((t.b * p.Q + q) * p.M + t.m) * p.L * p.P, width = (t.l1 - t.l0) * p.ref_dim;
   const A* ref = (const A*)p.ref + ((t.b * p.Q + q) * p.L + t.l0) * p.ref_dim;
-  softmax((const R*)p.logit + head, int(p.L * p.P), qs.prob);
   alignas(64) A copy[2 * N];
-  const A* both = nullptr;
-  if (width <= 2 * N) {
-    both = copy;
+  const A* both = width <= 2 * N ? ref : nullptr;
+  if (both && ref + 2 * N > (const A*)p.ref + p.B * p.Q * p.L * p.ref_dim) {   // near the tensor's end
     for (int i = 0; i < width; i++) copy[i] = ref[i];
+    both = copy;
   }
   Vec<A> half = all(A(.5) / A(p.P));
   for (int k = 0; k < t.blocks; k++) {
@@ -384,6 +383,17 @@ template <class A> void mask_rows(const Task<A>& t, Query<A>& qs) {        // pa
   for (int i = 0; i < t.n; i++) for (int c = 0; c < 4; c++) {
     integer_of<A>& r = qs.block[i / PB].at[c][i % PB];
     if (r >= 0 && mask[r]) r = -1;
+  }
+}
+
+// The softmax of n queries first, then their points: the chains of dependent steps of several queries run side by side.
+template <class A> SEMIDETR_INLINE void weights(Task<A>& t, int64_t q, int n) {
+  const Problem& p = t.p;
+  int N = int(p.L * p.P);
+  if (p.ref_dim) for (int u = 0; u < n; u++) {
+    int64_t head = ((t.b * p.Q + q + u) * p.M + t.m) * N;
+    if (p.raw == kBFloat16) softmax((const half_of<A>*)p.logit + head, N, t.query[u].prob);
+    else softmax((const A*)p.logit + head, N, t.query[u].prob);
   }
 }
 
@@ -557,7 +567,7 @@ template <class A> int64_t packed_size(const Problem& p, int l0, int l1) {
 
 // Packing costs about as much per pixel as a few taps; rows shorter than a vector can only be read from a packed map.
 template <class A> SEMIDETR_INLINE bool framed(const Problem& p, bool backward) {
-  return p.D % Lanes<A>::n || p.Q * p.L * p.P * 4 > (backward ? 2 : 6) * p.S;
+  return p.D % Lanes<A>::n || p.Q * p.L * p.P * 4 > (backward ? 2 : 4) * p.S;
 }
 
 // ---- tasks --------------------------------------------------------------------------------------------------------------
@@ -591,7 +601,9 @@ void forward_task(Task<A>& t, int64_t q0, int64_t q1, const V* value, int64_t st
   bool direct = sizeof(T) == sizeof(A) && p.D == t.Dp;
   for (int64_t q = q0; q < q1; q += kBatch) {
     int n = q1 - q < kBatch ? int(q1 - q) : kBatch;
-    for (int u = 0; u < n; u++) { prefetch(t, q + u, nullptr, 0); points<A, FRAMED, false>(t, t.query[u], q + u); }
+    for (int u = 0; u < n; u++) prefetch(t, q + u, nullptr, 0);
+    weights(t, q, n);
+    for (int u = 0; u < n; u++) points<A, FRAMED, false>(t, t.query[u], q + u);
     for (int u = 0; u < n; u++) {
       T* out = (T*)p.out + ((t.b * p.Q + q + u) * p.M + t.m) * p.D;
       if (direct) { gather<A, V, FRAMED>(t, t.query[u], value, step, zeros, (A*)out); continue; }
@@ -670,10 +682,9 @@ void backward_task(Task<A>& t, const V* value, int64_t step, const V* zeros, A* 
   bool direct = sizeof(T) == sizeof(A) && p.D == t.Dp;
   for (int64_t q = 0; q < p.Q; q += kBatch) {
     int n = p.Q - q < kBatch ? int(p.Q - q) : kBatch;
-    for (int u = 0; u < n; u++) {
-      prefetch(t, q + u, (const char*)p.grad_out, int64_t(sizeof(T)));
-      points<A, FRAMED, true>(t, t.query[u], q + u);
-    }
+    for (int u = 0; u < n; u++) prefetch(t, q + u, (const char*)p.grad_out, int64_t(sizeof(T)));
+    weights(t, q, n);
+    for (int u = 0; u < n; u++) points<A, FRAMED, true>(t, t.query[u], q + u);
     for (int u = 0; u < n; u++) {
       const T* go = (const T*)p.grad_out + ((t.b * p.Q + q + u) * p.M + t.m) * p.D;
       if (!direct) copy_row(go, p.D, t.Dp, line);
