@@ -54,10 +54,9 @@ def test_split(
     "The images for the reported numbers: `val`, or the val split that `data` brings along; a single annotation file is no test split of itself"
     if cfg.val: return open_dataset(cfg.val, 'val')
     try: val = open_dataset(cfg.data, 'val')
-    except DataError as e:
-        warnings.warn(f'no test split: {e}')
-        return None
-    return None if getattr(val, 'where', 0) == getattr(train, 'where', None) else val
+    except DataError: return None
+    same = train is not None and getattr(val, 'where', 0) == getattr(train, 'where', None) and list(val.ids) == list(train.ids)
+    return None if same else val
 
 def build_data(
     cfg, # DataConfig

@@ -337,7 +337,7 @@ def test_scene_content():
     assert min(n) >= 1 and max(n) == 6 and 3 < np.mean(n) < 4
     boxes = torch.cat([ds.annotation(i)['boxes'] for i in range(200)]); labels = torch.cat([ds.annotation(i)['labels'] for i in range(200)])
     side = (boxes[:, 2:]-boxes[:, :2]).amax(1)/96
-    assert boxes.min() >= 0 and boxes.max() <= 96 and side.min() > .09 and side.max() < .43 and side.std() > .05
+    assert boxes.min() >= 0 and boxes.max() <= 96 and side.min() > .15 and side.max() < .48 and side.std() > .05
     assert labels.bincount(minlength=10).min() > 30 and ds.classes == list('0123456789')
 
 def test_boxes_are_tight_to_the_ink():

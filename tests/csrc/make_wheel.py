@@ -26,6 +26,7 @@ def build(dist):
         if tool := shutil.which('strip'): run(tool, '--strip-unneeded', lib)
         meta, = tree.glob('*.dist-info/WHEEL')
         meta.write_text(meta.read_text().replace('Root-Is-Purelib: true', 'Root-Is-Purelib: false'))
+        (tmp/'packed').mkdir()
         run(sys.executable, '-m', 'wheel', 'pack', '-d', tmp/'packed', tree)
         packed, = (tmp/'packed').glob('*.whl')
         tag = 'manylinux_{}_{}_{}'.format(*glibc_of(lib), platform.machine())
