@@ -234,11 +234,11 @@ template <class A, bool FRAMED> void describe(Task<A>& t) {
   for (int l = t.l0; l < t.l1; l++) { start[l] = s; s += framed_rows(p, l); }
   for (int i = 0; i < t.blocks * PB; i++) {
     Block<A>& k = t.query[0].block[i / PB]; int j = i % PB, l = t.l0 + i / int(p.P);
-    bool real = i < t.n;                      // the others lie on a map of one pixel, with no attention
+    bool real = i < t.n;                      // the others lie on a map of one pixel, the task's first, with no attention
     k.W[j] = real ? A(p.w[l]) : A(1); k.H[j] = real ? A(p.h[l]) : A(1);
     k.Wmax[j] = below(k.W[j]); k.Hmax[j] = below(k.H[j]);
     k.w1[j] = real ? A(p.w[l] + FRAMED) : A(0);
-    k.base[j] = !real ? A(FRAMED) : FRAMED ? A(start[l] + p.w[l] + 2) : A(p.start[l]);
+    k.base[j] = !real ? A(FRAMED ? 1 : p.start[t.l0]) : FRAMED ? A(start[l] + p.w[l] + 2) : A(p.start[l]);
     k.row[j] = !real ? 0 : integer_of<A>(FRAMED ? (p.w[l] + 1) * t.Dp : p.w[l]);
     k.level[j] = real ? integer_of<A>((l - t.l0) * p.ref_dim) : 0;
     k.sx[j] = k.sy[j] = k.ox[j] = k.oy[j] = 0;

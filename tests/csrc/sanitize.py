@@ -27,14 +27,14 @@ def run(cpu, cuda):
     sys.path.insert(0, str(HERE))
     import oracle as O
     from semidetr import native
-    torch.set_num_threads(1)
     torch.ops.load_library(cpu); torch.ops.load_library(cuda)
     count = 0
     for name in ('semidetr', 'semidetr_shim'):
         ops = native._register(name)
         for dtype in (torch.float32, torch.bfloat16) + ((torch.float64,) if name == 'semidetr' else ()):
             for D in (6, 8, 32, 33):
-                for shapes, P, Q in (([(3, 4), (2, 2), (1, 1)], 3, 5), ([(9, 7)], 1, 1), ([(5, 4)]*4, 5, 2)):
+                for shapes, P, Q in (([(3, 4), (2, 2), (1, 1)], 3, 5), ([(9, 7)], 1, 1), ([(5, 4)]*4, 5, 2), ([(5, 4)]*4, 5, 2), ([(9, 9), (8, 8)], 3, 20)):
+                    torch.set_num_threads(1 + 2*(count % 2))             # three threads: the backward pass is cut by level, too
                     a, b, grad = O.case(1, Q, 2, D, shapes, P, dtype, ref_dim=4 if D % 4 else 2, mask=Q > 1)
                     a[2].view(-1)[::7] = float('nan'); a[2].view(-1)[1::11] = 1e30; a[2].view(-1)[2::13] = -float('inf')
                     flat = [n for hw in shapes for n in hw]
