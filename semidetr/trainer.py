@@ -49,14 +49,15 @@ class RunData:
 
 def test_split(
     cfg, # DataConfig
-    train=None, # the training images, already open
-): # data set, or None
-    "The images for the reported numbers: `val`, or the val split that `data` brings along; a single annotation file is no test split of itself"
-    if cfg.val: return open_dataset(cfg.val, 'val')
+    train=None, # the training images, if they are open already
+): # (data set or None, why there is none)
+    "The images for the reported numbers: `val`, or the val split that `data` brings along; training images are no test split of themselves"
+    if cfg.val: return open_dataset(cfg.val, 'val'), ''
     try: val = open_dataset(cfg.data, 'val')
-    except DataError: return None
-    same = train is not None and getattr(val, 'where', 0) == getattr(train, 'where', None) and list(val.ids) == list(train.ids)
-    return None if same else val
+    except DataError as e: return None, str(e)
+    train = open_dataset(cfg.data, 'train') if train is None else train
+    same = getattr(val, 'where', 0) == getattr(train, 'where', None) and list(val.ids) == list(train.ids)
+    return (None, f'{cfg.data}: has no split of its own for testing') if same else (val, '')
 
 def build_data(
     cfg, # DataConfig
@@ -70,7 +71,7 @@ def build_data(
     pools = [Unlabelled(pick(split.unlabelled))] if split.unlabelled else []
     if cfg.unlabelled: pools.append(Unlabelled(open_dataset(cfg.unlabelled, 'train')))
     unlabelled = Joined(pools) if len(pools) > 1 else pools[0] if pools else None
-    return RunData(labelled, unlabelled, dev, test_split(cfg, train), None if cfg.unlabelled else train, split, list(train.classes))
+    return RunData(labelled, unlabelled, dev, test_split(cfg, train)[0], None if cfg.unlabelled else train, split, list(train.classes))
 
 # %% ../nbs/42_trainer.ipynb #d530fc5d
 def build_optimizer(

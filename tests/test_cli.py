@@ -104,6 +104,22 @@ def test_every_command_has_an_example_that_parses(shell, name):
     command = typer.main.get_command(cli.app).commands[name]
     command.make_context(name, example[2:])
 
+def test_changed_data_are_not_an_old_result(refused, run, coco, tmp_path):
+    "The same command on a finished run looks the result up, until the data under it change"
+    data, out = tmp_path/'shapes', tmp_path/'run'
+    shutil.copytree(coco, data)
+    args = ['train', '--data', data, '-q', '--threads', '1', '-o', out, *FAST]
+    for _ in range(2):
+        with pytest.raises(SystemExit) as e: cli.main([str(a) for a in args])
+        assert e.value.code == 0
+    stamp = (out/'last.pt').stat().st_mtime_ns
+    path = data/'instances_train.json'
+    d = json.loads(path.read_text())
+    d['annotations'][0]['bbox'][2] -= 5
+    path.write_text(json.dumps(d))
+    refused(*args, words=['data have changed', 'another folder'])
+    assert (out/'last.pt').stat().st_mtime_ns == stamp
+
 @pytest.mark.parametrize('args,words', [(['trian'], ['trian', "'train'"]), (['train', '--persent', '3'], ['--persent', '--percent', 'train --help']), (['predict', '--run', 'x'], ['--source']),
     (['eval'], ['--run']), (['train', '--percent', 'many'], ['--percent', 'train --help']), (['predict', '--run', 'x', '--source', 'y', '--batch', '0'], ['--batch']), (['split', '--data', 'digits'], ['--out'])])
 def test_usage_errors(refused, args, words): refused(*args, words=words)
@@ -156,6 +172,7 @@ def test_voc_folder(shell, tmp_path):
     train(shell, '--data', make_voc(tmp_path/'v'), '-o', tmp_path/'r')
     result = json.loads((tmp_path/'r'/'run.json').read_text())
     assert result['data']['dev'] == 1 and result['data']['labelled'] == 7 and result['data']['val'] == 2 and 'dog' in result['data']['classes']
+    assert 'AP' in result['metrics']['val']['teacher']
 
 def config_of(shell, *args):
     code, out, err = shell('train', '--show-config', *args)

@@ -115,6 +115,34 @@ def test_labelled_and_unlabelled_and_dev_never_meet():
     assert sum(map(len, parts)) == len(set.union(*parts)) == 40 and [len(p) for p in parts] == [6, 30, 4]
     assert len(d.unlabelled[0].boxes) == 0
 
+def test_unlabelled_folder_joins_the_images_without_labels(tmp_path):
+    from PIL import Image
+    for i in range(3): Image.new('RGB', (40, 40), (i, 0, 0)).save(tmp_path/f'{i}.png')
+    d = T.build_data(tiny(f'data.unlabelled={tmp_path}').data)
+    assert len(d.unlabelled) == 30+3 and len(set(d.unlabelled.ids)) == 33 and d.truth is None
+    assert all(len(d.unlabelled[i].boxes) == 0 and len(d.unlabelled.annotation(i)['labels']) == 0 for i in (0, 29, 30, 32))
+
+def test_own_test_split_of_a_voc_folder_and_none_of_a_single_file(tmp_path):
+    from test_cli import make_voc
+    from semidetr.config import DataConfig
+    from semidetr.datasets import open_dataset
+    val, why = T.test_split(DataConfig(data=str(make_voc(tmp_path/'v'))))
+    assert not why and not set(val.ids) & set(open_dataset(str(tmp_path/'v'), 'train').ids)
+
+def test_best_weights_are_kept_and_load(tmp_path):
+    from semidetr.predict import load_model
+    t = T.Trainer(tiny('run.eval_every=3', method='supervised'), tmp_path/'r', progress=False); t.fit()
+    best = max(t.history, key=lambda h: h['teacher']['AP'])
+    kept = torch.load(tmp_path/'r'/'best.pt', weights_only=True)
+    assert [h['step'] for h in t.history] == [3, 6] and kept['step'] == best['step']
+    assert load_model(tmp_path/'r'/'best.pt')[2] == list('0123456789')
+
+def test_cut_log_line_is_dropped(tmp_path):
+    from semidetr.checkpoint import RunLog
+    (tmp_path/'log.jsonl').write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    RunLog(tmp_path, 2).close()
+    assert (tmp_path/'log.jsonl').read_text() == '{"step": 1}\n{"step": 2}\n'
+
 def test_no_labelled_image_is_one_clear_error(tmp_path):
     with pytest.raises(SemiDETRError, match='40 development images'): T.Trainer(tiny('data.count=6', 'data.dev=40'), tmp_path/'r', progress=False)
 

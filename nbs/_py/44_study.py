@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from semidetr.config import config_hash, override, to_dict, from_dict
 from semidetr.core import DataError, SemiDETRError
+from semidetr.datasets import open_dataset
 from semidetr.trainer import Trainer
 
 
@@ -31,12 +32,13 @@ def finished(
     cfg, # Config
     folder, # of the run
 )->dict: # content of its run.json, or None
-    "The result of a run, if this very configuration has been run in this folder to its end"
+    "The result of a run, if this very configuration has been run in this folder, on these very data, to its end"
     path = Path(folder)/'run.json'
     if not path.is_file(): return None
     try: result = json.loads(path.read_text())
     except json.JSONDecodeError: raise DataError(f'{path}: damaged; delete it, and the run is evaluated again from its checkpoint') from None
-    return result if result['hash'] == config_hash(cfg) else None
+    same = result['hash'] == config_hash(cfg) and result['data']['fingerprint'] == open_dataset(cfg.data.data, 'train').fingerprint()
+    return result if same else None
 
 def run_config(
     cfg, # Config

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # The demonstration {#sec-demo}
 #
-# > One command, a few minutes, two cores: a detector learns from twenty labelled pictures, and learns more from a thousand without labels.
+# > One command, a few minutes, two cores: a detector learns from twenty labelled pictures, and learns more from thousands without labels.
 #
 # The built-in scenes are small photographs with handwritten digits on them (@sec-digits). Twenty of them keep their labels. A short supervised burn-in gives a first detector; from its checkpoint one continuation goes on with the twenty, the other adds the unlabelled scenes through a mean teacher. Both see twelve images an iteration, for the same number of iterations.
 
@@ -13,8 +13,8 @@
 import json
 from pathlib import Path
 import torch
-from semidetr.config import override, preset
-from semidetr.core import atomic_write
+from semidetr.config import config_hash, override, preset
+from semidetr.core import atomic_write, stable_hash
 from semidetr.datasets import Subset, open_dataset
 from semidetr.draw import compare
 from semidetr.evaluation import detect
@@ -61,11 +61,12 @@ def run_demo(
     say=print,
 )->dict: # content of results.json
     "Burn-in, both continuations, their metrics and some of their detections"
-    out = Path(out)
-    base = override(preset('digits'), [f'data.count={labels}'])
-    runs = paired(base, BURN_IN, {name: LATER+own for name, own in ARMS.items()}, out, seeds, workers, progress)
+    out, base, arms = Path(out), override(preset('digits'), [f'data.count={labels}']), {name: LATER+own for name, own in ARMS.items()}
+    key = stable_hash(config_hash(base), str(BURN_IN), str(arms), open_dataset('digits').fingerprint())
+    study = out/f'{key:016x}'[:8] # other settings, or another release's scenes, get a folder of their own
+    runs = paired(base, BURN_IN, arms, study, seeds, workers, progress)
     for r in runs:
-        folder = out/f"seed{r['seed']}"
+        folder = study/f"seed{r['seed']}"
         r['detections'] = {name: keep_detections(folder/name, shown_scenes()) for name in ARMS}
         r['burn_in'] = record(r['burn_in'], folder/'burn_in')
         r['arms'] = {name: record(a, folder/name) for name, a in r['arms'].items()}

@@ -145,7 +145,7 @@ assert shell('semidetr --version') == 0
 # %% [markdown]
 # ## What the commands share
 #
-# Options that mean the same are declared once. `_free` looks at an output place *before* the work: an hour of training must not end at a folder that cannot be written. It creates nothing. `_test_split` finds the images for the reported numbers, and says why there are none; an annotation file given as `--data` is no test split of itself.
+# Options that mean the same are declared once. `_free` looks at an output place *before* the work: an hour of training must not end at a folder that cannot be written. It creates nothing. The images for the reported numbers are found by `test_split` (@sec-trainer), which says why there are none; an annotation file given as `--data` is no test split of itself.
 
 # %%
 #| export
@@ -165,15 +165,6 @@ def _free(path, folder=True):
     if there.is_file() and there != path: raise _bad(f'{there}: is a file, so {path} cannot be made; choose another --out')
     if not os.access(there, os.W_OK): raise _bad(f'{there}: no permission to write; choose another --out')
     return path
-
-def _test_split(cfg): # DataConfig -> (data set or None, why there is none)
-    from semidetr.core import DataError
-    from semidetr.datasets import open_dataset
-    if cfg.val: return open_dataset(cfg.val, 'val'), ''
-    try: val = open_dataset(cfg.data, 'val')
-    except DataError as e: return None, str(e)
-    if getattr(val, 'where', None) and val.where == open_dataset(cfg.data, 'train').where: return None, f'{cfg.data}: has no split of its own for testing'
-    return val, ''
 
 def _no_nan(x): # NaN -> None: JSON has no NaN
     if isinstance(x, dict): return {k: _no_nan(v) for k, v in x.items()}
@@ -301,7 +292,8 @@ def _fit_to_data(cfg, given): # -> overrides that these data need, each with the
     if 'data.dev' not in given and not d.split_file and d.dev > most:
         yield f'data.dev={most}', f'{len(train)} images: {most} of them, not {d.dev}, are held out as development part (data.dev)'
     if cfg.run.test and 'run.test' not in given:
-        val, why = _test_split(d)
+        from semidetr.trainer import test_split
+        val, why = test_split(d, train)
         if val is None: yield 'run.test=false', f'no test split ({why}): the development part alone is measured; --val names one'
         elif list(val.classes) != list(train.classes): raise _bad(f'{d.val or d.data}: the classes of the test split are {val.classes[:10]}, those of the training images {train.classes[:10]}; give both the same')
     if d.unlabelled and 'method.name' not in given: yield 'method.name=mean_teacher', '--unlabelled is given: method mean_teacher (--method supervised leaves those images out)'
@@ -414,10 +406,10 @@ assert shell('semidetr train --data digits:n=30,size=96 --percent 20 --device cu
 #| export
 def _eval_part(cfg, data, part): # -> the data set to measure on
     from semidetr.datasets import open_dataset
-    from semidetr.trainer import build_data
+    from semidetr.trainer import build_data, test_split
     if part not in (known := ('val', 'dev', 'train') if not data else ('val', 'train', 'test')): raise _bad(f"--part '{part}' is unknown{' with --data' if data else ''}; known: {', '.join(known)}")
     if data or part == 'train': return open_dataset(data or cfg.data, part)
-    ds, why = _test_split(cfg) if part == 'val' else (build_data(cfg).dev, 'the run held no development part out')
+    ds, why = test_split(cfg) if part == 'val' else (build_data(cfg).dev, 'the run held no development part out')
     if ds is None: raise _bad(f'{why}; give --data, or another --part (val, dev, train)')
     return ds
 
@@ -484,7 +476,7 @@ assert shell('semidetr eval') == 2
 @command()
 def demo(out:Out=Path('runs/demo'), labels:_opt(int, 'number of labelled scenes', min=1)=20, seed:_opt(list[int], 'seed of split and training (may be repeated)')=[0],
     workers:_opt(int, 'runs at a time; 0: one a core', min=0)=0, quiet:Quiet=False):
-    """Learn to detect handwritten digits from 20 labelled and 1000 unlabelled scenes.
+    """Learn to detect handwritten digits from 20 labelled scenes and thousands without labels.
 
     Supervised against mean teacher, a few minutes on two cores; table and pictures at the end.
 
