@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from .assigners import ASSIGNERS
 from .boxes import cxcywh_to_xyxy
 from .core import ConfigError, all_reduce_mean, suggest
 from .matching import Matches, PaddedTargets, assign_o2m, assign_o2o, pad_targets
@@ -70,7 +71,8 @@ class CriterionConfig:
     l1_weight:float=10. # L1 term of the loss: 10 = what the code effectively does, 5 = what the paper says
     enc_labels:str='zero' # classes that the encoder output learns: 'zero' = object or not (code), 'true' (DINO)
     cls_loss:str='focal' # class loss of the one-to-one stage: 'focal' (paper), 'task_aligned', 'varifocal' (ours, towards the IoU)
-    k:int=13 # one-to-many: most positives of an object
+    o2m:str='task_aligned' # one-to-many assignment: 'task_aligned' (paper), or for comparison 'max_iou', 'atss', 'simota'
+    k:int=13 # task_aligned: most positives of an object
     alpha:float=1. # one-to-many: power of the score
     beta:float=6. # one-to-many: power of the IoU
     focal_alpha:float=.25 # weight of positives in the focal loss
@@ -79,7 +81,7 @@ class CriterionConfig:
     w_dn:float=1. # factor on the losses of the denoising queries
 
     def __post_init__(self):
-        for key, known in dict(enc_labels=('zero', 'true'), cls_loss=('focal', 'task_aligned', 'varifocal')).items():
+        for key, known in dict(enc_labels=('zero', 'true'), cls_loss=('focal', 'task_aligned', 'varifocal'), o2m=('task_aligned', *ASSIGNERS)).items():
             if getattr(self, key) not in known: raise ConfigError(f"{key}='{getattr(self, key)}' is unknown; {suggest(getattr(self, key), known)}")
         if self.k < 1: raise ConfigError(f'k={self.k}: an object needs at least one positive')
 
@@ -145,6 +147,7 @@ def assign(
 )->Matches:
     "The matching of the stage, for all layers"
     _check_stage(stage)
+    if stage == 'o2m' and cfg.o2m != 'task_aligned': return ASSIGNERS[cfg.o2m](logits, boxes, padded, labels, alpha=cfg.alpha, beta=cfg.beta)
     if stage == 'o2m': return assign_o2m(logits, boxes, padded, labels, cfg.k, cfg.alpha, cfg.beta)
     return assign_o2o(logits, boxes, padded, labels, w_cls=cfg.w_cls, w_l1=cfg.w_l1, w_giou=cfg.w_giou)
 

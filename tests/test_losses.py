@@ -6,11 +6,12 @@ from scipy.optimize import linear_sum_assignment
 from torchvision.ops import generalized_box_iou_loss
 from torchvision.ops import sigmoid_focal_loss as torchvision_focal
 import semidetr.losses as losses
+from semidetr.assigners import ASSIGNERS
 from semidetr.boxes import cxcywh_to_xyxy
 from semidetr.core import ConfigError, DataError
 from semidetr.denoising import DenoisingConfig, denoising_queries
 from semidetr.losses import CriterionConfig, box_losses, match_stats, set_criterion, sigmoid_focal_loss, task_aligned_focal, varifocal_loss
-from semidetr.matching import NonFiniteError
+from semidetr.matching import NonFiniteError, pad_targets
 
 def make(sizes=(3, 0, 2), layers=3, Q=12, C=4, seed=0, enc=True, dn=True, dtype=torch.float64, grad=False):
     g = torch.Generator().manual_seed(seed)
@@ -272,3 +273,23 @@ def test_it_is_cheap():
     for _ in range(7):
         start = time.perf_counter(); set_criterion(o, targets, 'o2o'); best = min(best, time.perf_counter()-start)
     assert best < .03
+
+@pytest.mark.parametrize('name', ['max_iou', 'atss', 'simota'])
+def test_another_assignment_in_the_first_stage(name):
+    o, targets = make(layers=2, Q=30)
+    cfg = CriterionConfig(o2m=name, alpha=.5, beta=2.)
+    got = set_criterion(o, targets, 'o2m', cfg)
+    logits, boxes, names = losses._stacked(o)
+    padded = pad_targets(targets)
+    labels = padded.labels.expand(3, -1, -1).clone(); labels[-1] = 0
+    m = ASSIGNERS[name](logits, boxes, padded, labels, alpha=.5, beta=2.)
+    sums = losses.layer_losses(logits, boxes, padded, labels, m, cfg, 'o2m')
+    for i, suffix in enumerate(names):
+        for term in sums: assert got[f'loss_{term}{suffix}'].item() == pytest.approx((sums[term][i]/m.weight[m.layer == i].sum().clamp(min=1)).item(), rel=1e-9)
+    usual = set_criterion(o, targets, 'o2m', CriterionConfig(alpha=.5, beta=2.))
+    assert any(got[k] != usual[k] for k in ('loss_cls', 'loss_l1', 'loss_giou')) and got['loss_l1_dn_0'] == usual['loss_l1_dn_0']
+    one = set_criterion(o, targets, 'o2o', cfg)
+    for k, v in set_criterion(o, targets, 'o2o', CriterionConfig(alpha=.5, beta=2.)).items(): assert one[k].equal(v)
+
+def test_unknown_assignment_is_refused():
+    with pytest.raises(ConfigError, match="o2m='simotta'.*'simota'"): CriterionConfig(o2m='simotta')
