@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TransformerConfig', 'cell_centres', 'anchor_logits', 'select_queries', 'sine_embed_boxes', 'refine', 'predict_boxes',
-           'MLP', 'SelfAttention', 'EncoderLayer', 'Encoder', 'DecoderLayer', 'Decoder', 'Encoded', 'Geometry',
-           'token_geometry', 'propose', 'Transformer']
+           'MLP', 'EncoderLayer', 'Encoder', 'DecoderLayer', 'Decoder', 'Encoded', 'Geometry', 'token_geometry',
+           'propose', 'Transformer']
 
 # %% ../nbs/12_transformer.ipynb #86abc2a1
 import math
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from .attention import MSDeformAttn
+from .self_attention import SelfAttention
 from .backbone import sine_position
 from .boxes import inverse_sigmoid
 from .core import ConfigError, suggest
@@ -131,31 +132,6 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]: x = F.relu(layer(x))
         return self.layers[-1](x)
 
-# %% ../nbs/12_transformer.ipynb #573c5f58
-class SelfAttention(nn.Module):
-    "Multi-head attention among queries; weights are laid out as in `nn.MultiheadAttention`"
-    def __init__(self, d_model:int, n_heads:int, dropout:float=0.):
-        super().__init__()
-        self.n_heads, self.dropout = n_heads, dropout
-        self.in_proj_weight = nn.Parameter(torch.empty(3*d_model, d_model))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3*d_model))
-        self.out_proj = nn.Linear(d_model, d_model)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self,
-        x:Tensor, # (B,N,d) content: the values
-        pos:Tensor, # (B,N,d) added to it for queries and keys
-        blocked:Tensor=None, # (N,N) bool; True: row may not see column
-    )->Tensor: # (B,N,d)
-        b, n, d = x.shape
-        w, c = self.in_proj_weight, self.in_proj_bias
-        q, k = F.linear(x+pos, w[:2*d], c[:2*d]).view(b, n, 2, self.n_heads, -1).permute(2, 0, 3, 1, 4)
-        v = F.linear(x, w[2*d:], c[2*d:]).view(b, n, self.n_heads, -1).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if blocked is None else ~blocked,
-                                             dropout_p=self.dropout if self.training else 0.)
-        return self.out_proj(out.transpose(1, 2).reshape(b, n, d))
-
 # %% ../nbs/12_transformer.ipynb #d6dd9406
 class _FeedForward(nn.Module):
     "What both kinds of layer end with; a base class, so that the weights carry the field's names"
@@ -216,8 +192,9 @@ class DecoderLayer(_FeedForward):
         shapes, # L pairs (H, W)
         padding:Tensor=None, # (B,S) bool
         blocked:Tensor=None, # (N,N) bool
+        others=None, # see `SelfAttention`
     )->Tensor: # (B,N,d)
-        x = self.norm2(x+self.dropout(self.self_attn(x, pos, blocked)))
+        x = self.norm2(x+self.dropout(self.self_attn(x, pos, blocked, others)))
         x = self.norm1(x+self.dropout(self.cross_attn(x+pos, reference_boxes, memory, shapes, padding)))
         return self.norm3(x+self._ffn(x))
 
@@ -240,17 +217,19 @@ class Decoder(nn.Module):
         padding:Tensor=None, # (B,S) bool
         valid_ratios:Tensor=None, # (B,L,2); None: no padding
         blocked:Tensor=None, # (N,N) bool, True: row may not see column
-    )->tuple: # (hs (layers,B,N,d) normalised outputs; references (layers,B,N,4) box before each layer, *with* gradient to the layer before)
-        hs, references, scale = [], [reference.detach()], None
+        states=None, # third result of an earlier pass over the same memory: queries that these ones see, without being seen
+    )->tuple: # (hs (layers,B,N,d) normalised outputs; references (layers,B,N,4) box before each layer, *with* gradient to the layer before; states: (content, pos) before each layer)
+        hs, references, scale, kept = [], [reference.detach()], None, []
         if valid_ratios is not None: scale = valid_ratios.repeat(1, 1, 2)[:, None] # (B,1,L,4)
         for i, layer in enumerate(self.layers):
             now = references[-1].detach()
             per_level = now[:, :, None].expand(-1, -1, len(shapes), -1) if scale is None else now[:, :, None]*scale
             pos = self.ref_point_head(sine_embed_boxes(per_level[:, :, 0] if self.canvas else now, self.num_feats).to(x.dtype))
-            x = layer(x, pos, per_level, memory, shapes, padding, blocked)
+            kept.append((x, pos))
+            x = layer(x, pos, per_level, memory, shapes, padding, blocked, None if states is None else states[i])
             hs.append(self.norm(x))
             if i+1 < len(self.layers): references.append(refine(now, box_head(x)))
-        return torch.stack(hs), torch.stack(references)
+        return torch.stack(hs), torch.stack(references), kept
 
 # %% ../nbs/12_transformer.ipynb #b7767014
 @dataclass

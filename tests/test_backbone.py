@@ -59,13 +59,13 @@ def test_lite0_weights_classify():
     assert cup.argmax() == 967 and cup.max() > .7
 
 def test_lite0_auto_equals_whole_network():
-    net, model = build(weights='auto', out_strides=(8, 16, 32)).eval(), full_lite0()
-    x = (photo('chelsea.png', 96)-.5)/.5
+    net, model = build(weights='auto', out_strides=(8, 16, 32)).eval().double(), full_lite0().double()
+    x = (photo('chelsea.png', 96).double()-.5)/.5
     got = {}
     for i, s in ((2, 8), (4, 16), (6, 32)): model.blocks[i].register_forward_hook(lambda m, a, out, s=s: got.update({s: out}))
     with torch.no_grad():
         model(x)
-        for s, f in zip((8, 16, 32), net(x)): assert torch.equal(f, got[s])
+        for s, f in zip((8, 16, 32), net(x)): torch.testing.assert_close(f, got[s], rtol=1e-9, atol=1e-9)
     assert net.mean == net.std == (.5, .5, .5)
 
 def test_lite0_package_absent(monkeypatch):
@@ -120,6 +120,66 @@ def test_unusable_files(tmp_path):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path/'r18.pth')
     for name in ('resnet50', 'efficientnet_lite0', 'timm:resnet26'):
         with pytest.raises(ConfigError, match='r18.pth'): build(name, str(tmp_path/'r18.pth'))
+
+# --- norms that do not move are merged -------------------------------------------------------------------------------
+def step_by_step(net, x):
+    "What the chain computes, module by module"
+    out = []
+    for name, m in net.body.items():
+        x = m(x)
+        if name in net.body.keep: out.append(x)
+    return out
+
+def shake(net):
+    "Norms that do something, as after training"
+    for m in net.modules():
+        if isinstance(m, bb._NORMS):
+            for t, (a, b) in ((m.weight, (.5, 1.5)), (m.bias, (-.5, .5)), (m.running_mean, (-.5, .5)), (m.running_var, (.5, 1.5))): nn.init.uniform_(t.data, a, b)
+    return net
+
+@pytest.mark.parametrize('name,strides', [('efficientnet_lite0', (2, 4, 8, 16, 32)), ('resnet18', (2, 4, 8, 16)), ('resnet50', (8, 16, 32))])
+@pytest.mark.parametrize('mode', ['frozen', 'free', 'eval'])
+@pytest.mark.parametrize('size', [(96, 64), (75, 61)])
+def test_merged_norms_change_nothing(name, strides, mode, size):
+    "Maps and gradients of the plain modules in float64: also where norms learn (eval mode), where statistics move, and on odd sizes"
+    torch.manual_seed(0)
+    net = shake(build(name, out_strides=strides, frozen_stride=4, frozen_bn=mode == 'frozen')).double().to(memory_format=torch.channels_last)
+    if mode == 'eval': net.eval()
+    x, other = torch.randn(2, 3, *size, dtype=torch.float64), copy.deepcopy(net)
+    got, want = net(x), step_by_step(other, x)
+    for a, b in zip(got, want, strict=True): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    for o in (got, want): sum((i+1)*(f**2).mean() for i, f in enumerate(o)).backward()
+    grads = [{k: p.grad for k, p in n.named_parameters() if p.grad is not None} for n in (net, other)]
+    assert grads[0].keys() == grads[1].keys() and grads[0]
+    for k, g in grads[0].items(): torch.testing.assert_close(g, grads[1][k], rtol=1e-7, atol=1e-10)
+    for a, b in zip(net.buffers(), other.buffers()): torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        for a, b in zip(net.eval()(x), step_by_step(other.eval(), x)): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+@pytest.mark.parametrize('name', ['efficientnet_lite0', 'resnet18'])
+def test_merged_norms_are_never_stale(name):
+    "After weights change in place, are averaged, loaded or copied, the maps are those of the new weights"
+    torch.manual_seed(0)
+    net, x = shake(build(name)).double(), torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    def check(n):
+        with torch.no_grad():
+            for a, b in zip(n(x), step_by_step(n, x)): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+            return n(x)[-1]
+    first, copied = check(net), copy.deepcopy(net)
+    with torch.no_grad():
+        for p in net.parameters(): p.mul_(1.1)
+    second = check(net)
+    assert not torch.allclose(first, second) and torch.equal(check(copied), first)
+    torch._foreach_lerp_([p.data for p in copied.parameters()], [p.data for p in net.parameters()], 1.)
+    torch.testing.assert_close(check(copied), second)
+    net.load_state_dict(shake(build(name)).state_dict()); check(net)
+    with torch.inference_mode(): net(x)
+    for f, g in zip(net(x), step_by_step(net, x)): torch.testing.assert_close(f, g, rtol=1e-9, atol=1e-9)
+
+def test_merging_keeps_names_and_layout():
+    net = build('efficientnet_lite0').to(memory_format=torch.channels_last)
+    assert {'body.blocks_1.0.conv_dw.weight', 'body.blocks_1.0.bn2.running_var'} <= net.state_dict().keys()
+    for f in net(torch.randn(2, 3, 64, 64)): assert f.is_contiguous(memory_format=torch.channels_last)
 
 def test_lite0_package_file_by_path():
     a, b = build(weights='auto'), build(weights=str(lite0_weights()))
@@ -192,7 +252,7 @@ def saved_bytes(net, x):
 
 @pytest.mark.parametrize('name,share', [('efficientnet_lite0', .35), ('resnet18', .7)])
 def test_fixed_part_keeps_nothing_for_backward(name, share):
-    x = torch.randn(2, 3, 96, 96)
+    x = torch.randn(2, 3, 256, 256) # large enough that activations, not the merged weights, decide
     free, _ = saved_bytes(build(name, frozen_stride=0), x)
     fixed, _ = saved_bytes(build(name), x)
     none, _ = saved_bytes(build(name, frozen_stride=16), x)

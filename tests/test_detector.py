@@ -1,5 +1,5 @@
 "The whole detector: fresh state, isolation of extra queries, gradients, empty batches, official names, post-processing"
-import copy, time
+import copy, dataclasses, time
 from pathlib import Path
 import pytest, torch
 from torch import nn
@@ -54,7 +54,7 @@ def everything(o):
 def test_outputs_of_the_contract(toy):
     model = toy().train()
     out = model(images(), torch.zeros(2, 64, 64, dtype=torch.bool), [target(2), target(0)])
-    assert set(out) == {'pred_logits', 'pred_boxes', 'aux_outputs', 'enc_outputs', 'hs', 'extra'}
+    assert set(out) == {'pred_logits', 'pred_boxes', 'aux_outputs', 'enc_outputs', 'hs', 'extra', 'states'}
     assert out['pred_logits'].shape == (2, 20, 4) and out['pred_boxes'].shape == (2, 20, 4) and out['hs'].shape == (3, 2, 20, 32)
     assert len(out['aux_outputs']) == 2 and out['enc_outputs']['pred_logits'].shape == (2, 20, 4)
     dn = out['extra']['denoising']
@@ -296,3 +296,29 @@ def test_full_size_model_runs_forward_and_backward():
     everything(out).backward()
     for name, p in model.named_parameters(): assert not p.requires_grad or torch.isfinite(p.grad).all(), name
     print(f'{time.time()-start:.0f} s')
+
+@pytest.mark.parametrize('dtype,tol', [(torch.float32, 1e-5), (torch.float64, 1e-11)])
+def test_extras_may_come_later(dtype, tol):
+    "Two sets of extra queries after a look at the matching queries: outputs and all gradients of one common pass"
+    torch.manual_seed(0)
+    c = detector_small(3)
+    c = dataclasses.replace(c, backbone=dataclasses.replace(c.backbone, weights='none'), transformer=dataclasses.replace(c.transformer, d_model=32, ffn=32, num_queries=12, n_heads=4))
+    model = Detector(c).to(dtype).train()
+    images, mask = torch.randn(2, 3, 64, 96, dtype=dtype), torch.zeros(2, 64, 96, dtype=torch.bool)
+    mask[0, :, 80:] = True
+    targets = [dict(labels=torch.tensor([0, 2]), boxes=torch.tensor([[.3, .3, .2, .2], [.6, .5, .3, .2]], dtype=dtype)), dict(labels=torch.tensor([1]), boxes=torch.tensor([[.5, .5, .4, .4]], dtype=dtype))]
+    extras = [denoising_queries(targets, model.label_enc, 3, c.denoising),
+              ExtraQueries(torch.randn(2, 5, 32, dtype=dtype), torch.randn(2, 5, 4, dtype=dtype), torch.eye(5) == 0, 'other')]
+    def run(later):
+        model.zero_grad()
+        e = model.encode(images, mask)
+        out = model.decode(e, extras, model.decode(e)) if later else model.decode(e, extras)
+        parts = [out['pred_logits'], out['pred_boxes'], out['hs'], *(v[k] for v in out['extra'].values() for k in ('pred_logits', 'pred_boxes', 'hs'))]
+        sum((p*torch.linspace(-1, 1, p.numel(), dtype=dtype).view_as(p)).sum() for p in parts).backward(retain_graph=True)
+        return parts, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    (a, ga), (b, gb) = run(False), run(True)
+    assert len(a) == len(b) == 9 and len(ga) == len(gb)
+    for x, y in zip([*a, *ga], [*b, *gb]): assert torch.allclose(x, y, atol=tol*max(10., 10*float(x.abs().max())), rtol=0)
+    e = model.encode(images, mask)
+    out = model.decode(e)
+    assert model.decode(e, [], out) is out

@@ -23,7 +23,7 @@ def maps(sizes=((8, 8), (4, 4)), B=2, d=32): return [torch.randn(B, d, h, w) for
 
 def run(model, cls, box, features, masks=None):
     enc = model.encode(features, masks, cls, box)
-    return enc, *model.decoder(enc.content, enc.reference_logits.sigmoid(), enc.memory, enc.shapes, box, enc.padding_mask, enc.valid_ratios)
+    return enc, *model.decoder(enc.content, enc.reference_logits.sigmoid(), enc.memory, enc.shapes, box, enc.padding_mask, enc.valid_ratios)[:2]
 
 @pytest.fixture(autouse=True)
 def _seed(): torch.manual_seed(0)
@@ -137,7 +137,7 @@ def chain(n_layers, twice):
     leaves = [torch.full((1, 4, 4), .1*(d+1), requires_grad=True) for d in range(n_layers)]
     calls = iter(leaves)
     reference = (torch.rand(1, 4, 4)*.5+.2).requires_grad_()
-    hs, refs = dec(torch.randn(1, 4, 32), reference, torch.randn(1, 20, 32), [(4, 4), (2, 2)], lambda o: next(calls))
+    hs, refs, _ = dec(torch.randn(1, 4, 32), reference, torch.randn(1, 20, 32), [(4, 4), (2, 2)], lambda o: next(calls))
     return leaves, reference, refs, predict_boxes(refs, torch.stack(leaves), twice)
 
 @pytest.mark.parametrize('twice', [True, False])
@@ -168,7 +168,7 @@ def test_box_head_sees_raw_output_and_loss_head_the_normalised_one():
     dec, seen = Decoder(tiny(dec_layers=2)), []
     nn.init.constant_(dec.norm.weight, 3.)
     def head(o): seen.append(o); return torch.zeros(*o.shape[:-1], 4)
-    hs, _ = dec(torch.randn(1, 4, 32), torch.rand(1, 4, 4), torch.randn(1, 20, 32), [(4, 4), (2, 2)], head)
+    hs, _, _ = dec(torch.randn(1, 4, 32), torch.rand(1, 4, 4), torch.randn(1, 20, 32), [(4, 4), (2, 2)], head)
     assert len(seen) == 1 and torch.allclose(dec.norm(seen[0]), hs[0]) and not torch.allclose(seen[0], hs[0])
 
 # --- whole transformer --------------------------------------------------------------------------------------------
@@ -296,3 +296,27 @@ def test_double_precision_stays_double():
     model, (cls, box) = Transformer(tiny()).double(), [h.double() for h in heads()]
     enc, hs, refs = run(model, cls, box, [x.double() for x in maps()])
     assert {t.dtype for t in (hs, refs, enc.enc_boxes, enc.memory)} == {torch.float64}
+
+@pytest.mark.parametrize('more', [0, 5])
+def test_attention_in_bfloat16_is_written_out_and_agrees(monkeypatch, more):
+    "Output and gradients of the short form are those of float32, up to 8 bits; blocked pairs stay blocked; without gradients torch's own form runs"
+    torch.manual_seed(0)
+    attn, n = SelfAttention(32, 4), 12
+    x, pos = torch.randn(2, n, 32, requires_grad=True), torch.randn(2, n, 32)
+    others = (torch.randn(2, more, 32), torch.randn(2, more, 32)) if more else None
+    blocked = torch.zeros(n, n+more, dtype=torch.bool); blocked[4:, :4] = True
+    calls, real = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention', lambda *a, **k: calls.append(1) or real(*a, **k))
+    def run(low):
+        attn.zero_grad(); x.grad = None
+        with torch.autocast('cpu', torch.bfloat16, enabled=low): y = attn(x, pos, blocked, *([others] if more else []))
+        y.float().square().mean().backward()
+        return [y.detach().float(), x.grad.clone(), *(p.grad.clone() for p in attn.parameters())]
+    want = run(False); assert len(calls) == 1
+    got = run(True); assert len(calls) == 1
+    for a, b in zip(got, want): assert a.isfinite().all() and (a-b).abs().max() < .03*b.abs().max()+1e-3
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16): attn(x, pos, blocked, *([others] if more else []))
+    assert len(calls) == 2
+    x2 = x.detach().clone(); x2[:, :4] += 1  # what is blocked cannot be seen
+    with torch.autocast('cpu', torch.bfloat16): a, b = (attn(v.requires_grad_(), pos, blocked, *([others] if more else [])) for v in (x, x2))
+    assert torch.equal(a[:, 4:], b[:, 4:]) and not torch.equal(a[:, :4], b[:, :4])

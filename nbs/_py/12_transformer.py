@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from semidetr.attention import MSDeformAttn
+from semidetr.self_attention import SelfAttention
 from semidetr.backbone import sine_position
 from semidetr.boxes import inverse_sigmoid
 from semidetr.core import ConfigError, suggest
@@ -278,33 +279,6 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
-# %%
-#| export
-class SelfAttention(nn.Module):
-    "Multi-head attention among queries; weights are laid out as in `nn.MultiheadAttention`"
-    def __init__(self, d_model:int, n_heads:int, dropout:float=0.):
-        super().__init__()
-        self.n_heads, self.dropout = n_heads, dropout
-        self.in_proj_weight = nn.Parameter(torch.empty(3*d_model, d_model))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3*d_model))
-        self.out_proj = nn.Linear(d_model, d_model)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self,
-        x:Tensor, # (B,N,d) content: the values
-        pos:Tensor, # (B,N,d) added to it for queries and keys
-        blocked:Tensor=None, # (N,N) bool; True: row may not see column
-    )->Tensor: # (B,N,d)
-        b, n, d = x.shape
-        w, c = self.in_proj_weight, self.in_proj_bias
-        q, k = F.linear(x+pos, w[:2*d], c[:2*d]).view(b, n, 2, self.n_heads, -1).permute(2, 0, 3, 1, 4)
-        v = F.linear(x, w[2*d:], c[2*d:]).view(b, n, self.n_heads, -1).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if blocked is None else ~blocked,
-                                             dropout_p=self.dropout if self.training else 0.)
-        return self.out_proj(out.transpose(1, 2).reshape(b, n, d))
-
-
 # %% [markdown]
 # Query 0 may not see query 1, so changing query 1 leaves 0 as it was; query 2 notices.
 
@@ -393,8 +367,9 @@ class DecoderLayer(_FeedForward):
         shapes, # L pairs (H, W)
         padding:Tensor=None, # (B,S) bool
         blocked:Tensor=None, # (N,N) bool
+        others=None, # see `SelfAttention`
     )->Tensor: # (B,N,d)
-        x = self.norm2(x+self.dropout(self.self_attn(x, pos, blocked)))
+        x = self.norm2(x+self.dropout(self.self_attn(x, pos, blocked, others)))
         x = self.norm1(x+self.dropout(self.cross_attn(x+pos, reference_boxes, memory, shapes, padding)))
         return self.norm3(x+self._ffn(x))
 
@@ -422,17 +397,19 @@ class Decoder(nn.Module):
         padding:Tensor=None, # (B,S) bool
         valid_ratios:Tensor=None, # (B,L,2); None: no padding
         blocked:Tensor=None, # (N,N) bool, True: row may not see column
-    )->tuple: # (hs (layers,B,N,d) normalised outputs; references (layers,B,N,4) box before each layer, *with* gradient to the layer before)
-        hs, references, scale = [], [reference.detach()], None
+        states=None, # third result of an earlier pass over the same memory: queries that these ones see, without being seen
+    )->tuple: # (hs (layers,B,N,d) normalised outputs; references (layers,B,N,4) box before each layer, *with* gradient to the layer before; states: (content, pos) before each layer)
+        hs, references, scale, kept = [], [reference.detach()], None, []
         if valid_ratios is not None: scale = valid_ratios.repeat(1, 1, 2)[:, None] # (B,1,L,4)
         for i, layer in enumerate(self.layers):
             now = references[-1].detach()
             per_level = now[:, :, None].expand(-1, -1, len(shapes), -1) if scale is None else now[:, :, None]*scale
             pos = self.ref_point_head(sine_embed_boxes(per_level[:, :, 0] if self.canvas else now, self.num_feats).to(x.dtype))
-            x = layer(x, pos, per_level, memory, shapes, padding, blocked)
+            kept.append((x, pos))
+            x = layer(x, pos, per_level, memory, shapes, padding, blocked, None if states is None else states[i])
             hs.append(self.norm(x))
             if i+1 < len(self.layers): references.append(refine(now, box_head(x)))
-        return torch.stack(hs), torch.stack(references)
+        return torch.stack(hs), torch.stack(references), kept
 
 
 # %% [markdown]
@@ -450,7 +427,7 @@ def gradient_pattern(twice, n=5):
     dec = Decoder(TransformerConfig(d_model=16, n_heads=2, n_levels=1, n_points=1, dec_layers=n, ffn=16))
     deltas = [torch.zeros(1, 1, 4, requires_grad=True) for _ in range(n)]
     calls = iter(deltas)
-    _, references = dec(torch.randn(1, 1, 16), torch.full((1, 1, 4), .4), torch.randn(1, 4, 16), [(2, 2)], lambda o: next(calls))
+    _, references, _ = dec(torch.randn(1, 1, 16), torch.full((1, 1, 4), .4), torch.randn(1, 4, 16), [(2, 2)], lambda o: next(calls))
     hat = predict_boxes(references, torch.stack(deltas), twice)
     grads = [torch.autograd.grad(b.sum(), deltas, retain_graph=True, allow_unused=True) for b in hat]
     return torch.tensor([[0. if g is None else g.abs().sum() for g in row] for row in grads])
@@ -615,7 +592,7 @@ to_class, to_box = nn.Linear(16, 3), MLP(16, 16, 4, 3)
 nn.init.zeros_(to_box.layers[-1].weight); nn.init.zeros_(to_box.layers[-1].bias)
 pyramid = [torch.randn(2, 16, 4, 4), torch.randn(2, 16, 2, 2)]
 seen = toy.encode(pyramid, None, to_class, to_box)
-hs, refs = toy.decoder(seen.content, seen.reference_logits.sigmoid(), seen.memory, seen.shapes, to_box)
+hs, refs, _ = toy.decoder(seen.content, seen.reference_logits.sigmoid(), seen.memory, seen.shapes, to_box)
 stays = predict_boxes(refs, to_box(hs))
 assert torch.allclose(seen.enc_boxes[0], anchors[seen.selected[0]], atol=1e-5)
 assert torch.allclose(stays, seen.enc_boxes.expand(2, -1, -1, -1), atol=1e-5)

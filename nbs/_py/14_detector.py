@@ -123,6 +123,7 @@ class_head(torch.zeros(8)).sigmoid()
 # | `enc_outputs` | the same for the selected tokens of the encoder |
 # | `hs` | $(D,B,Q,d)$ outputs of all layers, normalised |
 # | `extra` | for every set of extra queries: `pred_logits`, `pred_boxes`, `hs`, all with a leading $D$, and its `meta` |
+# | `states` | content and position of the matching queries before each layer, for extra queries that come later |
 
 # %%
 #| export
@@ -133,20 +134,24 @@ def collect_outputs(
     box:Tensor, # (layers,B,P+Q,4) cxcywh
     extras=(), # `ExtraQueries` that were sent along, P in all
     slices=None, # name -> slice of the P extra slots
+    states=(), # per layer (content, pos), each (B,P+Q,d)
+    seen=None, # outputs that hold the matching queries already; then there are P slots in all
 )->dict: # outputs
     "Sort what the decoder said by who was asked"
-    P = sum(e.content.shape[1] for e in extras)
-    layers = [dict(pred_logits=c[:, P:], pred_boxes=b[:, P:]) for c, b in zip(cls, box)]
     extra = {e.name: dict(pred_logits=cls[:, :, s], pred_boxes=box[:, :, s], hs=hs[:, :, s], meta=e.meta)
              for e in extras for s in [slices[e.name]]}
-    return dict(**layers[-1], aux_outputs=layers[:-1], hs=hs[:, :, P:], extra=extra,
+    if seen is not None: return {**seen, 'extra': {**seen['extra'], **extra}}
+    P = sum(e.content.shape[1] for e in extras)
+    layers = [dict(pred_logits=c[:, P:], pred_boxes=b[:, P:]) for c, b in zip(cls, box)]
+    return dict(**layers[-1], aux_outputs=layers[:-1], hs=hs[:, :, P:], extra=extra, states=[(x[:, P:], p[:, P:]) for x, p in states],
                 enc_outputs=dict(pred_logits=encoded.enc_logits, pred_boxes=encoded.enc_boxes))
 
-def _with_extras(encoded, extras):
-    "(content, boxes in [0,1], mask, slices) of extra and matching queries together"
+def _with_extras(encoded, extras, alone=False):
+    "(content, boxes in [0,1], mask, slices) of extra and matching queries together, or of the extra ones alone"
     content, logits, blocked, slices = combine_extras(extras, encoded.content.shape[1])
     queries, references = encoded.content, encoded.reference_logits
-    if slices: queries, references = torch.cat([content.to(queries.dtype), queries], 1), torch.cat([logits.to(references.dtype), references], 1)
+    if alone: queries, references, blocked = content.to(queries.dtype), logits.to(references.dtype), blocked[:content.shape[1]]
+    elif slices: queries, references = torch.cat([content.to(queries.dtype), queries], 1), torch.cat([logits.to(references.dtype), references], 1)
     return queries, references.sigmoid(), blocked, slices
 
 
@@ -176,20 +181,26 @@ class Detector(nn.Module):
     def decode(self,
         encoded:Encoded,
         extras=(), # `ExtraQueries` to send along, in this order, in front of the matching queries
+        seen:dict=None, # outputs of `decode(encoded)`: only the extras go through, and the outputs are those of one common pass
     )->dict: # outputs
         "Queries through the decoder and the heads"
-        queries, references, blocked, slices = _with_extras(encoded, extras)
+        if seen is not None and not extras: return seen
+        queries, references, blocked, slices = _with_extras(encoded, extras, seen is not None)
         ratios = None if encoded.valid_ratios is None else encoded.valid_ratios.to(references.dtype)
-        hs, references = self.transformer.decoder(queries, references, encoded.memory, encoded.shapes, self.box_head,
-                                                  encoded.padding_mask, ratios, blocked)
+        hs, references, states = self.transformer.decoder(queries, references, encoded.memory, encoded.shapes, self.box_head,
+                                                  encoded.padding_mask, ratios, blocked, None if seen is None else seen['states'])
         cls, box = self.class_head(hs), predict_boxes(references, self.box_head(hs), self.cfg.look_forward_twice)
         if self.training and 'denoising' not in slices: cls = cls+0*self.label_enc.weight.sum() # every parameter gets a gradient
-        return collect_outputs(encoded, hs, cls, box, extras, slices)
+        return collect_outputs(encoded, hs, cls, box, extras, slices, states, seen)
 
     def forward(self, images:Tensor, mask:Tensor=None, targets:list=None)->dict:
         "Encode and decode; in training with `targets`, denoising queries made of them go along"
-        dn = denoising_queries(targets, self.label_enc, self.cfg.num_classes, self.cfg.denoising) if self.training and targets is not None else None
-        return self.decode(self.encode(images, mask), [] if dn is None else [dn])
+        return self.decode(self.encode(images, mask), self.denoise(targets) if self.training and targets is not None else [])
+
+    def denoise(self, targets:list)->list: # of `ExtraQueries`; empty where no image has a box
+        "Denoising queries made of boxes, for `decode`"
+        dn = denoising_queries(targets, self.label_enc, self.cfg.num_classes, self.cfg.denoising)
+        return [] if dn is None else [dn]
 
 
 # %% [markdown]
@@ -218,6 +229,16 @@ encoded = model.encode(images)
 plain, crowded = model.decode(encoded), model.decode(encoded, [denoising_queries(targets, model.label_enc, 10, lesson.denoising)])
 assert torch.allclose(plain['pred_logits'], crowded['pred_logits'], atol=1e-5)
 (plain['pred_logits']-crowded['pred_logits']).abs().max().item()
+
+# %% [markdown]
+# So a method may look at the matching queries first and decide then which extra queries to ask. `decode` with `seen` sends these alone, against the matching queries of the first pass; the outputs, and every gradient, are those of one common pass:
+
+# %%
+extras = [denoising_queries(targets, model.label_enc, 10, lesson.denoising)]
+together, later = model.decode(encoded, extras), model.decode(encoded, extras, plain)
+difference = (together['extra']['denoising']['hs']-later['extra']['denoising']['hs']).abs().max().item()
+assert difference < 1e-4 and later['pred_logits'] is plain['pred_logits']
+difference
 
 
 # %% [markdown]
@@ -281,8 +302,8 @@ def post_process(
     score_threshold:float=0., # scores must be larger; use .01 with `nms`, or all Q x C pairs go into it
 )->list: # per image dict(scores (K,) descending, labels (K,), boxes (K,4) xyxy pixels, inside the image)
     "The best pairs of query and class"
-    scores = outputs['pred_logits'].float().sigmoid().flatten(1)
-    boxes, C, out = cxcywh_to_xyxy(outputs['pred_boxes'].float()).clamp(0, 1), outputs['pred_logits'].shape[-1], []
+    logits, boxes = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (outputs['pred_logits'], outputs['pred_boxes']))
+    scores, boxes, C, out = logits.sigmoid().flatten(1), cxcywh_to_xyxy(boxes).clamp(0, 1), logits.shape[-1], []
     for s, b, (h, w) in zip(scores, boxes, sizes):
         s, order = s.sort(descending=True) if nms is not None else s.topk(min(top_k, len(s)))
         s, order = s[s > score_threshold], order[s > score_threshold]
