@@ -17,11 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from .augment import ViewConfig
 from .backbone import BackboneConfig
+from .consistency import ConsistencyConfig
 from .core import ConfigError, suggest
 from .denoising import DenoisingConfig
 from .detector import DetectorConfig, detector_small, dino_r50
 from .losses import CriterionConfig
 from .methods import MethodConfig
+from .mining import MiningConfig
 from .teacher import EmaConfig, PseudoConfig
 from .transformer import TransformerConfig
 
@@ -100,6 +102,8 @@ class Config:
     criterion:CriterionConfig = CriterionConfig()
     method:MethodConfig = MethodConfig()
     pseudo:PseudoConfig = PseudoConfig()
+    mining:MiningConfig = MiningConfig()
+    consistency:ConsistencyConfig = ConsistencyConfig()
     ema:EmaConfig = EmaConfig()
     optim:OptimConfig = OptimConfig()
     run:RunConfig = RunConfig()
@@ -216,7 +220,7 @@ def _digits()->Config:
     return Config(data=DataConfig(data='digits', count=20, dev=100), loader=LoaderConfig(4, 8, 'fixed', 1), detector=detector_small(0),
         view=ViewConfig(short_sides=(80, 88, 96, 104, 112), eval_short=96, max_side=160, flip=0., # a mirrored digit is another one
                          mean=(.5,)*3, std=(.5,)*3),
-        criterion=CriterionConfig(k=6, cls_loss='varifocal'), ema=EmaConfig(decay=.99),
+        criterion=CriterionConfig(k=6, cls_loss='varifocal'), ema=EmaConfig(decay=.99), consistency=ConsistencyConfig(hidden=256),
         method=MethodConfig(unsup_weight=1., burn_in_iters=400, T1=250),
         optim=OptimConfig(iters=800, lr=1e-3, backbone_mult=.2, clip=1.), run=RunConfig(threads=1))
 
@@ -233,7 +237,7 @@ def _small()->Config:
 def _coco(percent, unsup_weight=4., iters=120_000, T1=60_000, **data)->Config:
     "The paper's settings: DINO, ResNet-50, 8 processes of 5 images"
     return Config(data=DataConfig(data='', percent=percent, dev=0, **data), detector=dino_r50(0), loader=LoaderConfig(1, 4, 'binomial', 4),
-        method=MethodConfig(unsup_weight=unsup_weight, T1=T1), optim=OptimConfig(iters=iters), run=RunConfig(checkpoint_every=4000, log_every=50))
+        method=MethodConfig('semi_detr', unsup_weight=unsup_weight, T1=T1), optim=OptimConfig(iters=iters), run=RunConfig(checkpoint_every=4000, log_every=50))
 
 def _coco_full()->Config:
     "COCO-Full: all of train2017 labelled, unlabeled2017 without labels, 8 processes of 8 images"

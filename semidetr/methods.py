@@ -4,22 +4,27 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'MethodConfig', 'StepConfig', 'supervised', 'unsup_weight', 'to_original', 'weighted', 'look',
-           'mean_teacher', 'pseudo_stats']
+           'has_denoising', 'mean_teacher', 'pseudo_stats', 'method_parts', 'select', 'mine_pseudo_labels',
+           'encode_decode', 'ask_both', 'semi_detr', 'mining_stats']
 
 # %% ../nbs/33_methods.ipynb #7ae8c397
 from dataclasses import dataclass
 import torch
+from torch import nn
 from .boxes import transform_boxes
+from .consistency import (ConsistencyConfig, Projector, consistency_active, cross_view_extras, cross_view_losses,
+                                  hungarian_consistency, pair_boxes, pick_boxes)
 from .core import ConfigError, suggest
-from .losses import CriterionConfig, set_criterion
+from .losses import CriterionConfig, match_stats, set_criterion
 from .matching import stage_of
+from .mining import CostMemory, MiningConfig, gather_costs, initial_boxes, matched_costs, mine, mining_threshold
 from .teacher import PseudoConfig, fixed_threshold, keep_boxes, teacher_detections, transport
 
 # %% ../nbs/33_methods.ipynb #487811b1
 @dataclass(frozen=True)
 class MethodConfig:
     "Which method, and when its parts act; iterations count from 0"
-    name:str = 'supervised' # 'supervised' or 'mean_teacher'
+    name:str = 'supervised' # 'supervised', 'mean_teacher' or 'semi_detr'
     burn_in_iters:int = 0 # supervised iterations before the unsupervised losses (official: 0)
     T1:int = 0 # first iteration of one-to-one matching; one-to-many before it (paper: half of the run)
     unsup_weight:float = 4. # w_u (paper: 4 for COCO-Partial, 2 for COCO-Full)
@@ -37,6 +42,9 @@ class StepConfig:
     method:MethodConfig = None
     criterion:CriterionConfig = CriterionConfig()
     pseudo:PseudoConfig = PseudoConfig()
+    mining:MiningConfig = MiningConfig()
+    consistency:ConsistencyConfig = ConsistencyConfig()
+    parts:nn.Module = None # what the method trains or remembers beside the two networks (`method_parts`)
 
 # %% ../nbs/33_methods.ipynb #215f6b96
 def supervised(
@@ -92,6 +100,13 @@ def look(
     return teacher_detections(teacher(part['images'], part['mask']), part['targets'], cfg)
 
 # %% ../nbs/33_methods.ipynb #8dd5e78a
+def has_denoising(
+    stage:str, # 'o2m' or 'o2o'
+    cfg:MethodConfig,
+)->bool:
+    "Do pseudo labels make denoising queries? (last column but one of the table in @sec-losses)"
+    return cfg.unsup_cdn == 'always' or (cfg.unsup_cdn == 'stage2' and stage == 'o2o')
+
 def mean_teacher(
     student, # Detector in training mode
     teacher, # its average, in eval mode
@@ -108,7 +123,7 @@ def mean_teacher(
     pseudo = keep_boxes(seen, [fixed_threshold(d['scores'], cfg.pseudo.threshold) for d in seen])
     targets = transport(pseudo, weak['targets'], strong['targets'], cfg.pseudo.min_side)
     stage = stage_of(step, cfg.method.T1)
-    cdn = cfg.method.unsup_cdn == 'always' or (cfg.method.unsup_cdn == 'stage2' and stage == 'o2o')
+    cdn = has_denoising(stage, cfg.method)
     outputs = student(strong['images'], strong['mask'], targets if cdn else None)
     losses |= weighted(set_criterion(outputs, targets, stage, cfg.criterion, denoising=cdn), weight, 'unsup')
     return losses, stats | pseudo_stats(seen, pseudo, targets) | dict(pseudo=to_original(pseudo, weak['targets']))
@@ -128,4 +143,117 @@ def pseudo_stats(
                 empty_images=sum(len(p['scores']) == 0 for p in pseudo)/n,
                 top_score=sum(float(d['scores'].max()) if len(d['scores']) else 0. for d in seen)/n)
 
-METHODS = dict(supervised=supervised, mean_teacher=mean_teacher)
+
+
+# %% ../nbs/33_methods.ipynb #ceb9e2b4
+def method_parts(
+    cfg, # Config, with `detector`, `method`, `mining`, `consistency`
+)->nn.Module: # an empty module for methods that need nothing
+    "What a method trains or remembers beside student and teacher; one instance, never averaged, part of the checkpoint"
+    parts = nn.Module()
+    if cfg.method.name != 'semi_detr': return parts
+    if cfg.mining.memory: parts.memory = CostMemory(cfg.mining.memory)
+    if (c := cfg.consistency).asks: parts.projector = Projector(cfg.detector.transformer.d_model, c.hidden, c.projector)
+    return parts
+
+def select(
+    targets:list, # per image dict with `boxes`, `labels`, `scores` of the same length, among others
+    masks:list, # per image (K,) bool
+)->list:
+    "Fewer boxes, everything else as it was"
+    return [{**t, **{k: t[k][m] for k in ('boxes', 'labels', 'scores')}} for t, m in zip(targets, masks)]
+
+# %% ../nbs/33_methods.ipynb #2e3cd2c9
+@torch.no_grad()
+def mine_pseudo_labels(
+    taught:dict, # outputs of the teacher on the weak view
+    outputs:dict, # of the student's matching queries on the strong view
+    weak:list, strong:list, # targets of the two views
+    cfg:StepConfig,
+)->dict: # seen: all detections; weak: B^0 in the weak view; strong: the same boxes as targets; sup, con: masks; costs, tau, mixture
+    "From the teacher's detections to B^sup and B^con (@sec-mining)"
+    seen = teacher_detections(taught, weak, cfg.pseudo)
+    first = keep_boxes(seen, initial_boxes(seen, cfg.mining, cfg.pseudo.threshold))
+    moved = transport(first, weak, strong, cfg.pseudo.min_side)
+    first = [{k: v[m['source']] for k, v in d.items()} for d, m in zip(first, moved)] # what the student can see at all
+    costs = matched_costs(outputs, moved, cfg.criterion)
+    pooled = gather_costs(costs)
+    if hasattr(cfg.parts, 'memory'): pooled = cfg.parts.memory.add(pooled)
+    tau, mixture = mining_threshold(pooled, cfg.mining.solver)
+    sup, con = mine(first, costs, tau, cfg.mining, cfg.pseudo.threshold)
+    return dict(seen=seen, weak=first, strong=moved, sup=sup, con=con, costs=costs, tau=tau, mixture=mixture)
+
+# %% ../nbs/33_methods.ipynb #9a1b0c49
+def encode_decode(
+    detector, # student or teacher
+    part:dict, # images of one view
+)->tuple: # (Encoded, outputs)
+    "Both halves of a detector, without extra queries"
+    encoded = detector.encode(part['images'], part['mask'])
+    return encoded, detector.decode(encoded)
+
+def ask_both(
+    student, teacher, # detectors
+    ours, theirs, # (Encoded, outputs) of the student's strong and the teacher's weak view
+    mined:dict, # of `mine_pseudo_labels`
+    extras:list, # other extra queries of the student's decoder
+    batch:dict,
+    cfg:StepConfig,
+): # (the student's outputs with all extra queries, consistency losses)
+    "Both decoders answer the cross-view queries (@eq-consistency-loss); the student's other extra queries go along"
+    c, weak, strong = cfg.consistency, batch['weak'], batch['strong']
+    if c.correspondence == 'hungarian':
+        return student.decode(ours[0], extras, ours[1]), hungarian_consistency(ours[1], theirs[1], weak['targets'], strong['targets'], c)
+    con, sup = (keep_boxes(mined['weak'], mined[k]) for k in ('con', 'sup'))
+    picked = pick_boxes(con, sup, [t['size'] for t in weak['targets']], c, proposals=mined['seen'])
+    pairs = pair_boxes(picked, weak['targets'], strong['targets'], c, cfg.pseudo.min_side)
+    frames = weak['images'].shape[-2:], strong['images'].shape[-2:]
+    asked, same = cross_view_extras(cfg.parts.projector, theirs[0], ours[0], pairs, frames, c)
+    outputs = student.decode(ours[0], [*asked, *extras], ours[1])
+    with torch.no_grad(): answers = teacher.decode(theirs[0], same, theirs[1])
+    return outputs, cross_view_losses(outputs, answers, c)
+
+# %% ../nbs/33_methods.ipynb #be9fa308
+def semi_detr(
+    student, # detector in training mode
+    teacher, # its average, in eval mode
+    batch:dict, # `labelled`, and `weak` and `strong` when there are unlabelled images
+    step:int, # iteration t
+    cfg:StepConfig,
+): # (losses, stats)
+    "Labelled losses plus w_u times detection losses on B^sup and consistency losses on B^con (@eq-methods-semi)"
+    losses, stats = supervised(student, teacher, batch, step, cfg)
+    weight = unsup_weight(step, cfg.method)
+    if 'weak' not in batch or weight == 0: return losses, stats
+    weak, strong, stage = batch['weak'], batch['strong'], stage_of(step, cfg.method.T1)
+    with torch.no_grad(): theirs = encode_decode(teacher, weak)
+    ours = encode_decode(student, strong)
+    mined = mine_pseudo_labels(theirs[1], ours[1], weak['targets'], strong['targets'], cfg)
+    targets, cdn = select(mined['strong'], mined['sup']), has_denoising(stage, cfg.method)
+    extras = student.denoise(targets) if cdn else []
+    if consistency_active(step, cfg.method.T1, c := cfg.consistency) and (c.asks or c.correspondence == 'hungarian'):
+        outputs, con = ask_both(student, teacher, ours, theirs, mined, extras, batch, cfg)
+    else: outputs, con = student.decode(ours[0], extras, ours[1]), {}
+    losses |= weighted({**set_criterion(outputs, targets, stage, cfg.criterion, denoising=cdn), **con}, weight, 'unsup')
+    if con: stats['loss_con'] = float(sum(con.values()))
+    return losses, stats | mining_stats(mined, targets, outputs, stage, weak['targets'], cfg)
+
+# %% ../nbs/33_methods.ipynb #cce9c538
+@torch.no_grad()
+def mining_stats(
+    mined:dict, # of `mine_pseudo_labels`
+    targets:list, # B^sup in the strong view
+    outputs:dict, # the student's
+    stage:str, # 'o2m' or 'o2o'
+    weak:list, # targets of the weak views
+    cfg:StepConfig,
+)->dict: # plain numbers, and `pseudo` and `mined` for the health monitor
+    "What mining did in one step"
+    sup, con = (keep_boxes(mined['weak'], mined[k]) for k in ('sup', 'con'))
+    n, mean = max(1, len(con)), mined['mixture'].means.tolist()
+    out = pseudo_stats(mined['seen'], sup, targets) | dict(initial_boxes=sum(map(len, mined['costs']))/n, con_boxes=sum(len(c['scores']) for c in con)/n)
+    if any(map(len, mined['costs'])): out |= dict(cost_threshold=float(mined['tau']), cost_mean_low=mean[0], cost_mean_high=mean[1])
+    if any(len(t['labels']) for t in targets): out['positives_per_object'] = match_stats(outputs, targets, stage, cfg.criterion)['positives_per_object']
+    return out | dict(pseudo=to_original(sup, weak), mined=to_original(con, weak))
+
+METHODS = dict(supervised=supervised, mean_teacher=mean_teacher, semi_detr=semi_detr)

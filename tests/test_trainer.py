@@ -8,6 +8,7 @@ from semidetr.config import override, preset
 from semidetr.core import ConfigError, SemiDETRError
 from semidetr.health import HealthMonitor
 from semidetr.matching import NonFiniteError
+from semidetr.optim import build_optimizer, lr_factor
 from semidetr.study import finished, paired, paired_difference, run_config
 
 TINY = ['data.data=digits:n=40,size=64', 'data.val=digits:n=6,size=64', 'data.count=6', 'data.dev=4', 'view.short_sides=[64]', 'view.eval_short=64', 'run.threads=1',
@@ -85,14 +86,14 @@ def test_average_of_accumulated_gradients_is_that_of_the_whole_batch():
 
 def test_schedules():
     o = lambda **k: override(preset('digits'), [f'optim.{a}={b}' for a, b in k.items()]).optim
-    assert T.lr_factor(0, o(warmup=9)) == pytest.approx(.1) and T.lr_factor(9, o(warmup=9)) == 1
-    assert T.lr_factor(50, o(schedule='cosine', iters=100)) == pytest.approx(.5)
+    assert lr_factor(0, o(warmup=9)) == pytest.approx(.1) and lr_factor(9, o(warmup=9)) == 1
+    assert lr_factor(50, o(schedule='cosine', iters=100)) == pytest.approx(.5)
     steps = o(schedule='step', steps='[10,20]')
-    assert [round(T.lr_factor(t, steps), 6) for t in (9, 10, 20)] == [1, .1, .01]
-    with pytest.raises(ConfigError, match='cosine'): T.lr_factor(0, o(schedule='linear'))
+    assert [round(lr_factor(t, steps), 6) for t in (9, 10, 20)] == [1, .1, .01]
+    with pytest.raises(ConfigError, match='cosine'): lr_factor(0, o(schedule='linear'))
 
 def test_backbone_gets_its_own_rate():
-    t = T.build_optimizer(T.Detector(T.resolve(tiny(), list('0123456789')).detector), tiny('optim.lr=1e-3', 'optim.backbone_mult=.2').optim)
+    t = build_optimizer(T.Detector(T.resolve(tiny(), list('0123456789')).detector), tiny('optim.lr=1e-3', 'optim.backbone_mult=.2').optim)
     assert sorted(g['lr'] for g in t.param_groups) == pytest.approx([2e-4, 1e-3]) and all(p.requires_grad for g in t.param_groups for p in g['params'])
 
 def test_health_warns_once_and_measures_against_hidden_truth():

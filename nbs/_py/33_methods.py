@@ -12,10 +12,14 @@
 #| export
 from dataclasses import dataclass
 import torch
+from torch import nn
 from semidetr.boxes import transform_boxes
+from semidetr.consistency import (ConsistencyConfig, Projector, consistency_active, cross_view_extras, cross_view_losses,
+                                  hungarian_consistency, pair_boxes, pick_boxes)
 from semidetr.core import ConfigError, suggest
-from semidetr.losses import CriterionConfig, set_criterion
+from semidetr.losses import CriterionConfig, match_stats, set_criterion
 from semidetr.matching import stage_of
+from semidetr.mining import CostMemory, MiningConfig, gather_costs, initial_boxes, matched_costs, mine, mining_threshold
 from semidetr.teacher import PseudoConfig, fixed_threshold, keep_boxes, teacher_detections, transport
 
 
@@ -24,7 +28,7 @@ from semidetr.teacher import PseudoConfig, fixed_threshold, keep_boxes, teacher_
 @dataclass(frozen=True)
 class MethodConfig:
     "Which method, and when its parts act; iterations count from 0"
-    name:str = 'supervised' # 'supervised' or 'mean_teacher'
+    name:str = 'supervised' # 'supervised', 'mean_teacher' or 'semi_detr'
     burn_in_iters:int = 0 # supervised iterations before the unsupervised losses (official: 0)
     T1:int = 0 # first iteration of one-to-one matching; one-to-many before it (paper: half of the run)
     unsup_weight:float = 4. # w_u (paper: 4 for COCO-Partial, 2 for COCO-Full)
@@ -42,6 +46,9 @@ class StepConfig:
     method:MethodConfig = None
     criterion:CriterionConfig = CriterionConfig()
     pseudo:PseudoConfig = PseudoConfig()
+    mining:MiningConfig = MiningConfig()
+    consistency:ConsistencyConfig = ConsistencyConfig()
+    parts:nn.Module = None # what the method trains or remembers beside the two networks (`method_parts`)
 
 
 # %% [markdown]
@@ -122,7 +129,20 @@ def look(
 
 
 # %%
+half = weighted(dict(loss_cls=torch.tensor(3.), loss_l1_0=torch.tensor(1.)), .5, 'unsup')
+assert half['loss_unsup_cls'] == 1.5 and list(half) == ['loss_unsup_cls', 'loss_unsup_l1_0']
+half
+
+
+# %%
 #| export
+def has_denoising(
+    stage:str, # 'o2m' or 'o2o'
+    cfg:MethodConfig,
+)->bool:
+    "Do pseudo labels make denoising queries? (last column but one of the table in @sec-losses)"
+    return cfg.unsup_cdn == 'always' or (cfg.unsup_cdn == 'stage2' and stage == 'o2o')
+
 def mean_teacher(
     student, # Detector in training mode
     teacher, # its average, in eval mode
@@ -139,7 +159,7 @@ def mean_teacher(
     pseudo = keep_boxes(seen, [fixed_threshold(d['scores'], cfg.pseudo.threshold) for d in seen])
     targets = transport(pseudo, weak['targets'], strong['targets'], cfg.pseudo.min_side)
     stage = stage_of(step, cfg.method.T1)
-    cdn = cfg.method.unsup_cdn == 'always' or (cfg.method.unsup_cdn == 'stage2' and stage == 'o2o')
+    cdn = has_denoising(stage, cfg.method)
     outputs = student(strong['images'], strong['mask'], targets if cdn else None)
     losses |= weighted(set_criterion(outputs, targets, stage, cfg.criterion, denoising=cdn), weight, 'unsup')
     return losses, stats | pseudo_stats(seen, pseudo, targets) | dict(pseudo=to_original(pseudo, weak['targets']))
@@ -161,7 +181,153 @@ def pseudo_stats(
                 empty_images=sum(len(p['scores']) == 0 for p in pseudo)/n,
                 top_score=sum(float(d['scores'].max()) if len(d['scores']) else 0. for d in seen)/n)
 
-METHODS = dict(supervised=supervised, mean_teacher=mean_teacher)
+
+
+# %% [markdown]
+# ## Semi-DETR
+#
+# $$
+# \mathcal{L} = \mathcal{L}_{sup} + w_u\left(\mathcal{L}_{unsup}(B^{sup}) + \mathcal{L}_{con}(B^{con})\right)
+# $$ {#eq-methods-semi}
+#
+# Three things change against the mean teacher. Matching is one-to-many for the first $T_1$ iterations, labelled and unlabelled images alike (@sec-matching). The teacher's boxes become *two* sets (@sec-mining): $B^{sup}$, sure enough to be a target, and the larger $B^{con}$, which only has to lie where an object is. And $B^{con}$ makes cross-view queries, which both decoders must answer alike (@sec-consistency).
+#
+# The order of the work saves passes. The published code runs the student's transformer twice on the strong view, once without gradient to get the matching costs, once with it; and the teacher's backbone three times on the same weak view. Here every image is encoded once. The student's matching queries go through the decoder once: their outputs give the costs, and, because no matching query sees an extra one, they are also the outputs that the loss is taken of. Denoising and cross-view queries follow alone, against the states that the matching queries left (@sec-detector).
+
+# %%
+#| export
+def method_parts(
+    cfg, # Config, with `detector`, `method`, `mining`, `consistency`
+)->nn.Module: # an empty module for methods that need nothing
+    "What a method trains or remembers beside student and teacher; one instance, never averaged, part of the checkpoint"
+    parts = nn.Module()
+    if cfg.method.name != 'semi_detr': return parts
+    if cfg.mining.memory: parts.memory = CostMemory(cfg.mining.memory)
+    if (c := cfg.consistency).asks: parts.projector = Projector(cfg.detector.transformer.d_model, c.hidden, c.projector)
+    return parts
+
+def select(
+    targets:list, # per image dict with `boxes`, `labels`, `scores` of the same length, among others
+    masks:list, # per image (K,) bool
+)->list:
+    "Fewer boxes, everything else as it was"
+    return [{**t, **{k: t[k][m] for k in ('boxes', 'labels', 'scores')}} for t, m in zip(targets, masks)]
+
+
+# %%
+three = [dict(image_id=1, boxes=torch.rand(3, 4), labels=torch.arange(3), scores=torch.tensor([.9, .3, .6]))]
+sure = select(three, [three[0]['scores'] >= .5])[0]
+assert sure['labels'].tolist() == [0, 2] and sure['image_id'] == 1
+sure['scores']
+
+
+# %%
+#| export
+@torch.no_grad()
+def mine_pseudo_labels(
+    taught:dict, # outputs of the teacher on the weak view
+    outputs:dict, # of the student's matching queries on the strong view
+    weak:list, strong:list, # targets of the two views
+    cfg:StepConfig,
+)->dict: # seen: all detections; weak: B^0 in the weak view; strong: the same boxes as targets; sup, con: masks; costs, tau, mixture
+    "From the teacher's detections to B^sup and B^con (@sec-mining)"
+    seen = teacher_detections(taught, weak, cfg.pseudo)
+    first = keep_boxes(seen, initial_boxes(seen, cfg.mining, cfg.pseudo.threshold))
+    moved = transport(first, weak, strong, cfg.pseudo.min_side)
+    first = [{k: v[m['source']] for k, v in d.items()} for d, m in zip(first, moved)] # what the student can see at all
+    costs = matched_costs(outputs, moved, cfg.criterion)
+    pooled = gather_costs(costs)
+    if hasattr(cfg.parts, 'memory'): pooled = cfg.parts.memory.add(pooled)
+    tau, mixture = mining_threshold(pooled, cfg.mining.solver)
+    sup, con = mine(first, costs, tau, cfg.mining, cfg.pseudo.threshold)
+    return dict(seen=seen, weak=first, strong=moved, sup=sup, con=con, costs=costs, tau=tau, mixture=mixture)
+
+
+# %% [markdown]
+# The cross-view queries of $B^{con}$ need the encoded views of both networks and, for the paper's crossing, features of both. Where the correspondence is Hungarian there are no extra queries; the networks' own ones are paired instead.
+
+# %%
+#| export
+def encode_decode(
+    detector, # student or teacher
+    part:dict, # images of one view
+)->tuple: # (Encoded, outputs)
+    "Both halves of a detector, without extra queries"
+    encoded = detector.encode(part['images'], part['mask'])
+    return encoded, detector.decode(encoded)
+
+def ask_both(
+    student, teacher, # detectors
+    ours, theirs, # (Encoded, outputs) of the student's strong and the teacher's weak view
+    mined:dict, # of `mine_pseudo_labels`
+    extras:list, # other extra queries of the student's decoder
+    batch:dict,
+    cfg:StepConfig,
+): # (the student's outputs with all extra queries, consistency losses)
+    "Both decoders answer the cross-view queries (@eq-consistency-loss); the student's other extra queries go along"
+    c, weak, strong = cfg.consistency, batch['weak'], batch['strong']
+    if c.correspondence == 'hungarian':
+        return student.decode(ours[0], extras, ours[1]), hungarian_consistency(ours[1], theirs[1], weak['targets'], strong['targets'], c)
+    con, sup = (keep_boxes(mined['weak'], mined[k]) for k in ('con', 'sup'))
+    picked = pick_boxes(con, sup, [t['size'] for t in weak['targets']], c, proposals=mined['seen'])
+    pairs = pair_boxes(picked, weak['targets'], strong['targets'], c, cfg.pseudo.min_side)
+    frames = weak['images'].shape[-2:], strong['images'].shape[-2:]
+    asked, same = cross_view_extras(cfg.parts.projector, theirs[0], ours[0], pairs, frames, c)
+    outputs = student.decode(ours[0], [*asked, *extras], ours[1])
+    with torch.no_grad(): answers = teacher.decode(theirs[0], same, theirs[1])
+    return outputs, cross_view_losses(outputs, answers, c)
+
+
+# %%
+#| export
+def semi_detr(
+    student, # detector in training mode
+    teacher, # its average, in eval mode
+    batch:dict, # `labelled`, and `weak` and `strong` when there are unlabelled images
+    step:int, # iteration t
+    cfg:StepConfig,
+): # (losses, stats)
+    "Labelled losses plus w_u times detection losses on B^sup and consistency losses on B^con (@eq-methods-semi)"
+    losses, stats = supervised(student, teacher, batch, step, cfg)
+    weight = unsup_weight(step, cfg.method)
+    if 'weak' not in batch or weight == 0: return losses, stats
+    weak, strong, stage = batch['weak'], batch['strong'], stage_of(step, cfg.method.T1)
+    with torch.no_grad(): theirs = encode_decode(teacher, weak)
+    ours = encode_decode(student, strong)
+    mined = mine_pseudo_labels(theirs[1], ours[1], weak['targets'], strong['targets'], cfg)
+    targets, cdn = select(mined['strong'], mined['sup']), has_denoising(stage, cfg.method)
+    extras = student.denoise(targets) if cdn else []
+    if consistency_active(step, cfg.method.T1, c := cfg.consistency) and (c.asks or c.correspondence == 'hungarian'):
+        outputs, con = ask_both(student, teacher, ours, theirs, mined, extras, batch, cfg)
+    else: outputs, con = student.decode(ours[0], extras, ours[1]), {}
+    losses |= weighted({**set_criterion(outputs, targets, stage, cfg.criterion, denoising=cdn), **con}, weight, 'unsup')
+    if con: stats['loss_con'] = float(sum(con.values()))
+    return losses, stats | mining_stats(mined, targets, outputs, stage, weak['targets'], cfg)
+
+
+# %% [markdown]
+# What leaves the step for the log: how many boxes each set holds, where the threshold lies between the two means, how many positives an object got. $B^{sup}$ and $B^{con}$ go to the health monitor (@sec-health), which alone may compare them with hidden truth.
+
+# %%
+#| export
+@torch.no_grad()
+def mining_stats(
+    mined:dict, # of `mine_pseudo_labels`
+    targets:list, # B^sup in the strong view
+    outputs:dict, # the student's
+    stage:str, # 'o2m' or 'o2o'
+    weak:list, # targets of the weak views
+    cfg:StepConfig,
+)->dict: # plain numbers, and `pseudo` and `mined` for the health monitor
+    "What mining did in one step"
+    sup, con = (keep_boxes(mined['weak'], mined[k]) for k in ('sup', 'con'))
+    n, mean = max(1, len(con)), mined['mixture'].means.tolist()
+    out = pseudo_stats(mined['seen'], sup, targets) | dict(initial_boxes=sum(map(len, mined['costs']))/n, con_boxes=sum(len(c['scores']) for c in con)/n)
+    if any(map(len, mined['costs'])): out |= dict(cost_threshold=float(mined['tau']), cost_mean_low=mean[0], cost_mean_high=mean[1])
+    if any(len(t['labels']) for t in targets): out['positives_per_object'] = match_stats(outputs, targets, stage, cfg.criterion)['positives_per_object']
+    return out | dict(pseudo=to_original(sup, weak), mined=to_original(con, weak))
+
+METHODS = dict(supervised=supervised, mean_teacher=mean_teacher, semi_detr=semi_detr)
 
 # %% [markdown]
 # ## One step, looked at
@@ -171,6 +337,7 @@ METHODS = dict(supervised=supervised, mean_teacher=mean_teacher)
 # %%
 #| hide
 import dataclasses
+from types import SimpleNamespace
 import matplotlib.pyplot as plt
 from semidetr.augment import ViewConfig
 from semidetr.boxes import denormalize_boxes
@@ -206,6 +373,30 @@ assert not any('unsup' in k for k in early)
 sorted(early)[:6]
 
 # %% [markdown]
+# A Semi-DETR step of the same networks, in its first stage. The passes are counted at the backbones: the student sees the labelled and the strong views, the teacher the weak ones, each once.
+
+# %%
+semi_cfg = dataclasses.replace(step_cfg, method=MethodConfig('semi_detr', burn_in_iters=10, T1=20), consistency=ConsistencyConfig(hidden=32))
+semi_cfg = dataclasses.replace(semi_cfg, parts=method_parts(SimpleNamespace(detector=tiny, method=semi_cfg.method, mining=semi_cfg.mining, consistency=semi_cfg.consistency)))
+passes = dict(student=0, teacher=0)
+def count(name):
+    def hook(*_): passes[name] += 1
+    return hook
+hooks = [m.backbone.register_forward_hook(count(name)) for name, m in (('student', student), ('teacher', teacher))]
+semi_losses, semi_stats = semi_detr(student, teacher, batch, 10, semi_cfg)
+for h in hooks: h.remove()
+assert passes == dict(student=2, teacher=1) and semi_stats['con_boxes'] >= semi_stats['pseudo_boxes'] > 0
+passes, {k: round(v.item(), 3) for k, v in semi_losses.items() if 'con' in k}
+
+# %% [markdown]
+# In the second stage the consistency falls silent, and pseudo labels make denoising queries:
+
+# %%
+late, _ = semi_detr(student, teacher, batch, 20, semi_cfg)
+assert not any('con' in k for k in late) and any('unsup_cls_dn' in k for k in late)
+sorted({k.rsplit('_', 1)[0] for k in late if 'unsup' in k and '_dn_' in k})
+
+# %% [markdown]
 # Boxes travel with the views. Here true boxes stand in for a teacher that sees perfectly: drawn in the weak view, carried to the strong view by @eq-teacher-transport.
 
 # %%
@@ -231,10 +422,32 @@ for ramp in (0, 200): ax.plot([unsup_weight(t, MethodConfig('mean_teacher', burn
 ax.set(xlabel='iteration', ylabel='w_u'); ax.legend(); plt.show()
 
 # %% [markdown]
+# ## Where paper and code part
+#
+# The published numbers were made with the published code, and the two differ in more than details. The default here is the code; every difference is one setting.
+#
+# | setting | default: the code | other value | see |
+# |---|---|---|---|
+# | `method.burn_in_iters` | 0: pseudo labels from the first iteration | N supervised iterations first (ours, for small data) | @sec-methods |
+# | `method.unsup_cdn` | `stage2`: pseudo labels make denoising queries after $T_1$ | `always`, `never`; the paper is silent | @sec-denoising |
+# | `criterion.l1_weight` | 10: two logged parts are added once more | 5: the paper's weight | @sec-losses |
+# | `criterion.enc_labels` | `zero`: the encoder output learns object or not | `true`: classes, as DINO | @sec-losses |
+# | `consistency.cross` | `one`: the teacher's features ask both decoders | `swap`: each decoder gets the other view's (paper); `both` | @sec-consistency |
+# | `consistency.norm` | true: directions are compared, times 10 | false: plain MSE, with `consistency.weight=1` (paper) | @sec-consistency |
+# | `consistency.until` | `T1`: first stage only | `end`: the whole training (paper) | @sec-consistency |
+# | `consistency.groups` | 1; the code has 5 identical groups, which change neither loss nor gradient | 5 | @sec-consistency |
+# | `mining.init` | `mean_std`: boxes that stand out of their image's scores | `score`: the threshold .4 (paper) | @sec-mining |
+# | `mining.union` | true: $B^{con}$ includes $B^{sup}$ | false: the mined boxes alone (paper) | @sec-mining |
+# | `pseudo.min_side` | 1 pixel: boxes that leave the strong view are dropped (ours) | -1: kept, as in the code, where they become targets without area | @sec-teacher |
+# | `loader.ratio` | `binomial`: the share of labelled images varies | `fixed` (paper) | @sec-loader |
+# | `detector.denoising.box_noise` | .4 | 1: other DINO implementations | @sec-denoising |
+
+# %% [markdown]
 # ## Summary
 #
 # - A method is a function of student, teacher, batch and step; the trainer only adds its losses up.
-# - Supervised training and the mean teacher share one criterion; the teacher's boxes simply take the place of the truth.
+# - Supervised training, mean teacher and Semi-DETR share one criterion; the teacher's boxes simply take the place of the truth.
+# - Semi-DETR encodes each view once: costs, losses, denoising and consistency all come from that.
 # - Pseudo labels are made on the weak view and learnt on the strong one.
 # - Nothing of the hidden truth is in the batch; statistics leave the step so that the monitor can compare.
 #

@@ -20,7 +20,6 @@ import time
 import warnings
 from pathlib import Path
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 from semidetr.checkpoint import (RunLog, cpu_seconds, environment, load_checkpoint, load_weights, pack_rng, peak_memory_mb,
                                  save_checkpoint, unpack_rng)
@@ -33,7 +32,8 @@ from semidetr.evaluation import evaluate_model, same_rng, to_device
 from semidetr.health import HealthMonitor
 from semidetr.loader import SemiLoader
 from semidetr.matching import NonFiniteError
-from semidetr.methods import METHODS, StepConfig
+from semidetr.methods import METHODS, StepConfig, method_parts
+from semidetr.optim import average_gradients, build_optimizer, gradient_norm, lr_factor
 from semidetr.splits import load_split, make_split
 from semidetr.teacher import ema_decay, make_teacher, update_teacher
 
@@ -88,51 +88,6 @@ toy_data.split
 
 
 # %% [markdown]
-# ## The optimiser
-
-# %%
-#| export
-def build_optimizer(
-    model, # Detector
-    cfg, # OptimConfig
-):
-    "AdamW with a smaller rate for the backbone; frozen parameters are left out"
-    groups = {True: [], False: []}
-    for name, p in model.named_parameters():
-        if p.requires_grad: groups[name.startswith('backbone.')].append(p)
-    params = [dict(params=ps, lr=cfg.lr*mult, base_lr=cfg.lr*mult) for ps, mult in ((groups[False], 1.), (groups[True], cfg.backbone_mult)) if ps]
-    return torch.optim.AdamW(params, weight_decay=cfg.weight_decay)
-
-def lr_factor(
-    step:int, # iteration, from 0
-    cfg, # OptimConfig
-)->float: # multiplies every group's rate
-    "Warm-up times schedule"
-    warm = min(1., (step+1)/(cfg.warmup+1))
-    if cfg.schedule == 'constant': return warm
-    if cfg.schedule == 'cosine': return warm*.5*(1+math.cos(math.pi*min(1., step/max(1, cfg.iters))))
-    return warm*.1**sum(step >= s for s in cfg.steps) # 'step'
-
-@torch.no_grad()
-def average_gradients(
-    params, # iterable of parameters
-):
-    "Mean of the gradients over all processes, in one message; parameters without gradient count as zero"
-    if world_size() == 1: return
-    params = [p for p in params if p.requires_grad]
-    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in params])
-    dist.all_reduce(flat)
-    flat /= world_size()
-    for p, g in zip(params, flat.split([p.numel() for p in params])): p.grad = g.view_as(p).clone()
-
-
-# %%
-cosine = OptimConfig(iters=100, schedule='cosine', warmup=9)
-assert lr_factor(0, cosine) == .1 and abs(lr_factor(50, cosine)-.5) < 1e-9 and lr_factor(100, cosine) == 0
-[round(lr_factor(t, cosine), 2) for t in (0, 4, 9, 25, 50, 75, 100)]
-
-
-# %% [markdown]
 # ## State of a run
 #
 # Weights, moments, random state, position in the data, health window, history: all of it is saved, and loading compares the configuration first. Other processes than the first keep only what is theirs, the random state.
@@ -169,7 +124,8 @@ class RunState:
         self.student = Detector(self.cfg.detector).to(self.device, memory_format=torch.channels_last) # a third faster on CPUs
         if cfg.run.init: load_weights(self.student, load_checkpoint(cfg.run.init)[cfg.run.init_from], cfg.run.init)
         self.teacher = make_teacher(self.student)
-        self.optimizer = build_optimizer(self.student, cfg.optim)
+        self.parts = method_parts(self.cfg).to(self.device)
+        self.optimizer = build_optimizer(self.student, cfg.optim, [self.parts])
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.run.amp == 'fp16')
         self.health = HealthMonitor(self.data.truth, cfg.run.health_window)
         self.step, self.recent, self.history, self.spent = 0, [], [], dict(seconds=0., cpu=0.)
@@ -193,7 +149,7 @@ def run_state(
     own = dict(step=run.step, rng=pack_rng(rng_state()), health=run.health.state_dict(), recent=run.recent)
     if not is_main(): return own
     return own | dict(config=to_dict(run.cfg), classes=run.data.classes, split=run.data.split.fingerprint, history=run.history,
-                      spent=run.spent, student=run.student.state_dict(), teacher=run.teacher.state_dict(),
+                      spent=run.spent, student=run.student.state_dict(), teacher=run.teacher.state_dict(), parts=run.parts.state_dict(),
                       optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict())
 
 def restore(
@@ -203,6 +159,7 @@ def restore(
     "Go on from saved state"
     _same_run(run, saved)
     load_weights(run.student, saved['student'], run.dir); load_weights(run.teacher, saved['teacher'], run.dir)
+    run.parts.load_state_dict(saved.get('parts', {}))
     run.optimizer.load_state_dict(saved['optimizer']); run.scaler.load_state_dict(saved['scaler'])
     run.history, run.spent, run.step = saved['history'], saved['spent'], saved['step']
     if not is_main() and run.own_file.exists(): saved = load_checkpoint(run.own_file)
@@ -237,7 +194,7 @@ def data_parts(
 # What a user is told who starts other settings in the folder of an old run:
 
 # %%
-changed = differences(to_dict(Config()), to_dict(dataclasses.replace(Config(), optim=cosine)))
+changed = differences(to_dict(Config()), to_dict(dataclasses.replace(Config(), optim=OptimConfig(schedule='cosine'))))
 assert any('schedule: constant -> cosine' in c for c in changed)
 changed
 
@@ -259,7 +216,7 @@ def forward_backward(
     "One batch: losses, their sum, gradients"
     cfg, kind = run.cfg, run.cfg.run.amp
     auto = torch.autocast(run.device.type, dtype=torch.float16 if kind == 'fp16' else torch.bfloat16, enabled=kind != 'off')
-    with auto: losses, stats = METHODS[cfg.method.name](run.student, run.teacher, batch, run.step, StepConfig(cfg.method, cfg.criterion, cfg.pseudo))
+    with auto: losses, stats = METHODS[cfg.method.name](run.student, run.teacher, batch, run.step, StepConfig(cfg.method, cfg.criterion, cfg.pseudo, cfg.mining, cfg.consistency, run.parts))
     total = torch.stack([v.float() for v in losses.values()]).sum()
     if not torch.isfinite(total):
         raise NonFiniteError('not finite: '+', '.join(k for k, v in losses.items() if not torch.isfinite(v)))
@@ -294,6 +251,7 @@ def train_step(
     try:
         for batch in batches:
             stats = forward_backward(run, to_device(batch, run.device))
+        if own := list(run.parts.parameters()): stats['parts_grad_norm'] = gradient_norm(own)/run.scaler.get_scale()
         return stats | dict(grad_norm=optimizer_step(run))
     except NonFiniteError as e:
         path = run.dir/f'failed_step_{run.step}.pt'
@@ -305,7 +263,6 @@ def train_step(
 # %%
 with same_rng(): torch.manual_seed(0); weight = torch.nn.Parameter(torch.ones(3))
 (weight*torch.tensor([3., 4., 0.])).sum().backward()
-average_gradients([weight]) # one process: nothing changes
 assert torch.nn.utils.clip_grad_norm_([weight], 1.).item() == 5. and abs(weight.grad.norm().item()-1) < 1e-5
 weight.grad
 
