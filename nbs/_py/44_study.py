@@ -9,16 +9,21 @@
 #| default_exp study
 
 # %%
+#| hide
+import tempfile
+
+# %%
 #| export
 import dataclasses
 import json
 import multiprocessing
 import os
+import tomllib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
-from semidetr.config import config_hash, override, to_dict, from_dict
-from semidetr.core import DataError, SemiDETRError
+from semidetr.config import config_hash, override, preset, to_dict, from_dict
+from semidetr.core import ConfigError, DataError, SemiDETRError, atomic_write, suggest
 from semidetr.datasets import open_dataset
 from semidetr.trainer import Trainer
 
@@ -108,6 +113,9 @@ def paired(
 
 # %%
 #| export
+CURVES = {'step', 'loss', 'pseudo_boxes', 'pseudo_precision', 'pseudo_recall', 'pseudo_score', 'empty_images', 'grad_norm', 'con_boxes', 'initial_boxes', 'mined_precision',
+          'mined_recall', 'cost_threshold', 'cost_mean_low', 'cost_mean_high', 'positives_per_object', 'loss_con', 'parts_grad_norm'}
+
 def record(
     result:dict, # content of run.json
     folder='', # of the run, for the curve
@@ -118,7 +126,7 @@ def record(
     log = Path(folder)/'log.jsonl'
     if folder and log.is_file():
         rows = [r for r in map(json.loads, log.read_text().splitlines()) if 'loss' in r]
-        names = sorted({k for r in rows for k in r} & {'step', 'loss', 'pseudo_boxes', 'pseudo_precision', 'pseudo_recall', 'pseudo_score', 'empty_images', 'grad_norm'})
+        names = sorted({k for r in rows for k in r} & CURVES)
         out['curve'] = {k: [round(r[k], 4) if isinstance(r.get(k), float) else r.get(k) for r in rows] for k in names}
     return out
 
@@ -129,6 +137,57 @@ def paired_difference(
     d = [y-x for x, y in zip(a, b)]
     return dict(mean=mean(d), std=stdev(d) if len(d) > 1 else float('nan'), each=d, n=len(d))
 
+
+# %% [markdown]
+# ## A study is data
+#
+# Which arms a study has is written down in a TOML file, as settings on top of a common base. A new arm is a new line.
+
+# %%
+#| export
+def load_study(
+    path, # TOML file: a table for each study with preset, base, burn_in, later and arms
+    name:str, # of the study
+)->dict: # base: Config, burn_in: overrides, arms: name -> overrides
+    "The configurations of a study; every override is tried, so that a misspelt one fails before the first run"
+    path = Path(path)
+    if not path.is_file(): raise ConfigError(f'{path}: no such file of studies')
+    try: studies = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as e: raise ConfigError(f'{path}: {e}') from None
+    if name not in studies: raise ConfigError(f"{path}: has no study '{name}'; {suggest(name, studies)}")
+    s = studies[name]
+    if missing := {'preset', 'arms'}-set(s): raise ConfigError(f'{path}: study {name} lacks {", ".join(sorted(missing))}')
+    base, burn_in, arms = override(preset(s['preset']), s.get('base', [])), s.get('burn_in', []), {k: s.get('later', [])+v for k, v in s['arms'].items()}
+    for arm, items in dict(burn_in=burn_in, **arms).items():
+        try: override(base, items)
+        except ConfigError as e: raise ConfigError(f'{path}: study {name}, {arm}: {e}') from None
+    return dict(base=base, burn_in=burn_in, arms=arms)
+
+def run_study(
+    path, name:str, # see `load_study`
+    folder, # of the runs
+    results, # folder for one JSON a seed
+    seeds=(0,),
+    workers:int=1,
+    progress:bool=True,
+)->list: # of the records, a dict a seed
+    "Run a study seed by seed and keep each seed's record as soon as it is there"
+    study, out = load_study(path, name), []
+    for seed in seeds:
+        r, = paired(study['base'], study['burn_in'], study['arms'], Path(folder)/name, (seed,), workers, progress)
+        where = Path(folder)/name/f'seed{seed}'
+        r = dict(study=name, seed=seed, burn_in=record(r['burn_in']), arms={arm: record(a, where/arm) for arm, a in r['arms'].items()})
+        atomic_write(Path(results)/name/f'seed{seed}.json', json.dumps(r))
+        out.append(r)
+    return out
+
+
+# %%
+toy_file = Path(tempfile.mkdtemp())/'studies.toml'
+toy_file.write_text('[toy]\npreset="digits"\nbase=["data.count=5"]\nlater=["optim.iters=3"]\n[toy.arms]\nmt=["method.name=mean_teacher"]\n')
+toy = load_study(toy_file, 'toy')
+assert toy['base'].data.count == 5 and toy['arms'] == {'mt': ['optim.iters=3', 'method.name=mean_teacher']}
+toy['arms']
 
 # %% [markdown]
 # ## Why pairs

@@ -3,7 +3,7 @@
 #
 # > One command, a few minutes, two cores: a detector learns from twenty labelled pictures, and learns more from thousands without labels.
 #
-# The built-in scenes are small photographs with handwritten digits on them (@sec-digits). Twenty of them keep their labels. A short supervised burn-in gives a first detector; from its checkpoint one continuation goes on with the twenty, the other adds the unlabelled scenes through a mean teacher. Both see twelve images an iteration, for the same number of iterations.
+# The built-in scenes are small photographs with handwritten digits on them (@sec-digits). Twenty of them keep their labels. A short supervised burn-in gives a first detector; from its checkpoint one continuation goes on with the twenty, one adds the unlabelled scenes through a mean teacher, and one through Semi-DETR. All see twelve images an iteration, for the same number of iterations.
 
 # %%
 #| default_exp demo
@@ -24,9 +24,11 @@ from semidetr.study import paired, record
 # %%
 #| export
 BURN_IN = ['optim.iters=300', 'method.T1=200', 'loader.n_labelled=8', 'optim.lr=2e-3']
+MIXED = ['loader.n_labelled=4', 'loader.n_unlabelled=8', 'pseudo.threshold=0.3', 'method.unsup_weight=2']
 ARMS = {'supervised': ['method.name=supervised', 'loader.n_labelled=12'],
-        'mean_teacher': ['method.name=mean_teacher', 'loader.n_labelled=4', 'loader.n_unlabelled=8', 'pseudo.threshold=0.3']}
-LATER = ['method.T1=0', 'optim.iters=300', 'optim.lr=1e-3', 'optim.schedule=cosine'] # of both continuations
+        'mean_teacher': ['method.name=mean_teacher', *MIXED],
+        'semi_detr': ['method.name=semi_detr', 'method.T1=100', *MIXED]}
+LATER = ['method.T1=0', 'optim.iters=300', 'optim.lr=1e-3', 'optim.schedule=cosine'] # of all continuations
 
 def shown_scenes(
     n:int=6,
@@ -60,7 +62,7 @@ def run_demo(
     workers:int=0, # processes at a time; 0: one a core
     say=print,
 )->dict: # content of results.json
-    "Burn-in, both continuations, their metrics and some of their detections"
+    "Burn-in, all continuations, their metrics and some of their detections"
     out, base, arms = Path(out), override(preset('digits'), [f'data.count={labels}']), {name: LATER+own for name, own in ARMS.items()}
     key = stable_hash(config_hash(base), str(BURN_IN), str(arms), open_dataset('digits').fingerprint())
     study = out/f'{key:016x}'[:8] # other settings, or another release's scenes, get a folder of their own
@@ -116,7 +118,7 @@ def picture(
     run:int=0, # which seed
     n:int=6, # scenes
 ): # matplotlib Figure
-    "Truth and detections of both methods on the same scenes"
+    "Truth and detections of all methods on the same scenes"
     ds = shown_scenes(n)
     samples = [ds[i] for i in range(len(ds))]
     truth = [dict(boxes=s.boxes, labels=s.labels) for s in samples]
@@ -162,8 +164,8 @@ print('\n'.join(table(toy)))
 # %% [markdown]
 # ## Summary
 #
-# - One burn-in, two continuations, the same number of images and iterations: what differs is the method.
-# - The two continuations run side by side, one thread each.
+# - One burn-in, three continuations, the same number of images and iterations: what differs is the method.
+# - The continuations run side by side, one thread each.
 # - Finished runs are looked up, so asking again costs nothing.
 # - Numbers, curves and some detections are kept in one JSON file that the result page reads.
 #

@@ -1,0 +1,39 @@
+"Studies as data: overrides are checked before the first run, records are kept a seed at a time, finished runs are looked up"
+import json
+from pathlib import Path
+import pytest
+from semidetr.core import ConfigError
+from semidetr.study import load_study, run_study
+from test_trainer import TINY
+
+BOOK = Path(__file__).parent.parent/'nbs'/'ablations'/'studies.toml'
+
+def write(tmp_path, **change):
+    study = {'preset': '"digits"', 'base': json.dumps(TINY), 'burn_in': '["optim.iters=2"]', 'later': '["optim.iters=2", "method.T1=1", "mining.init=all", "pseudo.threshold=.02", "pseudo.min_score=0", "consistency.hidden=8"]', **change}
+    text = '[toy]\n'+''.join(f'{k} = {v}\n' for k, v in study.items() if v)+'[toy.arms]\nsupervised = ["method.name=supervised"]\nsemi_detr = ["method.name=semi_detr", "loader.n_labelled=1", "loader.n_unlabelled=1"]\n'
+    (tmp_path/'studies.toml').write_text(text)
+    return tmp_path/'studies.toml'
+
+@pytest.mark.parametrize('change,words', [(dict(later='["optim.iter=2"]'), ['toy', 'supervised', 'optim.iter', 'iters']), (dict(burn_in='["method.name=semi"]'), ['burn_in', 'semi_detr']),
+    (dict(preset=''), ['lacks preset']), (dict(preset='"digit"'), ['digits']), (dict(base='[1'), ['studies.toml'])])
+def test_mistakes_are_found_before_the_first_run(tmp_path, change, words):
+    with pytest.raises(ConfigError) as e: load_study(write(tmp_path, **change), 'toy')
+    assert all(w in str(e.value) for w in words) and '\n' not in str(e.value)
+
+def test_unknown_study_and_file(tmp_path):
+    with pytest.raises(ConfigError, match='components'): load_study(BOOK, 'component')
+    with pytest.raises(ConfigError, match='no such file'): load_study(tmp_path/'none.toml', 'toy')
+
+def test_the_studies_of_the_book_are_valid():
+    import tomllib
+    for name in tomllib.loads(BOOK.read_text()): assert load_study(BOOK, name)['arms']
+
+def test_run_keep_and_look_up(tmp_path):
+    path = write(tmp_path)
+    a = run_study(path, 'toy', tmp_path/'runs', tmp_path/'results', (0,), progress=False)
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path/'runs').rglob('last.pt')}
+    b = run_study(path, 'toy', tmp_path/'runs', tmp_path/'results', (0,), progress=False)
+    assert json.dumps(a) == json.dumps(b) and len(stamps) == 3 and stamps == {p: p.stat().st_mtime_ns for p in (tmp_path/'runs').rglob('last.pt')}
+    kept = json.loads((tmp_path/'results'/'toy'/'seed0.json').read_text())
+    assert kept['seed'] == 0 and set(kept['arms']) == {'supervised', 'semi_detr'} and kept['arms']['semi_detr']['curve']['con_boxes'][-1] > 0
+    assert kept['arms']['semi_detr']['iterations'] == 2 and kept['burn_in']['hash'] != kept['arms']['supervised']['hash']
