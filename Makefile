@@ -5,6 +5,7 @@ PY ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO ?=
+BENCH ?=
 
 # two cores are used best by two processes of one thread each; a fixed hash seed keeps the order of sets
 export OMP_NUM_THREADS ?= 1
@@ -14,13 +15,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # glibc gives memory back to the system and asks for it again at every step; keeping it halves the time of a training step on a CPU
 KEEP_MEMORY := env MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
 
-.PHONY: help book test env site nb nb-export clean
+.PHONY: help book test bench env site nb nb-export clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make book   environment, the demonstration on the built-in data, results, the site in _docs/'
 	@echo 'make test   environment and every check'
 	@echo 'make site   the site alone'
+	@echo 'make bench  all timings, about ten minutes on a quiet machine, and their page; BENCH=--quick: a smoke version without the page'
 	@echo 'make nb NB=10_attention   bring the text of one notebook into it, export its module, run it'
 
 # --- the environment: built from the project's own files, and again only when they change ------------------------------
@@ -48,6 +50,14 @@ test: $(STAMP)
 
 site: $(STAMP)
 	@$(BIN)/python -m semidetr.site
+
+# --- timings against other implementations, which the extra [bench] brings ---------------------------------------------
+bench: .venv/.bench-installed
+	@$(BIN)/python benchmarks/run.py $(BENCH)
+	@case '$(BENCH)' in *--quick*|*--out*) ;; *) $(BIN)/python tests/nbtool.py run benchmarks/01_speed ;; esac
+.venv/.bench-installed: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --no-input -e '.[bench]'
+	@touch $@
 
 clean:
 	rm -rf _docs build .pytest_cache .ruff_cache

@@ -39,6 +39,7 @@ struct Problem {
   // how the work is cut; the results do not depend on it
   int chunks;                // forward: parts of the query axis
   bool by_level;             // backward: a task is (image, head, level) instead of (image, head)
+  bool stream;               // backward: the gradients are large; write them past the caches
 };
 
 struct Kernels {

@@ -32,6 +32,7 @@ template <class A> using half_of = typename HalfOf<A>::type;
 #define SEMIDETR_INLINE inline __attribute__((always_inline))
 #define SEMIDETR_NOINLINE __attribute__((noinline))
 #define SEMIDETR_PREFETCH(p) __builtin_prefetch(p)
+#define SEMIDETR_PREFETCH_WRITE(p) __builtin_prefetch(p, 1)
 #define SEMIDETR_RESTRICT __restrict__
 template <class A> struct Lanes;
 template <> struct Lanes<float> {
@@ -64,17 +65,29 @@ template <class A> SEMIDETR_INLINE Vec<A> to_real(Int<A> v) { return __builtin_c
 SEMIDETR_INLINE Vec<float> power_of_two(Int<float> n) { return (Vec<float>)((n + 127) << 23); }
 template <class A> SEMIDETR_INLINE Vec<A> floor_generic(Vec<A> v) { Vec<A> f = to_real<A>(to_int<A>(v)); return f > v ? f - A(1) : f; }
 // `madd` is one multiplication and addition with one rounding where the CPU has it; left to the compiler that is not certain.
+// `stream` writes past the caches to a place that is as aligned as a vector; `settle` makes such writes visible to other threads.
 #if defined(__AVX512F__)
+SEMIDETR_INLINE void stream(float* p, Vec<float> v) { _mm512_stream_ps(p, (__m512)v); }
+SEMIDETR_INLINE void stream(double* p, Vec<double> v) { _mm512_stream_pd(p, (__m512d)v); }
+SEMIDETR_INLINE void settle() { _mm_sfence(); }
+constexpr bool kStreams = true;
 SEMIDETR_INLINE Vec<float> floor_(Vec<float> v) { return (Vec<float>)_mm512_mask_roundscale_ps((__m512)v, 0xffff, (__m512)v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 SEMIDETR_INLINE Vec<double> floor_(Vec<double> v) { return (Vec<double>)_mm512_mask_roundscale_pd((__m512d)v, 0xff, (__m512d)v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 SEMIDETR_INLINE Vec<float> madd(Vec<float> a, Vec<float> b, Vec<float> c) { return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 SEMIDETR_INLINE Vec<double> madd(Vec<double> a, Vec<double> b, Vec<double> c) { return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
 #elif defined(__AVX2__)
+SEMIDETR_INLINE void stream(float* p, Vec<float> v) { _mm256_stream_ps(p, (__m256)v); }
+SEMIDETR_INLINE void stream(double* p, Vec<double> v) { _mm256_stream_pd(p, (__m256d)v); }
+SEMIDETR_INLINE void settle() { _mm_sfence(); }
+constexpr bool kStreams = true;
 SEMIDETR_INLINE Vec<float> floor_(Vec<float> v) { return (Vec<float>)_mm256_floor_ps((__m256)v); }
 SEMIDETR_INLINE Vec<double> floor_(Vec<double> v) { return (Vec<double>)_mm256_floor_pd((__m256d)v); }
 SEMIDETR_INLINE Vec<float> madd(Vec<float> a, Vec<float> b, Vec<float> c) { return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 SEMIDETR_INLINE Vec<double> madd(Vec<double> a, Vec<double> b, Vec<double> c) { return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
 #else
+template <class A> SEMIDETR_INLINE void stream(A* p, Vec<A> v) { store(p, v); }
+SEMIDETR_INLINE void settle() {}
+constexpr bool kStreams = false;
 SEMIDETR_INLINE Vec<float> floor_(Vec<float> v) { return floor_generic<float>(v); }
 SEMIDETR_INLINE Vec<double> floor_(Vec<double> v) { return floor_generic<double>(v); }
 SEMIDETR_INLINE Vec<float> madd(Vec<float> a, Vec<float> b, Vec<float> c) { return a * b + c; }
@@ -112,11 +125,12 @@ template <class A, int H> struct Across {
 };
 template <class A> struct Across<A, 0> { static SEMIDETR_INLINE Vec<A> sum(Vec<A> v) { return v; } static SEMIDETR_INLINE Vec<A> max(Vec<A> v) { return v; } };
 
-// Step of a tree that sums each of N vectors and leaves sum i in lane i: segments of s lanes become segments of s/2.
-template <int N, int S> constexpr int low_lane(int i) { return (i / (S / 2) & 1) * N + (i / (S / 2) >> 1) * S + i % (S / 2); }
+// Step of a tree that sums each of N vectors and leaves sum i in lane i: segments of S lanes become segments of S/2, in turns from
+// a and from b. Each lane gets its own number in a blend, and the one S/2 further or nearer in a shuffle.
+template <int N, int S> constexpr int lane_of(int i, int from) { return (i / (S / 2) & 1) * N + from; }
 template <class A, int S, int... I> SEMIDETR_INLINE Vec<A> fold(Vec<A> a, Vec<A> b, Seq<I...>) {
   constexpr int N = Lanes<A>::n;
-  return SEMIDETR_SHUFFLE(A, a, b, low_lane<N, S>(I)...) + SEMIDETR_SHUFFLE(A, a, b, (low_lane<N, S>(I) + S / 2)...);
+  return SEMIDETR_SHUFFLE(A, a, b, lane_of<N, S>(I, I)...) + SEMIDETR_SHUFFLE(A, a, b, lane_of<N, S>(I, I ^ S / 2)...);
 }
 template <class A, int S> struct Tree {
   static SEMIDETR_INLINE void sum(Vec<A>* x) {
@@ -134,12 +148,16 @@ template <class A> struct Tree<A, 1> { static SEMIDETR_INLINE void sum(Vec<A>*) 
 #define SEMIDETR_NOINLINE __attribute__((noinline))
 #endif
 #define SEMIDETR_PREFETCH(p) ((void)(p))
+#define SEMIDETR_PREFETCH_WRITE(p) ((void)(p))
 #define SEMIDETR_RESTRICT
 template <class A> struct Lanes { static constexpr int n = 1; };
 template <class A> using Vec = A;
 template <class A> using Int = integer_of<A>;
 template <class A> SEMIDETR_INLINE A load(const A* p) { return *p; }
 template <class A> SEMIDETR_INLINE void store(A* p, A v) { *p = v; }
+template <class A> SEMIDETR_INLINE void stream(A* p, A v) { *p = v; }
+SEMIDETR_INLINE void settle() {}
+constexpr bool kStreams = false;
 template <class A> SEMIDETR_INLINE void store(integer_of<A>* p, integer_of<A> v) { *p = v; }
 template <class A> SEMIDETR_INLINE integer_of<A> load(const integer_of<A>* p) { return *p; }
 template <class A> SEMIDETR_INLINE A all(A a) { return a; }
@@ -193,31 +211,38 @@ SEMIDETR_INLINE double exp_(double x) { return exp(x); }
 constexpr int PB = 16;                        // points in a block
 constexpr int kMaxBlocks = kMaxPoints / PB;
 
-template <class A> struct alignas(64) Block {
+template <class A> struct alignas(64) Maps {   // of the task: the map that each of sixteen points lies on
   typedef integer_of<A> I;
-  A W[PB], H[PB], Wmax[PB], Hmax[PB];         // of the task: size of the point's level, the largest number below it,
-  A w1[PB], base[PB];                         // rows of the value in one step of y, number of the level's pixel (0,0)
+  A W[PB], H[PB], Wmax[PB], Hmax[PB];         // its size, and the largest number below
+  A w1[PB], base[PB];                         // rows of the value in one step of y, number of the map's pixel (0,0)
   I row[PB], level[PB];                       // one step of y in the value's numbers; the level times ref_dim
-  A sx[PB], sy[PB], ox[PB], oy[PB];           // of the query, fused with boxes: pixels per unit of offset, raw offsets
-  A fx[PB], fy[PB], ax[PB], ay[PB];           // fractions; attention, or 0 where a step in x or y changes nothing
-  A wt[4][PB], d[4][PB];                      // weight of each tap; dot product of the output's gradient with its row
-  A gx[PB], gy[PB], ga[PB];                   // gradients with respect to the pixel and to the attention
+};
+
+template <class A> struct alignas(64) Block {  // of the query
+  typedef integer_of<A> I;
   I at[4][PB];                                // packed: at[0] is the upper left tap's offset; else each tap's row or -1
+  A wt[4][PB], d[4][PB];                      // weight of each tap; dot product of the output's gradient with its row
+  A fx[PB], fy[PB], ax[PB], ay[PB];           // fractions; attention, or 0 where a step in x or y changes nothing
+  A sx[PB], sy[PB], ox[PB], oy[PB];           // fused with boxes: pixels per unit of offset, raw offsets
+  A gx[PB], gy[PB];                           // fused with gradients of the reference: gradients with respect to the pixel
 };
 
 // All points of one query and, in the fused form, its softmax and that one's gradient.
 template <class A> struct alignas(64) Query {
   Block<A> block[kMaxBlocks];
   A prob[kMaxPoints], grad[kMaxPoints];
+  char apart[1536];                           // the same place of two queries must not fall on the same lines of the first cache
 };
 
 constexpr int kBatch = 4;                     // queries
+constexpr int kLine = 64;                     // bytes of a cache line
 
 template <class A> struct Task {
   const Problem& p;
   int64_t b, m;
   int l0, l1, first, n, blocks;               // levels [l0,l1), first point, number of points, of blocks
   int64_t Dp;                                 // channels of a packed row
+  Maps<A> maps[kMaxBlocks];
   Query<A> query[kBatch];                     // several at a time: the steps of one hide the latency of another's
 };
 
@@ -233,7 +258,7 @@ template <class A, bool FRAMED> void describe(Task<A>& t) {
   int64_t start[kMaxLevels], s = 0;
   for (int l = t.l0; l < t.l1; l++) { start[l] = s; s += framed_rows(p, l); }
   for (int i = 0; i < t.blocks * PB; i++) {
-    Block<A>& k = t.query[0].block[i / PB]; int j = i % PB, l = t.l0 + i / int(p.P);
+    Maps<A>& k = t.maps[i / PB]; int j = i % PB, l = t.l0 + i / int(p.P);
     bool real = i < t.n;                      // the others lie on a map of one pixel, the task's first, with no attention
     k.W[j] = real ? A(p.w[l]) : A(1); k.H[j] = real ? A(p.h[l]) : A(1);
     k.Wmax[j] = below(k.W[j]); k.Hmax[j] = below(k.H[j]);
@@ -241,16 +266,14 @@ template <class A, bool FRAMED> void describe(Task<A>& t) {
     k.base[j] = !real ? A(FRAMED ? 1 : p.start[t.l0]) : FRAMED ? A(start[l] + p.w[l] + 2) : A(p.start[l]);
     k.row[j] = !real ? 0 : integer_of<A>(FRAMED ? (p.w[l] + 1) * t.Dp : p.w[l]);
     k.level[j] = real ? integer_of<A>((l - t.l0) * p.ref_dim) : 0;
-    k.sx[j] = k.sy[j] = k.ox[j] = k.oy[j] = 0;
   }
-  for (int u = 1; u < kBatch; u++) for (int k = 0; k < t.blocks; k++) t.query[u].block[k] = t.query[0].block[k];
 }
 
 // Lanes j.. of a block: where the four taps are and what they weigh. A point outside the map (or NaN) is moved to the nearest
 // place whose taps with a weight all lie on the frame: it adds nothing. Pixel numbers are computed as floats: exact below 2^24.
 template <class A, bool FRAMED, bool GRAD>
-SEMIDETR_INLINE void locate(Block<A>& k, int j, Vec<A> cx, Vec<A> cy, Vec<A> dx, Vec<A> dy, Vec<A> a, integer_of<A> Dp) {
-  const Vec<A> W = load(k.W + j), H = load(k.H + j), Wmax = load(k.Wmax + j), Hmax = load(k.Hmax + j);
+SEMIDETR_INLINE void locate(const Maps<A>& m, Block<A>& k, int j, Vec<A> cx, Vec<A> cy, Vec<A> dx, Vec<A> dy, Vec<A> a, integer_of<A> Dp) {
+  const Vec<A> W = load(m.W + j), H = load(m.H + j), Wmax = load(m.Wmax + j), Hmax = load(m.Hmax + j);
   const Vec<A> zero = all(A(0)), one = all(A(1)), low = all(A(-1));
   Vec<A> x = madd(cx, W, dx - A(.5)), y = madd(cy, H, dy - A(.5));
   Vec<A> xc = x > low ? x : low, yc = y > low ? y : low;                   // NaN becomes -1
@@ -266,10 +289,10 @@ SEMIDETR_INLINE void locate(Block<A>& k, int j, Vec<A> cx, Vec<A> cy, Vec<A> dx,
     store(k.fx + j, fx); store(k.fy + j, fy);
     store(k.ax + j, (x > low) & (x < W) ? a : zero); store(k.ay + j, (y > low) & (y < H) ? a : zero);
   }
-  Int<A> r = to_int<A>(yf * load(k.w1 + j) + (xf + load(k.base + j)));
+  Int<A> r = to_int<A>(yf * load(m.w1 + j) + (xf + load(m.base + j)));
   if (FRAMED) store<A>(k.at[0] + j, r * Dp);
   else {
-    Int<A> outside = -Int<A>{} - 1, w = load<A>(k.row + j);
+    Int<A> outside = -Int<A>{} - 1, w = load<A>(m.row + j);
     auto x0 = xf >= zero, x1 = xf + one < W, y0 = yf >= zero, y1 = yf + one < H;
     store<A>(k.at[0] + j, x0 & y0 ? r : outside); store<A>(k.at[1] + j, x1 & y0 ? r + 1 : outside);
     store<A>(k.at[2] + j, x0 & y1 ? r + w : outside); store<A>(k.at[3] + j, x1 & y1 ? r + w + 1 : outside);
@@ -341,7 +364,7 @@ template <class A, bool FRAMED, bool GRAD> SEMIDETR_NOINLINE void points_plain(c
     for (int j = 0; j < PB; j += N) {
       Vec<A> x, y, zero = all(A(0));
       unzip(xy + 2 * j, x, y);
-      locate<A, FRAMED, GRAD>(block, j, x, y, zero, zero, load(a + j), integer_of<A>(t.Dp));
+      locate<A, FRAMED, GRAD>(t.maps[k], block, j, x, y, zero, zero, load(a + j), integer_of<A>(t.Dp));
     }
   }
 }
@@ -365,15 +388,15 @@ template <class A, class R, bool FRAMED, bool GRAD> SEMIDETR_NOINLINE void point
     const A* xy = whole_rows((const R*)p.off + 2 * (head + t.first + k * PB), 2, have, spare);
     const A* a = whole_rows(qs.prob + t.first + k * PB, 1, have, spare + 2 * PB);
     for (int j = 0; j < PB; j += N) {
-      const auto* level = block.level + j;
+      const auto* level = t.maps[k].level + j;
       Vec<A> x, y, cx = spread(ref, both, level, 0), cy = spread(ref, both, level, 1);
       unzip(xy + 2 * j, x, y);
       if (p.ref_dim == 4) {
-        Vec<A> sx = spread(ref, both, level, 2) * half * load(block.W + j), sy = spread(ref, both, level, 3) * half * load(block.H + j);
+        Vec<A> sx = spread(ref, both, level, 2) * half * load(t.maps[k].W + j), sy = spread(ref, both, level, 3) * half * load(t.maps[k].H + j);
         store(block.sx + j, sx); store(block.sy + j, sy); store(block.ox + j, x); store(block.oy + j, y);
         x *= sx; y *= sy;
       }
-      locate<A, FRAMED, GRAD>(block, j, cx, cy, x, y, load(a + j), integer_of<A>(t.Dp));
+      locate<A, FRAMED, GRAD>(t.maps[k], block, j, cx, cy, x, y, load(a + j), integer_of<A>(t.Dp));
     }
   }
 }
@@ -406,8 +429,8 @@ template <class A, bool FRAMED, bool GRAD> SEMIDETR_INLINE void points(const Tas
 
 // ---- channels -----------------------------------------------------------------------------------------------------------
 // Rows of the four taps of point i. `step` is the distance of neighbours in x.
-template <class A, class T, bool FRAMED> SEMIDETR_INLINE void taps(const Block<A>& k, int i, T* v, int64_t step, T* outside, T** r) {
-  if (FRAMED) { r[0] = v + k.at[0][i]; r[1] = r[0] + step; r[2] = r[0] + k.row[i]; r[3] = r[2] + step; }
+template <class A, class T, bool FRAMED> SEMIDETR_INLINE void taps(const Maps<A>& m, const Block<A>& k, int i, T* v, int64_t step, T* outside, T** r) {
+  if (FRAMED) { r[0] = v + k.at[0][i]; r[1] = r[0] + step; r[2] = r[0] + m.row[i]; r[3] = r[2] + step; }
   else for (int c = 0; c < 4; c++) { int64_t at = k.at[c][i]; r[c] = at < 0 ? outside : v + at * step; }
 }
 
@@ -422,7 +445,7 @@ SEMIDETR_NOINLINE void gather_channels(const Task<A>& t, const Query<A>& qs, con
     int n = t.n - k * PB < PB ? t.n - k * PB : PB;
     for (int i = 0; i < n; i++) {
       const T* r[4];
-      taps<A, const T, FRAMED>(block, i, v, step, zeros, r);
+      taps<A, const T, FRAMED>(t.maps[k], block, i, v, step, zeros, r);
       for (int c = 0; c < 4; c++) {
         A w = block.wt[c][i];
         for (int j = 0; j < NV; j++) acc[c % NA][j] += w * load<A>(r[c] + j * N);
@@ -457,9 +480,9 @@ SEMIDETR_NOINLINE void scatter_channels(const Task<A>& t, Query<A>& qs, const T*
       Vec<A> x[4 * G];
       for (int u = 0; u < G; u++) {
         const T* r[4]; A* s[4];
-        taps<A, const T, FRAMED>(block, i + u, v, step, zeros, r);
+        taps<A, const T, FRAMED>(t.maps[k], block, i + u, v, step, zeros, r);
         if (FRAMED) for (int c = 0; c < 4; c++) s[c] = (A*)((char*)r[c] + apart);
-        else taps<A, A, FRAMED>(block, i + u, g, gstep, trash, s);
+        else taps<A, A, FRAMED>(t.maps[k], block, i + u, g, gstep, trash, s);
         for (int c = 0; c < 4; c++) {
           Vec<A> dot = go[0] * load<A>(r[c]);
           for (int j = 1; j < NV; j++) dot += go[j] * load<A>(r[c] + j * N);
@@ -476,21 +499,6 @@ SEMIDETR_NOINLINE void scatter_channels(const Task<A>& t, Query<A>& qs, const T*
       for (int c = 0; c < 4; c++) y[c] = x[c];
 #endif
       for (int c = 0; c < 4; c++) for (int u = 0; u < G; u++) block.d[c][i + u] = (ADD ? block.d[c][i + u] : A(0)) + y[c * G + u];
-    }
-  }
-}
-
-// Gradients with respect to each point's pixel and attention, from the four dot products.
-template <class A> SEMIDETR_NOINLINE void pixel_gradients(const Task<A>& t, Query<A>& qs) {
-  for (int k = 0; k < t.blocks; k++) {
-    Block<A>& b = qs.block[k];
-    for (int j = 0; j < PB; j += Lanes<A>::n) {
-      Vec<A> fx = load(b.fx + j), fy = load(b.fy + j);
-      Vec<A> d0 = load(b.d[0] + j), d1 = load(b.d[1] + j), d2 = load(b.d[2] + j), d3 = load(b.d[3] + j);
-      Vec<A> top = fx * (d1 - d0) + d0, low = fx * (d3 - d2) + d2;
-      store(b.ga + j, fy * (low - top) + top);
-      store(b.gx + j, load(b.ax + j) * (fy * ((d3 - d2) - (d1 - d0)) + (d1 - d0)));
-      store(b.gy + j, load(b.ay + j) * (low - top));
     }
   }
 }
@@ -527,6 +535,24 @@ SEMIDETR_INLINE void write_row(const float* src, int64_t D, float* dst) {
 SEMIDETR_INLINE void write_row(const double* src, int64_t D, double* dst) { for (int64_t c = 0; c < D; c++) dst[c] = src[c]; }
 SEMIDETR_INLINE void write_row(const float* src, int64_t D, uint16_t* dst) { for (int64_t c = 0; c < D; c++) dst[c] = to_bfloat16(src[c]); }
 
+// The same for rows of whole cache lines in a result that nobody reads before the caches have lost it: lines that are written
+// past the caches are not read from memory first, and push nothing out.
+template <class A> SEMIDETR_INLINE void stream_row(const A* src, int64_t D, A* dst) {
+  for (int64_t c = 0; c < D; c += Lanes<A>::n) stream(dst + c, load<A>(src + c));
+}
+SEMIDETR_INLINE void stream_row(const float* src, int64_t D, uint16_t* dst) {
+  alignas(64) uint16_t line[kLine / 2];
+  for (int64_t c = 0; c < D; c += kLine / 2) {
+    write_row(src + c, kLine / 2, line);
+    stream_row((const float*)line, kLine / 4, (float*)(dst + c));
+  }
+}
+template <class A, class T> SEMIDETR_INLINE void give_row(bool stream, const A* src, int64_t D, T* dst) { if (stream) stream_row(src, D, dst); else write_row(src, D, dst); }
+SEMIDETR_INLINE bool streams(const Problem& p, const void* row, int64_t bytes) { return kStreams && p.stream && ((uintptr_t)row | uintptr_t(bytes)) % kLine == 0; }
+template <class T> SEMIDETR_INLINE bool streams_value(const Problem& p) { return streams(p, p.grad_value, p.D * int64_t(sizeof(T))); }
+
+template <class T> SEMIDETR_INLINE void ahead(const T* p, int64_t n) { for (int64_t i = 0; i < n * int64_t(sizeof(T)); i += kLine) SEMIDETR_PREFETCH((const char*)p + i); }
+
 template <class A, class T> void pack(const Task<A>& t, A* dst) {
   const Problem& p = t.p;
   int64_t step = p.M * p.D, Dp = t.Dp;
@@ -537,25 +563,32 @@ template <class A, class T> void pack(const Task<A>& t, A* dst) {
     clear(dst, (w + 2) * Dp); dst += (w + 2) * Dp;                         // row -1 and the first pixel of row 0
     for (int64_t y = 0; y < h; y++) {
       for (int64_t x = 0; x < w; x++, dst += Dp, v += step)
-        if (mask && mask[y * w + x]) clear(dst, Dp); else { copy_row(v, p.D, Dp, dst); SEMIDETR_PREFETCH(v + 16 * step); }
+        if (mask && mask[y * w + x]) clear(dst, Dp); else { copy_row(v, p.D, Dp, dst); ahead(v + 16 * step, p.D); }
       clear(dst, Dp); dst += Dp;
     }
     clear(dst, (w + 1) * Dp); dst += (w + 1) * Dp;                         // row h
   }
 }
 
-template <class A, class T> void unpack(const Task<A>& t, const A* src) {
+// Writes the gradient out and leaves zeros for the next task.
+template <class A, class T> void unpack(const Task<A>& t, A* src) {
   const Problem& p = t.p;
   int64_t step = p.M * p.D, Dp = t.Dp;
+  const bool stream = streams_value<T>(p);
   for (int l = t.l0; l < t.l1; l++) {
     T* g = (T*)p.grad_value + ((t.b * p.S + p.start[l]) * p.M + t.m) * p.D;
     const uint8_t* mask = p.mask ? p.mask + t.b * p.S + p.start[l] : nullptr;
     int64_t w = p.w[l], h = p.h[l];
-    src += (w + 2) * Dp;
-    for (int64_t y = 0; y < h; y++, src += Dp)
-      for (int64_t x = 0; x < w; x++, src += Dp, g += step)
-        if (mask && mask[y * w + x]) for (int64_t c = 0; c < p.D; c++) put(g + c, A(0)); else write_row(src, p.D, g);
-    src += (w + 1) * Dp;
+    clear(src, (w + 2) * Dp); src += (w + 2) * Dp;
+    for (int64_t y = 0; y < h; y++) {
+      for (int64_t x = 0; x < w; x++, src += Dp, g += step) {
+        if (mask && mask[y * w + x]) clear(src, Dp);
+        give_row(stream, src, p.D, g);
+        clear(src, Dp);
+      }
+      clear(src, Dp); src += Dp;
+    }
+    clear(src, (w + 1) * Dp); src += (w + 1) * Dp;
   }
 }
 
@@ -571,16 +604,21 @@ template <class A> SEMIDETR_INLINE bool framed(const Problem& p, bool backward) 
 }
 
 // ---- tasks --------------------------------------------------------------------------------------------------------------
-// Prefetches the inputs of the query that is one batch ahead: its rows lie M apart from this one's.
+// Prefetches the inputs and the places of the results of the query that is one batch ahead: its rows lie M apart from this one's.
 template <class A> SEMIDETR_INLINE void prefetch(const Task<A>& t, int64_t q, const char* grad, int64_t size) {
   const Problem& p = t.p;
   int64_t head = (t.b * p.Q + q + kBatch) * p.M + t.m, at = head * p.L * p.P + t.first;
   int64_t r = p.ref_dim ? (p.raw == kBFloat16 ? 2 : int64_t(sizeof(A))) : int64_t(sizeof(A));
   const char* xy = (const char*)(p.ref_dim ? p.off : p.loc) + at * 2 * r;
-  for (int64_t i = 0; i < t.n * 2 * r; i += 64) SEMIDETR_PREFETCH(xy + i);
+  for (int64_t i = 0; i < t.n * 2 * r; i += kLine) SEMIDETR_PREFETCH(xy + i);
   const char* a = (const char*)(p.ref_dim ? p.logit : p.weight) + at * r;
-  for (int64_t i = 0; i < t.n * r; i += 64) SEMIDETR_PREFETCH(a + i);
-  if (grad) for (int64_t i = 0; i < p.D * size; i += 64) SEMIDETR_PREFETCH(grad + head * p.D * size + i);
+  for (int64_t i = 0; i < t.n * r; i += kLine) SEMIDETR_PREFETCH(a + i);
+  if (!grad) { for (int64_t i = 0; i < p.D * size; i += kLine) SEMIDETR_PREFETCH_WRITE((const char*)p.out + head * p.D * size + i); return; }
+  for (int64_t i = 0; i < p.D * size; i += kLine) SEMIDETR_PREFETCH(grad + head * p.D * size + i);
+  if (kStreams && p.stream) return;
+  const char *gxy = (const char*)p.grad_loc + at * 2 * r, *ga = (const char*)p.grad_weight + at * r;
+  for (int64_t i = 0; i < t.n * 2 * r; i += kLine) SEMIDETR_PREFETCH_WRITE(gxy + i);
+  for (int64_t i = 0; i < t.n * r; i += kLine) SEMIDETR_PREFETCH_WRITE(ga + i);
 }
 
 
@@ -601,7 +639,7 @@ void forward_task(Task<A>& t, int64_t q0, int64_t q1, const V* value, int64_t st
   bool direct = sizeof(T) == sizeof(A) && p.D == t.Dp;
   for (int64_t q = q0; q < q1; q += kBatch) {
     int n = q1 - q < kBatch ? int(q1 - q) : kBatch;
-    for (int u = 0; u < n; u++) prefetch(t, q + u, nullptr, 0);
+    for (int u = 0; u < n; u++) prefetch(t, q + u, nullptr, int64_t(sizeof(T)));
     weights(t, q, n);
     for (int u = 0; u < n; u++) points<A, FRAMED, false>(t, t.query[u], q + u);
     for (int u = 0; u < n; u++) {
@@ -615,7 +653,7 @@ void forward_task(Task<A>& t, int64_t q0, int64_t q1, const V* value, int64_t st
 
 template <class A, class T> void forward(const Problem& p, int64_t begin, int64_t end, void* scratch) {
   bool packed = framed<A>(p, false);
-  Task<A> t{p, 0, 0, 0, int(p.L), 0, 0, 0, padded_channels<A>(p), {}};
+  Task<A> t{p, 0, 0, 0, int(p.L), 0, 0, 0, padded_channels<A>(p), {}, {}};
   if (packed) describe<A, true>(t); else describe<A, false>(t);
   Workspace<A> ws(p, scratch, packed ? packed_size<A>(p, 0, int(p.L)) : 0);
   int64_t held = -1;
@@ -631,43 +669,47 @@ template <class A, class T> void forward(const Problem& p, int64_t begin, int64_
   }
 }
 
-// Writes the gradients of one query's points; `prob` is its softmax (fused form).
+// The gradients of one query's points, from the four dot products of each.
 template <class A, class R> SEMIDETR_NOINLINE void write_points(const Task<A>& t, Query<A>& qs, int64_t q) {
   const Problem& p = t.p;
   int64_t N = p.L * p.P, head = ((t.b * p.Q + q) * p.M + t.m) * N;
-  bool fused = p.ref_dim > 0, boxes = p.ref_dim == 4;
+  const bool fused = p.ref_dim > 0, boxes = p.ref_dim == 4;
   for (int k = 0; k < t.blocks; k++) {
     Block<A>& b = qs.block[k];
     int first = t.first + k * PB, n = t.n - k * PB < PB ? t.n - k * PB : PB;
-    alignas(64) A xy[2 * PB];
+    alignas(64) A xy[2 * PB], ga[PB];
     for (int j = 0; j < PB; j += Lanes<A>::n) {
-      Vec<A> gx = load(b.gx + j), gy = load(b.gy + j);
-      if (!fused) { gx *= load(b.W + j); gy *= load(b.H + j); }
+      Vec<A> fx = load(b.fx + j), fy = load(b.fy + j);
+      Vec<A> d0 = load(b.d[0] + j), d2 = load(b.d[2] + j), right = load(b.d[1] + j) - d0, right2 = load(b.d[3] + j) - d2;
+      Vec<A> top = fx * right + d0, low = fx * right2 + d2, gx = load(b.ax + j) * (fy * (right2 - right) + right), gy = load(b.ay + j) * (low - top);
+      store(ga + j, fy * (low - top) + top);
+      if (p.part_ref) { store(b.gx + j, gx); store(b.gy + j, gy); }
+      if (!fused) { gx *= load(t.maps[k].W + j); gy *= load(t.maps[k].H + j); }
       else if (boxes) { gx *= load(b.sx + j); gy *= load(b.sy + j); }
       zip(gx, gy, xy + 2 * j);
     }
     R* gxy = (R*)p.grad_loc + 2 * (head + first);
-    if (n == PB) for (int i = 0; i < 2 * PB; i++) put(gxy + i, xy[i]);
+    if (n == PB) give_row(streams(p, gxy, 2 * PB * sizeof(R)), xy, 2 * PB, gxy);
     else for (int i = 0; i < 2 * n; i++) put(gxy + i, xy[i]);
     if (!fused) {
-      R* ga = (R*)p.grad_weight + head + first;
-      if (n == PB) for (int i = 0; i < PB; i++) put(ga + i, b.ga[i]);
-      else for (int i = 0; i < n; i++) put(ga + i, b.ga[i]);
-    } else if (p.by_level) for (int i = 0; i < n; i++) ((A*)p.part_weight)[head + first + i] = b.ga[i];
-    else for (int i = 0; i < PB; i++) qs.grad[k * PB + i] = b.ga[i];
+      R* out = (R*)p.grad_weight + head + first;
+      if (n == PB) give_row(streams(p, out, PB * sizeof(R)), ga, PB, out);
+      else for (int i = 0; i < n; i++) put(out + i, ga[i]);
+    } else if (p.by_level) for (int i = 0; i < n; i++) ((A*)p.part_weight)[head + first + i] = ga[i];
+    else for (int i = 0; i < PB; i++) qs.grad[k * PB + i] = ga[i];
   }
   if (fused && !p.by_level) {
     softmax_grad(qs.prob, qs.grad, int(N), qs.grad);
     R* out = (R*)p.grad_weight + head;
-    for (int64_t i = 0; i < N; i++) put(out + i, qs.grad[i]);
+    give_row(streams(p, out, N * sizeof(R)), qs.grad, N, out);
   }
   if (p.part_ref) {
     A half = A(.5) / A(p.P);
     for (int l = t.l0, i = 0; l < t.l1; l++) {
       A g[4] = {};
       for (int k = 0; k < p.P; k++, i++) {
-        const Block<A>& b = qs.block[i / PB]; int j = i % PB;
-        A gx = b.gx[j] * b.W[j], gy = b.gy[j] * b.H[j];
+        const Block<A>& b = qs.block[i / PB]; const Maps<A>& m = t.maps[i / PB]; int j = i % PB;
+        A gx = b.gx[j] * m.W[j], gy = b.gy[j] * m.H[j];
         g[0] += gx; g[1] += gy; g[2] += gx * (b.ox[j] * half); g[3] += gy * (b.oy[j] * half);
       }
       A* out = (A*)p.part_ref + (((t.b * p.M + t.m) * p.Q + q) * p.L + l) * p.ref_dim;
@@ -690,19 +732,18 @@ void backward_task(Task<A>& t, const V* value, int64_t step, const V* zeros, A* 
       if (!direct) copy_row(go, p.D, t.Dp, line);
       scatter<A, V, FRAMED>(t, t.query[u], value, step, zeros, grad, gstep, trash, direct ? (const A*)go : line);
     }
-    for (int u = 0; u < n; u++) {
-      pixel_gradients(t, t.query[u]);
+    for (int u = 0; u < n; u++)
       if (p.ref_dim && p.raw == kBFloat16) write_points<A, half_of<A>>(t, t.query[u], q + u); else write_points<A, A>(t, t.query[u], q + u);
-    }
   }
 }
 
 template <class A, class T> void backward(const Problem& p, int64_t begin, int64_t end, void* scratch) {
   bool packed = framed<A>(p, true);
   constexpr bool direct = sizeof(T) == sizeof(A);                          // an unpacked float gradient is added to in place
-  Task<A> t{p, 0, 0, 0, int(p.L), 0, 0, 0, padded_channels<A>(p), {}};
+  Task<A> t{p, 0, 0, 0, int(p.L), 0, 0, 0, padded_channels<A>(p), {}, {}};
   Workspace<A> ws(p, scratch, packed ? packed_size<A>(p, 0, int(p.L)) : 0);
   int parts = p.by_level ? int(p.L) : 1, shown = -1;
+  if (packed) clear(ws.grad, packed_size<A>(p, 0, int(p.L)));
   for (int64_t i = begin; i < end; i++) {
     int64_t bm = i / parts; int l = int(i % parts);
     t.b = bm / p.M; t.m = bm % p.M;
@@ -713,7 +754,6 @@ template <class A, class T> void backward(const Problem& p, int64_t begin, int64
     }
     if (packed) {
       pack<A, T>(t, ws.value);
-      clear(ws.grad, packed_size<A>(p, t.l0, t.l1));
       backward_task<A, T, A, true>(t, ws.value, t.Dp, ws.zeros, ws.grad, t.Dp, ws.trash, ws.line);
       unpack<A, T>(t, ws.grad);
     } else {
@@ -724,7 +764,8 @@ template <class A, class T> void backward(const Problem& p, int64_t begin, int64
       else {
         clear(ws.grad, (s1 - s0) * p.D);
         backward_task<A, T, T, false>(t, (const T*)p.value + at, step, (const T*)ws.zeros, ws.grad - s0 * p.D, p.D, ws.trash, ws.line);
-        for (int64_t s = s0; s < s1; s++) write_row(ws.grad + (s - s0) * p.D, p.D, (T*)p.grad_value + at + s * step);
+        const bool stream = streams_value<T>(p);
+        for (int64_t s = s0; s < s1; s++) give_row(stream, ws.grad + (s - s0) * p.D, p.D, (T*)p.grad_value + at + s * step);
       }
     }
   }
@@ -773,6 +814,7 @@ void backward_any(const Problem& p, int64_t begin, int64_t end, void* scratch) {
   if (p.type == kDouble) backward<double, double>(p, begin, end, scratch);
   else if (p.type == kFloat) backward<float, float>(p, begin, end, scratch);
   else backward<float, uint16_t>(p, begin, end, scratch);
+  settle();
 }
 void finish_any(const Problem& p, int64_t begin, int64_t end) {
   if (p.type == kDouble) finish<double, double>(p, begin, end);

@@ -12,6 +12,10 @@
 #include <tuple>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "msda.h"
 
 #ifndef SEMIDETR_NS
@@ -24,6 +28,8 @@ using semidetr::Kernels;
 using semidetr::Problem;
 
 namespace {
+
+constexpr int64_t kStreamFrom = 1 << 20;   // bytes of gradients: more than the cache of a core keeps
 
 bool supported(const char* name) {
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -95,6 +101,19 @@ void expect(const Tensor& t, std::initializer_list<int64_t> shape, const char* n
 
 void* data(const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; }
 
+// A new tensor. A large one gets large pages where the system lends them (Linux, transparent huge pages not switched off):
+// a first write to each of its many small pages would cost more than the op.
+Tensor fresh(const Tensor& like, const std::vector<int64_t>& size) {
+  Tensor t = torch::stable::new_empty(like, size);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t(1) << 21;
+  uintptr_t begin = reinterpret_cast<uintptr_t>(data(t)), end = begin + uintptr_t(t.numel()) * t.element_size();
+  begin = (begin + page - 1) & ~(page - 1); end &= ~(page - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return t;
+}
+
 struct Inputs {                    // contiguous tensors of one call and their description
   Problem p{};
   Tensor value, a, b, ref, grad;   // a, b: locations and weights, or offsets and logits
@@ -157,7 +176,7 @@ void spread(int64_t n, const std::function<void(int64_t, int64_t)>& f) {
 Tensor run_forward(Inputs& in) {
   Problem& p = in.p;
   const Kernels& k = kernels();
-  Tensor out = torch::stable::new_empty(in.value, {p.B, p.Q, p.M * p.D});
+  Tensor out = fresh(in.value, {p.B, p.Q, p.M * p.D});
   if (!p.B || !p.Q || !p.M) return out;
   p.out = data(out);
   int64_t threads = torch::stable::get_num_threads(), heads = p.B * p.M;
@@ -174,9 +193,10 @@ Tensor run_forward(Inputs& in) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(Inputs& in, bool need_ref) {
   Problem& p = in.p;
   const Kernels& k = kernels();
-  Tensor ga = torch::stable::empty_like(in.a), gb = torch::stable::empty_like(in.b);
-  std::vector<int64_t> size = {p.B, p.S, p.M, p.D};
-  Tensor gv = k.needs_zero(p) || !p.Q ? torch::stable::new_zeros(in.value, size) : torch::stable::new_empty(in.value, size);
+  std::vector<int64_t> size = {p.B, p.Q, p.M, p.L, p.P, 2}, size_b = {p.B, p.Q, p.M, p.L, p.P};
+  if (p.ref_dim) size_b = {p.B, p.Q, p.M, p.L * p.P};
+  Tensor gv = fresh(in.value, {p.B, p.S, p.M, p.D}), ga = fresh(in.a, size), gb = fresh(in.b, size_b);
+  if (k.needs_zero(p) || !p.Q) torch::stable::zero_(gv);
   need_ref = need_ref && p.ref_dim;
   std::vector<int64_t> ref_size = {0};
   if (need_ref) ref_size = {p.B, p.Q, p.L, p.ref_dim};
@@ -196,6 +216,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(Inputs& in, bool need_re
     part_weight = torch::stable::new_empty(in.ref, n);
     p.part_weight = data(part_weight);
   }
+  int64_t each = p.type == semidetr::kDouble ? 8 : p.type == semidetr::kFloat ? 4 : 2, points = p.B * p.Q * p.M * p.L * p.P;
+  p.stream = each * (p.B * p.S * p.M * p.D + 3 * points) > kStreamFrom;
   size_t bytes = k.scratch(p, true);
   spread(p.B * p.M * (p.by_level ? p.L : 1), [&](int64_t begin, int64_t end) { Scratch s(bytes); k.backward(p, begin, end, s.get()); });
   if (p.ref_dim && (p.by_level || need_ref)) spread(p.B * p.Q, [&](int64_t begin, int64_t end) { k.finish(p, begin, end); });

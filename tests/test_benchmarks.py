@@ -1,0 +1,98 @@
+"The benchmark measures what it says: same answers before timing, turns that alternate, result files that the page can read."
+import dataclasses, importlib.util, json, subprocess, sys, tomllib
+import pytest, torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT/'benchmarks'))
+import run as runner, timing # noqa: E402
+needs_theirs = pytest.mark.skipif(importlib.util.find_spec('transformers') is None, reason='transformers is missing: pip install -e .[bench]')
+
+def test_turns_alternate():
+    said = []
+    t = timing.interleave(dict(a=lambda: said.append('a'), b=lambda: said.append('b') or dict(part=7.)), rounds=3, warm=2)
+    assert said == ['a', 'b']*5 and len(t['a']['all']) == 3 and t['b']['part'] == [7.]*3
+
+def test_ratio_pairs_neighbours():
+    "A slow moment that meets both leaves the ratio alone; the ratio of medians would not be 2"
+    r = timing.compare([2., 20., 4., 8.], [1., 10., 2., 4.], case='x')
+    assert r['ratio'] == [2., 2., 2.] and r['theirs_ms'] == 6000 and r['rounds'] == 4 and r['case'] == 'x'
+    assert timing.quartiles([3.]) == [3., 3., 3.] and timing.quartiles([1., 2., 3., 4., 5.]) == [2., 3., 4.]
+
+def test_the_collector_wakes_up_again():
+    import gc
+    def fault(): raise ValueError
+    with pytest.raises(ValueError): timing.interleave(dict(a=fault), warm=0)
+    assert gc.isenabled()
+
+def test_results_are_short():
+    assert runner.plain(dict(a=[1.23456789, True, 3, None, 'x'])) == dict(a=[1.235, True, 3, None, 'x'])
+
+@needs_theirs
+def test_op_check_can_fail(monkeypatch):
+    import op
+    from semidetr import native
+    if not native.native_available(): pytest.skip('no native op')
+    x = op.inputs([(6, 8), (3, 4)], 2, 5)
+    fs = op.forms(x)
+    for name in op.BASE: assert op.verify(x, fs, name) < (3e-2 if 'bf16' in name else 1e-5)
+    leaves, f = fs['op']
+    with pytest.raises(AssertionError, match='differs'): op.verify(x, fs | {'op': (leaves, lambda *a: 1.01*f(*a))}, 'op')
+
+@needs_theirs
+def test_same_model_as_theirs():
+    "Logits, boxes, loss and gradients, with and without padding; a wrong weight is noticed"
+    import deformable_detr as dd
+    cfg = dataclasses.replace(dd.SIZE, d_model=64, enc_layers=2, dec_layers=2, ffn=96, num_queries=12)
+    theirs, ours = dd.twins('tiny', cfg, num_classes=7)
+    images, targets = dd.scene(96, 2, num_classes=7, objects=3)
+    mask = torch.zeros(2, 96, 96, dtype=torch.bool)
+    mask[0, :, 64:] = True; mask[1, 40:] = True
+    for m in (None, mask):
+        far = dd.agreement(theirs, ours, images, targets, m)
+        assert far['outputs'] < 1e-5 and far['loss'] < 1e-5 and far['gradients'] < 1e-2, far
+    with torch.no_grad(): ours.layers[1].cross_attn.sampling_offsets.bias += .1
+    assert dd.agreement(theirs, ours, images, targets)['outputs'] > 1e-4
+
+@needs_theirs
+def test_every_weight_has_its_place():
+    import deformable_detr as dd
+    for name, (_, _, widths, _) in dd.RESNETS.items():
+        body, rest = dd.convert(dd.build_theirs(name).state_dict())
+        assert dd.build_backbone(name, body).channels == list(widths[1:])
+        assert not any(k.startswith('model.') for k in (*body, *rest))
+
+@needs_theirs
+def test_same_pairs_as_theirs():
+    import matcher
+    from semidetr.matching import hungarian
+    outputs, targets = matcher.batch(3, 40, seed=1)
+    theirs = matcher.pairs(matcher.theirs()(outputs, targets))
+    assert theirs == matcher.pairs(hungarian(outputs, targets)) and [len(p) for p in theirs] == [len(t['labels']) for t in targets]
+    assert theirs != matcher.pairs(hungarian(outputs, targets, w_l1=0.))
+
+def test_thresholds_let_boxes_pass(tmp_path):
+    "The teacher's step is timed with about as many pseudo boxes as a scene has objects"
+    import semi
+    run, batches = semi.make_run(tmp_path, 'digits', 'mean_teacher', batches=2)
+    semi.set_thresholds(run, batches)
+    step, seen = semi.stepper(run, batches)
+    step(), step()
+    assert all(semi.BOXES*.5 < n < semi.BOXES*2 for n in seen), seen
+    assert [len(batches[0][k]['targets']) for k in ('labelled', 'weak', 'strong')] == [semi.LABELLED, semi.UNLABELLED, semi.UNLABELLED]
+
+def test_aims_pick_one_row_each():
+    "An aim that matches nothing would silently never be missed; what is not measured yet is said on the page"
+    aims = tomllib.loads((ROOT/'benchmarks'/'aims.toml').read_text())['aim']
+    for aim in aims:
+        assert ('at_least' in aim) != ('at_most' in aim) and aim['part'] in runner.PARTS
+        f = ROOT/'benchmarks'/'results'/f"{aim['part']}.json"
+        if not f.exists(): continue
+        found = [r for r in json.loads(f.read_text())['rows'] if all(r.get(k) == v for k, v in aim['match'].items())]
+        assert len(found) == 1 and ('cost' if 'at_most' in aim else 'ratio') in found[0], aim['what']
+
+@needs_theirs
+def test_smoke(tmp_path):
+    done = subprocess.run([sys.executable, ROOT/'benchmarks'/'run.py', '--quick', '--only', 'matcher', '--out', tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path/'matcher.json').read_text())
+    assert result['quick'] and result['machine']['versions']['torch'] == torch.__version__ and all(r['rounds'] == 3 for r in result['rows'])
