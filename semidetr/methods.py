@@ -235,7 +235,7 @@ def semi_detr(
         outputs, con = ask_both(student, teacher, ours, theirs, mined, extras, batch, cfg)
     else: outputs, con = student.decode(ours[0], extras, ours[1]), {}
     losses |= weighted({**set_criterion(outputs, targets, stage, cfg.criterion, denoising=cdn), **con}, weight, 'unsup')
-    if con: stats['loss_con'] = float(sum(con.values()))
+    if con: stats['loss_con'] = sum(v.item() for v in con.values())
     return losses, stats | mining_stats(mined, targets, outputs, stage, weak['targets'], cfg)
 
 # %% ../nbs/33_methods.ipynb #cce9c538

@@ -22,7 +22,7 @@ def build_optimizer(
     for name, p in model.named_parameters():
         if p.requires_grad: groups[name.startswith('backbone.')].append(p)
     params = [dict(params=ps, lr=cfg.lr*mult, base_lr=cfg.lr*mult) for ps, mult in ((groups[False], 1.), (groups[True], cfg.backbone_mult)) if ps]
-    return torch.optim.AdamW(params, weight_decay=cfg.weight_decay, fused=all(p.device.type in ('cpu', 'cuda') for g in params for p in g['params']))
+    return torch.optim.AdamW(params, weight_decay=cfg.weight_decay, fused=True)
 
 # %% ../nbs/41_optim.ipynb #264b0502
 def lr_factor(

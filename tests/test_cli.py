@@ -79,7 +79,7 @@ def run(tmp_path_factory, coco):
     return out
 
 # --- help, version, usage ---------------------------------------------------------------------------------------------
-COMMANDS = ['demo', 'doctor', 'eval', 'predict', 'site', 'split', 'train']
+COMMANDS = ['build-ops', 'demo', 'doctor', 'eval', 'predict', 'site', 'split', 'train']
 
 def test_help_is_fast():
     "Nothing heavy is imported before a command needs it, and never the tools of the book"
@@ -307,13 +307,50 @@ def test_predict(shell, refused, run, coco, tmp_path):
 def test_doctor(shell, coco, tmp_path, monkeypatch):
     monkeypatch.setenv('SEMIDETR_DATA', str(coco.parent))
     code, out, _ = shell('doctor')
-    assert code == 0 and 'torch' in out and coco.name in out and len(out.splitlines()) < 8
+    assert code == 0 and 'torch' in out and coco.name in out and len(out.splitlines()) < 10 and 'bfloat16' not in out
     code, out, _ = shell('doctor', coco.name, '-o', tmp_path/'rep')
     assert code == 0 and 'disc' in out and json.loads((tmp_path/'rep'/'report.json').read_text())['exit_code'] == 0
     assert Image.open(tmp_path/'rep'/'contact_sheet.png').size[0] > 100
     data = make_coco(tmp_path/'d', 6); f = data/'images'/'train002.jpg'; f.write_bytes(f.read_bytes()[:400])
     code, out, _ = shell('doctor', data, '-o', tmp_path/'rep2')
     assert code == 2 and 'train002.jpg' in out and sorted(p.name for p in (tmp_path/'rep2').iterdir()) == ['report.json']
+
+def test_doctor_env(shell, refused, coco, monkeypatch):
+    code, out, err = shell('doctor', '--env')
+    assert code == 0 and not err
+    for word in ('semidetr ', 'Python', 'torch', 'threads', 'cores usable', 'GPU', 'attention op (cpu): ', 'SEMIDETR_OPS=', 'SEMIDETR_DATA', 'times the speed of float32'): assert word in out
+    monkeypatch.setenv('SEMIDETR_OPS', 'torch')
+    assert 'plain PyTorch, because SEMIDETR_OPS=torch' in shell('doctor', '--env')[1]
+    monkeypatch.setenv('SEMIDETR_OPS', 'nonsense')
+    refused('doctor', '--env', words=['nonsense', 'auto, native or torch'])
+    monkeypatch.delenv('SEMIDETR_OPS')
+    refused('doctor', coco, '--env', words=['DATA', '--env'])
+
+def test_doctor_tells_why_there_is_no_op(shell, monkeypatch):
+    from semidetr import native
+    monkeypatch.setattr(native, '_TRIED', {'cpu': dict(ready=False, source='', path='', reason='no C++ compiler was found; install g++')})
+    out = shell('doctor')[1]
+    assert 'plain PyTorch, many times slower: no C++ compiler' in out and 'semidetr build-ops' in out
+
+def test_build_ops(shell, refused, tmp_path, monkeypatch):
+    "Where, how long, what instruction set; one line without a compiler. The compiler itself is replaced: it has tests of its own"
+    from semidetr import machine, native
+    made = tmp_path/'cache'/'ops'/'cpu-1.so'
+    monkeypatch.setenv('SEMIDETR_CACHE', str(tmp_path/'cache'))
+    monkeypatch.setattr(native, '_plan', lambda *a: ([], '', [], 'cpu-1'))
+    def compile_(sources, out, *a): out.write_bytes(b'x'); return out
+    monkeypatch.setattr(native, '_compile', compile_)
+    monkeypatch.setattr(native, '_compiler', lambda: ['c++'])
+    monkeypatch.setattr(machine, 'ops_status', lambda: dict(mode='auto', cpu=dict(ready=True, reason='', isa='v3')))
+    code, out, _ = shell('build-ops')
+    assert code == 0 and str(made) in out and 'built in' in out and 'instruction set v3' in out
+    os.utime(made, (1, 1))
+    assert 'there already' in shell('build-ops')[1] and 'built in' in shell('build-ops', '--force')[1]
+    monkeypatch.setattr(machine, 'ops_status', lambda: dict(mode='auto', cpu=dict(ready=False, reason='cpu-1.so cannot be loaded')))
+    refused('build-ops', words=['cpu-1.so', 'cannot be loaded'])
+    monkeypatch.setattr(native, '_compiler', list)
+    refused('build-ops', words=['no C++ compiler', 'install g++'])
+    refused('build-ops', '--device', 'tpu', words=['tpu', 'cpu, cuda'])
 
 def test_split(shell, refused, coco, tmp_path):
     a, b = tmp_path/'a.json', tmp_path/'b.json'

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # The command line {#sec-cli}
 #
-# > Run the whole book from a shell: `semidetr demo`, `doctor`, `split`, `train`, `eval`, `predict`, `site`.
+# > Run the whole book from a shell: `semidetr demo`, `doctor`, `build-ops`, `split`, `train`, `eval`, `predict`, `site`.
 #
 # A command that ends in forty lines of traceback because a folder was misspelt teaches its user to fear it. The commands of this chapter hold no logic of their own: each opens what it is given, calls a function of an earlier chapter, and prints. What they add is manners:
 #
@@ -178,28 +178,24 @@ def _no_nan(x): # NaN -> None: JSON has no NaN
 
 # %%
 #| export
-def _installation():
-    "Versions, devices and data sets, as lines"
-    import torch, torchvision
-    yield f"semidetr {semidetr.__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}, torchvision {torchvision.__version__}"
-    yield f"device {semidetr.pick_device()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
-    root = os.environ.get('SEMIDETR_DATA')
-    names = sorted(p.name for p in Path(root).glob('*/')) if root else []
-    yield f"SEMIDETR_DATA={root}: {', '.join(names) or 'no data set there'}" if root else 'SEMIDETR_DATA is not set: it may name the folder that holds your data sets'
-    yield 'To examine data: semidetr doctor DATA, where DATA is a '+_HINT
-
 @command()
 def doctor(data:Annotated[str, typer.Argument(help=_HINT+', or folder of images', show_default=False)]='',
     other:_opt(list[str], 'data set that must not overlap with it, e.g. the unlabelled one (may be repeated); default: its val and test splits')=[],
     split_file:_opt(list[Path], 'split file to check (may be repeated)')=[], split:_opt(str, 'which split of DATA')='train',
-    out:_opt(Path, 'write report.json and contact_sheet.png to this folder', '--out', '-o')=None, quick:_opt(bool, 'do not decode the images')=False):
+    out:_opt(Path, 'write report.json and contact_sheet.png to this folder', '--out', '-o')=None, quick:_opt(bool, 'do not decode the images')=False,
+    env:_opt(bool, 'examine this machine instead: versions, cores, GPU, attention op, speed of bfloat16', '--env')=False):
     """Examine a data set: counts, classes, and every fault with file, item and cure.
 
-    Exit code 2 if it cannot be trained on. Without DATA: what is installed.
+    Exit code 2 if it cannot be trained on. Without DATA: what is installed, without the bfloat16 probe of --env.
 
     Example: semidetr doctor path/to/coco --out report
+
+    Example: semidetr doctor --env
     """
-    if not data: return _say('\n'.join(_installation()))
+    if env and data: raise _bad('give either DATA or --env')
+    if not data:
+        from semidetr.machine import environment_lines
+        return _say('\n'.join([f'semidetr {semidetr.__version__}', *environment_lines(env), f'To examine data: semidetr doctor DATA, where DATA is a {_HINT}']))
     from semidetr import check_dataset, contact_sheet, open_dataset
     from semidetr.core import atomic_write
     if out: _free(out)
@@ -227,6 +223,20 @@ show_image(ax, Image.open(home/'report'/'contact_sheet.png')); plt.show()
 
 # %%
 assert shell('semidetr doctor no/such/folder') == 2
+
+
+# %%
+#| export
+@command('build-ops')
+def build_the_op(device:_opt(str, 'cpu, or cuda for the GPU kernel')='cpu', force:_opt(bool, 'build even if the library is there', '--force')=False):
+    """Compile the deformable-attention op for this machine, ahead of the first run.
+
+    Training does this by itself; here it says where, how long, and what is missing (exit code 2).
+
+    Example: semidetr build-ops
+    """
+    from semidetr.machine import build_lines
+    for line in build_lines(device, force): _say(line)
 
 
 # %% [markdown]
@@ -368,6 +378,7 @@ def train(settings:Annotated[list[str], typer.Argument(help='single settings, e.
     """
     from semidetr.config import override, to_dict
     from semidetr.core import pick_device
+    from semidetr.machine import prepare
     from semidetr.study import run_config
     items = _flags(locals())+list(settings or [])
     cfg, given = _settings(preset, config, items)
@@ -378,6 +389,7 @@ def train(settings:Annotated[list[str], typer.Argument(help='single settings, e.
     if show_config: return _say(json.dumps(to_dict(cfg), indent=1))
     _result(_free(out))
     for text in notes: _say(f'note: {text}')
+    prepare()
     with _no_debris(out): _summary(run_config(cfg, out, not quiet), out)
 
 def _flags(v): # options of `train` -> settings
@@ -483,6 +495,8 @@ def demo(out:Out=Path('runs/demo'), labels:_opt(int, 'number of labelled scenes'
     Example: semidetr demo -o runs/demo
     """
     from semidetr.demo import run_demo
+    from semidetr.machine import prepare
+    prepare()
     run_demo(_free(out), labels, tuple(seed), not quiet, workers, _say)
 
 @command()
