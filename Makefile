@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONHASHSEED ?= 0
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# glibc gives memory back to the system and asks for it again at every step; keeping it halves the time of a training step on a CPU
+# glibc gives memory back to the system and asks for it again at every step; on some machines keeping it saves much of a training step on a CPU
 KEEP_MEMORY := env MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
 
 .PHONY: help book test bench env site nb nb-export clean

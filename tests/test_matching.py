@@ -221,3 +221,18 @@ def test_cost_is_of_each_image_alone():
     for b, q, t, c in zip(m.image, m.query, m.target, m.cost):
         one = pair_cost(out['pred_logits'][b], out['pred_boxes'][b], targets[b]['labels'], targets[b]['boxes'])
         assert c.item() == pytest.approx(one[q, t].item(), abs=1e-6)
+
+def test_large_batches_image_by_image_are_the_same():
+    "Above some size costs are made image by image on a CPU: same pairs, same costs"
+    torch.manual_seed(0)
+    counts = [5, 0, 31, 12]
+    logits, boxes = torch.randn(2, 4, 600, 7), torch.rand(2, 4, 600, 4)*.5+.1
+    targets = [dict(labels=torch.randint(7, (n,)), boxes=torch.rand(n, 4)*.5+.1) for n in counts]
+    padded = pad_targets(targets)
+    assert 4*600*31 > 2**16 # the whole batch is above the size, its images are below
+    whole = assign_o2o(logits, boxes, padded)
+    for b in range(4):
+        one = assign_o2o(logits[:, b:b+1], boxes[:, b:b+1], pad_targets(targets[b:b+1]))
+        mine = whole.image == b
+        assert len(one) == 2*counts[b] and all(torch.equal(getattr(whole, f)[mine], getattr(one, f)) for f in ('layer', 'query', 'target'))
+        assert torch.allclose(whole.cost[mine], one.cost, atol=1e-5)

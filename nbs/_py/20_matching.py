@@ -248,6 +248,16 @@ def _blame(terms, ids):
 
 # %%
 #| export
+def _host_costs(logits, boxes, padded, labels, weights):
+    "For each layer the cost (Q,n) of each image, in numpy; large ones on a CPU image by image, so that their terms stay in the cache"
+    L, B, Q = logits.shape[:3]
+    labels = labels.expand(L, *padded.labels.shape)
+    if logits.device.type == 'cpu' and B*Q*padded.labels.shape[1] > 2**16:
+        for l in range(L): yield [pair_cost(logits[l, b], boxes[l, b], labels[l, b, :n], padded.boxes[b, :n], **weights).numpy() for b, n in enumerate(padded.counts)]
+        return
+    C = pair_cost(logits, boxes, labels, padded.boxes, **weights).cpu().numpy()
+    for layer in C: yield [c[:, :n] for c, n in zip(layer, padded.counts)]
+
 def assign_o2o(
     logits:Tensor, # (L,B,Q,C)
     boxes:Tensor, # (L,B,Q,4) cxcywh normalised
@@ -257,16 +267,14 @@ def assign_o2o(
 )->Matches:
     "Hungarian matching of all layers and images: one batched cost, one copy to the host, one assignment an image and layer"
     labels = padded.labels if labels is None else labels
-    cost = pair_cost(logits, boxes, labels, padded.boxes, **weights)
-    C = cost.cpu().numpy()
-    if not np.isfinite(C).all(): _blame(pair_cost(logits, boxes, labels, padded.boxes, parts=True, **weights), padded.ids)
-    rows = []
-    for l in range(C.shape[0]):
-        for b, n in enumerate(padded.counts):
-            q, t = linear_sum_assignment(C[l, b, :, :n])
-            rows.append(np.stack([np.full_like(q, l), np.full_like(q, b), q, t]))
-    index = torch.from_numpy(np.concatenate(rows, 1)).to(cost.device) if rows else padded.labels.new_zeros(4, 0)
-    c = cost[tuple(index)]
+    rows, least = [], []
+    for l, layer in enumerate(_host_costs(logits, boxes, padded, labels, weights)):
+        for b, C in enumerate(layer):
+            if not np.isfinite(C).all(): _blame(pair_cost(logits, boxes, labels, padded.boxes, parts=True, **weights), padded.ids)
+            q, t = linear_sum_assignment(C)
+            rows.append(np.stack([np.full_like(q, l), np.full_like(q, b), q, t])); least.append(C[q, t])
+    if not rows: return Matches(*padded.labels.new_zeros(4, 0), *padded.boxes.new_zeros(2, 0))
+    index, c = (torch.from_numpy(np.concatenate(x, -1)).to(logits.device) for x in (rows, least))
     return Matches(*index, torch.ones_like(c), c)
 
 
