@@ -35,6 +35,7 @@ mine = json.loads(fresh.read_text()) if fresh.exists() else None
 #| echo: false
 markdown('\n'.join(table(study)))
 
+
 # %%
 #| echo: false
 def get(r, name, k='AP'): return r['arms'][name]['metrics']['val']['teacher'][k]
