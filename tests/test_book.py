@@ -107,6 +107,12 @@ def test_outputs(path):
             assert o.get('name') != 'stderr', text[:200]
             assert not re.search(r'(?<![\w.])/(home|root|usr|tmp|work|Users)/', text), text[:200]
 
+@page
+def test_figures_are_there(path):
+    "A cell with a figure's label has a picture among its saved outputs"
+    for c, _, _, _ in cells_of(path):
+        if re.search(r'^#\| label: fig-', ''.join(c['source']), re.M): assert any('image/png' in o.get('data', {}) or 'image/svg+xml' in o.get('data', {}) for o in c['outputs']), ''.join(c['source'])[:80]
+
 def test_every_notebook_is_in_the_book():
     listed = [f for f in chapter_files(read_book(ROOT)) if f.endswith('.ipynb')]
     assert sorted(listed) == sorted(f.relative_to(ROOT).as_posix() for f in PAGES)

@@ -87,7 +87,7 @@ ax.set(xlabel='iteration', ylim=(0, 1)); ax.legend(); plt.show()
 #| fig-cap: "The same test scenes: truth and all methods, detections with a score of at least 0.3."
 #| fig-alt: "Grid of scenes with true boxes and the detections of all methods"
 #| echo: false
-picture(mine or study); plt.show()
+picture(mine or study, n=4)
 
 # %%
 #| hide

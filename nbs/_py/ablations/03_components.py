@@ -49,7 +49,7 @@ markdown(markdown_table(['arm', 'AP', 'AP50', 'AP of the student', 'AP of each s
 #| echo: false
 def verdict(arm, base):
     d = paired_difference(get(base), get(arm))
-    half, what = interval(d), f"{names[arm]} against {names[base]}: {d['mean']:+.1f} AP on average over {d['n']} seeds, 95 % interval ±{interval(d):.1f} (each: "+', '.join(f'{x:+.1f}' for x in d['each'])+')'
+    half, what = interval(d), f"{names[arm].removeprefix('+ ')} against {names[base].removeprefix('+ ')}: {d['mean']:+.1f} AP on average over {d['n']} seeds, 95 % interval ±{interval(d):.1f} (each: "+', '.join(f'{x:+.1f}' for x in d['each'])+')'
     return what+('.' if abs(d['mean']) > half else '; no difference found at this scale.')
 first, chain = runs[0]['arms']['shm_cqc_cpm'], list(names)
 lines = [verdict('shm_cqc_cpm', 'supervised'), *(verdict(b, a) for a, b in zip(chain, chain[1:]))]
@@ -67,7 +67,7 @@ markdown('\n'.join(f'* {line}' for line in lines)+f"\n\nScale: {first['data']['l
 fig, ax = plt.subplots(figsize=(6, 3), dpi=80)
 for i, r in enumerate(runs): ax.plot(range(len(names)), [get(a)[i] for a in names], 'o-', color=COLORS['teacher'], alpha=.5+.5*i/len(runs))
 ax.plot(range(len(names)), [mean(get(a)) for a in names], 'k--', label='mean')
-ax.set(xticks=range(len(names)), ylabel='AP'); ax.set_xticklabels(names.values(), fontsize=7); ax.legend(); plt.show()
+ax.set(xticks=range(len(names)), ylabel='AP'); ax.set_xticklabels([n.replace(' + ', '\n+ ') for n in names.values()], fontsize=7); ax.legend(); plt.show()
 
 
 # %% [markdown]
