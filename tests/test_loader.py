@@ -295,7 +295,7 @@ for k, what in enumerate(ENDS): # one import for all: each case is a child of th
 else:
     for _ in ENDS: os.wait()
 """
-ENDS = {'raise ValueError("boom")': 'ValueError', 'os.kill(os.getpid(), 9)': '', 'import signal; signal.raise_signal(signal.SIGINT)': 'KeyboardInterrupt'}
+ENDS = {'raise ValueError("boom")': 'ValueError', 'os.kill(os.getpid(), 9)': '', 'import signal; signal.signal(signal.SIGINT, signal.default_int_handler); signal.raise_signal(signal.SIGINT)': 'KeyboardInterrupt'} # a shell's background jobs ignore SIGINT
 
 def alive(pid):
     try: return open(f'/proc/{pid}/stat').read().rsplit(')', 1)[1].split()[0] not in 'ZX'
