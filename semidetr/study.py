@@ -17,6 +17,7 @@ from statistics import mean, stdev
 from .config import config_hash, override, preset, to_dict, from_dict
 from .core import ConfigError, DataError, SemiDETRError, atomic_write, suggest
 from .datasets import open_dataset
+from .machine import prepare
 from .trainer import Trainer
 
 # %% ../nbs/44_study.ipynb #99ec3d16
@@ -43,6 +44,7 @@ def run_config(
 
 def _job(values, folder, progress, position):
     "`run_config` in a process of its own; errors come back as text, whatever they hold"
+    prepare()
     try: return run_config(from_dict(values), folder, progress, position)
     except SemiDETRError as e: return dict(error=f'{folder}: {e}')
 

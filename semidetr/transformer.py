@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from .attention import MSDeformAttn
-from .self_attention import SelfAttention
 from .backbone import sine_position
 from .boxes import inverse_sigmoid
 from .core import ConfigError, suggest
+from .self_attention import SelfAttention
 
 # %% ../nbs/12_transformer.ipynb #2796f267
 @dataclass(frozen=True)

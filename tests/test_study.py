@@ -3,6 +3,8 @@ import json
 from pathlib import Path
 import pytest
 from semidetr.core import ConfigError
+import semidetr.demo as demo
+from semidetr.config import override
 from semidetr.study import load_study, run_study
 from test_trainer import TINY
 
@@ -37,3 +39,24 @@ def test_run_keep_and_look_up(tmp_path):
     kept = json.loads((tmp_path/'results'/'toy'/'seed0.json').read_text())
     assert kept['seed'] == 0 and set(kept['arms']) == {'supervised', 'semi_detr'} and kept['arms']['semi_detr']['curve']['con_boxes'][-1] > 0
     assert kept['arms']['semi_detr']['iterations'] == 2 and kept['burn_in']['hash'] != kept['arms']['supervised']['hash']
+
+def test_the_demonstration_is_part_of_the_component_study():
+    "One set of settings, written in the package and in the file of studies: they may not drift apart"
+    study = load_study(BOOK, 'components')
+    assert study['burn_in'] == demo.BURN_IN
+    for arm, name in dict(supervised='supervised', mean_teacher='mean_teacher', semi_detr='shm_cqc_cpm').items():
+        mine, theirs = (override(study['base'], [*items, 'loader.n_unlabelled=8', 'method.unsup_weight=2', 'pseudo.threshold=0.3']) for items in (demo.LATER+demo.ARMS[arm], study['arms'][name]))
+        assert mine == theirs, arm
+
+def test_demonstration_runs_every_arm_and_other_settings_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, 'preset', lambda name, base=demo.preset: override(base(name), TINY))
+    monkeypatch.setattr(demo, 'BURN_IN', ['optim.iters=1'])
+    monkeypatch.setattr(demo, 'LATER', ['method.T1=0', 'optim.iters=1'])
+    monkeypatch.setattr(demo, 'shown_scenes', lambda n=6, f=demo.shown_scenes: f(2))
+    said, folders = [], []
+    for labels in (6, 6, 5):
+        result = demo.run_demo(tmp_path, labels, progress=False, workers=1, say=said.append)
+        folders.append({p.name for p in tmp_path.iterdir() if p.is_dir()})
+    assert list(result['runs'][0]['arms']) == ['supervised', 'mean_teacher', 'semi_detr'] and (tmp_path/'detections.png').exists()
+    assert len(folders[1]) == 1 and folders[0] == folders[1] and len(folders[2]) == 2 # found again; other settings get their own folder
+    assert any('semi detr' in line for line in said)

@@ -318,6 +318,7 @@ def set_criterion(
     stage:str='o2o', # 'o2m' or 'o2o' (`stage_of`)
     cfg:CriterionConfig=CriterionConfig(), # weights and switches
     denoising:bool=True, # False: denoising queries get no loss (unlabelled images of stage 1)
+    stats:dict=None, # gets positives_per_object of the last decoder layer, where there is an object
 )->dict: # scalars loss_cls, loss_l1, loss_giou with suffixes _0, _1, ..., _enc, _dn_0, ...; their sum is the loss
     "All losses of a batch (@eq-losses-o2m). NonFiniteError where a prediction is NaN, DataError where a label is not a class"
     logits, boxes, names = _stacked(outputs)
@@ -325,6 +326,7 @@ def set_criterion(
     labels = padded.labels.expand(len(names), -1, -1).clone()
     if names[-1] == '_enc' and cfg.enc_labels == 'zero': labels[-1] = 0
     m = assign(logits, boxes, padded, labels, stage, cfg)
+    if stats is not None and sum(padded.counts): stats['positives_per_object'] = int((m.layer == names.index('')).sum())/sum(padded.counts)
     sums = layer_losses(logits, boxes, padded, labels, m, cfg, stage)
     dn = outputs.get('extra', {}).get('denoising') if denoising else None
     target = dn['meta']['target'] if dn else padded.labels.new_full((1, 1), -1)

@@ -17,7 +17,7 @@ from semidetr.boxes import transform_boxes
 from semidetr.consistency import (ConsistencyConfig, Projector, consistency_active, cross_view_extras, cross_view_losses,
                                   hungarian_consistency, pair_boxes, pick_boxes)
 from semidetr.core import ConfigError, suggest
-from semidetr.losses import CriterionConfig, match_stats, set_criterion
+from semidetr.losses import CriterionConfig, set_criterion
 from semidetr.matching import stage_of
 from semidetr.mining import CostMemory, MiningConfig, gather_costs, initial_boxes, matched_costs, mine, mining_threshold
 from semidetr.teacher import PseudoConfig, fixed_threshold, keep_boxes, teacher_detections, transport
@@ -300,9 +300,9 @@ def semi_detr(
     if consistency_active(step, cfg.method.T1, c := cfg.consistency) and (c.asks or c.correspondence == 'hungarian'):
         outputs, con = ask_both(student, teacher, ours, theirs, mined, extras, batch, cfg)
     else: outputs, con = student.decode(ours[0], extras, ours[1]), {}
-    losses |= weighted({**set_criterion(outputs, targets, stage, cfg.criterion, denoising=cdn), **con}, weight, 'unsup')
+    losses |= weighted({**set_criterion(outputs, targets, stage, cfg.criterion, cdn, stats), **con}, weight, 'unsup')
     if con: stats['loss_con'] = sum(v.item() for v in con.values())
-    return losses, stats | mining_stats(mined, targets, outputs, stage, weak['targets'], cfg)
+    return losses, stats | mining_stats(mined, targets, weak['targets'])
 
 
 # %% [markdown]
@@ -314,17 +314,13 @@ def semi_detr(
 def mining_stats(
     mined:dict, # of `mine_pseudo_labels`
     targets:list, # B^sup in the strong view
-    outputs:dict, # the student's
-    stage:str, # 'o2m' or 'o2o'
     weak:list, # targets of the weak views
-    cfg:StepConfig,
 )->dict: # plain numbers, and `pseudo` and `mined` for the health monitor
     "What mining did in one step"
     sup, con = (keep_boxes(mined['weak'], mined[k]) for k in ('sup', 'con'))
     n, mean = max(1, len(con)), mined['mixture'].means.tolist()
     out = pseudo_stats(mined['seen'], sup, targets) | dict(initial_boxes=sum(map(len, mined['costs']))/n, con_boxes=sum(len(c['scores']) for c in con)/n)
     if any(map(len, mined['costs'])): out |= dict(cost_threshold=float(mined['tau']), cost_mean_low=mean[0], cost_mean_high=mean[1])
-    if any(len(t['labels']) for t in targets): out['positives_per_object'] = match_stats(outputs, targets, stage, cfg.criterion)['positives_per_object']
     return out | dict(pseudo=to_original(sup, weak), mined=to_original(con, weak))
 
 METHODS = dict(supervised=supervised, mean_teacher=mean_teacher, semi_detr=semi_detr)

@@ -25,6 +25,7 @@ from statistics import mean, stdev
 from semidetr.config import config_hash, override, preset, to_dict, from_dict
 from semidetr.core import ConfigError, DataError, SemiDETRError, atomic_write, suggest
 from semidetr.datasets import open_dataset
+from semidetr.machine import prepare
 from semidetr.trainer import Trainer
 
 
@@ -56,6 +57,7 @@ def run_config(
 
 def _job(values, folder, progress, position):
     "`run_config` in a process of its own; errors come back as text, whatever they hold"
+    prepare()
     try: return run_config(from_dict(values), folder, progress, position)
     except SemiDETRError as e: return dict(error=f'{folder}: {e}')
 

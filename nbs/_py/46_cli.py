@@ -314,7 +314,7 @@ def _fit_to_data(cfg, given): # -> overrides that these data need, each with the
 def _check_method(cfg): # -> lines about settings that make no sense together
     partly = cfg.data.unlabelled or cfg.data.split_file or cfg.data.count or cfg.data.percent not in (0, 100)
     if cfg.method.name == 'supervised':
-        if partly: yield 'method supervised: unlabelled images are not used (--method mean_teacher learns from them)'
+        if partly: yield 'method supervised: unlabelled images are not used (--method semi_detr or mean_teacher learns from them)'
     elif not partly: raise _bad(f"method {cfg.method.name} needs unlabelled images: --unlabelled FOLDER, or keep the labels of a part with --percent or --count")
     elif cfg.method.burn_in_iters >= cfg.optim.iters: yield f'method.burn_in_iters={cfg.method.burn_in_iters} takes all of the {cfg.optim.iters} iterations; no unlabelled image will be used'
 
@@ -364,7 +364,7 @@ _row('teacher', dict(AP=31.25, AP50=float('nan'), AP75=30.))
 @command()
 def train(settings:Annotated[list[str], typer.Argument(help='single settings, e.g. optim.lr=1e-3 pseudo.threshold=.3', show_default=False)]=None,
     data:_opt(str, _HINT+'; default: digits', '--data', '-d')='', unlabelled:_opt(str, 'more images without labels: a folder is enough')='',
-    val:_opt(str, 'test split; default: the val split of --data')='', method:_opt(str, 'supervised or mean_teacher; default: mean_teacher with --unlabelled, else supervised')='',
+    val:_opt(str, 'test split; default: the val split of --data')='', method:_opt(str, 'supervised, mean_teacher or semi_detr; default: mean_teacher with --unlabelled, else supervised')='',
     preset:_opt(str, 'starting point: digits, small, coco-1, coco-5, coco-10, coco-full, voc; default: digits or small')='',
     config:_opt(Path, 'TOML or JSON file with the settings that differ from the preset')=None,
     percent:_opt(float, 'percent of the training images that keep their labels; default: all')=None, count:_opt(int, 'or: number of images that keep their labels')=None,
@@ -490,7 +490,7 @@ def demo(out:Out=Path('runs/demo'), labels:_opt(int, 'number of labelled scenes'
     workers:_opt(int, 'runs at a time; 0: one a core', min=0)=0, quiet:Quiet=False):
     """Learn to detect handwritten digits from 20 labelled scenes and thousands without labels.
 
-    Supervised against mean teacher, a few minutes on two cores; table and pictures at the end.
+    Supervised against mean teacher and Semi-DETR, some minutes on two cores; table and pictures at the end.
 
     Example: semidetr demo -o runs/demo
     """
