@@ -10,7 +10,7 @@ from collections import deque
 from .metrics import pseudo_quality
 
 # %% ../nbs/34_health.ipynb #ff840f22
-FIELDS = ('pseudo_boxes', 'labelled_boxes', 'pseudo_score', 'empty_images', 'top_score', 'tp', 'n_pred', 'n_gt', 'mined_tp', 'mined')
+FIELDS = ('pseudo_boxes', 'labelled_boxes', 'pseudo_score', 'empty_images', 'top_score', 'tp', 'n_pred', 'n_gt', 'mined_tp', 'mined', 'initial_tp', 'initial')
 
 def truth_counts(
     pseudo:list, # per image: image_id, boxes (K,4) xyxy in pixels of the file, labels (K,)
@@ -38,7 +38,8 @@ class HealthMonitor:
     )->str|None: # a warning, at most once a run
         "Count one step"
         if 'pseudo' not in stats: return None
-        self.rows.append([*(stats[k] for k in FIELDS[:5]), *truth_counts(stats['pseudo'], self.truth), *truth_counts(stats.get('mined', ()), self.truth)[:2]])
+        self.rows.append([*(stats[k] for k in FIELDS[:5]), *truth_counts(stats['pseudo'], self.truth),
+                          *(n for k in ('mined', 'initial') for n in truth_counts(stats.get(k, ()), self.truth)[:2])])
         if self.warned or len(self.rows) < self.window or any(r[0] for r in self.rows): return None
         self.warned = True
         return (f'no pseudo label in {self.window} iterations (best score of the teacher: {self.rows[-1][4]:.2f}): the unlabelled images teach '
@@ -48,9 +49,10 @@ class HealthMonitor:
         "What goes into the log"
         if not self.rows: return {}
         out = {k: sum(r[i] for r in self.rows)/len(self.rows) for i, k in enumerate(FIELDS[:4])}
-        tp, n_pred, n_gt, mined_tp, mined = (sum(r[i] for r in self.rows) for i in range(5, 10))
+        tp, n_pred, n_gt, *others = (sum(r[i] for r in self.rows) for i in range(5, len(FIELDS)))
         if n_gt: out |= dict(pseudo_precision=tp/n_pred if n_pred else float('nan'), pseudo_recall=tp/n_gt)
-        if mined: out |= dict(mined_precision=mined_tp/mined, mined_recall=mined_tp/n_gt)
+        for name, tp, n in zip(('mined', 'initial'), others[::2], others[1::2]):
+            if n: out |= {f'{name}_precision': tp/n, f'{name}_recall': tp/n_gt}
         return out
 
     def state_dict(self)->dict: return dict(rows=[list(r) for r in self.rows], warned=self.warned)

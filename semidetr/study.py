@@ -87,7 +87,7 @@ def paired(
 
 # %% ../nbs/44_study.ipynb #a1bbed41
 CURVES = {'step', 'loss', 'pseudo_boxes', 'pseudo_precision', 'pseudo_recall', 'pseudo_score', 'empty_images', 'grad_norm', 'con_boxes', 'initial_boxes', 'mined_precision',
-          'mined_recall', 'cost_threshold', 'cost_mean_low', 'cost_mean_high', 'positives_per_object', 'loss_con', 'parts_grad_norm'}
+          'mined_recall', 'initial_precision', 'initial_recall', 'cost_threshold', 'cost_mean_low', 'cost_mean_high', 'positives_per_object', 'loss_con', 'parts_grad_norm'}
 
 def record(
     result:dict, # content of run.json

@@ -306,7 +306,7 @@ def semi_detr(
 
 
 # %% [markdown]
-# What leaves the step for the log: how many boxes each set holds, where the threshold lies between the two means, how many positives an object got. $B^{sup}$ and $B^{con}$ go to the health monitor (@sec-health), which alone may compare them with hidden truth.
+# What leaves the step for the log: how many boxes each set holds, where the threshold lies between the two means, how many positives an object got. $B^{sup}$, $B^{con}$ and $B^0$ go to the health monitor (@sec-health), which alone may compare them with hidden truth.
 
 # %%
 #| export
@@ -315,13 +315,13 @@ def mining_stats(
     mined:dict, # of `mine_pseudo_labels`
     targets:list, # B^sup in the strong view
     weak:list, # targets of the weak views
-)->dict: # plain numbers, and `pseudo` and `mined` for the health monitor
+)->dict: # plain numbers, and `pseudo`, `mined` and `initial` for the health monitor
     "What mining did in one step"
     sup, con = (keep_boxes(mined['weak'], mined[k]) for k in ('sup', 'con'))
     n, mean = max(1, len(con)), mined['mixture'].means.tolist()
     out = pseudo_stats(mined['seen'], sup, targets) | dict(initial_boxes=sum(map(len, mined['costs']))/n, con_boxes=sum(len(c['scores']) for c in con)/n)
     if any(map(len, mined['costs'])): out |= dict(cost_threshold=float(mined['tau']), cost_mean_low=mean[0], cost_mean_high=mean[1])
-    return out | dict(pseudo=to_original(sup, weak), mined=to_original(con, weak))
+    return out | dict(pseudo=to_original(sup, weak), mined=to_original(con, weak), initial=to_original(mined['weak'], weak))
 
 METHODS = dict(supervised=supervised, mean_teacher=mean_teacher, semi_detr=semi_detr)
 

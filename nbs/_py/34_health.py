@@ -22,11 +22,11 @@ from semidetr.metrics import pseudo_quality
 # \rho = \frac{\frac1N\sum_i n_i}{\frac1M\sum_j g_j}, \qquad P = \frac{TP}{\sum_i n_i}, \qquad R = \frac{TP}{\sum_i G_i}
 # $$ {#eq-health}
 #
-# Labelled and unlabelled images show the same world, so the ratio $\rho$ of box counts should approach 1. Precision $P$ and recall $R$ need the boxes $G_i$ of the unlabelled images, which the method never sees; the monitor alone may look, where a data set has them. A pseudo box is a true positive when it overlaps a true box of its class with an IoU of at least 0.5. Where a method mines a second, larger set (@sec-mining), its precision and recall are followed as well.
+# Labelled and unlabelled images show the same world, so the ratio $\rho$ of box counts should approach 1. Precision $P$ and recall $R$ need the boxes $G_i$ of the unlabelled images, which the method never sees; the monitor alone may look, where a data set has them. A pseudo box is a true positive when it overlaps a true box of its class with an IoU of at least 0.5. Where a method mines (@sec-mining), precision and recall of the mined boxes and of those it chooses from are followed as well.
 
 # %%
 #| export
-FIELDS = ('pseudo_boxes', 'labelled_boxes', 'pseudo_score', 'empty_images', 'top_score', 'tp', 'n_pred', 'n_gt', 'mined_tp', 'mined')
+FIELDS = ('pseudo_boxes', 'labelled_boxes', 'pseudo_score', 'empty_images', 'top_score', 'tp', 'n_pred', 'n_gt', 'mined_tp', 'mined', 'initial_tp', 'initial')
 
 def truth_counts(
     pseudo:list, # per image: image_id, boxes (K,4) xyxy in pixels of the file, labels (K,)
@@ -56,7 +56,8 @@ class HealthMonitor:
     )->str|None: # a warning, at most once a run
         "Count one step"
         if 'pseudo' not in stats: return None
-        self.rows.append([*(stats[k] for k in FIELDS[:5]), *truth_counts(stats['pseudo'], self.truth), *truth_counts(stats.get('mined', ()), self.truth)[:2]])
+        self.rows.append([*(stats[k] for k in FIELDS[:5]), *truth_counts(stats['pseudo'], self.truth),
+                          *(n for k in ('mined', 'initial') for n in truth_counts(stats.get(k, ()), self.truth)[:2])])
         if self.warned or len(self.rows) < self.window or any(r[0] for r in self.rows): return None
         self.warned = True
         return (f'no pseudo label in {self.window} iterations (best score of the teacher: {self.rows[-1][4]:.2f}): the unlabelled images teach '
@@ -66,9 +67,10 @@ class HealthMonitor:
         "What goes into the log"
         if not self.rows: return {}
         out = {k: sum(r[i] for r in self.rows)/len(self.rows) for i, k in enumerate(FIELDS[:4])}
-        tp, n_pred, n_gt, mined_tp, mined = (sum(r[i] for r in self.rows) for i in range(5, 10))
+        tp, n_pred, n_gt, *others = (sum(r[i] for r in self.rows) for i in range(5, len(FIELDS)))
         if n_gt: out |= dict(pseudo_precision=tp/n_pred if n_pred else float('nan'), pseudo_recall=tp/n_gt)
-        if mined: out |= dict(mined_precision=mined_tp/mined, mined_recall=mined_tp/n_gt)
+        for name, tp, n in zip(('mined', 'initial'), others[::2], others[1::2]):
+            if n: out |= {f'{name}_precision': tp/n, f'{name}_recall': tp/n_gt}
         return out
 
     def state_dict(self)->dict: return dict(rows=[list(r) for r in self.rows], warned=self.warned)
