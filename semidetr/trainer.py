@@ -255,8 +255,8 @@ def report(
     d, metrics = run.data, {}
     last = run.history[-1] if run.history else dict(step=-1)
     if last['step'] == run.step: metrics['dev'] = {k: v for k, v in last.items() if k != 'step'}
-    elif d.dev is not None: metrics['dev'] = run.evaluate(d.dev)
-    if d.val is not None and run.cfg.run.test: metrics['val'] = run.evaluate(d.val)
+    elif d.dev is not None: metrics['dev'] = run.evaluate(d.dev, both=True)
+    if d.val is not None and run.cfg.run.test: metrics['val'] = run.evaluate(d.val, both=True)
     result = dict(name=run.dir.name, hash=config_hash(run.cfg), config=to_dict(run.cfg), **environment(),
                   device=str(run.device) if run.device.type == 'cpu' else torch.cuda.get_device_name(run.device),
                   data=dict(fingerprint=d.split.fingerprint, classes=d.classes, labelled=len(d.labelled), unlabelled=len(d.unlabelled or ()),
@@ -296,10 +296,11 @@ class Trainer(RunState):
     def evaluate(self,
         ds, # DetectionDataset with boxes
         nms=None, # IoU of per-class suppression; None: as `run.eval_nms` says
+        both:bool=False, # count with and without suppression
     )->dict: # {'teacher': metrics, 'student': metrics}
         "COCO metrics of both networks; the teacher is the one that the tables report"
         nms = (self.cfg.run.eval_nms if nms is None else nms) or None
-        return {w: evaluate_model(getattr(self, w), ds, self.cfg.view, self.device, nms, f'evaluate {w}' if self.progress else '')
+        return {w: evaluate_model(getattr(self, w), ds, self.cfg.view, self.device, nms, f'evaluate {w}' if self.progress else '', both=both)
                 for w in ('teacher', 'student')}
 
     def fit(self)->dict: # content of run.json
