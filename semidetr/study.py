@@ -17,7 +17,7 @@ from statistics import mean, stdev
 from .config import config_hash, override, preset, to_dict, from_dict
 from .core import ConfigError, DataError, SemiDETRError, atomic_write, suggest
 from .datasets import open_dataset
-from .machine import prepare
+from .machine import choose_amp, prepare
 from .trainer import Trainer
 
 # %% ../nbs/44_study.ipynb #99ec3d16
@@ -40,6 +40,7 @@ def run_config(
     position:int=0, # line of the progress bar when several runs share a terminal
 )->dict: # content of run.json
     "Run, go on with, or look up"
+    cfg = choose_amp(cfg, folder)
     return finished(cfg, folder) or Trainer(cfg, folder, progress, position).fit()
 
 def _job(values, folder, progress, position):

@@ -60,3 +60,14 @@ def test_demonstration_runs_every_arm_and_other_settings_elsewhere(tmp_path, mon
     assert list(result['runs'][0]['arms']) == ['supervised', 'mean_teacher', 'semi_detr'] and (tmp_path/'detections.png').exists()
     assert len(folders[1]) == 1 and folders[0] == folders[1] and len(folders[2]) == 2 # found again; other settings get their own folder
     assert any('semi detr' in line for line in said)
+
+def test_auto_precision_is_chosen_once_and_kept(tmp_path, monkeypatch):
+    import semidetr.machine as machine
+    from semidetr.study import run_config
+    cfg = override(demo.preset('digits'), [*TINY, 'method.name=supervised', 'run.device=cpu', 'run.amp=auto', 'optim.iters=1'])
+    used = []
+    for speed in (2., .5): # a machine that is fast in bfloat16 begins; a slow one is asked again
+        monkeypatch.setattr(machine, 'bf16_speed', lambda device, s=speed: s)
+        used.append(run_config(cfg, tmp_path/'a', progress=False))
+    assert used[0]['hash'] == used[1]['hash'] and used[0]['config']['run']['amp'] == 'bf16'
+    assert run_config(cfg, tmp_path/'b', progress=False)['config']['run']['amp'] == 'off'

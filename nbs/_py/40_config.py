@@ -88,7 +88,7 @@ class RunConfig:
     "Where, how exactly and how talkatively a run runs"
     seed:int = 0
     device:str = 'auto'
-    amp:str = 'off' # 'off', 'bf16' or 'fp16'
+    amp:str = 'off' # 'off', 'bf16', 'fp16', or 'auto': what is fastest on this machine (@sec-machine)
     threads:int = 0 # CPU threads; 0: torch's choice
     init:str = '' # checkpoint whose weights start this run (a burn-in shared by several runs)
     init_from:str = 'teacher' # which of its two networks
@@ -99,7 +99,7 @@ class RunConfig:
     log_every:int = 20
     health_window:int = 200 # iterations without pseudo labels before the warning
 
-    def __post_init__(self): _one_of('run', self, amp=('off', 'bf16', 'fp16'), init_from=('teacher', 'student'))
+    def __post_init__(self): _one_of('run', self, amp=('off', 'bf16', 'fp16', 'auto'), init_from=('teacher', 'student'))
 
 
 # %%

@@ -31,6 +31,7 @@ from semidetr.detector import Detector
 from semidetr.evaluation import evaluate_model, same_rng, to_device
 from semidetr.health import HealthMonitor
 from semidetr.loader import SemiLoader
+from semidetr.machine import choose_amp
 from semidetr.matching import NonFiniteError
 from semidetr.methods import METHODS, StepConfig, method_parts
 from semidetr.optim import average_gradients, build_optimizer, gradient_norm, lr_factor
@@ -116,6 +117,7 @@ class RunState:
     ):
         start_processes()
         if cfg.run.threads: torch.set_num_threads(cfg.run.threads)
+        cfg = choose_amp(cfg, run_dir)
         self.dir, self.progress, self.position, self.device = Path(run_dir), progress and is_main(), position, pick_device(cfg.run.device)
         self.data = build_data(cfg.data)
         if not len(self.data.labelled): raise DataError(f'{cfg.data.data}: no labelled image is left to train on; give more percent or a smaller data.dev')

@@ -25,7 +25,7 @@ from statistics import mean, stdev
 from semidetr.config import config_hash, override, preset, to_dict, from_dict
 from semidetr.core import ConfigError, DataError, SemiDETRError, atomic_write, suggest
 from semidetr.datasets import open_dataset
-from semidetr.machine import prepare
+from semidetr.machine import choose_amp, prepare
 from semidetr.trainer import Trainer
 
 
@@ -53,6 +53,7 @@ def run_config(
     position:int=0, # line of the progress bar when several runs share a terminal
 )->dict: # content of run.json
     "Run, go on with, or look up"
+    cfg = choose_amp(cfg, folder)
     return finished(cfg, folder) or Trainer(cfg, folder, progress, position).fit()
 
 def _job(values, folder, progress, position):

@@ -11,10 +11,12 @@
 # %%
 import tempfile
 import matplotlib.pyplot as plt
+from semidetr.config import Config, override
 
 # %%
 #| export
 import ctypes
+import dataclasses
 import math
 import os
 import platform
@@ -24,7 +26,8 @@ from pathlib import Path
 from statistics import median
 import torch
 import torch.nn.functional as F
-from semidetr.core import ConfigError, DataError, pick_device
+from semidetr.checkpoint import load_checkpoint
+from semidetr.core import ConfigError, DataError, all_reduce_mean, is_main, pick_device, world_size
 from semidetr.native import build_ops, ops_status
 
 
@@ -102,7 +105,7 @@ def prepare():
 # %% [markdown]
 # ## bfloat16
 #
-# With `run.amp=bf16` matrix products and convolutions run in 16 bits. Some CPUs have instructions for that, others imitate them and become slower, so it has to be measured: a convolution, a norm and two linear layers, forward and backward, in turns. A whole step gains less than the probe, because much of it stays in float32. The default is `off`: float32 is what all published numbers of this book were made with.
+# With `run.amp=bf16` matrix products and convolutions run in 16 bits. Some CPUs have instructions for that, others imitate them and become slower, so it has to be measured: a convolution, a norm and two linear layers, forward and backward, in turns. A whole step gains less than the probe, because much of it stays in float32. The default is `off`: float32 is what all published numbers of this book were made with. `run.amp=auto` leaves the choice to the machine: the probe decides on a CPU, the hardware on a GPU. What was chosen is written into the run's configuration, and a run that is gone on with keeps it, wherever it goes on.
 
 # %%
 #| export
@@ -128,8 +131,26 @@ def bf16_speed(
 
 
 # %%
+#| export
+def choose_amp(
+    cfg, # Config
+    folder='', # of a run that may have been begun
+    least:float=1.3, # gain of the probe from which on a whole step gains too
+): # Config without 'auto'
+    "Settle `run.amp=auto`: as the run in this folder began, else bfloat16 where this machine is faster with it; the first process decides for all"
+    if cfg.run.amp != 'auto': return cfg
+    device, begun = pick_device(cfg.run.device), Path(folder)/'last.pt'
+    if begun.is_file(): amp = load_checkpoint(begun)['config']['run']['amp']
+    elif device.type == 'cuda': amp = 'bf16' if torch.cuda.is_bf16_supported() else 'fp16'
+    else: amp = 'bf16' if all_reduce_mean(torch.tensor(bf16_speed(device) if is_main() else 0.))*world_size() >= least else 'off'
+    return dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, amp=amp))
+
+
+# %%
 ratio = bf16_speed(rounds=3)
 assert .01 < ratio < 100
+chosen = choose_amp(override(Config(), ['run.amp=auto', 'run.device=cpu'])).run.amp
+assert chosen in ('off', 'bf16') and choose_amp(Config()) == Config()
 
 
 # %% [markdown]
@@ -167,7 +188,7 @@ def environment_lines(
     root = os.environ.get('SEMIDETR_DATA')
     names = sorted(p.name for p in Path(root).glob('*/')) if root else []
     yield f"SEMIDETR_DATA={root}: {', '.join(names) or 'no data set there'}" if root else 'SEMIDETR_DATA is not set: it may name the folder that holds your data sets'
-    if probe: yield f'bfloat16: {bf16_speed():.1f} times the speed of float32 in a small network (run.amp=bf16; default off)'
+    if probe: yield f'bfloat16: {bf16_speed():.1f} times the speed of float32 in a small network (run.amp=bf16, or auto; default off)'
 
 
 # %% [markdown]
