@@ -242,7 +242,7 @@ def after_step(
 def evaluate_now(run, log):
     "Metrics on the development part, into the history; the best teacher so far is kept in best.pt"
     best = max((h['teacher']['AP'] for h in run.history), default=-1.)
-    run.history.append(dict(step=run.step, **run.evaluate(run.data.dev)))
+    run.history.append(dict(step=run.step, **run.evaluate(run.data.dev, both=run.step == run.cfg.optim.iters)))
     now = run.history[-1]['teacher']['AP']
     log.write({'step': run.step, 'AP': now, 'AP_student': run.history[-1]['student']['AP']})
     if now > best and is_main():

@@ -180,3 +180,9 @@ def test_two_processes_stay_equal(tmp_path):
     a, b = (torch.load(tmp_path/'r'/f'rank{i}.pt') for i in (0, 1))
     assert all(torch.equal(x, y) for x, y in zip(a, b))
     assert json.loads((tmp_path/'r'/'run.json').read_text())['processes'] == 2 and (tmp_path/'r'/'last.rank1.pt').exists()
+
+@pytest.mark.parametrize('every', [0, 1])
+def test_final_metrics_with_and_without_suppression(tmp_path, every):
+    "Whether the last iteration was evaluated on the way or not"
+    metrics = T.Trainer(tiny('optim.iters=1', f'run.eval_every={every}', method='supervised'), tmp_path, progress=False).fit()['metrics']
+    assert set(metrics) == {'dev', 'val'} and all({'AP', 'AP_nms', 'AP50_nms'} <= set(m) for part in metrics.values() for m in part.values())
