@@ -1,7 +1,7 @@
 # %% [markdown]
 # # The command line {#sec-cli}
 #
-# > Run the whole book from a shell: `semidetr demo`, `doctor`, `build-ops`, `split`, `train`, `eval`, `predict`, `site`.
+# > Run the whole book from a shell: `semidetr demo`, `doctor`, `build-ops`, `split`, `train`, `eval`, `predict`, `ablate`, `site`.
 #
 # A command that ends in forty lines of traceback because a folder was misspelt teaches its user to fear it. The commands of this chapter hold no logic of their own: each opens what it is given, calls a function of an earlier chapter, and prints. What they add is manners:
 #
@@ -499,6 +499,28 @@ def demo(out:Out=Path('runs/demo'), labels:_opt(int, 'number of labelled scenes'
     prepare()
     run_demo(_free(out), labels, tuple(seed), not quiet, workers, _say)
 
+@command('ablate')
+def run_studies(study:Annotated[list[str], typer.Argument(help='names in nbs/ablations/studies.toml')], scale:_opt(str, 'smoke, small or gpu; default: that of the study')='',
+    seeds:_opt(str, 'e.g. 0,1,2 or 0-4; default: those of the study')='', jobs:_opt(int, 'runs at a time, one thread each; 0: one a core, with Slurm all', '--jobs', '-j', min=0)=0,
+    dry_run:_opt(bool, 'print what would run, and what is missing for it', '--dry-run', '-n')=False, data:_opt(str, f'another data set: {_HINT}', '--data', '-d')='',
+    out:_opt(Path, 'folder of the runs; default: runs/studies in the checkout', '--out', '-o')=None, results:_opt(Path, 'folder of the records; default: nbs/ablations/results, at scale smoke OUT/results')=None,
+    engine:_opt(str, 'local, slurm or submitit-local (the last two: extra [cluster])')='local', option:_opt(list[str], 'of Slurm through submitit, e.g. slurm_partition=gpu timeout_min=600 (may be repeated)')=[],
+    processes:_opt(int, 'processes of each run, started by torchrun, one GPU each', min=1)=1, quiet:Quiet=False):
+    """Run studies of the book: every arm, every seed, one executed notebook a run, one record a seed.
+
+    Finished runs are looked up, stopped ones go on. Needs a checkout and the extra [book]. Exit code 1 if runs failed.
+
+    Example: semidetr ablate components --seeds 0-2 --jobs 2
+    """
+    from semidetr.ablate import ablate, find_book, read_options, read_seeds
+    book = find_book()
+    within = lambda p: p and Path(os.path.relpath(p, book) if Path(p).resolve().is_relative_to(book) else Path(p).absolute())
+    out, results, data = _free(out or book/'runs'/'studies'), results and _free(results), str(within(data)) if data and Path(data).exists() else data
+    out, results = within(out), within(results)
+    with contextlib.chdir(book): bad = ablate(study, scale, read_seeds(seeds), data, out, results, jobs, engine, read_options(option), processes, dry_run, not quiet, _say)
+    for line in bad: print(f'error: {line}', file=sys.stderr, flush=True)
+    if bad: raise typer.Exit(2 if dry_run else 1)
+
 @command()
 def site(engine:_opt(str, 'auto, quarto or fallback')='auto'):
     """Render the book to _docs/. Needs a checkout and the extra [book].
@@ -510,6 +532,9 @@ def site(engine:_opt(str, 'auto, quarto or fallback')='auto'):
     from semidetr.site import main as render
     raise typer.Exit(render(['--engine', engine]))
 
+
+# %%
+assert shell('semidetr ablate components --dry-run') == 2 # not in a checkout
 
 # %%
 #| export
