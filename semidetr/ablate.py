@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['STUDIES', 'NOTEBOOK', 'ENGINES', 'Run', 'plan', 'state', 'check_notebook', 'run_notebook', 'LocalEngine',
-           'ClusterJob', 'SubmititEngine', 'steps_done', 'drive', 'keep', 'seed_line', 'run_all', 'images_a_batch',
-           'memory_estimate', 'look', 'dry_run', 'find_book', 'read_seeds', 'read_options', 'ablate']
+           'ClusterJob', 'SubmititEngine', 'steps_done', 'drive', 'keep', 'seed_line', 'run_all', 'find_book',
+           'read_seeds', 'read_options', 'ablate']
 
 # %% ../nbs/45_ablate.ipynb #4990eb0e
 import contextlib
-import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -19,17 +17,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-import torch
 from tqdm import tqdm
 from .config import Config, config_hash, load_config, override, to_dict
-from .core import ConfigError, SemiDETRError, atomic_write, suggest
-from .datasets import open_dataset
-from .detector import Detector
-from .evaluation import same_rng
+from .core import ConfigError, atomic_write, suggest
 from .machine import usable_cores
 from .pages import need
-from .study import branches, finished, load_study, read_studies, record
-from .trainer import build_data
+from .study import branches, finished, load_study, record
 
 # %% ../nbs/45_ablate.ipynb #91c87750
 STUDIES, NOTEBOOK = Path('nbs/ablations/studies.toml'), Path('nbs/ablations/train_run.ipynb')
@@ -244,71 +237,6 @@ def run_all(
         bar.set_postfix_str(f'{len(runs)-len(left)} of {len(runs)} runs', refresh=False); bar.update(0)
     with contextlib.closing(bar): return list(drive(todo, engine, notebook, processes, limit, ended).values())
 
-# %% ../nbs/45_ablate.ipynb #c390bc58
-@functools.cache
-def _kept(detector, side): # -> (weights, bytes that autograd keeps for one image of side x side)
-    model = Detector(dataclasses.replace(detector, num_classes=detector.num_classes or 80, backbone=dataclasses.replace(detector.backbone, weights='none'))).train()
-    own, seen = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-    def note(x):
-        seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): out = model(torch.rand(1, 3, side, side)) # noqa: F841 (kept alive: addresses are counted once)
-    return sum(p.numel() for p in model.parameters()), sum(b for k, b in seen.items() if k not in own)
-
-def images_a_batch(
-    cfg, # Config
-)->int: # on one process
-    "Images that the student sees between two backward passes"
-    return cfg.loader.n_labelled+(cfg.loader.n_unlabelled if cfg.method.name != 'supervised' else 0)
-
-def memory_estimate(
-    cfg, # Config
-)->int: # MB, one process
-    "@eq-ablate-memory"
-    with same_rng(): (weights, small), (_, large) = (_kept(cfg.detector, side) for side in (256, 320))
-    pixels = max(cfg.view.short_sides)*cfg.view.max_side
-    one = max(small, small+(large-small)/(320**2-256**2)*(pixels-256**2)) if pixels > 256**2 else small*pixels/256**2
-    return round((20*weights+images_a_batch(cfg)*one+.9e9)/2**20)
-
-# %% ../nbs/45_ablate.ipynb #84de71e7
-@functools.cache
-def _opened(spec, split): # -> why it cannot be opened, or ''
-    try: open_dataset(spec, split)
-    except SemiDETRError as e: return str(e)
-    return ''
-
-@functools.cache
-def look(
-    data, # DataConfig
-    test:bool=True, # is the test split needed?
-)->tuple: # (images with labels, images without) or None, and what is wrong
-    "Open all data of a run"
-    wrong = [w for spec, split in ((data.data, 'train'), (data.val or data.data if test else '', 'val'), (data.unlabelled, 'train')) if spec and (w := _opened(spec, split))]
-    if wrong: return None, tuple(wrong)
-    try: d = build_data(data)
-    except SemiDETRError as e: return None, (str(e),)
-    return (len(d.labelled), len(d.unlabelled or ())), ()
-
-def dry_run(
-    runs:list, # of Run
-    results, # folder of records: a run with the same hash was measured
-    processes:int=1,
-): # yields lines; at last those that begin with 'missing: '
-    "What would run, and what is missing for it"
-    measured = {r['hash']: r['peak_memory_mb'] for path in Path(results).rglob('seed*.json') for s in [json.loads(path.read_text())] for r in [s['burn_in'], *s['arms'].values()] if r}
-    rows, missing = [], {}
-    for r in runs:
-        key, (counts, wrong) = config_hash(r.cfg), look(dataclasses.replace(r.cfg.data, fold=0), r.cfg.run.test)
-        missing |= dict.fromkeys(wrong)
-        images = f'{counts[0]} / {counts[1]}' if counts else '?'
-        memory = f'{measured[key]} MB measured' if key in measured else f'about {memory_estimate(r.cfg)/1024:.1f} GB'
-        rows.append([r.title, key, r.cfg.optim.iters, images_a_batch(r.cfg)*r.cfg.optim.accumulate*processes, images, 'no data' if wrong else state(r), memory])
-    heads = ['run', 'hash', 'iterations', 'images a step', 'labelled / unlabelled', 'state', 'memory']
-    widths = [max(len(str(row[i])) for row in [heads, *rows]) for i in range(len(heads))]
-    for row in [heads, *rows]: yield '  '.join(f'{c!s:<{w}}' for c, w in zip(row, widths)).rstrip()
-    yield f'{len(runs)} runs. Memory of one process: measured where a record has the same hash; else weights, gradients, moments and what autograd keeps for an image, counted on small images and continued to the largest view, plus 0.9 GB of libraries.'
-    for w in missing: yield f'missing: {w}'
-
 # %% ../nbs/45_ablate.ipynb #81ddd9fc
 def find_book()->Path: # top folder of the checkout
     "The checkout that this is run in"
@@ -332,6 +260,7 @@ def read_options(
     if bad := [i for i in items if '=' not in i]: raise ConfigError(f"--option '{bad[0]}' is not of the form key=value, e.g. timeout_min=600")
     return {k: int(v) if v.isdigit() else v for k, _, v in (i.partition('=') for i in items)}
 
+# %% ../nbs/45_ablate.ipynb #034e5082
 def ablate(
     names:list, # of studies
     scale:str='', seeds=None, data:str='', # see `plan`
@@ -341,18 +270,15 @@ def ablate(
     engine:str='local', # one of ENGINES
     options:dict=None, # of `SubmititEngine`
     processes:int=1, # of each run, started by torchrun
-    dry:bool=False, # only say what would run
+    dry=None, # function of runs, results, processes, say that is called instead of running: `dry_run` (@sec-dry-run)
     progress:bool=True,
     say=print,
-)->list: # lines: why runs failed, or in a dry run what is missing
+)->list: # why runs failed, a line each
     "Run studies in the checkout that is the working directory"
     if engine not in ENGINES: raise ConfigError(f"engine '{engine}' is unknown; {suggest(engine, ENGINES)}")
     runs = [r for name in dict.fromkeys(names) for r in plan(STUDIES, name, scale, seeds, out, data)]
     results = results or (Path(out)/'results' if scale == 'smoke' else STUDIES.parent/'results')
-    if dry:
-        lines = list(dry_run(runs, results, processes))
-        for line in lines: say(line)
-        return [line for line in lines if line.startswith('missing: ')]
+    if dry: return dry(runs, results, processes, say)
     need('papermill', 'a study'); check_notebook(NOTEBOOK)
     jobs = jobs or (len(runs) if engine == 'slurm' else usable_cores())
     where = LocalEngine(jobs) if engine == 'local' else SubmititEngine(Path(out)/'jobs', engine.removeprefix('submitit-'), options)

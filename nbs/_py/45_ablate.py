@@ -13,8 +13,6 @@
 # %%
 #| export
 import contextlib
-import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -23,17 +21,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-import torch
 from tqdm import tqdm
 from semidetr.config import Config, config_hash, load_config, override, to_dict
-from semidetr.core import ConfigError, SemiDETRError, atomic_write, suggest
-from semidetr.datasets import open_dataset
-from semidetr.detector import Detector
-from semidetr.evaluation import same_rng
+from semidetr.core import ConfigError, atomic_write, suggest
 from semidetr.machine import usable_cores
 from semidetr.pages import need
-from semidetr.study import branches, finished, load_study, read_studies, record
-from semidetr.trainer import build_data
+from semidetr.study import branches, finished, load_study, record
 
 # %%
 #| hide
@@ -340,98 +333,6 @@ def run_all(
 
 
 # %% [markdown]
-# ## Before the first iteration
-#
-# `--dry-run` builds every configuration, opens its data, and says what would run. How much memory a run takes is estimated from what it must keep: $w$ weights in five copies (student, gradient, two moments, teacher) and, for each image of the student, all that autograd saves between forward and backward pass. The saved bytes are counted on two small images, $b_1$ at $p_1$ pixels and $b_2$ at $p_2$, and continued in a straight line to the $p$ pixels of the largest view:
-#
-# $$
-# M \approx 5 \cdot 4\,w + n\,\Bigl(b_1 + \frac{b_2-b_1}{p_2-p_1}\,(p-p_1)\Bigr) + 0.9\,\mathrm{GB},
-# $$ {#eq-ablate-memory}
-#
-# with $n$ images in a batch of one process, and 0.9 GB for the libraries. Losses, other views and fragments of freed memory come on top.
-
-# %%
-#| export
-@functools.cache
-def _kept(detector, side): # -> (weights, bytes that autograd keeps for one image of side x side)
-    model = Detector(dataclasses.replace(detector, num_classes=detector.num_classes or 80, backbone=dataclasses.replace(detector.backbone, weights='none'))).train()
-    own, seen = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-    def note(x):
-        seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): out = model(torch.rand(1, 3, side, side)) # noqa: F841 (kept alive: addresses are counted once)
-    return sum(p.numel() for p in model.parameters()), sum(b for k, b in seen.items() if k not in own)
-
-def images_a_batch(
-    cfg, # Config
-)->int: # on one process
-    "Images that the student sees between two backward passes"
-    return cfg.loader.n_labelled+(cfg.loader.n_unlabelled if cfg.method.name != 'supervised' else 0)
-
-def memory_estimate(
-    cfg, # Config
-)->int: # MB, one process
-    "@eq-ablate-memory"
-    with same_rng(): (weights, small), (_, large) = (_kept(cfg.detector, side) for side in (256, 320))
-    pixels = max(cfg.view.short_sides)*cfg.view.max_side
-    one = max(small, small+(large-small)/(320**2-256**2)*(pixels-256**2)) if pixels > 256**2 else small*pixels/256**2
-    return round((20*weights+images_a_batch(cfg)*one+.9e9)/2**20)
-
-
-# %%
-about = memory_estimate(override(toy[2].cfg, ['loader.n_labelled=4', 'loader.n_unlabelled=8']))
-assert 900 < about < 2000
-about
-
-
-# %%
-#| export
-@functools.cache
-def _opened(spec, split): # -> why it cannot be opened, or ''
-    try: open_dataset(spec, split)
-    except SemiDETRError as e: return str(e)
-    return ''
-
-@functools.cache
-def look(
-    data, # DataConfig
-    test:bool=True, # is the test split needed?
-)->tuple: # (images with labels, images without) or None, and what is wrong
-    "Open all data of a run"
-    wrong = [w for spec, split in ((data.data, 'train'), (data.val or data.data if test else '', 'val'), (data.unlabelled, 'train')) if spec and (w := _opened(spec, split))]
-    if wrong: return None, tuple(wrong)
-    try: d = build_data(data)
-    except SemiDETRError as e: return None, (str(e),)
-    return (len(d.labelled), len(d.unlabelled or ())), ()
-
-def dry_run(
-    runs:list, # of Run
-    results, # folder of records: a run with the same hash was measured
-    processes:int=1,
-): # yields lines; at last those that begin with 'missing: '
-    "What would run, and what is missing for it"
-    measured = {r['hash']: r['peak_memory_mb'] for path in Path(results).rglob('seed*.json') for s in [json.loads(path.read_text())] for r in [s['burn_in'], *s['arms'].values()] if r}
-    rows, missing = [], {}
-    for r in runs:
-        key, (counts, wrong) = config_hash(r.cfg), look(dataclasses.replace(r.cfg.data, fold=0), r.cfg.run.test)
-        missing |= dict.fromkeys(wrong)
-        images = f'{counts[0]} / {counts[1]}' if counts else '?'
-        memory = f'{measured[key]} MB measured' if key in measured else f'about {memory_estimate(r.cfg)/1024:.1f} GB'
-        rows.append([r.title, key, r.cfg.optim.iters, images_a_batch(r.cfg)*r.cfg.optim.accumulate*processes, images, 'no data' if wrong else state(r), memory])
-    heads = ['run', 'hash', 'iterations', 'images a step', 'labelled / unlabelled', 'state', 'memory']
-    widths = [max(len(str(row[i])) for row in [heads, *rows]) for i in range(len(heads))]
-    for row in [heads, *rows]: yield '  '.join(f'{c!s:<{w}}' for c, w in zip(row, widths)).rstrip()
-    yield f'{len(runs)} runs. Memory of one process: measured where a record has the same hash; else weights, gradients, moments and what autograd keeps for an image, counted on small images and continued to the largest view, plus 0.9 GB of libraries.'
-    for w in missing: yield f'missing: {w}'
-
-
-# %%
-lines = list(dry_run(toy, 'none'))
-assert len(lines) == 8 and 'about' in lines[1] and 'new' in lines[1]
-print(*(line[:95] for line in lines[:-1]), sep='\n')
-
-
-# %% [markdown]
 # ## The command
 #
 # `semidetr ablate` (@sec-cli) calls `ablate` in the top folder of the checkout.
@@ -460,6 +361,9 @@ def read_options(
     if bad := [i for i in items if '=' not in i]: raise ConfigError(f"--option '{bad[0]}' is not of the form key=value, e.g. timeout_min=600")
     return {k: int(v) if v.isdigit() else v for k, _, v in (i.partition('=') for i in items)}
 
+
+# %%
+#| export
 def ablate(
     names:list, # of studies
     scale:str='', seeds=None, data:str='', # see `plan`
@@ -469,18 +373,15 @@ def ablate(
     engine:str='local', # one of ENGINES
     options:dict=None, # of `SubmititEngine`
     processes:int=1, # of each run, started by torchrun
-    dry:bool=False, # only say what would run
+    dry=None, # function of runs, results, processes, say that is called instead of running: `dry_run` (@sec-dry-run)
     progress:bool=True,
     say=print,
-)->list: # lines: why runs failed, or in a dry run what is missing
+)->list: # why runs failed, a line each
     "Run studies in the checkout that is the working directory"
     if engine not in ENGINES: raise ConfigError(f"engine '{engine}' is unknown; {suggest(engine, ENGINES)}")
     runs = [r for name in dict.fromkeys(names) for r in plan(STUDIES, name, scale, seeds, out, data)]
     results = results or (Path(out)/'results' if scale == 'smoke' else STUDIES.parent/'results')
-    if dry:
-        lines = list(dry_run(runs, results, processes))
-        for line in lines: say(line)
-        return [line for line in lines if line.startswith('missing: ')]
+    if dry: return dry(runs, results, processes, say)
     need('papermill', 'a study'); check_notebook(NOTEBOOK)
     jobs = jobs or (len(runs) if engine == 'slurm' else usable_cores())
     where = LocalEngine(jobs) if engine == 'local' else SubmititEngine(Path(out)/'jobs', engine.removeprefix('submitit-'), options)
