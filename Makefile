@@ -62,11 +62,10 @@ bench: .venv/.bench-installed
 	@touch $@
 
 # --- the studies: all of them for a few iterations, or those whose records are committed, over again -------------------
-STUDIES := nbs/ablations/studies.toml
 ablations-smoke: $(STAMP)
-	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && $(BIN)/semidetr ablate $$(sed -n 's/^\[\([a-z0-9_]*\)\].*/\1/p' $(STUDIES)) --scale smoke --out "$$out" $(ABLATE)
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && $(BIN)/semidetr ablate all --scale smoke --out "$$out" $(ABLATE)
 ablations: $(STAMP)
-	@$(KEEP_MEMORY) $(BIN)/semidetr ablate $(sort $(foreach f,$(wildcard nbs/ablations/results/*/seed*.json nbs/ablations/results/*/*/seed*.json),$(word 4,$(subst /, ,$(f))))) $(ABLATE)
+	@$(KEEP_MEMORY) $(BIN)/semidetr ablate $(filter-out %-gpu,$(sort $(foreach f,$(wildcard nbs/ablations/results/*/seed*.json nbs/ablations/results/*/*/seed*.json),$(word 4,$(subst /, ,$(f)))))) $(ABLATE)
 
 clean:
 	rm -rf _docs build .pytest_cache .ruff_cache

@@ -266,7 +266,7 @@ def demo(out:Out=Path('runs/demo'), labels:_opt(int, 'number of labelled scenes'
     run_demo(_free(out), labels, tuple(seed), not quiet, workers, _say)
 
 @command('ablate')
-def run_studies(study:Annotated[list[str], typer.Argument(help='names in nbs/ablations/studies.toml')], scale:_opt(str, 'smoke, small or gpu; default: that of the study')='',
+def run_studies(study:Annotated[list[str], typer.Argument(help='names in nbs/ablations/studies.toml, or all')], scale:_opt(str, 'smoke, small or gpu; default: that of the study')='',
     seeds:_opt(str, 'e.g. 0,1,2 or 0-4; default: those of the study')='', jobs:_opt(int, 'runs at a time, one thread each; 0: one a core, with Slurm all', '--jobs', '-j', min=0)=0,
     dry_run:_opt(bool, 'print what would run, and what is missing for it', '--dry-run', '-n')=False, data:_opt(str, f'another data set: {_HINT}', '--data', '-d')='',
     out:_opt(Path, 'folder of the runs; default: runs/studies in the checkout', '--out', '-o')=None, results:_opt(Path, 'folder of the records; default: nbs/ablations/results, at scale smoke OUT/results')=None,

@@ -184,11 +184,11 @@ def study_table(
     studies, scales = read_studies(path)
     if name not in studies: raise ConfigError(f"{path}: has no study '{name}'; {suggest(name, studies)}")
     s = studies[name]
-    scale = scale or s.get('scale', 'small')
-    known = [k for k in SCALES if k in (s.get('scale', 'small'), *s, *scales)]
+    home = s.get('scale', 'small')
+    scale, known = scale or home, [k for k in SCALES if k in (home, *s, *scales)]
     if scale not in known: raise ConfigError(f"{path}: study {name} has no scale '{scale}'; known: {', '.join(known)}")
     own = s.get(scale, {})
-    s = {**s, **own, 'arms': {**s.get('arms', {}), **own.get('arms', {})}, 'at': scale, 'home': scale == s.get('scale', 'small')}
+    s = {**s, **own, 'arms': {**s.get('arms', {}), **own.get('arms', {})}, 'at': scale, 'home': scale == home}
     if missing := [k for k in ('preset', 'arms') if not s.get(k)]: raise ConfigError(f'{path}: study {name} lacks {", ".join(missing)}')
     if 'burn_in' in s['arms']: raise ConfigError(f"{path}: study {name}: an arm cannot be called 'burn_in'; choose another name")
     return s, scales.get(scale, {})

@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import signal
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,11 +27,10 @@ from semidetr.config import Config, config_hash, load_config, override, to_dict
 from semidetr.core import ConfigError, atomic_write, suggest
 from semidetr.machine import usable_cores
 from semidetr.pages import need
-from semidetr.study import branches, finished, load_study, record
+from semidetr.study import branches, finished, load_study, read_studies, record
 
 # %%
 #| hide
-import tempfile
 import matplotlib.pyplot as plt
 
 # %% [markdown]
@@ -125,6 +125,8 @@ def check_notebook(
 def _kernels(alive): # class of kernel managers that note their process in the set `alive`
     from jupyter_client import AsyncKernelManager
     class Kernel(AsyncKernelManager):
+        def __init__(self, **kwargs): # sockets in files: no port that another process may take meanwhile
+            super().__init__(transport='ipc' if os.name == 'posix' else 'tcp', connection_file=str(Path(tempfile.mkdtemp())/'kernel.json'), **kwargs)
         async def start_kernel(self, **kwargs):
             env = {'OMP_NUM_THREADS': '1', **os.environ}
             env.pop('MPLBACKEND', None) # pictures go into the notebook
@@ -365,7 +367,7 @@ def read_options(
 # %%
 #| export
 def ablate(
-    names:list, # of studies
+    names:list, # of studies; 'all': every study that has the scale
     scale:str='', seeds=None, data:str='', # see `plan`
     out='runs/studies',
     results='', # folder of the records; '': that of the book, at scale smoke one in `out`
@@ -379,6 +381,8 @@ def ablate(
 )->list: # why runs failed, a line each
     "Run studies in the checkout that is the working directory"
     if engine not in ENGINES: raise ConfigError(f"engine '{engine}' is unknown; {suggest(engine, ENGINES)}")
+    studies, scales = read_studies(STUDIES)
+    if 'all' in names: names = [n for n, s in studies.items() if not scale or scale in (s.get('scale', 'small'), *s, *scales)]
     runs = [r for name in dict.fromkeys(names) for r in plan(STUDIES, name, scale, seeds, out, data)]
     results = results or (Path(out)/'results' if scale == 'smoke' else STUDIES.parent/'results')
     if dry: return dry(runs, results, processes, say)
