@@ -6,7 +6,6 @@ from conftest import ROOT
 from semidetr import ablate as A, cli
 from semidetr.checkpoint import load_checkpoint
 from semidetr.config import config_hash, override
-from semidetr.core import ConfigError
 from semidetr.datasets import open_dataset
 from test_trainer import TINY
 

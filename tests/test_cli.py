@@ -79,7 +79,7 @@ def run(tmp_path_factory, coco):
     return out
 
 # --- help, version, usage ---------------------------------------------------------------------------------------------
-COMMANDS = ['build-ops', 'demo', 'doctor', 'eval', 'predict', 'site', 'split', 'train']
+COMMANDS = ['ablate', 'build-ops', 'demo', 'doctor', 'eval', 'predict', 'site', 'split', 'train']
 
 def test_help_is_fast():
     "Nothing heavy is imported before a command needs it, and never the tools of the book"
