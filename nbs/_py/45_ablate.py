@@ -77,9 +77,13 @@ def plan(
         for arm, (cfg, folder) in made.items():
             often = min(cfg.run.checkpoint_every, max(1, cfg.optim.iters//4)) # neither this nor the threads is part of the hash
             cfg = override(cfg, [f'run.threads={cfg.run.threads or 1}', f'run.checkpoint_every={often}'])
-            runs.append(Run(name, s['scale'], group, seed, arm, where.as_posix(), cfg, folder, None if arm == 'burn_in' else start))
+            runs.append(r := Run(name, s['scale'], group, seed, arm, where.as_posix(), cfg, folder, None if arm == 'burn_in' else start))
+            if cfg.run.amp == 'auto': raise ConfigError(f'{path}: {r.title}: run.amp=auto may choose another precision for another arm; write off, bf16 or fp16')
     return runs
 
+
+# %%
+#| export
 def state(
     run:Run,
 )->str: # 'finished', 'resumable', 'new' or 'other settings'
@@ -245,6 +249,9 @@ def drive(
         raise KeyboardInterrupt('stopped; the same command goes on from there') from None
     return failed
 
+
+# %%
+#| export
 def _wind_up(engine, running): # every run may save a checkpoint; a second Ctrl-C ends them at once
     try:
         engine.stop()
