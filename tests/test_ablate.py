@@ -66,9 +66,9 @@ def fake(tmp_path, monkeypatch, shell):
 
 def stamps(folder): return {p: p.stat().st_mtime_ns for p in folder.rglob('*') if p.is_file()}
 def numbers(path):
-    "What must not depend on how a study was run: all of its record but times, memory and places"
+    "What must not depend on how a study was run: all of its record but times, memory and the commit"
     def strip(x):
-        if isinstance(x, dict): return {k: strip(v) for k, v in x.items() if k not in ('seconds', 'cpu_seconds', 'peak_memory_mb')}
+        if isinstance(x, dict): return {k: strip(v) for k, v in x.items() if k not in ('seconds', 'cpu_seconds', 'peak_memory_mb', 'commit')}
         return [strip(v) for v in x] if isinstance(x, list) else x
     return json.dumps(strip(json.loads(path.read_text())))
 
