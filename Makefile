@@ -6,6 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO ?=
 BENCH ?=
+ABLATE ?=
 
 # two cores are used best by two processes of one thread each; a fixed hash seed keeps the order of sets
 export OMP_NUM_THREADS ?= 1
@@ -15,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # glibc gives memory back to the system and asks for it again at every step; on some machines keeping it saves much of a training step on a CPU
 KEEP_MEMORY := env MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
 
-.PHONY: help book test bench env site nb nb-export clean
+.PHONY: help book test bench ablations ablations-smoke env site nb nb-export clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +24,7 @@ help:
 	@echo 'make test   environment and every check'
 	@echo 'make site   the site alone'
 	@echo 'make bench  all timings, about ten minutes on a quiet machine, and their page; BENCH=--quick: a smoke version without the page'
+	@echo 'make ablations-smoke  every study of the book, seconds a run, into a temporary folder; make ablations  those whose records are committed, hours'
 	@echo 'make nb NB=10_attention   bring the text of one notebook into it, export its module, run it'
 
 # --- the environment: built from the project's own files, and again only when they change ------------------------------
@@ -58,6 +60,12 @@ bench: .venv/.bench-installed
 .venv/.bench-installed: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --no-input -e '.[bench]'
 	@touch $@
+
+# --- the studies: all of them for a few iterations, or those whose records are committed, over again -------------------
+ablations-smoke: $(STAMP)
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && $(BIN)/semidetr ablate all --scale smoke --out "$$out" $(ABLATE)
+ablations: $(STAMP)
+	@$(KEEP_MEMORY) $(BIN)/semidetr ablate $(filter-out %-gpu,$(sort $(foreach f,$(wildcard nbs/ablations/results/*/seed*.json nbs/ablations/results/*/*/seed*.json),$(word 4,$(subst /, ,$(f)))))) $(ABLATE)
 
 clean:
 	rm -rf _docs build .pytest_cache .ruff_cache

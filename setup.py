@@ -18,7 +18,7 @@ setup(
                  "Topic :: Scientific/Engineering :: Artificial Intelligence", "Topic :: Scientific/Engineering :: Image Recognition"],
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
     package_data={cfg["lib_path"]: words("package_data")}, include_package_data=False,
-    python_requires=">=" + cfg["min_python"], install_requires=words("requirements"), extras_require={"book": words("book_requirements"), "bench": words("bench_requirements")},
+    python_requires=">=" + cfg["min_python"], install_requires=words("requirements"), extras_require={"book": words("book_requirements"), "bench": words("bench_requirements"), "cluster": words("cluster_requirements")},
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,
 )

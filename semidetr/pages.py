@@ -25,10 +25,12 @@ def fail(
 
 def need(
     module:str, # a module of the extra [book]
+    who:str='the site', # that needs it
+    extra:str='book',
 ):
     "Import it, or say in one line what to install"
     try: return import_module(module)
-    except ImportError as e: fail(f"the site needs '{e.name}', which comes with the extra [book]: in a checkout of the project run `pip install -e .[book]`")
+    except ImportError as e: fail(f"{who} needs '{e.name}', which comes with the extra [{extra}]: in a checkout of the project run `pip install -e .[{extra}]`")
 
 def read_book(
     root='.', # folder of the checkout, which holds `_quarto.yml`

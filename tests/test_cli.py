@@ -2,7 +2,7 @@
 import json, os, shutil, signal, subprocess, sys, time
 import numpy as np, pytest, typer
 from PIL import Image
-from semidetr import cli
+from semidetr import cli, terminal
 from semidetr.checkpoint import load_checkpoint
 from semidetr.core import DataError
 from test_trainer import TINY
@@ -79,7 +79,7 @@ def run(tmp_path_factory, coco):
     return out
 
 # --- help, version, usage ---------------------------------------------------------------------------------------------
-COMMANDS = ['build-ops', 'demo', 'doctor', 'eval', 'predict', 'site', 'split', 'train']
+COMMANDS = ['ablate', 'build-ops', 'demo', 'doctor', 'eval', 'predict', 'site', 'split', 'train']
 
 def test_help_is_fast():
     "Nothing heavy is imported before a command needs it, and never the tools of the book"
@@ -101,7 +101,7 @@ def test_every_command_has_an_example_that_parses(shell, name):
     assert code == 0
     example = ' '.join(out.split('Example: ')[1].split('\n\n')[0].split()).split()
     assert example[:2] == ['semidetr', name]
-    command = typer.main.get_command(cli.app).commands[name]
+    command = typer.main.get_command(terminal.app).commands[name]
     command.make_context(name, example[2:])
 
 def test_changed_data_are_not_an_old_result(refused, run, coco, tmp_path):

@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 from semidetr.core import ConfigError
 import semidetr.demo as demo
-from semidetr.config import override
-from semidetr.study import load_study, run_study
+from semidetr.config import config_hash, override
+from semidetr.ablate import plan
+from semidetr.study import load_study, read_studies
 from test_trainer import TINY
 
 BOOK = Path(__file__).parent.parent/'nbs'/'ablations'/'studies.toml'
@@ -27,25 +28,91 @@ def test_unknown_study_and_file(tmp_path):
     with pytest.raises(ConfigError, match='no such file'): load_study(tmp_path/'none.toml', 'toy')
 
 def test_the_studies_of_the_book_are_valid():
-    import tomllib
-    for name in tomllib.loads(BOOK.read_text()): assert load_study(BOOK, name)['arms']
+    "At every scale that they have; the built-in data have digits of all studies at smoke scale"
+    for name in read_studies(BOOK)[0]:
+        assert load_study(BOOK, name)['arms']
+        small = load_study(BOOK, name, 'smoke')
+        assert all(c.data.data.startswith('digits:') and not c.data.unlabelled for c in small['groups'].values())
+        assert all(override(c, arm).optim.iters <= 10 for c in small['groups'].values() for arm in small['arms'].values())
 
-def test_run_keep_and_look_up(tmp_path):
-    path = write(tmp_path)
-    a = run_study(path, 'toy', tmp_path/'runs', tmp_path/'results', (0,), progress=False)
-    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path/'runs').rglob('last.pt')}
-    b = run_study(path, 'toy', tmp_path/'runs', tmp_path/'results', (0,), progress=False)
-    assert json.dumps(a) == json.dumps(b) and len(stamps) == 3 and stamps == {p: p.stat().st_mtime_ns for p in (tmp_path/'runs').rglob('last.pt')}
-    kept = json.loads((tmp_path/'results'/'toy'/'seed0.json').read_text())
-    assert kept['seed'] == 0 and set(kept['arms']) == {'supervised', 'semi_detr'} and kept['arms']['semi_detr']['curve']['con_boxes'][-1] > 0
-    assert kept['arms']['semi_detr']['iterations'] == 2 and kept['burn_in']['hash'] != kept['arms']['supervised']['hash']
+def test_the_paper_scale_is_the_paper():
+    "8 processes of 5 images, 120 000 iterations, half of them one-to-many; 1, 5 and 10 percent in five folds"
+    runs = plan(BOOK, 'coco_partial')
+    assert len(runs) == 3*5*3 and {(r.cfg.data.percent, r.cfg.data.fold) for r in runs} == {(p, f) for p in (1., 5., 10.) for f in range(5)} and all(r.start is None for r in runs)
+    c = next(r.cfg for r in runs if r.arm == 'semi_detr')
+    assert (c.loader.n_labelled, c.loader.n_unlabelled, c.optim.iters, c.method.T1, c.method.burn_in_iters, c.optim.lr) == (1, 4, 120_000, 60_000, 0, 1e-4)
+    full, voc = (plan(BOOK, n)[-1].cfg for n in ('coco_full', 'voc'))
+    assert (full.loader.n_labelled, full.loader.n_unlabelled, full.method.unsup_weight, full.optim.iters) == (4, 4, 2., 240_000) and (voc.optim.iters, voc.method.T1) == (80_000, 40_000)
+    parts = {r.arm: r.cfg for r in plan(BOOK, 'components', 'gpu')}
+    assert list(parts) == ['supervised', 'mean_teacher', 'shm', 'shm_cqc', 'shm_cqc_cpm'] and parts['shm_cqc_cpm'].method.T1 == 60_000 and parts['shm'].consistency.weight == 0 and parts['mean_teacher'].method.T1 == 0
+
+def test_committed_records_are_found_again():
+    "What `semidetr ablate` would run today has the hashes of the committed records"
+    seen = 0
+    for path in (BOOK.parent/'results').rglob('seed*.json'):
+        r = json.loads(path.read_text())
+        now = {x.arm: config_hash(x.cfg) for x in plan(BOOK, r['study'], r.get('scale', ''), [r['seed']]) if x.group == r.get('group', '')}
+        assert now == {arm: a['hash'] for arm, a in {'burn_in': r['burn_in'], **r['arms']}.items() if a}, path
+        seen += 1
+    assert seen >= 3
+
+TABLE = """
+[toy]
+preset = "digits"
+seeds = [3, 4]
+base = ["optim.lr=1"]
+burn_in = ["optim.lr=2"]
+later = ["optim.lr=3", "optim.clip=3"]
+last = ["optim.warmup=5"]
+[toy.groups.labels]
+p1 = ["data.percent=1"]
+p5 = ["data.percent=5"]
+[toy.groups.data]
+a = ["data.split_seed=1"]
+b = ["data.split_seed=2"]
+[toy.arms]
+x = []
+y = ["optim.clip=4"]
+[toy.gpu]
+burn_in = []
+[toy.gpu.arms]
+x = ["optim.clip=9"]
+[scales.smoke]
+seeds = [0]
+last = ["optim.iters=1"]
+"""
+def test_groups_and_scales(tmp_path):
+    path = tmp_path/'s.toml'
+    path.write_text(TABLE)
+    runs = plan(path, 'toy')
+    assert [(r.group, r.seed, r.arm) for r in runs[:4]] == [('p1-a', 3, 'burn_in'), ('p1-a', 3, 'x'), ('p1-a', 3, 'y'), ('p1-a', 4, 'burn_in')] and len(runs) == 4*2*3 and len({r.folder for r in runs}) == 24
+    start, x, y = (r.cfg for r in runs[:3])
+    assert (start.optim.lr, start.optim.warmup, start.method.name, start.run.test) == (2, 5, 'supervised', False)
+    assert (x.optim.lr, x.optim.clip, y.optim.clip, y.optim.warmup) == (3, 3, 4, 5) and x.run.init == str(runs[0].folder) == str(runs[1].start)
+    assert {(r.cfg.data.percent, r.cfg.data.split_seed) for r in runs} == {(1, 1), (1, 2), (5, 1), (5, 2)} and {r.where for r in runs} == {f'toy/{g}' for g in ('p1-a', 'p1-b', 'p5-a', 'p5-b')}
+    gpu = plan(path, 'toy', 'gpu', [0])
+    assert [r.arm for r in gpu[:2]] == ['x', 'y'] and gpu[0].cfg.optim.clip == 9 and gpu[0].start is None and gpu[0].cfg.run.init == '' and gpu[0].where == 'toy-gpu/p1-a'
+    smoke = plan(path, 'toy', 'smoke', data='digits:n=9')
+    assert {r.seed for r in smoke} == {0} and {r.cfg.optim.iters for r in smoke} == {1} and {r.cfg.data.data for r in smoke} == {'digits:n=9'}
+
+@pytest.mark.parametrize('old,new,words', [('later =', 'latter =', ["'latter'", "'later'"]), ('[toy.gpu]\n', '[toy.gpu]\nburnin = []\n', ['toy.gpu', "'burnin'", "'burn_in'"]), ('x = []', 'burn_in = []', ['burn_in', 'another name']),
+    ('"data.percent=1"', '"data.percnt=1"', ['toy', 'p1-a', 'data.percnt', 'percent']), ('"optim.clip=9"', '"optim.clip=much"', ['optim.clip', 'float']), ('[scales.smoke]\n', '[scales.smoke]\nlest = []\n', ['scales.smoke', "'lest'"])])
+def test_misspelt_keys(tmp_path, old, new, words):
+    path = tmp_path/'s.toml'
+    assert old in TABLE
+    path.write_text(TABLE.replace(old, new))
+    with pytest.raises(ConfigError) as e: plan(path, 'toy', 'gpu')
+    assert all(w in str(e.value) for w in words) and '\n' not in str(e.value), str(e.value)
+
+def test_unknown_scale(tmp_path):
+    with pytest.raises(ConfigError, match='precision has no scale .gpu.; known: smoke, small'): load_study(BOOK, 'precision', 'gpu')
 
 def test_the_demonstration_is_part_of_the_component_study():
     "One set of settings, written in the package and in the file of studies: they may not drift apart"
     study = load_study(BOOK, 'components')
     assert study['burn_in'] == demo.BURN_IN
     for arm, name in dict(supervised='supervised', mean_teacher='mean_teacher', semi_detr='shm_cqc_cpm').items():
-        mine, theirs = (override(study['base'], [*items, 'loader.n_unlabelled=8', 'method.unsup_weight=2', 'pseudo.threshold=0.3']) for items in (demo.LATER+demo.ARMS[arm], study['arms'][name]))
+        mine, theirs = (override(study['groups'][''], [*items, 'loader.n_unlabelled=8', 'method.unsup_weight=2', 'pseudo.threshold=0.3']) for items in (demo.LATER+demo.ARMS[arm], study['arms'][name]))
         assert mine == theirs, arm
 
 def test_demonstration_runs_every_arm_and_other_settings_elsewhere(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import tempfile
 
 # %%
 #| export
-import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -23,7 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 from semidetr.config import config_hash, override, preset, to_dict, from_dict
-from semidetr.core import ConfigError, DataError, SemiDETRError, atomic_write, suggest
+from semidetr.core import ConfigError, DataError, SemiDETRError, suggest
 from semidetr.datasets import open_dataset
 from semidetr.machine import choose_amp, prepare
 from semidetr.trainer import Trainer
@@ -88,25 +88,34 @@ def run_many(
 
 # %%
 #| export
-def paired(
+def branches(
     base, # Config: data, split, detector, optimiser of all runs
-    burn_in:list, # overrides of the shared start, `group.field=value`
+    burn_in:list, # overrides of the shared start, `group.field=value`; empty: no shared start
     arms:dict, # name -> overrides of a continuation
-    folder, # runs go to folder/<name>
-    seeds=(0,), # each seeds the run and is the fold of the split
+    folder, # of the study
+    seed:int=0, # of the run, and the fold of the split
+)->dict: # name -> (Config, folder of the run); the shared start, `burn_in`, comes first
+    "The runs of one seed: a burn-in, and every arm from its checkpoint"
+    base, folder, start = override(base, [f'run.seed={seed}', f'data.fold={seed}']), Path(folder)/f'seed{seed}', []
+    runs = {}
+    if burn_in:
+        own = burn_in if 'run.test' in str(burn_in) else [*burn_in, 'run.test=false']
+        runs['burn_in'] = override(base, ['method.name=supervised', 'method.burn_in_iters=0', *own])
+        start = ['method.burn_in_iters=0', f"run.init={folder/'burn_in'}"]
+    runs |= {name: override(base, [*start, *own]) for name, own in arms.items()}
+    return {name: (cfg, folder/name) for name, cfg in runs.items()}
+
+def paired(
+    base, burn_in:list, arms:dict, folder, # see `branches`
+    seeds=(0,),
     workers:int=0,
     progress:bool=True,
 )->list: # of dict(seed, burn_in=result, arms={name: result})
     "For each seed one burn-in and, from its checkpoint, every arm"
-    folder, seeded = Path(folder), {s: override(base, [f'run.seed={s}', f'data.fold={s}']) for s in seeds}
-    if 'run.test' not in str(burn_in): burn_in = [*burn_in, 'run.test=false']
-    first = [(override(override(c, ['method.name=supervised', 'method.burn_in_iters=0']), burn_in), folder/f'seed{s}'/'burn_in') for s, c in seeded.items()]
-    starts = run_many(first, workers, progress)
-    init = lambda s: f"run.init={folder/f'seed{s}'/'burn_in'}"
-    second = [(override(c, ['method.burn_in_iters=0', init(s), *o]), folder/f'seed{s}'/name) for s, c in seeded.items() for name, o in arms.items()]
-    ends = run_many(second, workers, progress)
-    n = len(arms)
-    return [dict(seed=s, burn_in=starts[i], arms=dict(zip(arms, ends[i*n:(i+1)*n]))) for i, s in enumerate(seeds)]
+    runs = [branches(base, burn_in, arms, folder, s) for s in seeds]
+    starts = run_many([r['burn_in'] for r in runs], workers, progress)
+    ends = iter(run_many([r[name] for r in runs for name in arms], workers, progress))
+    return [dict(seed=s, burn_in=start, arms={name: next(ends) for name in arms}) for s, start in zip(seeds, starts)]
 
 
 # %% [markdown]
@@ -144,53 +153,99 @@ def paired_difference(
 # %% [markdown]
 # ## A study is data
 #
-# Which arms a study has is written down in a TOML file, as settings on top of a common base. A new arm is a new line.
+# Which arms a study has is written down in a TOML file, as settings on top of a common base. A new arm is a new line. `groups` crosses the arms with something else, say the number of labels or the data set: each combination is a group with its own burn-in.
+#
+# The same study runs at several scales. What a *scale* changes is written either in the study (`[name.gpu]`: keys that replace those of the study) or, for all studies at once, under `[scales]`, whose settings come after the study's own.
 
 # %%
 #| export
-def load_study(
-    path, # TOML file: a table for each study with preset, base, burn_in, later and arms
-    name:str, # of the study
-)->dict: # base: Config, burn_in: overrides, arms: name -> overrides
-    "The configurations of a study; every override is tried, so that a misspelt one fails before the first run"
+SCALES = ('smoke', 'small', 'gpu') # seconds on a core, minutes on a core, the paper's machines
+LISTS = ('base', 'burn_in', 'later', 'last') # settings of all runs, of the burn-in, of all arms before and after their own ones
+KEYS = {'about', 'preset', 'scale', 'seeds', 'groups', 'arms', *LISTS, *SCALES}
+
+def read_studies(
+    path, # TOML file
+)->tuple: # studies: name -> table; scales: name -> table
+    "The file of studies; keys that mean nothing are errors"
     path = Path(path)
     if not path.is_file(): raise ConfigError(f'{path}: no such file of studies')
     try: studies = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as e: raise ConfigError(f'{path}: {e}') from None
+    scales = studies.pop('scales', {})
+    for name, s in {**studies, **{f'scales.{k}': v for k, v in scales.items()}}.items():
+        for where, table in {name: s, **{f'{name}.{k}': s[k] for k in SCALES if k in s}}.items():
+            if unknown := sorted(set(table)-KEYS): raise ConfigError(f"{path}: {where} has an unknown key '{unknown[0]}'; {suggest(unknown[0], KEYS)}")
+    return studies, scales
+
+def study_table(
+    path, name:str, scale:str='', # see `load_study`
+)->tuple: # (table of the study at this scale, settings of the scale for all studies)
+    "What the file says about a study at a scale"
+    studies, scales = read_studies(path)
     if name not in studies: raise ConfigError(f"{path}: has no study '{name}'; {suggest(name, studies)}")
     s = studies[name]
-    if missing := {'preset', 'arms'}-set(s): raise ConfigError(f'{path}: study {name} lacks {", ".join(sorted(missing))}')
-    base, burn_in, arms = override(preset(s['preset']), s.get('base', [])), s.get('burn_in', []), {k: s.get('later', [])+v for k, v in s['arms'].items()}
-    for arm, items in dict(burn_in=burn_in, **arms).items():
-        try: override(base, items)
-        except ConfigError as e: raise ConfigError(f'{path}: study {name}, {arm}: {e}') from None
-    return dict(base=base, burn_in=burn_in, arms=arms)
+    home = s.get('scale', 'small')
+    scale, known = scale or home, [k for k in SCALES if k in (home, *s, *scales)]
+    if scale not in known: raise ConfigError(f"{path}: study {name} has no scale '{scale}'; known: {', '.join(known)}")
+    own = s.get(scale, {})
+    s = {**s, **own, 'arms': {**s.get('arms', {}), **own.get('arms', {})}, 'at': scale, 'home': scale == home}
+    if missing := [k for k in ('preset', 'arms') if not s.get(k)]: raise ConfigError(f'{path}: study {name} lacks {", ".join(missing)}')
+    if 'burn_in' in s['arms']: raise ConfigError(f"{path}: study {name}: an arm cannot be called 'burn_in'; choose another name")
+    return s, scales.get(scale, {})
 
-def run_study(
-    path, name:str, # see `load_study`
-    folder, # of the runs
-    results, # folder for one JSON a seed
-    seeds=(0,),
-    workers:int=1,
-    progress:bool=True,
-)->list: # of the records, a dict a seed
-    "Run a study seed by seed and keep each seed's record as soon as it is there"
-    study, out = load_study(path, name), []
-    for seed in seeds:
-        r, = paired(study['base'], study['burn_in'], study['arms'], Path(folder)/name, (seed,), workers, progress)
-        where = Path(folder)/name/f'seed{seed}'
-        r = dict(study=name, seed=seed, burn_in=record(r['burn_in']), arms={arm: record(a, where/arm) for arm, a in r['arms'].items()})
-        atomic_write(Path(results)/name/f'seed{seed}.json', json.dumps(r))
-        out.append(r)
-    return out
+
+# %%
+#| export
+def load_study(
+    path, # TOML file: a table for each study with preset, base, burn_in, groups, later, arms and last
+    name:str, # of the study
+    scale:str='', # one of SCALES; empty: the study's own, `small` unless it says otherwise
+)->dict: # scale, home: is it the study's own?, about, seeds, groups: name -> Config ('' if there are none), burn_in: overrides, arms: name -> overrides
+    "The configurations of a study; every override is tried, so that a misspelt one fails before the first run"
+    s, all_ = study_table(path, name, scale)
+    own, common = ({k: t.get(k, []) for k in LISTS} for t in (s, all_))
+    last = own['last']+common['last']
+    burn_in = [*own['burn_in'], *common['burn_in'], *last] if own['burn_in'] else []
+    arms = {arm: [*own['later'], *common['later'], *items, *last] for arm, items in s['arms'].items()}
+    def tried(where, base, items):
+        try: return override(base, items)
+        except ConfigError as e: raise ConfigError(f'{path}: study {name}, {where}: {e}') from None
+    groups = {}
+    for picked in itertools.product(*(axis.items() for axis in s.get('groups', {}).values())):
+        group, items = '-'.join(k for k, _ in picked), [i for _, v in picked for i in v]
+        groups[group] = tried(group or 'base', tried('preset', preset(all_.get('preset', s['preset'])), own['base']), [*items, *common['base']])
+        for where, changes in dict(burn_in=burn_in, **arms).items(): tried(f'{group}, {where}'.removeprefix(', '), groups[group], changes)
+    return dict(scale=s['at'], home=s['home'], about=s.get('about', ''), seeds=all_.get('seeds', s.get('seeds', [0])), groups=groups, burn_in=burn_in, arms=arms)
 
 
 # %%
 toy_file = Path(tempfile.mkdtemp())/'studies.toml'
-toy_file.write_text('[toy]\npreset="digits"\nbase=["data.count=5"]\nlater=["optim.iters=3"]\n[toy.arms]\nmt=["method.name=mean_teacher"]\n')
+toy_file.write_text("""
+[toy]
+preset = "digits"
+base = ["data.dev=5"]
+burn_in = ["optim.iters=2"]
+later = ["optim.iters=3"]
+[toy.groups.labels]
+five = ["data.count=5"]
+ten = ["data.count=10"]
+[toy.arms]
+mt = ["method.name=mean_teacher"]
+[scales.smoke]
+last = ["optim.iters=1"]
+""")
 toy = load_study(toy_file, 'toy')
-assert toy['base'].data.count == 5 and toy['arms'] == {'mt': ['optim.iters=3', 'method.name=mean_teacher']}
+assert {name: c.data.count for name, c in toy['groups'].items()} == {'five': 5, 'ten': 10} and toy['arms'] == {'mt': ['optim.iters=3', 'method.name=mean_teacher']}
+assert load_study(toy_file, 'toy', 'smoke')['arms']['mt'][-1] == 'optim.iters=1'
 toy['arms']
+
+# %% [markdown]
+# The runs of one seed of a group: where each is kept, how long it is, and what it starts from.
+
+# %%
+ways = branches(toy['groups']['five'], toy['burn_in'], toy['arms'], 'runs/toy/five', seed=1)
+assert list(ways) == ['burn_in', 'mt'] and ways['mt'][0].data.fold == 1
+{str(f): (c.optim.iters, c.run.init) for c, f in ways.values()}
 
 # %% [markdown]
 # ## Why pairs

@@ -1,14 +1,12 @@
 # %% [markdown]
 # # The command line {#sec-cli}
 #
-# > Run the whole book from a shell: `semidetr demo`, `doctor`, `build-ops`, `split`, `train`, `eval`, `predict`, `site`.
+# > Run the whole book from a shell: `semidetr demo`, `doctor`, `build-ops`, `split`, `train`, `eval`, `predict`, `ablate`, `site`.
 #
-# A command that ends in forty lines of traceback because a folder was misspelt teaches its user to fear it. The commands of this chapter hold no logic of their own: each opens what it is given, calls a function of an earlier chapter, and prints. What they add is manners:
+# The commands of this chapter hold no logic of their own: each opens what it is given, calls a function of an earlier chapter, and prints. They share the manners of @sec-terminal: a mistake is one line and exit code 2, results are written whole or not at all, `--help` answers at once. Two more come with training:
 #
-# - a mistake in the input is *one line* on the error stream, `error: ...`, that names file, item and cure; the exit code is 2, and nothing is left half-written. A traceback means a mistake in this package;
 # - Ctrl-C ends a training run after the current iteration with a checkpoint and exit code 130; the same command goes on from there;
-# - a command that was run to its end is not run again: `train` on a finished folder prints its result;
-# - `--help` answers at once, because nothing heavy is imported before a command needs it.
+# - a command that was run to its end is not run again: `train` on a finished folder prints its result.
 
 # %%
 #| default_exp cli
@@ -21,16 +19,15 @@ warnings.filterwarnings('ignore', message='IProgress')
 # %%
 #| export
 import contextlib
-import functools
 import json
 import os
 import shutil
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated
 import typer
 import semidetr
+from semidetr.terminal import Device, Nms, Out, Quiet, Run, _HINT, _bad, _fail, _free, _no_nan, _opt, _say, command, main
 
 # %%
 #| hide
@@ -40,90 +37,6 @@ import matplotlib.pyplot as plt
 from PIL import Image
 from semidetr.core import DataError
 from semidetr.draw import show_image
-
-
-# %% [markdown]
-# ## One line for an error
-#
-# Which errors are the user's to cure? Those that the package raises as `SemiDETRError`; what the operating system says about a file (no permission, disk full); and memory that ran out. `_one_line` turns these into a sentence and leaves everything else alone. It looks the classes up instead of importing them: if torch was never imported, none of its errors can have been raised.
-
-# %%
-#| export
-def _one_line(e): # exception -> sentence for the user, or None if it is a mistake of this package
-    known = getattr(sys.modules.get('semidetr.core'), 'SemiDETRError', ())
-    if isinstance(e, known): return ' '.join(str(e).split())
-    if isinstance(e, OSError) and e.strerror and not isinstance(e, BrokenPipeError):
-        return f'{e.filename}: {e.strerror}; choose another place, or change its permissions' if e.filename else e.strerror
-    if type(e).__name__ in ('OutOfMemoryError', 'MemoryError') or "DefaultCPUAllocator: can't allocate" in str(e):
-        return 'memory ran out; take a smaller loader.n_labelled, loader.n_unlabelled, view.max_side or --batch (optim.accumulate keeps the effective batch)'
-
-def _bad(text): # -> error for a mistake of the user
-    from semidetr.core import DataError
-    return DataError(text)
-
-def _say(text=''):
-    "Print, in the first of several processes"
-    if os.environ.get('RANK', '0') == '0': print(text, flush=True)
-
-def _fail(text, code=2): # -> the exit that ends a command
-    print(text if code == 130 else f'error: {text}', file=sys.stderr, flush=True)
-    return typer.Exit(code)
-
-
-# %%
-assert _one_line(DataError('a.jpg: cut off;\nrestore it')) == 'a.jpg: cut off; restore it' and _one_line(KeyError('x')) is None
-_one_line(PermissionError(13, 'Permission denied', 'runs/a'))
-
-# %% [markdown]
-# `command` registers a function with [typer](https://typer.tiangolo.com) and puts this net under it. `main` catches what happens before a command starts, such as an unknown option, and guarantees one line there too.
-
-# %%
-#| export
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help='Train detection transformers from few labelled and many unlabelled images (Semi-DETR).',
-                  epilog='Example: semidetr demo      Each command has its own: semidetr COMMAND --help')
-
-def command(
-    name:str=None, # on the command line; None: that of the function
-): # decorator; the function itself stays as it is
-    "A command whose foreseeable failures are one line and an exit code"
-    def register(fn):
-        @functools.wraps(fn)
-        def run(*args, **kwargs):
-            try: return fn(*args, **kwargs)
-            except KeyboardInterrupt as e: raise _fail(str(e) or 'stopped', 130) from None
-            except Exception as e:
-                if (line := _one_line(e)) is None: raise
-                raise _fail(line) from None
-        app.command(name)(run)
-        return fn
-    return register
-
-@app.callback(invoke_without_command=True)
-def _start(ctx:typer.Context, version:Annotated[bool, typer.Option('--version', help='print the version and stop')]=False):
-    if version: _say(f'semidetr {semidetr.__version__}')
-    elif ctx.invoked_subcommand is None: _say(ctx.get_help())
-
-
-# %%
-#| export
-def _show_warning(message, category, filename, lineno, file=None, line=None):
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-
-def main(
-    argv=None, # arguments without the program's name; None: those of the process
-):
-    "Entry point: ends with SystemExit, code 0, 2 (the user can cure it) or 130 (Ctrl-C)"
-    with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
-        try: code = app(argv, prog_name='semidetr', standalone_mode=False)
-        except KeyboardInterrupt: code = 130
-        except Exception as e:
-            if not hasattr(e, 'format_message'): raise
-            ctx = getattr(e, 'ctx', None)
-            path = ctx.command_path if ctx is not None else 'semidetr'
-            code = _fail(f"{' '.join(e.format_message().split()).rstrip('.')}; see {path} --help").exit_code
-    sys.exit(code if isinstance(code, int) else 0)
-
 
 # %% [markdown]
 # In the lesson cells below, `shell` runs a command line as a terminal would and shows both streams and the exit code.
@@ -140,35 +53,6 @@ def shell(line):
     return code
 
 assert shell('semidetr --version') == 0
-
-
-# %% [markdown]
-# ## What the commands share
-#
-# Options that mean the same are declared once. `_free` looks at an output place *before* the work: an hour of training must not end at a folder that cannot be written. It creates nothing. The images for the reported numbers are found by `test_split` (@sec-trainer), which says why there are none; an annotation file given as `--data` is no test split of itself.
-
-# %%
-#| export
-def _opt(kind, text, *names, **kwargs): # annotation of an option
-    return Annotated[kind, typer.Option(*names, help=text, **kwargs)]
-
-Out, Quiet = _opt(Path, 'folder for the results', '--out', '-o'), _opt(bool, 'no progress bars', '--quiet', '-q')
-Run, Device = _opt(Path, 'folder of a run, or a checkpoint', '--run', '-r'), _opt(str, 'auto, cpu, cuda, cuda:N')
-Nms = _opt(float, 'IoU of per-class suppression; 0: none, as DETR is meant to be used')
-_HINT = "COCO JSON, folder with instances_train.json, VOC or YOLO folder, a name under SEMIDETR_DATA, or 'digits'"
-
-def _free(path, folder=True):
-    "DataError if results cannot be written there; nothing is created"
-    path = Path(path)
-    if path.exists() and path.is_dir() != folder: raise _bad(f"{path}: is {'a file' if folder else 'a folder'}; choose another --out")
-    there = next(p for p in [path, *path.absolute().parents] if p.exists())
-    if there.is_file() and there != path: raise _bad(f'{there}: is a file, so {path} cannot be made; choose another --out')
-    if not os.access(there, os.W_OK): raise _bad(f'{there}: no permission to write; choose another --out')
-    return path
-
-def _no_nan(x): # NaN -> None: JSON has no NaN
-    if isinstance(x, dict): return {k: _no_nan(v) for k, v in x.items()}
-    return None if isinstance(x, float) and x != x else x
 
 
 # %% [markdown]
@@ -499,6 +383,29 @@ def demo(out:Out=Path('runs/demo'), labels:_opt(int, 'number of labelled scenes'
     prepare()
     run_demo(_free(out), labels, tuple(seed), not quiet, workers, _say)
 
+@command('ablate')
+def run_studies(study:Annotated[list[str], typer.Argument(help='names in nbs/ablations/studies.toml, or all')], scale:_opt(str, 'smoke, small or gpu; default: that of the study')='',
+    seeds:_opt(str, 'e.g. 0,1,2 or 0-4; default: those of the study')='', jobs:_opt(int, 'runs at a time, one thread each; 0: one a core, with Slurm all', '--jobs', '-j', min=0)=0,
+    dry_run:_opt(bool, 'print what would run, and what is missing for it', '--dry-run', '-n')=False, data:_opt(str, f'another data set: {_HINT}', '--data', '-d')='',
+    out:_opt(Path, 'folder of the runs; default: runs/studies in the checkout', '--out', '-o')=None, results:_opt(Path, 'folder of the records; default: nbs/ablations/results, at scale smoke OUT/results')=None,
+    engine:_opt(str, 'local, slurm or submitit-local (the last two: extra [cluster])')='local', option:_opt(list[str], 'of Slurm through submitit, e.g. slurm_partition=gpu timeout_min=600 (may be repeated)')=[],
+    processes:_opt(int, 'processes of each run, started by torchrun, one GPU each', min=1)=1, quiet:Quiet=False):
+    """Run studies of the book: every arm, every seed, one executed notebook a run, one record a seed.
+
+    Finished runs are looked up, stopped ones go on. Needs a checkout and the extra [book]. Exit code 1 if runs failed.
+
+    Example: semidetr ablate components --seeds 0-2 --jobs 2
+    """
+    from semidetr.ablate import ablate, find_book, read_options, read_seeds
+    from semidetr.dry_run import dry_run as look
+    book = find_book()
+    here = lambda p: p and Path(os.path.relpath(p, book) if Path(p).resolve().is_relative_to(book) else Path(p).absolute()) # paths as seen from the checkout
+    out, results, data = here(_free(out or book/'runs'/'studies')), here(results and _free(results)), str(here(data)) if data and Path(data).exists() else data
+    with contextlib.chdir(book):
+        bad = ablate(study, scale, read_seeds(seeds), data, out, results, jobs, engine, read_options(option), processes, look if dry_run else None, not quiet, _say)
+    for line in bad: _fail(line)
+    if bad: raise typer.Exit(2 if dry_run else 1)
+
 @command()
 def site(engine:_opt(str, 'auto, quarto or fallback')='auto'):
     """Render the book to _docs/. Needs a checkout and the extra [book].
@@ -510,6 +417,9 @@ def site(engine:_opt(str, 'auto, quarto or fallback')='auto'):
     from semidetr.site import main as render
     raise typer.Exit(render(['--engine', engine]))
 
+
+# %%
+assert shell('semidetr ablate components --dry-run') == 2 # not in a checkout
 
 # %%
 #| export

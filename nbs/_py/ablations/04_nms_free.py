@@ -101,4 +101,4 @@ markdown(f"With boxes that are off by a fifth of their side, one-to-one matching
 #
 # - What suppression adds tells whether a detector still needs it; every run of this book records AP with and without (@sec-evaluation).
 # - One-to-one matching with imprecise boxes punishes the better query for most objects; ranking several queries rarely does.
-# - To repeat: `python benchmarks/study.py components_50 --seeds 0 1 2`, then `python benchmarks/misplaced.py` with the folders of its burn-ins.
+# - To repeat: `semidetr ablate components_50 --seeds 0-2`, then `python benchmarks/misplaced.py` with the folders of its burn-ins.

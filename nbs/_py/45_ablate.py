@@ -1,0 +1,415 @@
+# %% [markdown]
+# # Studies by one command {#sec-ablate}
+#
+# > Run every comparison of the book again, on one core, on many, or on a cluster: `semidetr ablate components`.
+#
+# Most tables of most papers cannot be made again: the script that called the training script is gone, a crashed run was started by hand with slightly other settings, and nobody knows which. Here a study is a table in a file (@sec-study), and one command turns it into runs, notebooks and records. What is finished is not done again; what was stopped goes on from its checkpoint; what fails is named and does not stop the others.
+#
+# Each run is an execution of one notebook, @sec-abl-run, with other parameters. The executed copy stays beside the checkpoint as `run.ipynb`: a reader who doubts a number can look at the run that made it.
+
+# %%
+#| default_exp ablate
+
+# %%
+#| export
+import contextlib
+import itertools
+import json
+import os
+import signal
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from tqdm import tqdm
+from semidetr.config import Config, config_hash, load_config, override, to_dict
+from semidetr.core import ConfigError, atomic_write, suggest
+from semidetr.machine import usable_cores
+from semidetr.pages import need
+from semidetr.study import branches, finished, load_study, read_studies, record
+
+# %%
+#| hide
+import matplotlib.pyplot as plt
+
+# %% [markdown]
+# ## From a table to runs
+#
+# A study of $g$ groups, $s$ seeds and $a$ arms is $g \cdot s \cdot (a+1)$ runs: in each group and seed the arms wait for their burn-in. Every run has a folder; paths are those seen from the top folder of the checkout, because the path of the burn-in is part of a configuration and so of its hash.
+
+# %%
+#| export
+STUDIES, NOTEBOOK = Path('nbs/ablations/studies.toml'), Path('nbs/ablations/train_run.ipynb')
+ENGINES = ('local', 'slurm', 'submitit-local')
+
+@dataclass(frozen=True)
+class Run:
+    "One run of a study"
+    study:str
+    scale:str
+    group:str # '' in a study without groups
+    seed:int
+    arm:str # or 'burn_in'
+    where:str # below the folders of runs and of records: study, and group if there is one
+    cfg:Config
+    folder:Path
+    start:Path|None = None # folder of the burn-in that it waits for
+
+    @property
+    def title(self): return ' '.join(filter(None, (self.study, self.group, f'seed {self.seed}', self.arm)))
+    @property
+    def notebook(self): return self.folder/'run.ipynb'
+
+def plan(
+    path, name:str, scale:str='', # see `load_study`
+    seeds=None, # those of the study if None
+    out='runs/studies', # folder of the runs
+    data:str='', # data set instead of the study's own
+)->list: # of Run, each burn-in before its arms
+    "All runs of a study; at another scale than its own a study has folders of its own"
+    s, runs = load_study(path, name, scale), []
+    own = [f'data.data={data}', 'data.val=', 'data.split_file='] if data else []
+    for (group, base), seed in itertools.product(s['groups'].items(), s['seeds'] if seeds is None else seeds):
+        where = Path(name if s['home'] else f"{name}-{s['scale']}")/group
+        made = branches(override(base, own), s['burn_in'], s['arms'], Path(out)/where, seed)
+        start = made.get('burn_in', (0, None))[1]
+        for arm, (cfg, folder) in made.items():
+            often = min(cfg.run.checkpoint_every, max(1, cfg.optim.iters//4)) # neither this nor the threads is part of the hash
+            cfg = override(cfg, [f'run.threads={cfg.run.threads or 1}', f'run.checkpoint_every={often}'])
+            runs.append(r := Run(name, s['scale'], group, seed, arm, where.as_posix(), cfg, folder, None if arm == 'burn_in' else start))
+            if cfg.run.amp == 'auto': raise ConfigError(f'{path}: {r.title}: run.amp=auto may choose another precision for another arm; write off, bf16 or fp16')
+    return runs
+
+
+# %%
+#| export
+def state(
+    run:Run,
+)->str: # 'finished', 'resumable', 'new' or 'other settings'
+    "How far a run is"
+    if finished(run.cfg, run.folder): return 'finished' if run.notebook.exists() else 'resumable'
+    if not (run.folder/'last.pt').exists(): return 'new'
+    written = run.folder/'config.json'
+    return 'resumable' if not written.exists() or config_hash(load_config(written)) == config_hash(run.cfg) else 'other settings'
+
+
+# %%
+toy_file = Path(tempfile.mkdtemp())/'studies.toml'
+toy_file.write_text("""
+[toy]
+preset = "digits"
+seeds = [0, 1]
+burn_in = ["optim.iters=200"]
+later = ["optim.iters=300"]
+[toy.arms]
+supervised = ["method.name=supervised"]
+mean_teacher = ["method.name=mean_teacher"]
+""")
+toy = plan(toy_file, 'toy')
+assert len(toy) == 6 and toy[1].start == toy[0].folder and {state(r) for r in toy} == {'new'}
+[(r.title, str(r.folder), r.cfg.optim.iters) for r in toy[:3]]
+
+
+# %% [markdown]
+# ## One run, one notebook
+#
+# papermill injects the parameters after the cell with the tag `parameters`. Where that tag is missing it puts them first, the notebook's own values overwrite them, and the wrong experiment runs without a word; so the tag is looked for, and the notebook compares the hash of its configuration with the one asked for. The copy is called `run.part.ipynb` until the last cell has run.
+
+# %%
+#| export
+def check_notebook(
+    path, # run notebook
+):
+    "ConfigError unless exactly one cell has the tag `parameters`"
+    if not Path(path).is_file(): raise ConfigError(f'{path}: no such notebook; run this in a checkout of the book')
+    tagged = sum('parameters' in c['metadata'].get('tags', []) for c in json.loads(Path(path).read_text())['cells'])
+    if tagged != 1: raise ConfigError(f"{path}: {tagged} cells have the tag 'parameters', one must; bring it back with `make nb-export NB=ablations/{Path(path).stem}`")
+
+def _kernels(alive): # class of kernel managers that note their process in the set `alive`
+    from jupyter_client import AsyncKernelManager
+    class Kernel(AsyncKernelManager):
+        def __init__(self, **kwargs): # sockets in files: no port that another process may take meanwhile
+            super().__init__(transport='ipc' if os.name == 'posix' else 'tcp', connection_file=str(Path(tempfile.mkdtemp())/'kernel.json'), **kwargs)
+        async def start_kernel(self, **kwargs):
+            env = {'OMP_NUM_THREADS': '1', **os.environ}
+            env.pop('MPLBACKEND', None) # pictures go into the notebook
+            await super().start_kernel(env=env, **kwargs)
+            alive.add(self.provisioner.pid)
+    return Kernel
+
+def _last_line(text): return (str(text).strip().splitlines() or ['no message'])[-1].strip()
+
+def run_notebook(
+    run:Run,
+    notebook=NOTEBOOK,
+    processes:int=1, # of this run, each with its own device
+    alive=None, # set that gets the process of the kernel
+)->str: # '' or, in one line, why it failed
+    "Execute the run notebook for one run; errors come back as text"
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+    part, key = run.folder/'run.part.ipynb', config_hash(run.cfg)
+    if state(run) == 'other settings': return f'{run.title}: {run.folder} holds a run with other settings; delete that folder or choose another --out'
+    atomic_write(run.folder/'config.json', json.dumps(to_dict(run.cfg), indent=1))
+    try: papermill.execute_notebook(notebook, part, dict(title=run.title, folder=run.folder.as_posix(), expected=key, processes=processes), kernel_name='python3',
+                                    progress_bar=False, kernel_manager_class=_kernels(set() if alive is None else alive), extra_arguments=['--IPKernelApp.log_level=40'])
+    except PapermillExecutionError as e: return f'{run.title}: cell [{e.exec_count}]: {e.ename}: {_last_line(e.evalue)}; executed notebook: {part}'
+    except Exception as e: return f'{run.title}: {type(e).__name__}: {_last_line(e)}; executed notebook: {part}' # the kernel died
+    if not finished(run.cfg, run.folder): return f'{run.title}: the notebook ended without the result of {key}; executed notebook: {part}'
+    part.replace(run.notebook)
+    return ''
+
+
+# %% [markdown]
+# ## Where runs run
+#
+# An *engine* takes a run and gives back a job that can be asked whether it is done. There are two: threads of this process, each with one kernel, and [submitit](https://github.com/facebookincubator/submitit), which hands runs to Slurm or, to try that out, to processes of its own. A stopped engine lets every run save a checkpoint first.
+
+# %%
+#| export
+class LocalEngine:
+    "Kernels on this machine, one for each of `jobs` threads"
+    def __init__(self, jobs:int): self.pool, self.alive = ThreadPoolExecutor(jobs), set()
+    def submit(self, *args): return self.pool.submit(run_notebook, *args, alive=self.alive)
+    def stop(self, how=signal.SIGTERM): # a run saves a checkpoint and ends; SIGKILL: it ends
+        for pid in self.alive:
+            with contextlib.suppress(ProcessLookupError): os.kill(pid, how)
+
+class ClusterJob:
+    "`run_notebook` that is queued again when Slurm takes its machine away"
+    def __call__(self, *args): return run_notebook(*args)
+    def checkpoint(self, *args):
+        from submitit.helpers import DelayedSubmission
+        return DelayedSubmission(self, *args)
+
+class SubmititEngine:
+    "Runs as jobs of Slurm, or of submitit's local executor"
+    def __init__(self,
+        folder, # for the files of submitit
+        cluster:str='slurm', # or 'local'
+        options:dict=None, # of submitit.AutoExecutor: timeout_min, slurm_partition, gpus_per_node, ...
+    ):
+        submitit, self.jobs = need('submitit', 'this engine', 'cluster'), []
+        try:
+            self.executor = submitit.AutoExecutor(Path(folder).absolute(), cluster)
+            self.executor.update_parameters(**{'name': 'semidetr', 'timeout_min': 1440, **(options or {})})
+        except (RuntimeError, NameError, TypeError) as e: raise ConfigError(f'submitit: {_last_line(e)}') from None
+    def submit(self, *args):
+        self.jobs.append(self.executor.submit(ClusterJob(), *args))
+        return self.jobs[-1]
+    def stop(self, how=None):
+        for job in self.jobs: job.cancel()
+
+
+# %% [markdown]
+# ## The loop
+#
+# Start what can start, look what is done, sleep. A seed's record is written as soon as all its runs are there.
+
+# %%
+#| export
+def steps_done(
+    folder, # of a run
+)->int: # iterations, as far as the log tells
+    "How far a run is, for the bar"
+    try: return json.loads((Path(folder)/'log.jsonl').read_text().splitlines()[-1])['step']
+    except (OSError, IndexError, json.JSONDecodeError): return 0
+
+def _outcome(job): # of an engine -> '' or why it failed
+    try: return job.result()
+    except Exception as e: return f'{type(e).__name__}: {_last_line(e)}'
+
+def drive(
+    runs:list, # of Run
+    engine, # with submit and stop
+    notebook=NOTEBOOK,
+    processes:int=1,
+    limit:int=1, # runs at a time
+    ended=lambda run, cause: None, # called with each run that ended, and why it failed
+    pause:float=.2, # seconds between two looks
+)->dict: # folder -> why it failed
+    "Run everything that is not finished, a burn-in before its arms; a failure stops only what depends on it"
+    waiting, running, failed = list(runs), {}, {}
+    unfinished = {r.folder for r in runs}
+    try:
+        while waiting or running:
+            for r in list(waiting):
+                if r.start in failed: waiting.remove(r); failed[r.folder] = f'{r.title}: its burn-in failed'; ended(r, failed[r.folder])
+                elif len(running) < limit and r.start not in unfinished: waiting.remove(r); running[r.folder] = r, engine.submit(r, notebook, processes)
+            time.sleep(pause)
+            for folder, (r, job) in list(running.items()):
+                if not job.done(): continue
+                del running[folder]; unfinished.discard(folder)
+                if cause := _outcome(job): failed[folder] = cause
+                ended(r, cause)
+            ended(None, '')
+    except KeyboardInterrupt:
+        _wind_up(engine, running)
+        raise KeyboardInterrupt('stopped; the same command goes on from there') from None
+    return failed
+
+
+# %%
+#| export
+def _wind_up(engine, running): # every run may save a checkpoint; a second Ctrl-C ends them at once
+    try:
+        engine.stop()
+        while not all(job.done() for _, job in running.values()): time.sleep(.1)
+    except KeyboardInterrupt: engine.stop(signal.SIGKILL)
+
+
+# %% [markdown]
+# With an engine whose jobs last as many looks as they have iterations, the order can be seen. The second worker takes the burn-in of seed 1 while the arms of seed 0 still wait for theirs:
+
+# %%
+class ToyEngine:
+    "Runs that only pretend: 100 iterations last one look"
+    def __init__(self): self.now, self.bars = 0, []
+    def submit(self, run, *args):
+        job = ToyJob(self, run.title, self.now, self.now+run.cfg.optim.iters//100)
+        self.bars.append(job)
+        return job
+    def look(self, run, cause): self.now += run is None
+
+@dataclass
+class ToyJob:
+    engine:object
+    title:str
+    first:int
+    last:int
+    def done(self): return self.engine.now+1 >= self.last
+    def result(self): return 'toy seed 1: broken' if self.title == 'toy seed 1 burn_in' else ''
+
+engine = ToyEngine()
+failures = drive(toy, engine, limit=2, ended=engine.look, pause=0)
+assert [b.title for b in engine.bars] == ['toy seed 0 burn_in', 'toy seed 1 burn_in', 'toy seed 0 supervised', 'toy seed 0 mean_teacher'] and len(failures) == 3
+list(failures.values())
+
+# %%
+#| label: fig-ablate-timeline
+#| fig-cap: "Two workers: arms start as soon as their burn-in is there; the broken burn-in of seed 1 takes its own arms with it and nothing else."
+#| fig-alt: "Bars of the runs of a toy study over time"
+fig, ax = plt.subplots(figsize=(5, 2), dpi=80)
+for i, b in enumerate(engine.bars): ax.barh(i, b.last-b.first, left=b.first, color='#d62728' if 'seed 1' in b.title else '#1f77b4' if 'burn' in b.title else '#ff7f0e')
+ax.set(yticks=range(len(engine.bars)), xlabel='looks'); ax.set_yticklabels([b.title for b in engine.bars], fontsize=8); ax.invert_yaxis(); plt.show()
+
+
+# %% [markdown]
+# ## The whole study
+
+# %%
+#| export
+def keep(
+    runs:list, # of Run, all of one group and seed, all finished
+    results, # folder of the records
+)->Path: # the JSON
+    "Write the record of a seed, unless it is there already"
+    first, of = runs[0], lambda r: record(json.loads((r.folder/'run.json').read_text()), r.folder) | dict(notebook=r.notebook.as_posix())
+    made = {r.arm: of(r) for r in runs}
+    path = Path(results)/first.where/f'seed{first.seed}.json'
+    text = json.dumps(dict(study=first.study, scale=first.scale, group=first.group, seed=first.seed, burn_in=made.pop('burn_in', None), arms=made))
+    if not path.is_file() or path.read_text() != text: atomic_write(path, text)
+    return path
+
+def seed_line(
+    path, # of a record
+)->str:
+    "AP of the teacher, arm by arm"
+    r = json.loads(Path(path).read_text())
+    ap = lambda m: f"{m[part]['teacher']['AP']:.1f}" if (part := 'val' if 'val' in m else 'dev') in m else '-'
+    return f"{path}: "+', '.join(f"{arm} {ap(a['metrics'])}" for arm, a in r['arms'].items())
+
+def run_all(
+    runs:list, # of Run
+    engine, results, notebook=NOTEBOOK, processes:int=1, limit:int=1, # see `drive` and `keep`
+    progress:bool=True,
+    say=print,
+)->list: # why runs failed, a line each
+    "Run what is not finished, keep the records, show how far it is"
+    todo = [r for r in runs if state(r) != 'finished']
+    seeds, left = {}, {r.folder for r in todo}
+    for r in runs: seeds.setdefault((r.where, r.seed), []).append(r)
+    def seed_done(r):
+        if not left & {x.folder for x in seeds[r.where, r.seed]}: say(seed_line(keep(seeds[r.where, r.seed], results)))
+    for group in seeds.values(): seed_done(group[0])
+    bar = tqdm(total=sum(r.cfg.optim.iters for r in runs), initial=sum(r.cfg.optim.iters for r in runs if r not in todo), unit='it', mininterval=1, disable=not progress)
+    def ended(r, cause):
+        if r is not None and not cause: left.discard(r.folder); seed_done(r)
+        bar.n = sum(steps_done(x.folder) if x.folder in left else x.cfg.optim.iters for x in runs)
+        bar.set_postfix_str(f'{len(runs)-len(left)} of {len(runs)} runs', refresh=False); bar.update(0)
+    with contextlib.closing(bar): return list(drive(todo, engine, notebook, processes, limit, ended).values())
+
+
+# %% [markdown]
+# ## The command
+#
+# `semidetr ablate` (@sec-cli) calls `ablate` in the top folder of the checkout.
+
+# %%
+#| export
+def find_book()->Path: # top folder of the checkout
+    "The checkout that this is run in"
+    for d in (Path.cwd(), *Path.cwd().parents):
+        if (d/STUDIES).is_file(): return d
+    raise ConfigError(f'no {STUDIES} here or above; run this in a checkout of the book')
+
+def read_seeds(
+    text:str, # '0,1,2' or '0-4'
+)->list: # of int; None: those of the study
+    "Seeds as written on the command line"
+    try: parts = [[int(x) for x in p.split('-')] for p in text.split(',') if p]
+    except ValueError: parts = [[]]
+    if any(len(p) not in (1, 2) for p in parts): raise ConfigError(f"--seeds '{text}' is not a list of seeds; write 0,1,2 or 0-4")
+    return [s for p in parts for s in range(p[0], p[-1]+1)] or None
+
+def read_options(
+    items:list, # 'key=value'
+)->dict: # numbers where they are whole
+    "Options of the cluster as written on the command line"
+    if bad := [i for i in items if '=' not in i]: raise ConfigError(f"--option '{bad[0]}' is not of the form key=value, e.g. timeout_min=600")
+    return {k: int(v) if v.isdigit() else v for k, _, v in (i.partition('=') for i in items)}
+
+
+# %%
+#| export
+def ablate(
+    names:list, # of studies; 'all': every study that has the scale
+    scale:str='', seeds=None, data:str='', # see `plan`
+    out='runs/studies',
+    results='', # folder of the records; '': that of the book, at scale smoke one in `out`
+    jobs:int=0, # runs at a time; 0: one a core, with Slurm all
+    engine:str='local', # one of ENGINES
+    options:dict=None, # of `SubmititEngine`
+    processes:int=1, # of each run, started by torchrun
+    dry=None, # function of runs, results, processes, say that is called instead of running: `dry_run` (@sec-dry-run)
+    progress:bool=True,
+    say=print,
+)->list: # why runs failed, a line each
+    "Run studies in the checkout that is the working directory"
+    if engine not in ENGINES: raise ConfigError(f"engine '{engine}' is unknown; {suggest(engine, ENGINES)}")
+    studies, scales = read_studies(STUDIES)
+    if 'all' in names: names = [n for n, s in studies.items() if not scale or scale in (s.get('scale', 'small'), *s, *scales)]
+    runs = [r for name in dict.fromkeys(names) for r in plan(STUDIES, name, scale, seeds, out, data)]
+    results = results or (Path(out)/'results' if scale == 'smoke' else STUDIES.parent/'results')
+    if dry: return dry(runs, results, processes, say)
+    need('papermill', 'a study'); check_notebook(NOTEBOOK)
+    jobs = jobs or (len(runs) if engine == 'slurm' else usable_cores())
+    where = LocalEngine(jobs) if engine == 'local' else SubmititEngine(Path(out)/'jobs', engine.removeprefix('submitit-'), options)
+    return run_all(runs, where, results, NOTEBOOK, processes, jobs, progress, say)
+
+
+# %%
+assert read_seeds('0,2-4') == [0, 2, 3, 4] and read_seeds('') is None
+read_seeds('0-4')
+
+# %% [markdown]
+# ## Summary
+#
+# - A study is a table, a run is a notebook, a record is a JSON file; one command makes the last from the first.
+# - Finished runs are looked up by hash and data, stopped ones go on, failed ones are named and stop only what depends on them.
+# - The same command runs at three scales, on one core, on all, or on a cluster.
+#
+# ## Exercises
+#
+# 1. Why is the path of the burn-in part of the hash of its arms? What would you hash instead?

@@ -1,0 +1,260 @@
+"Studies by one command: finished runs stay untouched, killed ones go on and give the same numbers, failures are named and stop nothing else"
+import json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import nbformat, pytest
+from conftest import ROOT
+from semidetr import ablate as A, cli
+from semidetr.checkpoint import load_checkpoint
+from semidetr.config import config_hash, override
+from semidetr.datasets import open_dataset
+from test_trainer import TINY
+
+LATER = ['optim.iters=24', 'method.T1=12', 'method.burn_in_iters=0', 'run.log_every=1', 'pseudo.min_score=0', 'pseudo.top_k=5', 'mining.init=all', 'consistency.hidden=8']
+STUDY = f"""
+[toy]
+preset = "digits"
+base = {json.dumps(TINY)}
+burn_in = ["optim.iters=2"]
+later = {json.dumps(LATER)}
+[toy.arms]
+semi_detr = ["method.name=semi_detr"]
+supervised = ["method.name=supervised", "optim.iters=2"]
+"""
+FAKE = """# %% tags=["parameters"]
+title = ''
+folder = ''
+expected = ''
+processes = 1
+# %%
+import json, pathlib, time
+place = pathlib.Path(folder)
+assert 'fails' not in title, 'first line\\nits last line'
+started = time.time(); time.sleep(.5)
+log = place.parent.parent/'order.txt'
+with log.open('a') as f: f.write(f'{title} {started} {time.time()}\\n')
+if 'silent' not in title: (place/'run.json').write_text(json.dumps(dict(name=place.name, hash=expected, data=dict(fingerprint='FINGERPRINT'), peak_memory_mb=1, metrics=dict(val=dict(teacher=dict(AP=12.5))))))
+"""
+
+def checkout(folder, study=STUDY, fake=False):
+    "The files of a checkout that the command needs"
+    (folder/'nbs'/'ablations').mkdir(parents=True)
+    (folder/A.STUDIES).write_text(study)
+    if fake:
+        import jupytext
+        nb = jupytext.reads(FAKE.replace('FINGERPRINT', open_dataset(next(i for i in TINY if i.startswith('data.data')).partition('=')[2]).fingerprint()), 'py:percent')
+        nb.metadata['kernelspec'] = dict(name='python3', display_name='Python 3', language='python')
+        nbformat.write(nb, folder/A.NOTEBOOK)
+    else: shutil.copy(ROOT/A.NOTEBOOK, folder/A.NOTEBOOK)
+    return folder
+
+@pytest.fixture
+def shell(capfd):
+    "Run the command in this process: (exit code, stdout, stderr)"
+    def call(*args):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as e: cli.main(['ablate', *map(str, args)])
+        return e.value.code, *capfd.readouterr()
+    return call
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch, shell):
+    "A checkout whose run notebook takes half a second, and the command in it"
+    def make(study=STUDY):
+        monkeypatch.chdir(checkout(tmp_path/'book', study, fake=True))
+        return shell
+    return make
+
+def stamps(folder): return {p: p.stat().st_mtime_ns for p in folder.rglob('*') if p.is_file()}
+def numbers(path):
+    "What must not depend on how a study was run: all of its record but times, memory and the commit"
+    def strip(x):
+        if isinstance(x, dict): return {k: strip(v) for k, v in x.items() if k not in ('seconds', 'cpu_seconds', 'peak_memory_mb', 'commit')}
+        return [strip(v) for v in x] if isinstance(x, list) else x
+    return json.dumps(strip(json.loads(path.read_text())))
+
+# --- real runs ---------------------------------------------------------------------------------------------------------
+ENV = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+def start(book, *args): return subprocess.Popen([sys.executable, '-m', 'semidetr.cli', 'ablate', 'toy', '-q', *args], cwd=book, env=ENV, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def steps(folder): return A.steps_done(folder)
+def until(ready, process, seconds=600):
+    end = time.monotonic()+seconds
+    while not ready():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(.02)
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "The study, two runs at a time, never disturbed"
+    book = checkout(tmp_path_factory.mktemp('whole')/'book')
+    p = start(book, '--jobs', '2')
+    out, err = p.communicate(timeout=600)
+    assert p.returncode == 0 and not err, err
+    return book, out
+
+def test_a_study_leaves_notebooks_and_a_record(whole):
+    book, out = whole
+    path = book/'nbs/ablations/results/toy/seed0.json'
+    r = json.loads(path.read_text())
+    assert list(r['arms']) == ['semi_detr', 'supervised'] and r['burn_in']['iterations'] == 2 and r['arms']['semi_detr']['curve']['con_boxes'][0] > 0 and str(path.relative_to(book)) in out
+    for arm, a in {'burn_in': r['burn_in'], **r['arms']}.items():
+        nb = nbformat.read(book/a['notebook'], 4)
+        shown = [o for c in nb.cells for o in c.get('outputs', [])]
+        assert a['notebook'] == f'runs/studies/toy/seed0/{arm}/run.ipynb' and any('image/png' in o.get('data', {}) for o in shown), 'no loss curve'
+        text = ' '.join(o['data'].get('text/markdown', '') for o in shown if 'data' in o)
+        assert a['hash'] in text and 'teacher' in text and 'optim.iters' in text
+
+def test_killed_and_stopped_studies_go_on(whole, tmp_path):
+    "SIGKILL of the whole process group while an arm runs, then Ctrl-C in the same arm: the numbers are those of the undisturbed study, run two at a time"
+    book = checkout(tmp_path/'book')
+    folder = book/'runs/studies/toy/seed0'
+    arm = folder/'semi_detr'
+    def kernels(p):
+        import psutil
+        return psutil.Process(p.pid).children(recursive=True)
+    p = start(book, '--jobs', '1')
+    until(lambda: steps(arm) >= 7, p)
+    children = kernels(p)
+    os.killpg(p.pid, signal.SIGKILL); p.wait()
+    end = time.monotonic()+20
+    while any(c.is_running() and c.status() != 'zombie' for c in children): assert time.monotonic() < end, 'a kernel outlives its study'; time.sleep(.1)
+    first = load_checkpoint(arm)['step']
+    assert 6 <= first < 24 and not (arm/'run.json').exists() and (folder/'burn_in'/'run.ipynb').exists() and not (folder/'supervised').exists()
+    before = stamps(folder/'burn_in')
+    again = (arm/'log.jsonl').stat().st_mtime_ns
+    p = start(book, '--jobs', '1')
+    until(lambda: (arm/'log.jsonl').stat().st_mtime_ns > again and steps(arm) > first, p) # the log is cut at the checkpoint, and grows again
+    os.kill(p.pid, signal.SIGINT)
+    out, err = p.communicate(timeout=300)
+    second = load_checkpoint(arm)['step']
+    assert p.returncode == 130 and 'the same command goes on' in err and first < second < 24, (p.returncode, first, second, out, err)
+    p = start(book, '--jobs', '1')
+    out, err = p.communicate(timeout=600)
+    assert p.returncode == 0, err
+    assert stamps(folder/'burn_in') == before and numbers(book/'nbs/ablations/results/toy/seed0.json') == numbers(whole[0]/'nbs/ablations/results/toy/seed0.json')
+    assert not list(folder.rglob('run.part.ipynb')) and (arm/'log.jsonl').read_text() == (whole[0]/'runs/studies/toy/seed0/semi_detr/log.jsonl').read_text()
+
+# --- the engine, with a notebook that only pretends ---------------------------------------------------------------------
+def test_order_records_and_no_second_time(fake, monkeypatch):
+    "An arm waits for its own burn-in alone; two at a time; the same line and file for one job and for two; nothing is done again"
+    shell = fake()
+    code, out, err = shell('toy', '--seeds', '0-1', '--jobs', '2', '-q')
+    assert code == 0 and not err and out.splitlines() == [f'nbs/ablations/results/toy/seed{s}.json: semi_detr 12.5, supervised 12.5' for s in (0, 1)]
+    rows = {' '.join(l.split()[:-2]): [float(x) for x in l.split()[-2:]] for l in Path('runs/studies/toy/order.txt').read_text().splitlines()}
+    assert len(rows) == 6 and all(rows[f'toy seed {s} burn_in'][1] <= rows[f'toy seed {s} {arm}'][0] for s in (0, 1) for arm in ('semi_detr', 'supervised'))
+    assert max(sum(a <= t < b for a, b in rows.values()) for t, _ in rows.values()) == 2
+    before = stamps(Path())
+    assert shell('toy', '--seeds', '0,1', '-q')[:2] == (0, out) and stamps(Path()) == before
+    one = {p.name: p.read_text() for p in Path('nbs/ablations/results/toy').iterdir()}
+    shutil.rmtree('runs'); shutil.rmtree('nbs/ablations/results')
+    assert shell('toy', '--seeds', '0-1', '--jobs', '1', '-q')[0] == 0 and one == {p.name: p.read_text() for p in Path('nbs/ablations/results/toy').iterdir()}
+
+def test_failures_are_named_and_stop_nothing_else(fake):
+    shell = fake(STUDY.replace('[toy.arms]', '[toy.arms]\nfails = []\nsilent = []'))
+    code, out, err = shell('toy', '-q', '--jobs', '2')
+    assert code == 1 and not Path('nbs/ablations/results').exists() and 'Traceback' not in out+err
+    assert {p.parent.name for p in Path('runs').rglob('run.ipynb')} == {'burn_in', 'semi_detr', 'supervised'}
+    assert sorted(err.splitlines()) == ['error: toy seed 0 fails: cell [3]: AssertionError: its last line; executed notebook: runs/studies/toy/seed0/fails/run.part.ipynb',
+        f"error: toy seed 0 silent: the notebook ended without the result of {config_hash(next(r for r in A.plan(A.STUDIES, 'toy') if r.arm == 'silent').cfg)}; executed notebook: runs/studies/toy/seed0/silent/run.part.ipynb"]
+    assert Path('runs/studies/toy/seed0/fails/run.part.ipynb').exists()
+    before = stamps(Path('runs/studies/toy/seed0/semi_detr'))
+    assert shell('toy', '-q', '--jobs', '2')[0] == 1 and stamps(Path('runs/studies/toy/seed0/semi_detr')) == before # failed ones are tried again, finished ones are not
+
+def test_a_failed_burn_in_takes_its_arms_along(fake):
+    shell = fake(STUDY.replace('toy', 'fails'))
+    code, out, err = shell('fails', '-q')
+    assert code == 1 and err.count('\n') == 3 and err.count('its burn-in failed') == 2 and 'fails seed 0 burn_in: cell [3]: AssertionError' in err
+
+def test_a_kernel_that_dies_is_a_failure_of_its_run(fake):
+    shell = fake()
+    text = A.NOTEBOOK.read_text()
+    A.NOTEBOOK.write_text(text.replace('started = time.time()', "import os; started = time.time(); os._exit(1) if 'supervised' in title else None"))
+    code, out, err = shell('toy', '-q')
+    assert code == 1 and err.count('\n') == 1 and 'toy seed 0 supervised: DeadKernelError' in err, err
+
+def test_a_folder_with_another_run_is_not_touched(fake):
+    shell = fake()
+    run = next(r for r in A.plan(A.STUDIES, 'toy') if r.arm == 'supervised')
+    run.folder.mkdir(parents=True)
+    (run.folder/'last.pt').write_text('')
+    (run.folder/'config.json').write_text(json.dumps(A.to_dict(override(run.cfg, ['optim.lr=5']))))
+    before = stamps(run.folder)
+    code, out, err = shell('toy', '-q')
+    assert code == 1 and err == f'error: toy seed 0 supervised: {run.folder} holds a run with other settings; delete that folder or choose another --out\n' and stamps(run.folder) == before
+
+def test_lost_parameters_tag(fake):
+    shell = fake()
+    A.NOTEBOOK.write_text(A.NOTEBOOK.read_text().replace('"parameters"', '"params"'))
+    code, out, err = shell('toy', '-q')
+    assert code == 2 and err.count('\n') == 1 and 'train_run.ipynb: 0 cells have the tag' in err and 'make nb-export' in err and not Path('runs').exists()
+
+@pytest.mark.parametrize('args,words', [(['tyo'], ["no study 'tyo'", "'toy'"]), (['toy', '--scale', 'gpu'], ["no scale 'gpu'", 'small']), (['toy', '--seeds', 'a'], ['--seeds', '0-4']), (['toy', '--seeds', '1-2-3'], ['--seeds']),
+    (['toy', '--engine', 'slrum'], ["'slurm'"]), (['toy', '--option', 'x'], ['key=value']), (['toy', '--engine', 'slurm'], ['submitit', 'slurm'])])
+def test_mistakes_are_one_line(fake, args, words):
+    code, out, err = fake()(*args, '-q')
+    assert code == 2 and err.startswith('error: ') and err.count('\n') == 1 and all(w in err for w in words) and not list(Path().rglob('run.ipynb')), err
+
+def test_precision_is_named(fake):
+    "Two machines may choose two precisions, and then two arms differ by more than their method"
+    code, out, err = fake(STUDY.replace('"method.name=supervised"', '"run.amp=auto"'))('toy', '-q')
+    assert code == 2 and 'toy seed 0 supervised: run.amp=auto' in err and err.count('\n') == 1
+
+def test_wrong_setting_in_the_file(fake):
+    code, out, err = fake(STUDY.replace('"method.name=supervised"', '"method.nome=supervised"'))('toy', '-q')
+    assert code == 2 and err == "error: nbs/ablations/studies.toml: study toy, supervised: unknown setting 'method.nome'; did you mean 'name'?\n"
+
+@pytest.mark.parametrize('module,extra,args', [('papermill', 'book', []), ('submitit', 'cluster', ['--engine', 'submitit-local'])])
+def test_without_the_extra(fake, monkeypatch, module, extra, args):
+    shell = fake()
+    monkeypatch.setitem(sys.modules, module, None)
+    code, out, err = shell('toy', '-q', *args)
+    assert code == 2 and err.count('\n') == 1 and f"needs '{module}'" in err and f'[{extra}]' in err and not Path('runs').exists()
+
+def test_outside_a_checkout(tmp_path, monkeypatch, shell):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = shell('toy')
+    assert code == 2 and err == 'error: no nbs/ablations/studies.toml here or above; run this in a checkout of the book\n'
+
+def test_from_a_folder_of_the_checkout_and_to_another_place(fake, monkeypatch, tmp_path):
+    "Paths are those seen from the top, wherever the command is given, so that hashes do not change"
+    shell = fake()
+    hashes = [config_hash(r.cfg) for r in A.plan(A.STUDIES, 'toy')]
+    monkeypatch.chdir('nbs/ablations')
+    assert shell('toy', '-q')[0] == 0
+    record = json.loads(Path('results/toy/seed0.json').read_text())
+    assert [record['burn_in']['hash'], *(a['hash'] for a in record['arms'].values())] == hashes and Path('../../runs/studies/toy/seed0/burn_in/run.ipynb').exists()
+    assert shell('toy', '-q', '--out', tmp_path/'o', '--results', tmp_path/'r')[0] == 0
+    assert json.loads((tmp_path/'r/toy/seed0.json').read_text())['burn_in']['notebook'] == str(tmp_path/'o/toy/seed0/burn_in/run.ipynb')
+
+def test_smoke_results_stay_out_of_the_book(fake):
+    shell = fake(STUDY+'[scales.smoke]\nlast = ["optim.iters=1"]\n')
+    code, out, err = shell('all', '-q', '--scale', 'smoke')
+    assert code == 0, err
+    assert not Path('nbs/ablations/results').exists() and Path('runs/studies/results/toy-smoke/seed0.json').exists()
+
+def test_submitit_on_this_machine(fake):
+    "The same command through submitit's local executor: runs, records, failures"
+    pytest.importorskip('submitit')
+    shell = fake(STUDY.replace('supervised =', 'fails ='))
+    code, out, err = shell('toy', '-q', '--engine', 'submitit-local', '--jobs', '2', '--option', 'timeout_min=2')
+    assert code == 1 and err == 'error: toy seed 0 fails: cell [3]: AssertionError: its last line; executed notebook: runs/studies/toy/seed0/fails/run.part.ipynb\n'
+    assert {p.parent.name for p in Path('runs').rglob('run.ipynb')} == {'burn_in', 'semi_detr'} and list(Path('runs/studies/jobs').iterdir())
+
+# --- the dry run -------------------------------------------------------------------------------------------------------
+def test_dry_run_says_what_would_run_and_writes_nothing(fake):
+    shell = fake()
+    assert shell('toy', '-q', '--seeds', '0')[0] == 0
+    shutil.rmtree('runs/studies/toy/seed0/supervised')
+    arm = Path('runs/studies/toy/seed0/semi_detr'); (arm/'run.json').unlink(); (arm/'last.pt').write_text('')
+    before = stamps(Path())
+    code, out, err = shell('toy', '-n', '--seeds', '0-1', '--processes', '2')
+    rows = out.splitlines()
+    assert code == 0 and not err and stamps(Path()) == before and len(rows) == 8 and rows[-1].startswith('6 runs')
+    key = {r.title: config_hash(r.cfg) for r in A.plan(A.STUDIES, 'toy', seeds=[0, 1])}
+    assert all(row.startswith(title) and h in row for row, (title, h) in zip(rows[1:], key.items()))
+    assert [next(w for w in ('finished', 'resumable', 'new') if w in row) for row in rows[1:-1]] == ['finished', 'resumable', 'new', 'new', 'new', 'new']
+    assert '  24          8              6 / 30 ' in rows[2] and '  2           4              6 / 30 ' in rows[3] and '1 MB measured' in rows[2] and 'about 0.9 GB' in rows[-2]
+
+def test_dry_run_names_missing_data_once_and_shows_all_runs(fake):
+    shell = fake()
+    code, out, err = shell('toy', '-n', '--seeds', '0-1', '--data', 'no_such_set')
+    assert code == 2 and out.count('no data') == 6 and err.count('\n') == 1 and "data set 'no_such_set'" in err and 'SEMIDETR_DATA' in err
