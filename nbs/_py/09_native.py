@@ -524,8 +524,8 @@ plt.show()
 # * **The slice is packed first, with a frame of zeros**, when queries are many. A tap outside the map reads a zero and needs no test; a point far outside is moved to where all its weight lies on the frame.
 # * **Two phases.** Sixteen points at a time become pixel numbers and weights, four queries in a row so that one's waiting is filled with another's work. Then channels are summed a vector at a time.
 # * **Dot products are folded by a tree** in the backward pass: sixteen of them become one vector with fifteen steps, each one blend, one shuffle and one addition.
-# * **Memory is asked for before it is needed, and large gradients are written past the caches.** A head's rows lie $M$ rows apart, so that the CPU does not guess the next one: each batch of queries names the
-#   rows of the next. An ordinary write reads the old line first and pushes another line out; a whole line of a gradient that no cache will keep is written without either. Large results ask the system for large pages.
+# * **Memory is asked for before it is needed, and large gradients are written past the caches.** A head's rows lie $M$ rows apart, so that the CPU does not guess the next one: each query names the
+#   rows of one that comes later. An ordinary write reads the old line first and pushes another line out; a whole line of a gradient that no cache will keep is written without either. Large results ask the system for large pages.
 # * **The fraction of a pixel comes from one rounded multiplication and addition.** In a map 160 pixels wide this keeps five bits that the usual formula loses.
 #
 # The CUDA kernels follow the usual division of labour: a group of lanes for a head of a query, shuffles for dot products, atomics in float32 for the value's gradient. Machines that run the tests have

@@ -31,8 +31,8 @@ template <class A> using half_of = typename HalfOf<A>::type;
 #if SEMIDETR_VW > 1
 #define SEMIDETR_INLINE inline __attribute__((always_inline))
 #define SEMIDETR_NOINLINE __attribute__((noinline))
-#define SEMIDETR_PREFETCH(p) __builtin_prefetch(p)
-#define SEMIDETR_PREFETCH_WRITE(p) __builtin_prefetch(p, 1)
+#define SEMIDETR_PREFETCH(p) __builtin_prefetch(p, 0, 2)           // into the second cache: rows that lie M apart share few sets of the first
+#define SEMIDETR_PREFETCH_WRITE(p) __builtin_prefetch(p, 1, 2)
 #define SEMIDETR_RESTRICT __restrict__
 template <class A> struct Lanes;
 template <> struct Lanes<float> {
@@ -235,6 +235,8 @@ template <class A> struct alignas(64) Query {
 };
 
 constexpr int kBatch = 4;                     // queries
+constexpr int kAhead = 8;                     // queries: as far ahead are inputs and results prefetched,
+constexpr int kPixelsAhead = 32;              // and so many pixels ahead the value that is packed
 constexpr int kLine = 64;                     // bytes of a cache line
 
 template <class A> struct Task {
@@ -563,7 +565,7 @@ template <class A, class T> void pack(const Task<A>& t, A* dst) {
     clear(dst, (w + 2) * Dp); dst += (w + 2) * Dp;                         // row -1 and the first pixel of row 0
     for (int64_t y = 0; y < h; y++) {
       for (int64_t x = 0; x < w; x++, dst += Dp, v += step)
-        if (mask && mask[y * w + x]) clear(dst, Dp); else { copy_row(v, p.D, Dp, dst); ahead(v + 16 * step, p.D); }
+        if (mask && mask[y * w + x]) clear(dst, Dp); else { copy_row(v, p.D, Dp, dst); ahead(v + kPixelsAhead * step, p.D); }
       clear(dst, Dp); dst += Dp;
     }
     clear(dst, (w + 1) * Dp); dst += (w + 1) * Dp;                         // row h
@@ -604,10 +606,10 @@ template <class A> SEMIDETR_INLINE bool framed(const Problem& p, bool backward) 
 }
 
 // ---- tasks --------------------------------------------------------------------------------------------------------------
-// Prefetches the inputs and the places of the results of the query that is one batch ahead: its rows lie M apart from this one's.
+// Prefetches the inputs and the places of the results of the query that is `kAhead` further: its rows lie M apart from this one's.
 template <class A> SEMIDETR_INLINE void prefetch(const Task<A>& t, int64_t q, const char* grad, int64_t size) {
   const Problem& p = t.p;
-  int64_t head = (t.b * p.Q + q + kBatch) * p.M + t.m, at = head * p.L * p.P + t.first;
+  int64_t head = (t.b * p.Q + q + kAhead) * p.M + t.m, at = head * p.L * p.P + t.first;
   int64_t r = p.ref_dim ? (p.raw == kBFloat16 ? 2 : int64_t(sizeof(A))) : int64_t(sizeof(A));
   const char* xy = (const char*)(p.ref_dim ? p.off : p.loc) + at * 2 * r;
   for (int64_t i = 0; i < t.n * 2 * r; i += kLine) SEMIDETR_PREFETCH(xy + i);

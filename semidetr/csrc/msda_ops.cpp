@@ -73,15 +73,34 @@ const Kernels& kernels() {
   return chosen;
 }
 
-class Scratch {  // 64-byte aligned memory of one thread
-  void* raw_;
- public:
-  explicit Scratch(size_t n) : raw_(std::malloc(n + 64)) { if (!raw_) throw std::bad_alloc(); }
-  ~Scratch() { std::free(raw_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  void* get() const { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(raw_) + 63) & ~uintptr_t(63)); }
-};
+constexpr uintptr_t kPage = uintptr_t(1) << 21;   // a large page
+void ask_for_large_pages(uintptr_t begin, uintptr_t end) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  begin = (begin + kPage - 1) & ~(kPage - 1); end &= ~(kPage - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)begin; (void)end;
+#endif
+}
+
+// A thread's own memory, kept for its next call, so that the system clears its pages once; on large pages, since rows are read
+// and written all over it.
+void* scratch(size_t n) {
+  struct Kept {
+    void* raw = nullptr; size_t size = 0;
+    ~Kept() { std::free(raw); }
+  };
+  static thread_local Kept kept;
+  if (n > kept.size) {
+    std::free(kept.raw); kept.size = 0;
+    n = (n + kPage - 1) & ~(kPage - 1);
+    kept.raw = std::malloc(n + kPage);
+    if (!kept.raw) throw std::bad_alloc();
+    kept.size = n;
+    ask_for_large_pages(reinterpret_cast<uintptr_t>(kept.raw), reinterpret_cast<uintptr_t>(kept.raw) + n + kPage);
+  }
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(kept.raw) + kPage - 1) & ~(kPage - 1));
+}
 
 semidetr::Type type_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -105,12 +124,8 @@ void* data(const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr;
 // a first write to each of its many small pages would cost more than the op.
 Tensor fresh(const Tensor& like, const std::vector<int64_t>& size) {
   Tensor t = torch::stable::new_empty(like, size);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = uintptr_t(1) << 21;
-  uintptr_t begin = reinterpret_cast<uintptr_t>(data(t)), end = begin + uintptr_t(t.numel()) * t.element_size();
-  begin = (begin + page - 1) & ~(page - 1); end &= ~(page - 1);
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
+  uintptr_t begin = reinterpret_cast<uintptr_t>(data(t));
+  ask_for_large_pages(begin, begin + uintptr_t(t.numel()) * t.element_size());
   return t;
 }
 
@@ -185,7 +200,7 @@ Tensor run_forward(Inputs& in) {
     p.chunks = int(want < most ? want : most);
   }
   size_t bytes = k.scratch(p, false);
-  spread(heads * p.chunks, [&](int64_t begin, int64_t end) { Scratch s(bytes); k.forward(p, begin, end, s.get()); });
+  spread(heads * p.chunks, [&](int64_t begin, int64_t end) { k.forward(p, begin, end, scratch(bytes)); });
   return out;
 }
 
@@ -219,7 +234,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(Inputs& in, bool need_re
   int64_t each = p.type == semidetr::kDouble ? 8 : p.type == semidetr::kFloat ? 4 : 2, points = p.B * p.Q * p.M * p.L * p.P;
   p.stream = each * (p.B * p.S * p.M * p.D + 3 * points) > kStreamFrom;
   size_t bytes = k.scratch(p, true);
-  spread(p.B * p.M * (p.by_level ? p.L : 1), [&](int64_t begin, int64_t end) { Scratch s(bytes); k.backward(p, begin, end, s.get()); });
+  spread(p.B * p.M * (p.by_level ? p.L : 1), [&](int64_t begin, int64_t end) { k.backward(p, begin, end, scratch(bytes)); });
   if (p.ref_dim && (p.by_level || need_ref)) spread(p.B * p.Q, [&](int64_t begin, int64_t end) { k.finish(p, begin, end); });
   return {gv, ga, gb, gr};
 }
