@@ -70,7 +70,7 @@ ax.set(xlabel='iteration', ylabel='AP, development part'); ax.legend(fontsize=7)
 # %%
 #| echo: false
 native, plain = (records[k]['metrics']['val']['teacher'] for k in ('supervised_5_longer', 'supervised_5_longer_plain'))
-markdown(f"Continued with 5 % of the labels: {native['AP']:.1f} AP ({native['AP50']:.1f} AP50) with the op, {plain['AP']:.1f} ({plain['AP50']:.1f}) without, a difference of {plain['AP']-native['AP']:+.1f} AP. How much time the op saves is on the page @sec-speed.")
+markdown(f"Continued with 5 % of the labels: {native['AP']:.1f} AP ({native['AP50']:.1f} AP50) with the op, {plain['AP']:.1f} ({plain['AP50']:.1f}) without, a difference of {abs(plain['AP']-native['AP']):.1f} AP. How much time the op saves is on the page @sec-speed.")
 
 # %% [markdown]
 # ## The teacher's labels
