@@ -34,6 +34,7 @@ def test_the_studies_of_the_book_are_valid():
         small = load_study(BOOK, name, 'smoke')
         assert all(c.data.data.startswith('digits:') and not c.data.unlabelled for c in small['groups'].values())
         assert all(override(c, arm).optim.iters <= 10 for c in small['groups'].values() for arm in small['arms'].values())
+        assert all(r.cfg.method.burn_in_iters < r.cfg.optim.iters for r in plan(BOOK, name, 'smoke')) # every unlabelled image would be left out
 
 def test_the_paper_scale_is_the_paper():
     "8 processes of 5 images, 120 000 iterations, half of them one-to-many; 1, 5 and 10 percent in five folds"
