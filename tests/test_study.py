@@ -73,13 +73,14 @@ a = ["data.split_seed=1"]
 b = ["data.split_seed=2"]
 [toy.arms]
 x = []
-y = ["optim.clip=4"]
+y = ["optim.clip=4", "optim.warmup=1"]
 [toy.gpu]
 burn_in = []
 [toy.gpu.arms]
 x = ["optim.clip=9"]
 [scales.smoke]
 seeds = [0]
+later = ["optim.clip=7"]
 last = ["optim.iters=1"]
 """
 def test_groups_and_scales(tmp_path):
@@ -94,6 +95,7 @@ def test_groups_and_scales(tmp_path):
     gpu = plan(path, 'toy', 'gpu', [0])
     assert [r.arm for r in gpu[:2]] == ['x', 'y'] and gpu[0].cfg.optim.clip == 9 and gpu[0].start is None and gpu[0].cfg.run.init == '' and gpu[0].where == 'toy-gpu/p1-a'
     smoke = plan(path, 'toy', 'smoke', data='digits:n=9')
+    assert [r.cfg.optim.clip for r in smoke[1:3]] == [7, 4] # the scale's settings come before those of an arm
     assert {r.seed for r in smoke} == {0} and {r.cfg.optim.iters for r in smoke} == {1} and {r.cfg.data.data for r in smoke} == {'digits:n=9'}
 
 @pytest.mark.parametrize('old,new,words', [('later =', 'latter =', ["'latter'", "'later'"]), ('[toy.gpu]\n', '[toy.gpu]\nburnin = []\n', ['toy.gpu', "'burnin'", "'burn_in'"]), ('x = []', 'burn_in = []', ['burn_in', 'another name']),
