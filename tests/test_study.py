@@ -53,7 +53,7 @@ def test_committed_records_are_found_again():
     for path in (BOOK.parent/'results').rglob('seed*.json'):
         r = json.loads(path.read_text())
         now = {x.arm: config_hash(x.cfg) for x in plan(BOOK, r['study'], r.get('scale', ''), [r['seed']]) if x.group == r.get('group', '')}
-        assert now == {arm: a['hash'] for arm, a in {'burn_in': r['burn_in'], **r['arms']}.items() if a}, path
+        assert now.items() >= {arm: a['hash'] for arm, a in {'burn_in': r['burn_in'], **r['arms']}.items() if a}.items(), path # an arm may be new
         seen += 1
     assert seen >= 3
 
