@@ -113,7 +113,7 @@ def run_notebook(
     if state(run) == 'other settings': return f'{run.title}: {run.folder} holds a run with other settings; delete that folder or choose another --out'
     atomic_write(run.folder/'config.json', json.dumps(to_dict(run.cfg), indent=1))
     try: papermill.execute_notebook(notebook, part, dict(title=run.title, folder=run.folder.as_posix(), expected=key, processes=processes), kernel_name='python3',
-                                    progress_bar=False, kernel_manager_class=_kernels(set() if alive is None else alive), extra_arguments=['--IPKernelApp.log_level=40'])
+                                    progress_bar=False, kernel_manager_class=_kernels(set() if alive is None else alive), extra_arguments=['--IPKernelApp.log_level=50'])
     except PapermillExecutionError as e: return f'{run.title}: cell [{e.exec_count}]: {e.ename}: {_last_line(e.evalue)}; executed notebook: {part}'
     except Exception as e: return f'{run.title}: {type(e).__name__}: {_last_line(e)}; executed notebook: {part}' # the kernel died
     if not finished(run.cfg, run.folder): return f'{run.title}: the notebook ended without the result of {key}; executed notebook: {part}'
@@ -162,9 +162,9 @@ def steps_done(
     try: return json.loads((Path(folder)/'log.jsonl').read_text().splitlines()[-1])['step']
     except (OSError, IndexError, json.JSONDecodeError): return 0
 
-def _outcome(job): # of an engine -> '' or why it failed
+def _outcome(run, job): # of an engine -> '' or why it failed
     try: return job.result()
-    except Exception as e: return f'{type(e).__name__}: {_last_line(e)}'
+    except Exception as e: return f"{run.title}: {type(e).__name__}: {str(e).strip().partition(chr(10))[0]}" # the job died; the rest is its log
 
 def drive(
     runs:list, # of Run
@@ -187,7 +187,7 @@ def drive(
             for folder, (r, job) in list(running.items()):
                 if not job.done(): continue
                 del running[folder]; unfinished.discard(folder)
-                if cause := _outcome(job): failed[folder] = cause
+                if cause := _outcome(r, job): failed[folder] = cause
                 ended(r, cause)
             ended(None, '')
     except KeyboardInterrupt:

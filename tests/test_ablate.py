@@ -235,11 +235,25 @@ def test_submitit_on_this_machine(fake):
     "The same command through submitit's local executor: runs, records, failures"
     pytest.importorskip('submitit')
     shell = fake(STUDY.replace('supervised =', 'fails ='))
-    code, out, err = shell('toy', '-q', '--engine', 'submitit-local', '--jobs', '2', '--option', 'timeout_min=2')
+    code, out, err = shell('toy', '-q', '--engine', 'submitit-local', '--jobs', '2', '--option', 'timeout_min=60')
     assert code == 1 and err == 'error: toy seed 0 fails: cell [3]: AssertionError: its last line; executed notebook: runs/studies/toy/seed0/fails/run.part.ipynb\n'
     assert {p.parent.name for p in Path('runs').rglob('run.ipynb')} == {'burn_in', 'semi_detr'} and list(Path('runs/studies/jobs').iterdir())
 
 # --- the dry run -------------------------------------------------------------------------------------------------------
+def test_a_job_that_dies_is_a_failure_of_its_run(tmp_path):
+    "An engine whose job raises: one line with the run, and the other runs go on"
+    class Engine:
+        def submit(self, run, *args): self.run = run; return Job(run)
+    class Job:
+        def __init__(self, run): self.run = run
+        def done(self): return True
+        def result(self):
+            if self.run.arm == 'supervised': raise RuntimeError('the machine was taken away\nits long log')
+            return ''
+    book = checkout(tmp_path/'book')
+    failed = A.drive(A.plan(book/A.STUDIES, 'toy'), Engine(), limit=2, pause=0)
+    assert list(failed.values()) == ['toy seed 0 supervised: RuntimeError: the machine was taken away']
+
 def test_dry_run_says_what_would_run_and_writes_nothing(fake):
     shell = fake()
     assert shell('toy', '-q', '--seeds', '0')[0] == 0
