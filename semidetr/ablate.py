@@ -113,7 +113,7 @@ def run_notebook(
     if state(run) == 'other settings': return f'{run.title}: {run.folder} holds a run with other settings; delete that folder or choose another --out'
     atomic_write(run.folder/'config.json', json.dumps(to_dict(run.cfg), indent=1))
     try: papermill.execute_notebook(notebook, part, dict(title=run.title, folder=run.folder.as_posix(), expected=key, processes=processes), kernel_name='python3',
-                                    progress_bar=False, kernel_manager_class=_kernels(set() if alive is None else alive), extra_arguments=['--IPKernelApp.log_level=50'])
+                                    progress_bar=False, start_timeout=600, kernel_manager_class=_kernels(set() if alive is None else alive), extra_arguments=['--IPKernelApp.log_level=50'])
     except PapermillExecutionError as e: return f'{run.title}: cell [{e.exec_count}]: {e.ename}: {_last_line(e.evalue)}; executed notebook: {part}'
     except Exception as e: return f'{run.title}: {type(e).__name__}: {_last_line(e)}; executed notebook: {part}' # the kernel died
     if not finished(run.cfg, run.folder): return f'{run.title}: the notebook ended without the result of {key}; executed notebook: {part}'
