@@ -7,37 +7,32 @@ from functools import partial
 from pathlib import Path
 import torch
 from tqdm import tqdm
-from semidetr.assigners import ASSIGNERS, misplaced_background
+from semidetr.assigners import ASSIGNERS, jitter_targets, misplaced_background
 from semidetr.boxes import normalize_boxes, transform_boxes
 from semidetr.core import atomic_write
-from semidetr.datasets import Subset, open_dataset
+from semidetr.datasets import Subset
 from semidetr.loader import EvalLoader
 from semidetr.matching import assign_o2m, assign_o2o, pad_targets
 from semidetr.predict import load_model
+from semidetr.trainer import build_data
 
 AMOUNTS = [0, .05, .1, .15, .2, .25, .3]
 def ways(k): # as the criterion uses them
     return {'Hungarian': assign_o2o, 'Max-IoU': ASSIGNERS['max_iou'], 'ATSS': ASSIGNERS['atss'], 'SimOTA': ASSIGNERS['simota'], f'task-aligned, k={k}': partial(assign_o2m, k=k)}
 
 @torch.no_grad()
-def predictions(run, images): # last decoder layer on scenes of the training split, and their true boxes
+def predictions(run, images): # last decoder layer on unlabelled images of the run, and their hidden boxes
     "logits (1,B,Q,C), boxes (1,B,Q,4), targets"
     model, cfg, _ = load_model(run)
-    ds = open_dataset(cfg.data.data, 'train')
-    ds, logits, boxes, targets = Subset(ds, range(len(ds)-images, len(ds))), [], [], []
-    for part in tqdm(EvalLoader(ds, cfg.view, 8), leave=False):
+    data, logits, boxes, targets = build_data(cfg.data), [], [], []
+    for part in tqdm(EvalLoader(Subset(data.unlabelled, range(min(images, len(data.unlabelled)))), cfg.view, 8), leave=False):
         out = model.eval()(part['images'], part['mask'])
         logits.append(out['pred_logits']); boxes.append(out['pred_boxes'])
         for t in part['targets']:
-            a = ds.annotation(ds.index_of(t['image_id']))
+            a = data.truth.annotation(data.truth.index_of(t['image_id']))
             inside, _ = transform_boxes(a['boxes'], t['matrix'], t['size'])
             targets.append(dict(labels=a['labels'], boxes=normalize_boxes(inside, t['size'])))
     return torch.cat(logits)[None], torch.cat(boxes)[None], targets, cfg
-
-def jittered(targets, by, seed=1):
-    "Each coordinate off by normal noise, in shares of the side"
-    g = torch.Generator().manual_seed(seed)
-    return [dict(t, boxes=t['boxes']+by*torch.randn(t['boxes'].shape, generator=g)*t['boxes'][:, [2, 3, 2, 3]]) for t in targets]
 
 if __name__ == '__main__':
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,7 +43,7 @@ if __name__ == '__main__':
     for run in args.runs:
         logits, boxes, targets, cfg = predictions(run, args.images)
         truth, objects = pad_targets(targets), sum(len(t['labels']) for t in targets)
-        rates = {name: [misplaced_background(way(logits, boxes, pad_targets(jittered(targets, by))), boxes, truth) for by in AMOUNTS] for name, way in ways(cfg.criterion.k).items()}
+        rates = {name: [misplaced_background(way(logits, boxes, pad_targets(jitter_targets(targets, by))), boxes, truth) for by in AMOUNTS] for name, way in ways(cfg.criterion.k).items()}
         done = json.loads((run/'run.json').read_text())
-        out.append(dict(run='/'.join(run.parts[-2:]), hash=done['hash'], commit=done['commit'], images=args.images, objects=objects, queries=boxes.shape[2], amounts=AMOUNTS, rates=rates))
+        out.append(dict(run='/'.join(run.parts[-2:]), hash=done['hash'], commit=done['commit'], images=len(targets), objects=objects, queries=boxes.shape[2], amounts=AMOUNTS, rates=rates))
     atomic_write(args.to, json.dumps(out))

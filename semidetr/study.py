@@ -18,7 +18,7 @@ from statistics import mean, stdev
 from .config import config_hash, override, preset, to_dict, from_dict
 from .core import ConfigError, DataError, SemiDETRError, suggest
 from .datasets import open_dataset
-from .machine import choose_amp, prepare
+from .machine import prepare
 from .trainer import Trainer
 
 # %% ../nbs/44_study.ipynb #99ec3d16
@@ -31,6 +31,7 @@ def finished(
     if not path.is_file(): return None
     try: result = json.loads(path.read_text())
     except json.JSONDecodeError: raise DataError(f'{path}: damaged; delete it, and the run is evaluated again from its checkpoint') from None
+    if cfg.run.amp == 'auto': cfg = override(cfg, [f"run.amp={result['config']['run']['amp']}"]) # what was chosen when it began
     same = result['hash'] == config_hash(cfg) and result['data']['fingerprint'] == open_dataset(cfg.data.data, 'train').fingerprint()
     return result if same else None
 
@@ -41,7 +42,6 @@ def run_config(
     position:int=0, # line of the progress bar when several runs share a terminal
 )->dict: # content of run.json
     "Run, go on with, or look up"
-    cfg = choose_amp(cfg, folder)
     return finished(cfg, folder) or Trainer(cfg, folder, progress, position).fit()
 
 def _job(values, folder, progress, position):

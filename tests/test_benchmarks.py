@@ -96,3 +96,22 @@ def test_smoke(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path/'matcher.json').read_text())
     assert result['quick'] and result['machine']['versions']['torch'] == torch.__version__ and all(r['rounds'] == 3 for r in result['rows'])
+
+def test_misplaced_background_of_a_run(tmp_path):
+    "Unlabelled images with hidden truth, every way of matching; true boxes give what the function gives without the script"
+    import misplaced
+    from semidetr.assigners import misplaced_background
+    from semidetr.matching import assign_o2o, pad_targets
+    from semidetr.trainer import Trainer
+    from test_trainer import tiny
+    trainer = Trainer(tiny('optim.iters=1', 'run.test=false', method='supervised'), tmp_path/'r', progress=False); trainer.fit()
+    done = subprocess.run([sys.executable, ROOT/'benchmarks'/'misplaced.py', tmp_path/'r', '--images', '9', '--to', tmp_path/'m.json'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    m, = json.loads((tmp_path/'m.json').read_text())
+    logits, boxes, targets, cfg = misplaced.predictions(tmp_path/'r', 9)
+    labelled = {str(i) for i in trainer.data.labelled.ids}
+    hidden = [trainer.data.truth.annotation(trainer.data.truth.index_of(i)) for i in trainer.data.unlabelled.ids[:9]]
+    assert [len(a['labels']) for a in hidden] == [len(t['labels']) for t in targets] and not labelled & {str(i) for i in trainer.data.unlabelled.ids[:9]}
+    assert m['images'] == 9 and m['objects'] == sum(len(t['labels']) for t in targets) > 0 and len(m['rates']) == 5 and all(len(r) == len(m['amounts']) for r in m['rates'].values())
+    truth = pad_targets(targets)
+    assert m['rates']['Hungarian'][0] == misplaced_background(assign_o2o(logits, boxes, truth), boxes, truth)

@@ -186,3 +186,21 @@ def test_final_metrics_with_and_without_suppression(tmp_path, every):
     "Whether the last iteration was evaluated on the way or not"
     metrics = T.Trainer(tiny('optim.iters=1', f'run.eval_every={every}', method='supervised'), tmp_path, progress=False).fit()['metrics']
     assert set(metrics) == {'dev', 'val'} and all({'AP', 'AP_nms', 'AP50_nms'} <= set(m) for part in metrics.values() for m in part.values())
+
+CHOOSER = '''
+import json, os, sys
+import semidetr.machine as machine
+from semidetr.study import run_config
+sys.path.insert(0, {tests!r})
+from test_trainer import tiny
+machine.bf16_speed = lambda device: 2. if os.environ['RANK'] == '0' else .5
+result = run_config(tiny('optim.iters=1', 'run.amp=auto', 'run.device=cpu', 'run.test=false', method='supervised'), sys.argv[1], progress=False)
+open(sys.argv[1]+'/amp'+os.environ['RANK'], 'w').write(result['config']['run']['amp'])
+'''
+def test_processes_choose_one_precision(tmp_path):
+    "Where the probe says one thing to one process and another to the other, the first decides for both"
+    (tmp_path/'w.py').write_text(CHOOSER.format(tests=str(Path(__file__).parent)))
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(tmp_path/'w.py'), str(tmp_path/'r')],
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [(tmp_path/'r'/f'amp{i}').read_text() for i in (0, 1)] == ['bf16', 'bf16']

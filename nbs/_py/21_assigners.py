@@ -215,12 +215,21 @@ plt.show()
 # Now the objects are pseudo boxes: the true ones, each coordinate off by normal noise of a given share of the width or height. The queries stay where they are. First, the number of positives of an object.
 
 # %%
-def jittered(targets, by, seed=1):
+#| export
+def jitter_targets(
+    targets:list, # dicts with `boxes` (n,4) cxcywh
+    by:float, # standard deviation of each coordinate, in widths and heights
+    seed:int=1,
+)->list: # the same with boxes that are off
+    "Pseudo boxes as a teacher of a known accuracy would give them"
     g = torch.Generator().manual_seed(seed)
     return [dict(t, boxes=t['boxes']+by*torch.randn(t['boxes'].shape, generator=g)*t['boxes'][:, [2, 3, 2, 3]]) for t in targets]
+
+
+# %%
 world = scene(images=100) # 300 objects
 amounts = [0, .05, .1, .15, .2, .25, .3]
-answers = {name: [way(*world[:2], pad_targets(jittered(world[2], by))) for by in amounts] for name, way in ways.items()}
+answers = {name: [way(*world[:2], pad_targets(jitter_targets(world[2], by))) for by in amounts] for name, way in ways.items()}
 number = {name: torch.stack([torch.zeros(100, 3).index_put((m.image, m.target), torch.ones(len(m)), accumulate=True).flatten() for m in rows], 1)
           for name, rows in answers.items()} # (300 objects, 7 amounts)
 kept = {name: (float(n[:, 4].mean()/n[:, 0].mean()), float(n[:, 4].std()/n[:, 4].mean())) for name, n in number.items()}
@@ -284,7 +293,7 @@ axes[0].set_ylabel('misplaced'); fig.legend(*axes[0].get_legend_handles_labels()
 # How much of it is the ranking, and how much that there are thirteen? With five, about what SimOTA takes, the same metric is no better than SimOTA:
 
 # %%
-five = [misplaced_background(assign_o2m(*world[:2], pad_targets(jittered(world[2], by)), k=5), world[1], truth) for by in amounts]
+five = [misplaced_background(assign_o2m(*world[:2], pad_targets(jitter_targets(world[2], by)), k=5), world[1], truth) for by in amounts]
 assert abs(five[4]['lost']-lost['SimOTA'][4]) < .1 and five[4]['lost'] > lost['task-aligned'][4]+.2
 [(round(r['lost'], 2), round(r['weight'], 2)) for r in five]
 

@@ -25,7 +25,7 @@ from statistics import mean, stdev
 from semidetr.config import config_hash, override, preset, to_dict, from_dict
 from semidetr.core import ConfigError, DataError, SemiDETRError, suggest
 from semidetr.datasets import open_dataset
-from semidetr.machine import choose_amp, prepare
+from semidetr.machine import prepare
 from semidetr.trainer import Trainer
 
 
@@ -43,6 +43,7 @@ def finished(
     if not path.is_file(): return None
     try: result = json.loads(path.read_text())
     except json.JSONDecodeError: raise DataError(f'{path}: damaged; delete it, and the run is evaluated again from its checkpoint') from None
+    if cfg.run.amp == 'auto': cfg = override(cfg, [f"run.amp={result['config']['run']['amp']}"]) # what was chosen when it began
     same = result['hash'] == config_hash(cfg) and result['data']['fingerprint'] == open_dataset(cfg.data.data, 'train').fingerprint()
     return result if same else None
 
@@ -53,7 +54,6 @@ def run_config(
     position:int=0, # line of the progress bar when several runs share a terminal
 )->dict: # content of run.json
     "Run, go on with, or look up"
-    cfg = choose_amp(cfg, folder)
     return finished(cfg, folder) or Trainer(cfg, folder, progress, position).fit()
 
 def _job(values, folder, progress, position):

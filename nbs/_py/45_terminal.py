@@ -14,7 +14,9 @@
 
 # %%
 #| export
+import contextlib
 import functools
+import io
 import os
 import sys
 import warnings
@@ -25,8 +27,6 @@ import semidetr
 
 # %%
 #| hide
-import contextlib
-import io
 import tempfile
 import matplotlib.pyplot as plt
 from semidetr.core import DataError
@@ -114,6 +114,18 @@ def main(
             code = _fail(f"{' '.join(e.format_message().split()).rstrip('.')}; see {path} --help").exit_code
     sys.exit(code if isinstance(code, int) else 0)
 
+def shell(
+    line:str, # 'semidetr ...'
+    home:Path, # folder that it is typed in; written as ~
+)->int: # exit code
+    "Run a command line in this process and print what a terminal would show"
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(home):
+        try: main(line.split()[1:])
+        except SystemExit as e: code = e.code
+    print(f'$ {line}\n{out.getvalue()}{err.getvalue()}[exit {code}]'.replace(str(home.resolve()), '~'))
+    return code
+
 
 # %% [markdown]
 # ## What the commands share
@@ -159,18 +171,10 @@ def halve(number:int, out:Out=Path('half.txt')):
     if number % 2: raise DataError(f'{number} is odd; give an even number')
     _say(f'{number//2} goes to {_free(out, folder=False)}')
 
-def shell(line):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(home):
-        try: main(line.split()[1:])
-        except SystemExit as e: code = e.code
-    print(f'$ {line}\n{out.getvalue()}{err.getvalue()}[exit {code}]'.replace(str(home.resolve()), '~'))
-    return code
-
 @command()
 def noop(): "Nothing; with one command alone typer would leave its name away"
 
-codes = [shell(f'semidetr {line}') for line in ('halve 4', 'halve 3', 'halve three', 'halve 4 --out .', 'have 4')]
+codes = [shell(f'semidetr {line}', home) for line in ('halve 4', 'halve 3', 'halve three', 'halve 4 --out .', 'have 4')]
 assert codes == [0, 2, 2, 2, 2]
 
 # %%

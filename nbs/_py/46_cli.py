@@ -31,10 +31,11 @@ from semidetr.terminal import Device, Nms, Out, Quiet, Run, _HINT, _bad, _fail, 
 
 # %%
 #| hide
-import io
+import functools
 import tempfile
 import matplotlib.pyplot as plt
 from PIL import Image
+from semidetr import terminal
 from semidetr.core import DataError
 from semidetr.draw import show_image
 
@@ -43,15 +44,7 @@ from semidetr.draw import show_image
 
 # %%
 home = Path(tempfile.mkdtemp())
-
-def shell(line):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(home):
-        try: main(line.split()[1:])
-        except SystemExit as e: code = e.code
-    print(f'$ {line}\n{out.getvalue()}{err.getvalue()}[exit {code}]'.replace(str(home.resolve()), '~'))
-    return code
-
+shell = functools.partial(terminal.shell, home=home)
 assert shell('semidetr --version') == 0
 
 

@@ -73,7 +73,11 @@ const Kernels& kernels() {
   return chosen;
 }
 
-constexpr uintptr_t kPage = uintptr_t(1) << 21;   // a large page
+#ifdef __SANITIZE_ADDRESS__                       // what lies behind the memory of a call has to be noticed
+constexpr bool kKeep = false; constexpr uintptr_t kPage = 64;
+#else
+constexpr bool kKeep = true; constexpr uintptr_t kPage = uintptr_t(1) << 21;  // a large page
+#endif
 void ask_for_large_pages(uintptr_t begin, uintptr_t end) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   begin = (begin + kPage - 1) & ~(kPage - 1); end &= ~(kPage - 1);
@@ -91,7 +95,7 @@ void* scratch(size_t n) {
     ~Kept() { std::free(raw); }
   };
   static thread_local Kept kept;
-  if (n > kept.size) {
+  if (!kKeep || n > kept.size) {
     std::free(kept.raw); kept.size = 0;
     n = (n + kPage - 1) & ~(kPage - 1);
     kept.raw = std::malloc(n + kPage);

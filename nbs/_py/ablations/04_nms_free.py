@@ -73,16 +73,16 @@ axes[0].set_ylabel('AP'); plt.show()
 #| label: tbl-abl-nms-stage
 #| tbl-cap: "Length of the first stage, of 300 iterations: AP of seed 0 on the development part."
 #| echo: false
-stages = json.loads((Path(results)/'first_stage_dev.json').read_text())
+stages = [runs[0]['arms'][arm] for arm in ('only_o2o', 'shorter_o2m', 'shm_cqc_cpm', 'only_o2m')]
 markdown(markdown_table(['T1', 'AP', 'AP with NMS', 'of the student: AP', 'with NMS', 'configuration'],
-                        [[t, *(f"{r['metrics']['dev'][who][k]:.1f}" for who in ('teacher', 'student') for k in ('AP', 'AP_nms')), r['hash']] for t, r in stages.items()]))
+                        [[r['config']['method']['T1'], *(f"{r['metrics']['dev'][who][k]:.1f}" for who in ('teacher', 'student') for k in ('AP', 'AP_nms')), r['hash']] for r in stages]))
 
 # %% [markdown]
 # The student is ahead of its average: a decay of .99 remembers a hundred iterations, and so a part of the first stage.
 #
 # ## Why not one-to-one from the start?
 #
-# Because pseudo boxes are off. The detectors of the burn-in answer scenes whose true boxes are known; then each coordinate of the true boxes is moved by normal noise, as a teacher would, and every way of matching assigns the same predictions to the moved boxes. *Misplaced* is an object for which some query that was told to be background fits the true box better than all of its positives (@sec-assigners does the same with a toy).
+# Because pseudo boxes are off. The detectors of the burn-in answer unlabelled scenes, whose true boxes are known here and were hidden from them; then each coordinate of the true boxes is moved by normal noise, as a teacher would, and every way of matching assigns the same predictions to the moved boxes. *Misplaced* is an object for which some query that was told to be background fits the true box better than all of its positives (@sec-assigners does the same with a toy).
 
 # %%
 #| hide
