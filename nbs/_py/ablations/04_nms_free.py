@@ -93,7 +93,7 @@ def rate(name, key): return [mean(m['rates'][name][i][key] for m in measured) fo
 
 # %%
 #| label: fig-abl-misplaced
-#| fig-cap: "Left: share of objects whose better-placed query is called background. Right: share of the positive weight on queries that are worse than some background. With small errors Max-IoU loses the least; from .15 on task-aligned ranking loses the fewest objects, and from .25 on the least weight."
+#| fig-cap: "Left: share of objects whose better-placed query is called background. Right: share of the positive weight on queries that are worse than some background. With small errors Max-IoU loses the least; from .15 on task-aligned ranking loses the fewest objects, and from .2 on the least weight."
 #| fig-alt: "Two panels: misplaced objects and misplaced positive weight against the jitter of the boxes, one line a way of matching"
 #| echo: false
 colors = dict(zip(ways, ('#7f7f7f', '#d62728', '#9467bd', '#8c564b', '#1f77b4')))
