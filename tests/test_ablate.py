@@ -228,10 +228,40 @@ def test_from_a_folder_of_the_checkout_and_to_another_place(fake, monkeypatch, t
     assert json.loads((tmp_path/'r/toy/seed0.json').read_text())['burn_in']['notebook'] == str(tmp_path/'o/toy/seed0/burn_in/run.ipynb')
 
 def test_smoke_results_stay_out_of_the_book(fake):
+    from papermill.iorw import papermill_io
     shell = fake(STUDY+'[scales.smoke]\nlast = ["optim.iters=1"]\n')
+    papermill_io.get_handler('local').cwd('/') # as threads of an earlier command in another folder may leave it
     code, out, err = shell('all', '-q', '--scale', 'smoke')
     assert code == 0, err
     assert not Path('nbs/ablations/results').exists() and Path('runs/studies/results/toy-smoke/seed0.json').exists()
+
+MORE = '''
+[more]
+after = "toy"
+later = ["optim.iters=2"]
+[more.arms]
+mean_teacher = ["method.name=mean_teacher"]
+'''
+def test_studies_share_a_burn_in(fake):
+    "Together or one after the other, the shared burn-in is run once, and each record has it"
+    shell = fake(STUDY+MORE)
+    code, out, err = shell('toy', 'more', '-n')
+    assert code == 0 and out.count(' burn_in ') == 1 and '4 runs' in out, (out, err)
+    code, out, err = shell('toy', 'more', '-q', '-j', '2')
+    assert code == 0, err
+    records = [json.loads(Path(f'nbs/ablations/results/{n}/seed0.json').read_text()) for n in ('toy', 'more')]
+    assert records[0]['burn_in'] == records[1]['burn_in'] and list(records[1]['arms']) == ['mean_teacher'] and not Path('runs/studies/more/seed0/burn_in').exists()
+    assert sum('burn_in' in line for line in Path('runs/studies/toy/order.txt').read_text().splitlines()) == 1
+    before = stamps(Path('runs'))
+    assert shell('more', '-q')[0] == 0 and stamps(Path('runs')) == before
+    shutil.rmtree('runs')
+    assert shell('more', '-q')[0] == 0 and {str(p.parent.relative_to('runs/studies')) for p in Path('runs').rglob('run.ipynb')} == {'toy/seed0/burn_in', 'more/seed0/mean_teacher'}
+
+def test_groups_by_name(fake):
+    shell = fake(STUDY+'[toy.groups.labels]\nfew = ["data.count=4"]\nmany = ["data.count=8"]\n')
+    assert shell('toy', '-q', '--groups', 'many')[0] == 0 and not Path('runs/studies/toy/few').exists() and Path('nbs/ablations/results/toy/many/seed0.json').exists()
+    code, out, err = shell('toy', '-q', '--groups', 'meny')
+    assert code == 2 and err == "error: nbs/ablations/studies.toml: study toy has no group 'meny'; did you mean 'many'?\n"
 
 def test_submitit_on_this_machine(fake):
     "The same command through submitit's local executor: runs, records, failures"

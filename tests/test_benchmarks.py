@@ -115,3 +115,22 @@ def test_misplaced_background_of_a_run(tmp_path):
     assert m['images'] == 9 and m['objects'] == sum(len(t['labels']) for t in targets) > 0 and len(m['rates']) == 5 and all(len(r) == len(m['amounts']) for r in m['rates'].values())
     truth = pad_targets(targets)
     assert m['rates']['Hungarian'][0] == misplaced_background(assign_o2o(logits, boxes, truth), boxes, truth)
+
+def test_thresholds_of_a_run(tmp_path):
+    "Precision and recall of each class as counted by hand; more boxes and no less recall with a lower threshold"
+    import thresholds
+    from semidetr.trainer import Trainer
+    from test_trainer import tiny
+    trainer = Trainer(tiny('optim.iters=1', 'run.test=false', method='supervised'), tmp_path/'r', progress=False); trainer.fit()
+    done = subprocess.run([sys.executable, ROOT/'benchmarks'/'thresholds.py', tmp_path/'r', '--images', '9', '--to', tmp_path/'t.json'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    t, = json.loads((tmp_path/'t.json').read_text())
+    hidden = [trainer.data.truth.annotation(trainer.data.truth.index_of(i)) for i in trainer.data.unlabelled.ids[:9]]
+    assert t['images'] == 9 and t['labelled_images'] == len(trainer.data.labelled) and t['thresholds'] == thresholds.THRESHOLDS
+    assert [c['objects'] for c in t['classes'].values()] == [sum(int((a['labels'] == c).sum()) for a in hidden) for c in range(len(trainer.data.truth.classes))]
+    assert all(a >= b for c in t['classes'].values() for a, b in zip(c['boxes'], c['boxes'][1:]))
+    class Truth: # two objects of class 0, one of class 1
+        def index_of(self, i): return i
+        def annotation(self, i): return dict(boxes=torch.tensor([[0., 0, 10, 10], [50, 50, 60, 60], [80, 80, 90, 90]]), labels=torch.tensor([0, 0, 1]), ignore=torch.tensor([False, False, False]))
+    found = [dict(image_id=0, boxes=torch.tensor([[0., 0, 10, 10], [20, 20, 30, 30], [80, 80, 90, 90]]), labels=torch.tensor([0, 0, 1]), scores=torch.tensor([.9, .3, .1]))]
+    assert thresholds.counts(found, Truth(), .2, 0) == [1, 2, 2] and thresholds.counts(found, Truth(), .5, 0) == [1, 1, 2] and thresholds.counts(found, Truth(), .2, 1) == [0, 0, 1]

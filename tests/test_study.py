@@ -107,6 +107,24 @@ def test_misspelt_keys(tmp_path, old, new, words):
     with pytest.raises(ConfigError) as e: plan(path, 'toy', 'gpu')
     assert all(w in str(e.value) for w in words) and '\n' not in str(e.value), str(e.value)
 
+def test_a_study_after_another_one(tmp_path):
+    "It has the burn-in of the other one, in its folder, at every scale; and no preset, base or burn-in of its own"
+    path = tmp_path/'s.toml'
+    more = '[more]\nafter = "toy"\nseeds = [0]\nlater = ["optim.clip=6"]\n[more.arms]\nz = []\n'
+    path.write_text(TABLE+more)
+    runs, own = plan(path, 'more'), {r.folder: r for r in plan(path, 'toy', seeds=[0])}
+    assert [r.arm for r in runs] == ['burn_in', 'z']*4 and all(own[r.folder].cfg == r.cfg for r in runs[::2])
+    assert runs[1].cfg.run.init == str(runs[0].folder) == str(runs[1].start) and runs[1].folder.parts[-4:] == ('more', 'p1-a', 'seed0', 'z') and (runs[1].cfg.optim.lr, runs[1].cfg.optim.warmup) == (1, 5) and runs[1].cfg.optim.clip == 6
+    smoke = plan(path, 'more', 'smoke')
+    assert smoke[0].folder.parts[-4:] == ('toy-smoke', 'p1-a', 'seed0', 'burn_in') and smoke[0].cfg == plan(path, 'toy', 'smoke')[0].cfg and smoke[1].start == smoke[0].folder
+    for wrong, words in (('base = []\n', ['base of toy', "'after'"]), ('preset = "small"\n', ['preset of toy'])):
+        path.write_text(TABLE+more.replace('seeds', wrong+'seeds'))
+        with pytest.raises(ConfigError) as e: plan(path, 'more')
+        assert all(w in str(e.value) for w in words), str(e.value)
+    for other in ('tay', 'more'):
+        path.write_text(TABLE+more.replace('"toy"', f'"{other}"'))
+        with pytest.raises(ConfigError, match=f"comes after '{other}'"): plan(path, 'more')
+
 def test_unknown_scale(tmp_path):
     with pytest.raises(ConfigError, match='precision has no scale .gpu.; known: smoke, small'): load_study(BOOK, 'precision', 'gpu')
 

@@ -94,16 +94,16 @@ def branches(
     arms:dict, # name -> overrides of a continuation
     folder, # of the study
     seed:int=0, # of the run, and the fold of the split
+    start_folder=None, # of the study whose burn-in it is, if not of this one
 )->dict: # name -> (Config, folder of the run); the shared start, `burn_in`, comes first
     "The runs of one seed: a burn-in, and every arm from its checkpoint"
     base, folder, start = override(base, [f'run.seed={seed}', f'data.fold={seed}']), Path(folder)/f'seed{seed}', []
     runs = {}
     if burn_in:
-        own = burn_in if 'run.test' in str(burn_in) else [*burn_in, 'run.test=false']
-        runs['burn_in'] = override(base, ['method.name=supervised', 'method.burn_in_iters=0', *own])
-        start = ['method.burn_in_iters=0', f"run.init={folder/'burn_in'}"]
-    runs |= {name: override(base, [*start, *own]) for name, own in arms.items()}
-    return {name: (cfg, folder/name) for name, cfg in runs.items()}
+        own, first = burn_in if 'run.test' in str(burn_in) else [*burn_in, 'run.test=false'], Path(start_folder or folder.parent)/folder.name/'burn_in'
+        runs['burn_in'] = override(base, ['method.name=supervised', 'method.burn_in_iters=0', *own]), first
+        start = ['method.burn_in_iters=0', f'run.init={first}']
+    return runs | {name: (override(base, [*start, *own]), folder/name) for name, own in arms.items()}
 
 def paired(
     base, burn_in:list, arms:dict, folder, # see `branches`
@@ -155,13 +155,16 @@ def paired_difference(
 #
 # Which arms a study has is written down in a TOML file, as settings on top of a common base. A new arm is a new line. `groups` crosses the arms with something else, say the number of labels or the data set: each combination is a group with its own burn-in.
 #
+# A study that comes `after` another one begins where that one's burn-in ended: it has its preset, base, groups and burn-in, and only arms of its own. What changes after the burn-in needs no second one.
+#
 # The same study runs at several scales. What a *scale* changes is written either in the study (`[name.gpu]`: keys that replace those of the study) or, for all studies at once, under `[scales]`, whose settings come after the study's own.
 
 # %%
 #| export
 SCALES = ('smoke', 'small', 'gpu') # seconds on a core, minutes on a core, the paper's machines
 LISTS = ('base', 'burn_in', 'later', 'last') # settings of all runs, of the burn-in, of all arms before and after their own ones
-KEYS = {'about', 'preset', 'scale', 'seeds', 'groups', 'arms', *LISTS, *SCALES}
+KEYS = {'about', 'after', 'preset', 'scale', 'seeds', 'groups', 'arms', *LISTS, *SCALES}
+SHARED = ('preset', 'base', 'burn_in', 'last', 'groups') # what a study has of the one that it comes `after`
 
 def read_studies(
     path, # TOML file
@@ -189,6 +192,11 @@ def study_table(
     if scale not in known: raise ConfigError(f"{path}: study {name} has no scale '{scale}'; known: {', '.join(known)}")
     own = s.get(scale, {})
     s = {**s, **own, 'arms': {**s.get('arms', {}), **own.get('arms', {})}, 'at': scale, 'home': scale == home}
+    if first := s.get('after'):
+        if first not in studies or 'after' in studies[first] or not studies[first].get('burn_in'): raise ConfigError(f"{path}: study {name} comes after '{first}', which is not a study with a burn-in of its own")
+        if own_too := sorted(set(SHARED) & set(s)): raise ConfigError(f"{path}: study {name} has the {own_too[0]} of {first}; take that key away, or 'after'")
+        whole, _ = study_table(path, first, scale if scale != studies[first].get('scale', 'small') else '')
+        s |= {k: whole[k] for k in SHARED if k in whole}
     if missing := [k for k in ('preset', 'arms') if not s.get(k)]: raise ConfigError(f'{path}: study {name} lacks {", ".join(missing)}')
     if 'burn_in' in s['arms']: raise ConfigError(f"{path}: study {name}: an arm cannot be called 'burn_in'; choose another name")
     return s, scales.get(scale, {})
@@ -200,7 +208,7 @@ def load_study(
     path, # TOML file: a table for each study with preset, base, burn_in, groups, later, arms and last
     name:str, # of the study
     scale:str='', # one of SCALES; empty: the study's own, `small` unless it says otherwise
-)->dict: # scale, home: is it the study's own?, about, seeds, groups: name -> Config ('' if there are none), burn_in: overrides, arms: name -> overrides
+)->dict: # scale, home: is it the study's own?, about, seeds, groups: name -> Config ('' if there are none), start: study whose burn-in it is, burn_in: overrides, arms: name -> overrides
     "The configurations of a study; every override is tried, so that a misspelt one fails before the first run"
     s, all_ = study_table(path, name, scale)
     own, common = ({k: t.get(k, []) for k in LISTS} for t in (s, all_))
@@ -215,7 +223,7 @@ def load_study(
         group, items = '-'.join(k for k, _ in picked), [i for _, v in picked for i in v]
         groups[group] = tried(group or 'base', tried('preset', preset(all_.get('preset', s['preset'])), own['base']), [*items, *common['base']])
         for where, changes in dict(burn_in=burn_in, **arms).items(): tried(f'{group}, {where}'.removeprefix(', '), groups[group], changes)
-    return dict(scale=s['at'], home=s['home'], about=s.get('about', ''), seeds=all_.get('seeds', s.get('seeds', [0])), groups=groups, burn_in=burn_in, arms=arms)
+    return dict(scale=s['at'], home=s['home'], about=s.get('about', ''), seeds=all_.get('seeds', s.get('seeds', [0])), groups=groups, start=s.get('after', name), burn_in=burn_in, arms=arms)
 
 
 # %%
@@ -238,6 +246,21 @@ toy = load_study(toy_file, 'toy')
 assert {name: c.data.count for name, c in toy['groups'].items()} == {'five': 5, 'ten': 10} and toy['arms'] == {'mt': ['optim.iters=3', 'method.name=mean_teacher']}
 assert load_study(toy_file, 'toy', 'smoke')['arms']['mt'][-1] == 'optim.iters=1'
 toy['arms']
+
+# %% [markdown]
+# A second study of the toy, that shares its burn-in:
+
+# %%
+toy_file.write_text(toy_file.read_text()+'''
+[more]
+after = "toy"
+later = ["optim.iters=4"]
+[more.arms]
+slow = ["optim.lr=1e-5"]
+''')
+more = load_study(toy_file, 'more')
+assert (more['start'], more['groups'], more['burn_in']) == ('toy', toy['groups'], toy['burn_in'])
+{str(f): c.run.init for c, f in branches(more['groups']['ten'], more['burn_in'], more['arms'], 'runs/more/ten', start_folder='runs/toy/ten').values()}
 
 # %% [markdown]
 # The runs of one seed of a group: where each is kept, how long it is, and what it starts from.

@@ -66,13 +66,16 @@ def plan(
     seeds=None, # those of the study if None
     out='runs/studies', # folder of the runs
     data:str='', # data set instead of the study's own
+    only:tuple=(), # names of groups; empty: all
 )->list: # of Run, each burn-in before its arms
     "All runs of a study; at another scale than its own a study has folders of its own"
     s, runs = load_study(path, name, scale), []
+    if unknown := sorted(set(only)-set(s['groups'])): raise ConfigError(f"{path}: study {name} has no group '{unknown[0]}'; {suggest(unknown[0], s['groups']) if any(s['groups']) else 'it has none at all'}")
     own = [f'data.data={data}', 'data.val=', 'data.split_file='] if data else []
-    for (group, base), seed in itertools.product(s['groups'].items(), s['seeds'] if seeds is None else seeds):
-        where = Path(name if s['home'] else f"{name}-{s['scale']}")/group
-        made = branches(override(base, own), s['burn_in'], s['arms'], Path(out)/where, seed)
+    place = lambda study: Path(study if s['home'] else f"{study}-{s['scale']}")
+    for (group, base), seed in itertools.product(((g, b) for g, b in s['groups'].items() if not only or g in only), s['seeds'] if seeds is None else seeds):
+        where = place(name)/group
+        made = branches(override(base, own), s['burn_in'], s['arms'], Path(out)/where, seed, Path(out)/place(s['start'])/group)
         start = made.get('burn_in', (0, None))[1]
         for arm, (cfg, folder) in made.items():
             often = min(cfg.run.checkpoint_every, max(1, cfg.optim.iters//4)) # neither this nor the threads is part of the hash
@@ -92,6 +95,11 @@ def state(
     if not (run.folder/'last.pt').exists(): return 'new'
     written = run.folder/'config.json'
     return 'resumable' if not written.exists() or config_hash(load_config(written)) == config_hash(run.cfg) else 'other settings'
+
+def _once(runs): # studies may share a burn-in
+    first = {}
+    for r in runs: first.setdefault(r.folder, r)
+    return list(first.values())
 
 
 # %%
@@ -149,6 +157,8 @@ def run_notebook(
     "Execute the run notebook for one run; errors come back as text"
     import papermill
     from papermill.exceptions import PapermillExecutionError
+    from papermill.iorw import papermill_io
+    papermill_io.get_handler('local').cwd(None) # shared by all threads; two that end at the same time leave the folder of an earlier command in it
     part, key = run.folder/'run.part.ipynb', config_hash(run.cfg)
     if state(run) == 'other settings': return f'{run.title}: {run.folder} holds a run with other settings; delete that folder or choose another --out'
     atomic_write(run.folder/'config.json', json.dumps(to_dict(run.cfg), indent=1))
@@ -327,17 +337,18 @@ def run_all(
     say=print,
 )->list: # why runs failed, a line each
     "Run what is not finished, keep the records, show how far it is"
-    todo = [r for r in runs if state(r) != 'finished']
+    todo = [r for r in _once(runs) if state(r) != 'finished']
     seeds, left = {}, {r.folder for r in todo}
     for r in runs: seeds.setdefault((r.where, r.seed), []).append(r)
     def seed_done(r):
         if not left & {x.folder for x in seeds[r.where, r.seed]}: say(seed_line(keep(seeds[r.where, r.seed], results)))
     for group in seeds.values(): seed_done(group[0])
-    bar = tqdm(total=sum(r.cfg.optim.iters for r in runs), initial=sum(r.cfg.optim.iters for r in runs if r not in todo), unit='it', mininterval=1, disable=not progress)
+    once = {r.folder: r.cfg.optim.iters for r in runs}
+    bar = tqdm(total=sum(once.values()), initial=sum(n for f, n in once.items() if f not in left), unit='it', mininterval=1, disable=not progress)
     def ended(r, cause):
         if r is not None and not cause: left.discard(r.folder); seed_done(r)
-        bar.n = sum(steps_done(x.folder) if x.folder in left else x.cfg.optim.iters for x in runs)
-        bar.set_postfix_str(f'{len(runs)-len(left)} of {len(runs)} runs', refresh=False); bar.update(0)
+        bar.n = sum(steps_done(f) if f in left else n for f, n in once.items())
+        bar.set_postfix_str(f'{len(once)-len(left)} of {len(once)} runs', refresh=False); bar.update(0)
     with contextlib.closing(bar): return list(drive(todo, engine, notebook, processes, limit, ended).values())
 
 
@@ -375,7 +386,7 @@ def read_options(
 #| export
 def ablate(
     names:list, # of studies; 'all': every study that has the scale
-    scale:str='', seeds=None, data:str='', # see `plan`
+    scale:str='', seeds=None, data:str='', only:tuple=(), # see `plan`
     out='runs/studies',
     results='', # folder of the records; '': that of the book, at scale smoke one in `out`
     jobs:int=0, # runs at a time; 0: one a core, with Slurm all
@@ -390,9 +401,9 @@ def ablate(
     if engine not in ENGINES: raise ConfigError(f"engine '{engine}' is unknown; {suggest(engine, ENGINES)}")
     studies, scales = read_studies(STUDIES)
     if 'all' in names: names = [n for n, s in studies.items() if not scale or scale in (s.get('scale', 'small'), *s, *scales)]
-    runs = [r for name in dict.fromkeys(names) for r in plan(STUDIES, name, scale, seeds, out, data)]
+    runs = [r for name in dict.fromkeys(names) for r in plan(STUDIES, name, scale, seeds, out, data, only)]
     results = results or (Path(out)/'results' if scale == 'smoke' else STUDIES.parent/'results')
-    if dry: return dry(runs, results, processes, say)
+    if dry: return dry(_once(runs), results, processes, say)
     need('papermill', 'a study'); check_notebook(NOTEBOOK)
     jobs = jobs or (len(runs) if engine == 'slurm' else usable_cores())
     where = LocalEngine(jobs) if engine == 'local' else SubmititEngine(Path(out)/'jobs', engine.removeprefix('submitit-'), options)

@@ -378,7 +378,7 @@ def demo(out:Out=Path('runs/demo'), labels:_opt(int, 'number of labelled scenes'
 
 @command('ablate')
 def run_studies(study:Annotated[list[str], typer.Argument(help='names in nbs/ablations/studies.toml, or all')], scale:_opt(str, 'smoke, small or gpu; default: that of the study')='',
-    seeds:_opt(str, 'e.g. 0,1,2 or 0-4; default: those of the study')='', jobs:_opt(int, 'runs at a time, one thread each; 0: one a core, with Slurm all', '--jobs', '-j', min=0)=0,
+    seeds:_opt(str, 'e.g. 0,1,2 or 0-4; default: those of the study')='', groups:_opt(str, 'e.g. p1,p5: these groups of the study; default: all')='', jobs:_opt(int, 'runs at a time, one thread each; 0: one a core, with Slurm all', '--jobs', '-j', min=0)=0,
     dry_run:_opt(bool, 'print what would run, and what is missing for it', '--dry-run', '-n')=False, data:_opt(str, f'another data set: {_HINT}', '--data', '-d')='',
     out:_opt(Path, 'folder of the runs; default: runs/studies in the checkout', '--out', '-o')=None, results:_opt(Path, 'folder of the records; default: nbs/ablations/results, at scale smoke OUT/results')=None,
     engine:_opt(str, 'local, slurm or submitit-local (the last two: extra [cluster])')='local', option:_opt(list[str], 'of Slurm through submitit, e.g. slurm_partition=gpu timeout_min=600 (may be repeated)')=[],
@@ -395,7 +395,7 @@ def run_studies(study:Annotated[list[str], typer.Argument(help='names in nbs/abl
     here = lambda p: p and Path(os.path.relpath(p, book) if Path(p).resolve().is_relative_to(book) else Path(p).absolute()) # paths as seen from the checkout
     out, results, data = here(_free(out or book/'runs'/'studies')), here(results and _free(results)), str(here(data)) if data and Path(data).exists() else data
     with contextlib.chdir(book):
-        bad = ablate(study, scale, read_seeds(seeds), data, out, results, jobs, engine, read_options(option), processes, look if dry_run else None, not quiet, _say)
+        bad = ablate(study, scale, read_seeds(seeds), data, tuple(filter(None, groups.split(','))), out, results, jobs, engine, read_options(option), processes, look if dry_run else None, not quiet, _say)
     for line in bad: _fail(line)
     if bad: raise typer.Exit(2 if dry_run else 1)
 
