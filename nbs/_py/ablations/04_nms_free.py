@@ -12,23 +12,19 @@ results = 'results'  # folder of results
 #| hide
 import json
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
-from scipy.stats import t as student_t
 from semidetr.draw import COLORS
 from semidetr.pages import markdown_table
+from semidetr.report import difference, plus_minus, read_records, scale_line, spread, values, verdict, with_interval
 from semidetr.study import paired_difference
 
 # %%
 #| hide
 names = dict(only_o2m='one-to-many only', only_o2o='one-to-one only', shm_cqc_cpm='hybrid')
-runs = [r for r in (json.loads(p.read_text()) for p in sorted((Path(results)/'components_50').glob('seed*.json'))) if set(names) <= set(r['arms'])]
-def get(arm, key): return [r['arms'][arm]['metrics']['val']['teacher'][key] for r in runs]
-def shown(d):
-    "Mean of paired differences with its 95 % interval"
-    return f"{d['mean']:+.1f} ± {student_t.ppf(.975, d['n']-1)*d['std']/d['n']**.5:.1f}"
-
+runs = read_records(results, 'components_50', names)
+gain = {arm: with_interval(paired_difference(values(runs, arm), values(runs, arm, 'AP_nms'))) for arm in names}
 
 # %% [markdown]
 # ## What suppression is worth
@@ -37,23 +33,16 @@ def shown(d):
 #| label: tbl-abl-nms
 #| tbl-cap: "COCO AP on 300 test scenes as it is, and after per-class suppression at an IoU of .6; means over the seeds, the paired difference with its 95 % interval."
 #| echo: false
-gain = {arm: paired_difference(get(arm, 'AP'), get(arm, 'AP_nms')) for arm in names}
-markdown(markdown_table(['matching', 'AP', 'AP with NMS', 'NMS adds', 'AP50', 'AP50 with NMS', 'AP of each seed'],
-                        [[name, f'{mean(get(arm, "AP")):.1f} ± {stdev(get(arm, "AP")):.1f}', f'{mean(get(arm, "AP_nms")):.1f}', shown(gain[arm]), f'{mean(get(arm, "AP50")):.1f}', f'{mean(get(arm, "AP50_nms")):.1f}',
-                          ', '.join(f'{x:.1f}' for x in get(arm, 'AP'))] for arm, name in names.items()]))
-
+markdown(markdown_table(['matching', 'AP', 'AP with NMS', 'AP50', 'AP50 with NMS', 'NMS adds to AP', 'AP of each seed'],
+                        [[name, spread(values(runs, arm)), *(f'{mean(values(runs, arm, k)):.1f}' for k in ('AP_nms', 'AP50', 'AP50_nms')), plus_minus(gain[arm]), ', '.join(f'{x:.1f}' for x in values(runs, arm))] for arm, name in names.items()]))
 
 # %%
 #| echo: false
-def sure(d): return abs(d['mean']) > student_t.ppf(.975, d['n']-1)*d['std']/d['n']**.5
-def say(text, d): return f"* {text}: {shown(d)} AP"+('.' if sure(d) else '; no difference found at this scale.')
-first = runs[0]['arms']['shm_cqc_cpm']
 assert len(runs) >= 3
-lines = [say('hybrid against one-to-one only, neither suppressed', paired_difference(get('only_o2o', 'AP'), get('shm_cqc_cpm', 'AP'))),
-         say('hybrid without suppression against one-to-many only with it', paired_difference(get('only_o2m', 'AP_nms'), get('shm_cqc_cpm', 'AP'))),
-         say('what suppression adds after one-to-many only', gain['only_o2m']), say('what it adds after hybrid matching', gain['shm_cqc_cpm'])]
-markdown('\n'.join(lines)+f"\n\n{len(runs)} seeds; {first['data']['labelled']} labelled and {first['data']['unlabelled']} unlabelled scenes, {first['iterations']} iterations after a burn-in that ended one-to-one, one thread; commit "
-         f"{first['commit']}; configurations of seed {runs[0]['seed']}: "+', '.join(f"{n} {runs[0]['arms'][a]['hash']}" for a, n in names.items())+'.')
+across = with_interval(paired_difference(values(runs, 'only_o2m', 'AP_nms'), values(runs, 'shm_cqc_cpm')))
+lines = [verdict('hybrid against one-to-one only, neither suppressed', difference(runs, 'shm_cqc_cpm', 'only_o2o')), verdict('hybrid without suppression against one-to-many only with it', across),
+         verdict('what suppression adds after one-to-many only', gain['only_o2m']), verdict('what it adds after hybrid matching', gain['shm_cqc_cpm'])]
+markdown('\n'.join(f'* {line}' for line in lines)+'\n\n'+scale_line(runs, names))
 
 # %%
 #| label: fig-abl-nms
@@ -62,7 +51,7 @@ markdown('\n'.join(lines)+f"\n\n{len(runs)} seeds; {first['data']['labelled']} l
 #| echo: false
 fig, axes = plt.subplots(1, 3, figsize=(7, 2.6), dpi=80, layout='constrained', sharey=True)
 for ax, (arm, name), color in zip(axes, names.items(), (COLORS['student'], 'grey', COLORS['teacher'])):
-    for a, b in zip(get(arm, 'AP'), get(arm, 'AP_nms')): ax.plot([0, 1], [a, b], 'o-', color=color)
+    for a, b in zip(values(runs, arm), values(runs, arm, 'AP_nms')): ax.plot([0, 1], [a, b], 'o-', color=color)
     ax.set(xticks=[0, 1], xticklabels=['without', 'with NMS'], title=name, xlim=(-.3, 1.3))
 axes[0].set_ylabel('AP'); plt.show()
 
