@@ -45,7 +45,7 @@ def test_the_paper_scale_is_the_paper():
     full, voc = (plan(BOOK, n)[-1].cfg for n in ('coco_full', 'voc'))
     assert (full.loader.n_labelled, full.loader.n_unlabelled, full.method.unsup_weight, full.optim.iters) == (4, 4, 2., 240_000) and (voc.optim.iters, voc.method.T1) == (80_000, 40_000)
     parts = {r.arm: r.cfg for r in plan(BOOK, 'components', 'gpu')}
-    assert list(parts) == ['supervised', 'mean_teacher', 'shm', 'shm_cqc', 'shm_cqc_cpm'] and parts['shm_cqc_cpm'].method.T1 == 60_000 and parts['shm'].consistency.weight == 0 and parts['mean_teacher'].method.T1 == 0
+    assert list(parts) == ['supervised', 'mean_teacher', 'shm', 'shm_cqc', 'shm_cqc_cpm', 'no_shm'] and (parts['no_shm'].method.T1, parts['no_shm'].consistency.until) == (0, 'end') and parts['shm_cqc_cpm'].method.T1 == 60_000 and parts['shm'].consistency.weight == 0 and parts['mean_teacher'].method.T1 == 0
 
 def test_committed_records_are_found_again():
     "What `semidetr ablate` would run today has the hashes of the committed records"
@@ -115,6 +115,9 @@ def test_a_study_after_another_one(tmp_path):
     runs, own = plan(path, 'more'), {r.folder: r for r in plan(path, 'toy', seeds=[0])}
     assert [r.arm for r in runs] == ['burn_in', 'z']*4 and all(own[r.folder].cfg == r.cfg for r in runs[::2])
     assert runs[1].cfg.run.init == str(runs[0].folder) == str(runs[1].start) and runs[1].folder.parts[-4:] == ('more', 'p1-a', 'seed0', 'z') and (runs[1].cfg.optim.lr, runs[1].cfg.optim.warmup) == (1, 5) and runs[1].cfg.optim.clip == 6
+    path.write_text(TABLE+more.replace('later = ["optim.clip=6"]\n', '')) # without a `later` of its own: that of the other one
+    assert (plan(path, 'more')[1].cfg.optim.lr, plan(path, 'more')[1].cfg.optim.clip) == (3, 3)
+    path.write_text(TABLE+more)
     smoke = plan(path, 'more', 'smoke')
     assert smoke[0].folder.parts[-4:] == ('toy-smoke', 'p1-a', 'seed0', 'burn_in') and smoke[0].cfg == plan(path, 'toy', 'smoke')[0].cfg and smoke[1].start == smoke[0].folder
     for wrong, words in (('base = []\n', ['base of toy', "'after'"]), ('preset = "small"\n', ['preset of toy'])):

@@ -155,7 +155,7 @@ def paired_difference(
 #
 # Which arms a study has is written down in a TOML file, as settings on top of a common base. A new arm is a new line. `groups` crosses the arms with something else, say the number of labels or the data set: each combination is a group with its own burn-in.
 #
-# A study that comes `after` another one begins where that one's burn-in ended: it has its preset, base, groups and burn-in, and only arms of its own. What changes after the burn-in needs no second one.
+# A study that comes `after` another one begins where that one's burn-in ended: it has its preset, base, groups and burn-in, and arms of its own (`later` may be its own as well). What changes after the burn-in needs no second one.
 #
 # The same study runs at several scales. What a *scale* changes is written either in the study (`[name.gpu]`: keys that replace those of the study) or, for all studies at once, under `[scales]`, whose settings come after the study's own.
 
@@ -182,6 +182,7 @@ def read_studies(
 
 def study_table(
     path, name:str, scale:str='', # see `load_study`
+    seen:tuple=(), # studies that come after this one
 )->tuple: # (table of the study at this scale, settings of the scale for all studies)
     "What the file says about a study at a scale"
     studies, scales = read_studies(path)
@@ -192,11 +193,12 @@ def study_table(
     if scale not in known: raise ConfigError(f"{path}: study {name} has no scale '{scale}'; known: {', '.join(known)}")
     own = s.get(scale, {})
     s = {**s, **own, 'arms': {**s.get('arms', {}), **own.get('arms', {})}, 'at': scale, 'home': scale == home}
+    s['start'] = name
     if first := s.get('after'):
-        if first not in studies or 'after' in studies[first] or not studies[first].get('burn_in'): raise ConfigError(f"{path}: study {name} comes after '{first}', which is not a study with a burn-in of its own")
+        if first not in studies or first in seen: raise ConfigError(f"{path}: study {name} comes after '{first}', which is not an earlier study")
         if own_too := sorted(set(SHARED) & set(s)): raise ConfigError(f"{path}: study {name} has the {own_too[0]} of {first}; take that key away, or 'after'")
-        whole, _ = study_table(path, first, scale if scale != studies[first].get('scale', 'small') else '')
-        s |= {k: whole[k] for k in SHARED if k in whole}
+        whole, _ = study_table(path, first, scale if scale != studies[first].get('scale', 'small') else '', (*seen, name))
+        s = {'later': whole.get('later', []), **s, **{k: whole[k] for k in (*SHARED, 'start') if k in whole}}
     if missing := [k for k in ('preset', 'arms') if not s.get(k)]: raise ConfigError(f'{path}: study {name} lacks {", ".join(missing)}')
     if 'burn_in' in s['arms']: raise ConfigError(f"{path}: study {name}: an arm cannot be called 'burn_in'; choose another name")
     return s, scales.get(scale, {})
@@ -223,7 +225,7 @@ def load_study(
         group, items = '-'.join(k for k, _ in picked), [i for _, v in picked for i in v]
         groups[group] = tried(group or 'base', tried('preset', preset(all_.get('preset', s['preset'])), own['base']), [*items, *common['base']])
         for where, changes in dict(burn_in=burn_in, **arms).items(): tried(f'{group}, {where}'.removeprefix(', '), groups[group], changes)
-    return dict(scale=s['at'], home=s['home'], about=s.get('about', ''), seeds=all_.get('seeds', s.get('seeds', [0])), groups=groups, start=s.get('after', name), burn_in=burn_in, arms=arms)
+    return dict(scale=s['at'], home=s['home'], about=s.get('about', ''), seeds=all_.get('seeds', s.get('seeds', [0])), groups=groups, start=s['start'], burn_in=burn_in, arms=arms)
 
 
 # %%
