@@ -67,13 +67,13 @@ def found(d:dict)->bool:
 
 def plus_minus(d:dict)->str:
     "Mean and interval, or the bare difference of one seed"
-    return f"{d['mean']:+.1f} ± {d['half']:.1f}" if d['n'] > 1 else f"{d['mean']:+.1f}"
+    return f"{d['mean']:+.1f}\u00a0±\u00a0{d['half']:.1f}" if d['n'] > 1 else f"{d['mean']:+.1f}"
 
 def spread(
     numbers:list, # one a seed
 )->str:
     "Mean and standard deviation"
-    return f'{mean(numbers):.1f} ± {stdev(numbers):.1f}' if len(numbers) > 1 else f'{numbers[0]:.1f}'
+    return f'{mean(numbers):.1f}\u00a0±\u00a0{stdev(numbers):.1f}' if len(numbers) > 1 else f'{numbers[0]:.1f}'
 
 def verdict(
     what:str, # 'a against b'
@@ -136,7 +136,7 @@ def plot_arms(
     table, x = [values(runs, arm, key) for arm in names], range(len(names))
     for i in range(len(runs)): ax.plot(x, [row[i] for row in table], 'o-', color=color, alpha=.6, linewidth=.8, markersize=4)
     ax.plot(x, [mean(row) for row in table], 'k_', markersize=18, markeredgewidth=2, label='mean')
-    ax.set(xticks=list(x), ylabel=key.replace('_nms', ' with NMS')); ax.set_xticklabels([n.replace(' ', '\n') for n in names.values()], fontsize=7)
+    ax.set(xticks=list(x), ylabel=key.replace('_nms', ' with NMS')); ax.set_xticklabels([n.replace(' + ', '\n+ ') if ' + ' in n else n if n[0] == '+' else n.replace(' ', '\n') for n in names.values()], fontsize=7)
     return ax
 
 def plot_differences(
