@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILTERS', 'MiningConfig', 'initial_boxes', 'matched_costs', 'gather_costs', 'Mixture', 'log_joint', 'fit_mixture',
-           'fit_mixture_sklearn', 'mining_threshold', 'mine', 'CostMemory']
+           'fit_mixture_sklearn', 'mining_threshold', 'mine', 'class_rates', 'ClassRates', 'CostMemory']
 
 # %% ../nbs/31_mining.ipynb #994d7473
 import math
@@ -21,21 +21,23 @@ from .teacher import fixed_threshold, mean_std
 @dataclass(frozen=True)
 class MiningConfig:
     "Which of the teacher's boxes train the student, and which only its consistency; the defaults are those of the published code"
-    con_filter:str = 'cpm' # B^con: 'cpm' (mined), 'score' (the same as B^sup), 'mean_std', 'top_k', 'per_class', 'all'
-    sup_filter:str = 'score' # B^sup: 'score' (threshold of the pseudo labels), 'mean_std', 'top_k', 'per_class', 'all', 'cpm' (hurts, says the paper)
+    con_filter:str = 'cpm' # B^con: 'cpm' (mined), 'score' (the same as B^sup), 'mean_std', 'top_k', 'per_class', 'class_rate', 'all'
+    sup_filter:str = 'score' # B^sup: 'score' (threshold of the pseudo labels), 'mean_std', 'top_k', 'per_class', 'class_rate', 'all', 'cpm' (hurts, says the paper)
     init:str = 'mean_std' # B^0: 'mean_std' (code), 'score' (paper), 'all'
     union:bool = True # B^con includes B^sup (code); False: the filter's boxes alone (paper)
     top_k:int = 10 # boxes an image that 'top_k' keeps
     quantile:float = .5 # 'per_class' drops this share of the boxes of each class in an image
     class_thresholds:tuple[float, ...] = () # 'per_class' with these: one score a class instead of a share
+    rate_window:int = 20 # 'class_rate': iterations whose scores set the thresholds
     memory:int = 0 # costs of so many past iterations join the fit; 0 = this batch alone (code)
     solver:str = 'torch' # who fits the mixture: 'torch' (on the device) or 'sklearn' (reference)
 
     def __post_init__(self):
-        known = dict(con_filter=(*FILTERS, 'cpm'), sup_filter=(*FILTERS, 'cpm'), init=('mean_std', 'score', 'all'), solver=('torch', 'sklearn'))
+        known = dict(con_filter=(*FILTERS, 'cpm', 'class_rate'), sup_filter=(*FILTERS, 'cpm', 'class_rate'), init=('mean_std', 'score', 'all'), solver=('torch', 'sklearn'))
         for key, words in known.items():
             if getattr(self, key) not in words: raise ConfigError(f"mining.{key}='{getattr(self, key)}' is unknown; {suggest(getattr(self, key), words)}")
         if self.memory < 0 or self.top_k < 1: raise ConfigError(f'mining.memory={self.memory} must be at least 0 and mining.top_k={self.top_k} at least 1')
+        if self.rate_window < 1: raise ConfigError(f'mining.rate_window={self.rate_window} must be at least 1')
         if not 0 <= self.quantile <= 1: raise ConfigError(f'mining.quantile={self.quantile} must lie between 0 and 1')
 
 # %% ../nbs/31_mining.ipynb #a87fa709
@@ -179,12 +181,55 @@ def mine(
     tau, # cost threshold of `mining_threshold`
     cfg:MiningConfig=MiningConfig(), # the filters
     threshold:float=.4, # score of a trusted box
+    least=None, # (C,) score from which a class is kept by 'class_rate', of `ClassRates`
 ): # (B^sup, B^con), each per image (K,) bool
     "Which boxes train classes and boxes, and which only the consistency between views"
-    def chosen(name): return [c <= tau if name == 'cpm' else FILTERS[name](d['scores'], d['labels'], cfg, threshold) for d, c in zip(detections, costs)]
+    def chosen(name):
+        if name == 'class_rate': return [d['scores'] >= least[d['labels']] for d in detections]
+        return [c <= tau if name == 'cpm' else FILTERS[name](d['scores'], d['labels'], cfg, threshold) for d, c in zip(detections, costs)]
     sup = chosen(cfg.sup_filter)
     con = sup if cfg.con_filter == 'score' else chosen(cfg.con_filter)
     return sup, [a | b for a, b in zip(sup, con)] if cfg.union else con
+
+# %% ../nbs/31_mining.ipynb #e62a74f6
+def class_rates(
+    labelled, # data set
+    num_classes:int,
+)->Tensor: # (C,) boxes an image, without those to be ignored
+    "How often each class occurs where labels are known"
+    counts = torch.zeros(num_classes)
+    for i in range(len(labelled)):
+        a = labelled.annotation(i)
+        counts += a['labels'][~a['ignore']].bincount(minlength=num_classes)
+    return counts/max(1, len(labelled))
+
+class ClassRates(nn.Module):
+    "Thresholds that follow the scores: each class keeps as many boxes an image as the labels have (@eq-mining-rate)"
+    def __init__(self,
+        rates:Tensor, # (C,) of `class_rates`
+        window:int=20, # iterations whose scores count
+        width:int=256, # scores kept of a class in an iteration
+    ):
+        super().__init__()
+        self.register_buffer('rates', rates.float())
+        self.register_buffer('scores', torch.full((window, len(rates), width), -math.inf)) # oldest first
+        self.register_buffer('images', torch.zeros(window, dtype=torch.long))
+
+    @torch.no_grad()
+    def add(self,
+        detections:list, # per image dict(scores (K,), labels (K,)): everything the teacher said
+    )->Tensor: # (C,) least score of each class; inf for a class without labels
+        "Take in an iteration, give the thresholds"
+        scores, labels = (torch.cat([d[k] for d in detections]).to(self.rates.device) for k in ('scores', 'labels'))
+        new = scores.new_full(self.scores.shape[1:], -math.inf, dtype=self.scores.dtype)
+        for c in labels.unique().tolist():
+            best = scores[labels == c].sort(descending=True).values[:new.shape[1]]
+            new[c, :len(best)] = best.to(new)
+        self.scores.copy_(torch.cat([self.scores[1:], new[None]]))
+        self.images.copy_(torch.cat([self.images[1:], self.images.new_tensor([len(detections)])]))
+        ranked = self.scores.transpose(0, 1).flatten(1).sort(1, descending=True).values
+        n = (self.rates*self.images.sum()).round().long().clamp(max=ranked.shape[1])
+        return torch.where(n > 0, ranked.gather(1, (n-1).clamp(min=0)[:, None])[:, 0], math.inf)
 
 # %% ../nbs/31_mining.ipynb #66bcd8d0
 class CostMemory(nn.Module):

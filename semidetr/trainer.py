@@ -104,7 +104,7 @@ class RunState:
         self.student = Detector(self.cfg.detector).to(self.device, memory_format=torch.channels_last) # a third faster on CPUs
         if cfg.run.init: load_weights(self.student, load_checkpoint(cfg.run.init)[cfg.run.init_from], cfg.run.init)
         self.teacher = make_teacher(self.student)
-        self.parts = method_parts(self.cfg).to(self.device)
+        self.parts = method_parts(self.cfg, self.data.labelled).to(self.device)
         self.optimizer = build_optimizer(self.student, cfg.optim, [self.parts])
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.run.amp == 'fp16')
         self.health = HealthMonitor(self.data.truth, cfg.run.health_window)

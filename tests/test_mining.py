@@ -9,7 +9,7 @@ from semidetr import mining
 from semidetr.core import ConfigError
 from semidetr.losses import CriterionConfig
 from semidetr.matching import hungarian, pair_cost
-from semidetr.mining import (FILTERS, CostMemory, MiningConfig, Mixture, fit_mixture, fit_mixture_sklearn, gather_costs, initial_boxes, log_joint,
+from semidetr.mining import (FILTERS, ClassRates, CostMemory, MiningConfig, Mixture, class_rates, fit_mixture, fit_mixture_sklearn, gather_costs, initial_boxes, log_joint,
                              matched_costs, mine, mining_threshold)
 
 GOLDEN = json.loads((Path(__file__).parent/'golden'/'gmm.json').read_text())
@@ -262,9 +262,51 @@ def test_filters():
     for name in FILTERS: assert run(name, [], []) == []
 
 @pytest.mark.parametrize('kw,word', [(dict(con_filter='gmm'), 'cpm'), (dict(sup_filter='scores'), "'score'"), (dict(init='cpm'), 'mean_std'), (dict(solver='sk'), 'sklearn'),
-                                     (dict(memory=-1), 'memory'), (dict(top_k=0), 'top_k'), (dict(quantile=1.5), 'quantile')])
+                                     (dict(rate_window=0), 'rate_window'), (dict(memory=-1), 'memory'), (dict(top_k=0), 'top_k'), (dict(quantile=1.5), 'quantile')])
 def test_unknown_words_are_refused(kw, word):
     with pytest.raises(ConfigError, match=f'mining.*{word}'): MiningConfig(**kw)
+
+# --- as many as there are labels ------------------------------------------------------------------------------------------
+def test_class_rates_of_a_data_set():
+    class Two:
+        def __len__(self): return 4
+        def annotation(self, i): return dict(labels=torch.tensor([0, 0, 2][:i], dtype=torch.long), ignore=torch.tensor([False, True, False][:i], dtype=torch.bool))
+    assert class_rates(Two(), 4).tolist() == [.75, 0, .25, 0]
+
+def by_rate(window, rates, batches, width=256):
+    "The same by plain lists: thresholds after each batch"
+    past, out = [], []
+    for batch in batches:
+        past = [*past, batch][-window:]
+        images = sum(map(len, past))
+        row = []
+        for c, r in enumerate(rates):
+            pool = sorted((float(s) for b in past for s in sorted((float(s) for d in b for s, l in zip(d['scores'], d['labels']) if l == c), reverse=True)[:width]), reverse=True)
+            n = min(int(torch.tensor(r*images).round()), window*width)
+            row.append(math.inf if n == 0 else pool[n-1] if n <= len(pool) else -math.inf)
+        out.append(row)
+    return out
+
+@pytest.mark.parametrize('width', [256, 3])
+def test_thresholds_follow_the_rates(width):
+    "Against plain lists, with empty images, a class without labels, fewer boxes than wanted, and more than the memory holds"
+    g = torch.Generator().manual_seed(0)
+    rates = [2., .4, 0., 30., .05]
+    batches = [[dict(scores=torch.rand(n, generator=g).sort(descending=True).values, labels=torch.randint(0, 5, (n,), generator=g)) for n in sizes] for sizes in ((5, 0, 20), (0, 0, 0), (9, 9, 9), (30,), (1, 40, 3))]
+    rule = ClassRates(torch.tensor(rates), 3, width)
+    for batch, want in zip(batches, by_rate(3, rates, batches, width)): torch.testing.assert_close(rule.add(batch), torch.tensor(want))
+    again = ClassRates(torch.zeros(5), 3, width); again.load_state_dict(rule.state_dict())
+    assert again.add(batches[0]).equal(rule.add(batches[0]))
+
+def test_growing_scores_let_no_more_boxes_in():
+    "A fixed score keeps ever more; the rate keeps as many"
+    g, rule, kept = torch.Generator().manual_seed(1), ClassRates(torch.tensor([3.]), 1), []
+    for power in (4, 2, 1, .5):
+        batch = [dict(scores=torch.rand(20, generator=g)**power, labels=torch.zeros(20, dtype=torch.long)) for _ in range(6)]
+        least = rule.add(batch)
+        masks = mine(batch, [torch.zeros(20)]*6, -1., MiningConfig(sup_filter='class_rate'), least=least)[0]
+        kept.append((sum(int((d['scores'] >= .3).sum()) for d in batch), sum(int(m.sum()) for m in masks)))
+    assert [n for _, n in kept] == [18]*4 and kept[0][0] < kept[1][0] < kept[2][0] < kept[3][0]
 
 # --- memory -------------------------------------------------------------------------------------------------------------
 def test_memory_of_nothing_passes_through():

@@ -375,7 +375,7 @@ def test_parts_belong_to_the_method():
 def test_stopped_and_gone_on_with(tmp_path):
     "Projector, its statistics and the memory of costs come back: the same numbers as without the stop"
     from test_trainer import tiny
-    cfg = tiny('method.name=semi_detr', 'method.burn_in_iters=1', 'method.T1=4', 'optim.iters=6', 'mining.memory=3', 'mining.init=all', 'pseudo.threshold=.02', 'pseudo.min_score=0', 'consistency.hidden=16', 'run.log_every=1')
+    cfg = tiny('method.name=semi_detr', 'method.burn_in_iters=1', 'method.T1=4', 'optim.iters=6', 'mining.memory=3', 'mining.init=all', 'mining.sup_filter=class_rate', 'pseudo.threshold=.02', 'pseudo.min_score=0', 'consistency.hidden=16', 'run.log_every=1')
     whole = Trainer(cfg, tmp_path/'whole', progress=False)
     whole.fit()
     half = Trainer(cfg, tmp_path/'half', progress=False)
@@ -384,7 +384,8 @@ def test_stopped_and_gone_on_with(tmp_path):
     for _ in range(3): train_step(half, next(steps)); half.step += 1
     steps.close(); half.save()
     again = Trainer(cfg, tmp_path/'half', progress=False)
-    assert again.step == 3 and int(again.parts.memory.counts.sum()) > 0
+    assert again.step == 3 and int(again.parts.memory.counts.sum()) > 0 and int(again.parts.rates.images.sum()) > 0
+    assert again.parts.rates.rates.sum() == sum(len(again.data.labelled.annotation(i)['labels']) for i in range(len(again.data.labelled)))/len(again.data.labelled)
     again.fit()
     for m in ('student', 'teacher', 'parts'):
         a, b = getattr(whole, m).state_dict(), getattr(again, m).state_dict()

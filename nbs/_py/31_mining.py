@@ -40,21 +40,23 @@ from semidetr.draw import COLORS, curve, draw_mixture
 @dataclass(frozen=True)
 class MiningConfig:
     "Which of the teacher's boxes train the student, and which only its consistency; the defaults are those of the published code"
-    con_filter:str = 'cpm' # B^con: 'cpm' (mined), 'score' (the same as B^sup), 'mean_std', 'top_k', 'per_class', 'all'
-    sup_filter:str = 'score' # B^sup: 'score' (threshold of the pseudo labels), 'mean_std', 'top_k', 'per_class', 'all', 'cpm' (hurts, says the paper)
+    con_filter:str = 'cpm' # B^con: 'cpm' (mined), 'score' (the same as B^sup), 'mean_std', 'top_k', 'per_class', 'class_rate', 'all'
+    sup_filter:str = 'score' # B^sup: 'score' (threshold of the pseudo labels), 'mean_std', 'top_k', 'per_class', 'class_rate', 'all', 'cpm' (hurts, says the paper)
     init:str = 'mean_std' # B^0: 'mean_std' (code), 'score' (paper), 'all'
     union:bool = True # B^con includes B^sup (code); False: the filter's boxes alone (paper)
     top_k:int = 10 # boxes an image that 'top_k' keeps
     quantile:float = .5 # 'per_class' drops this share of the boxes of each class in an image
     class_thresholds:tuple[float, ...] = () # 'per_class' with these: one score a class instead of a share
+    rate_window:int = 20 # 'class_rate': iterations whose scores set the thresholds
     memory:int = 0 # costs of so many past iterations join the fit; 0 = this batch alone (code)
     solver:str = 'torch' # who fits the mixture: 'torch' (on the device) or 'sklearn' (reference)
 
     def __post_init__(self):
-        known = dict(con_filter=(*FILTERS, 'cpm'), sup_filter=(*FILTERS, 'cpm'), init=('mean_std', 'score', 'all'), solver=('torch', 'sklearn'))
+        known = dict(con_filter=(*FILTERS, 'cpm', 'class_rate'), sup_filter=(*FILTERS, 'cpm', 'class_rate'), init=('mean_std', 'score', 'all'), solver=('torch', 'sklearn'))
         for key, words in known.items():
             if getattr(self, key) not in words: raise ConfigError(f"mining.{key}='{getattr(self, key)}' is unknown; {suggest(getattr(self, key), words)}")
         if self.memory < 0 or self.top_k < 1: raise ConfigError(f'mining.memory={self.memory} must be at least 0 and mining.top_k={self.top_k} at least 1')
+        if self.rate_window < 1: raise ConfigError(f'mining.rate_window={self.rate_window} must be at least 1')
         if not 0 <= self.quantile <= 1: raise ConfigError(f'mining.quantile={self.quantile} must lie between 0 and 1')
 
 
@@ -414,9 +416,12 @@ def mine(
     tau, # cost threshold of `mining_threshold`
     cfg:MiningConfig=MiningConfig(), # the filters
     threshold:float=.4, # score of a trusted box
+    least=None, # (C,) score from which a class is kept by 'class_rate', of `ClassRates`
 ): # (B^sup, B^con), each per image (K,) bool
     "Which boxes train classes and boxes, and which only the consistency between views"
-    def chosen(name): return [c <= tau if name == 'cpm' else FILTERS[name](d['scores'], d['labels'], cfg, threshold) for d, c in zip(detections, costs)]
+    def chosen(name):
+        if name == 'class_rate': return [d['scores'] >= least[d['labels']] for d in detections]
+        return [c <= tau if name == 'cpm' else FILTERS[name](d['scores'], d['labels'], cfg, threshold) for d, c in zip(detections, costs)]
     sup = chosen(cfg.sup_filter)
     con = sup if cfg.con_filter == 'score' else chosen(cfg.con_filter)
     return sup, [a | b for a, b in zip(sup, con)] if cfg.union else con
@@ -437,6 +442,73 @@ n_sup, n_con, len(pool)
 # *$B^0$.* The paper filters the initial boxes by the score .4 (`init='score'`); the code by mean + std of each image, and the score decides on $B^{sup}$ only. *Union.* In the paper the mined boxes are the ones with a cost of at most $\tau_c$ (`union=False`); the code adds $B^{sup}$. *Use.* The paper reports that mined boxes hurt when they also train classes and boxes: `sup_filter='cpm'` tries it.
 # :::
 #
+# ## As many as there are labels
+#
+# One threshold treats all classes alike, and the rare and small ones score low: a score of .3 may keep nine of ten common objects and half of the rare ones. The student then learns that the rare class is background, and the teacher, its average, says it less and less. A threshold for each class (`class_thresholds`) helps at first. But scores grow as training goes on, whatever is right, and a fixed number lets in more wrong boxes from epoch to epoch.
+#
+# What does not move is how often things occur. Labelled and unlabelled images come from one world, so a class should get as many pseudo boxes an image as it has true ones among the labels (Chen et al., Label Matching Semi-Supervised Object Detection, CVPR 2022, choose thresholds by this rule). With $r_c$ the labelled boxes of class $c$ an image, and the scores of the last iterations on $n$ images,
+# $$
+# t_c = \text{the } \lfloor r_c\, n \rceil \text{-th largest score of class } c .
+# $$ {#eq-mining-rate}
+#
+# `sup_filter='class_rate'` keeps what scores at least $t_c$. The filter sees what $B^0$ has left: begin with a low score (`init='score'`, `pseudo.threshold=0.1`). It is not part of Semi-DETR, and off by default. With very few labelled images $r_c$ is itself a guess.
+
+# %%
+#| export
+def class_rates(
+    labelled, # data set
+    num_classes:int,
+)->Tensor: # (C,) boxes an image, without those to be ignored
+    "How often each class occurs where labels are known"
+    counts = torch.zeros(num_classes)
+    for i in range(len(labelled)):
+        a = labelled.annotation(i)
+        counts += a['labels'][~a['ignore']].bincount(minlength=num_classes)
+    return counts/max(1, len(labelled))
+
+class ClassRates(nn.Module):
+    "Thresholds that follow the scores: each class keeps as many boxes an image as the labels have (@eq-mining-rate)"
+    def __init__(self,
+        rates:Tensor, # (C,) of `class_rates`
+        window:int=20, # iterations whose scores count
+        width:int=256, # scores kept of a class in an iteration
+    ):
+        super().__init__()
+        self.register_buffer('rates', rates.float())
+        self.register_buffer('scores', torch.full((window, len(rates), width), -math.inf)) # oldest first
+        self.register_buffer('images', torch.zeros(window, dtype=torch.long))
+
+    @torch.no_grad()
+    def add(self,
+        detections:list, # per image dict(scores (K,), labels (K,)): everything the teacher said
+    )->Tensor: # (C,) least score of each class; inf for a class without labels
+        "Take in an iteration, give the thresholds"
+        scores, labels = (torch.cat([d[k] for d in detections]).to(self.rates.device) for k in ('scores', 'labels'))
+        new = scores.new_full(self.scores.shape[1:], -math.inf, dtype=self.scores.dtype)
+        for c in labels.unique().tolist():
+            best = scores[labels == c].sort(descending=True).values[:new.shape[1]]
+            new[c, :len(best)] = best.to(new)
+        self.scores.copy_(torch.cat([self.scores[1:], new[None]]))
+        self.images.copy_(torch.cat([self.images[1:], self.images.new_tensor([len(detections)])]))
+        ranked = self.scores.transpose(0, 1).flatten(1).sort(1, descending=True).values
+        n = (self.rates*self.images.sum()).round().long().clamp(max=ranked.shape[1])
+        return torch.where(n > 0, ranked.gather(1, (n-1).clamp(min=0)[:, None])[:, 0], math.inf)
+
+
+# %% [markdown]
+# Class 0 occurs twice an image, class 1 every second image. When all scores double, the thresholds double, and the number of boxes stays:
+
+# %%
+rate_rule, said = ClassRates(torch.tensor([2., .5]), window=1), []
+for factor in (.5, 1.):
+    both = [dict(scores=factor*torch.tensor(s), labels=torch.tensor(c)) for s, c in (([.9, .8, .3, .2], [0, 0, 0, 1]), ([.7, .6, .1, .4], [0, 0, 0, 1]))]
+    least = rate_rule.add(both)
+    said.append((least, sum(int((d['scores'] >= least[d['labels']]).sum()) for d in both)))
+assert [n for _, n in said] == [5, 5] and said[1][0].allclose(2*said[0][0])
+said
+
+
+# %% [markdown]
 # ## A longer memory
 #
 # Eight processes with four unlabelled images each fit the mixture to hundreds of costs. One process with two images has a dozen or two, and the threshold jumps. `CostMemory` pools the costs of the last iterations. They are a little stale, since the detector has moved on, so a few iterations are enough. It is not part of the published method, and off by default.

@@ -19,7 +19,7 @@ from semidetr.consistency import (ConsistencyConfig, Projector, consistency_acti
 from semidetr.core import ConfigError, suggest
 from semidetr.losses import CriterionConfig, set_criterion
 from semidetr.matching import stage_of
-from semidetr.mining import CostMemory, MiningConfig, gather_costs, initial_boxes, matched_costs, mine, mining_threshold
+from semidetr.mining import ClassRates, CostMemory, MiningConfig, class_rates, gather_costs, initial_boxes, matched_costs, mine, mining_threshold
 from semidetr.teacher import PseudoConfig, fixed_threshold, keep_boxes, teacher_detections, transport
 
 
@@ -198,10 +198,12 @@ def pseudo_stats(
 #| export
 def method_parts(
     cfg, # Config, with `detector`, `method`, `mining`, `consistency`
+    labelled=None, # data set that tells how often classes occur; needed by the filter 'class_rate'
 )->nn.Module: # an empty module for methods that need nothing
     "What a method trains or remembers beside student and teacher; one instance, never averaged, part of the checkpoint"
     parts = nn.Module()
     if cfg.method.name != 'semi_detr': return parts
+    if 'class_rate' in (cfg.mining.sup_filter, cfg.mining.con_filter): parts.rates = ClassRates(class_rates(labelled, cfg.detector.num_classes), cfg.mining.rate_window)
     if cfg.mining.memory: parts.memory = CostMemory(cfg.mining.memory)
     if (c := cfg.consistency).asks: parts.projector = Projector(cfg.detector.transformer.d_model, c.hidden, c.projector)
     return parts
@@ -239,7 +241,8 @@ def mine_pseudo_labels(
     pooled = gather_costs(costs)
     if hasattr(cfg.parts, 'memory'): pooled = cfg.parts.memory.add(pooled)
     tau, mixture = mining_threshold(pooled, cfg.mining.solver)
-    sup, con = mine(first, costs, tau, cfg.mining, cfg.pseudo.threshold)
+    least = cfg.parts.rates.add(seen) if hasattr(cfg.parts, 'rates') else None
+    sup, con = mine(first, costs, tau, cfg.mining, cfg.pseudo.threshold, least)
     return dict(seen=seen, weak=first, strong=moved, sup=sup, con=con, costs=costs, tau=tau, mixture=mixture)
 
 
