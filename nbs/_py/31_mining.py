@@ -499,13 +499,14 @@ class ClassRates(nn.Module):
 # Class 0 occurs twice an image, class 1 every second image. When all scores double, the thresholds double, and the number of boxes stays:
 
 # %%
-rate_rule, said = ClassRates(torch.tensor([2., .5]), window=1), []
-for factor in (.5, 1.):
-    both = [dict(scores=factor*torch.tensor(s), labels=torch.tensor(c)) for s, c in (([.9, .8, .3, .2], [0, 0, 0, 1]), ([.7, .6, .1, .4], [0, 0, 0, 1]))]
-    least = rate_rule.add(both)
-    said.append((least, sum(int((d['scores'] >= least[d['labels']]).sum()) for d in both)))
-assert [n for _, n in said] == [5, 5] and said[1][0].allclose(2*said[0][0])
-said
+rate_rule = ClassRates(torch.tensor([2., .5]), window=1)
+def keep_by_rate(factor): # -> (least score of each class, boxes kept)
+    two = [dict(scores=factor*torch.tensor(s), labels=torch.tensor(c)) for s, c in (([.9, .8, .3, .2], [0, 0, 0, 1]), ([.7, .6, .1, .4], [0, 0, 0, 1]))]
+    floor = rate_rule.add(two)
+    return floor, sum(int((d['scores'] >= floor[d['labels']]).sum()) for d in two)
+(low, n_low), (high, n_high) = keep_by_rate(.5), keep_by_rate(1.)
+assert n_low == n_high == 5 and high.allclose(2*low)
+low, high, n_high
 
 
 # %% [markdown]
