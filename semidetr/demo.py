@@ -24,7 +24,7 @@ MIXED = ['loader.n_labelled=4', 'loader.n_unlabelled=8', 'pseudo.threshold=0.3',
 ARMS = {'supervised': ['method.name=supervised', 'loader.n_labelled=12'],
         'mean_teacher': ['method.name=mean_teacher', *MIXED],
         'semi_detr': ['method.name=semi_detr', 'method.T1=100', *MIXED]}
-LATER = ['method.T1=0', 'optim.iters=300', 'optim.lr=1e-3', 'optim.schedule=cosine'] # of all continuations
+LATER = ['method.T1=0', 'optim.iters=300', 'optim.lr=1e-3', 'optim.schedule=cosine', 'ema.start=0'] # of all continuations
 
 def shown_scenes(
     n:int=6,

@@ -21,13 +21,16 @@ class EmaConfig:
     "How the teacher follows the student (paper: decay .999; code: @eq-teacher-ema)"
     decay:float = .999 # ceiling m of the decay
     warmup:int = 0 # w; larger follows the student for longer
+    start:int = -1 # t_0, updates that the first teacher already stands for; -1: 0 for a new network, and past the ramp for a trained one (run.init)
 
 def ema_decay(
     step:int, # t, counted from the first update
     cfg:EmaConfig=EmaConfig(),
+    trained:bool=False, # does the teacher begin as a trained network?
 )->float: # m_t in [0, cfg.decay]
     "Decay of update `step` (@eq-teacher-ema)"
-    return min(cfg.decay, 1-(1+cfg.warmup)/(step+1+cfg.warmup))
+    if trained and cfg.start < 0: return cfg.decay
+    return min(cfg.decay, 1-(1+cfg.warmup)/(step+max(0, cfg.start)+1+cfg.warmup))
 
 # %% ../nbs/30_teacher.ipynb #2e00de68
 def make_teacher(

@@ -41,6 +41,9 @@ def test_files(tmp_path):
 
 def test_hash_ignores_only_what_changes_no_number():
     h = config_hash(Config())
+    assert config_hash(override(Config(), ['ema.start=0', 'mining.rate_window=3'])) == h != config_hash(override(Config(), ['ema.start=5'])) # young settings that change nothing
+    started, rated = ['run.init=x'], ['mining.sup_filter=class_rate']
+    assert config_hash(override(Config(), started)) != config_hash(override(Config(), [*started, 'ema.start=0'])) and config_hash(override(Config(), rated)) != config_hash(override(Config(), [*rated, 'mining.rate_window=3']))
     assert config_hash(override(Config(), ['run.device=cpu', 'loader.num_workers=7', 'run.log_every=3'])) == h
     assert config_hash(override(Config(), ['run.seed=1'])) != h != config_hash(override(Config(), ['optim.lr=1e-3']))
 

@@ -7,6 +7,12 @@ from semidetr.teacher import (EmaConfig, ema_decay, fixed_threshold, keep_boxes,
 @pytest.mark.parametrize('t,m', [(0, 0.), (1, .5), (9, .9), (998, .998999), (999, .999), (100_000, .999)])
 def test_decay_values(t, m): assert abs(ema_decay(t)-m) < 1e-6
 
+def test_decay_of_a_teacher_that_was_trained_before():
+    "No ramp by itself; `start` says how far along the ramp the first teacher is, and 0 is the ramp from its beginning"
+    assert [ema_decay(t, EmaConfig(.99), True) for t in (0, 5, 500)] == [.99]*3
+    assert [ema_decay(t, EmaConfig(.99, start=0), True) for t in (0, 1, 9, 500)] == [ema_decay(t, EmaConfig(.99)) for t in (0, 1, 9, 500)] == [0, .5, .9, .99]
+    assert [ema_decay(t, EmaConfig(.99, start=9), known) for known in (True, False) for t in (0, 1)] == [.9, 1-1/11]*2
+
 def test_decay_warmup_follows_longer(): assert ema_decay(10, EmaConfig(warmup=9)) == pytest.approx(.5)
 
 def test_mean_of_students_until_999():

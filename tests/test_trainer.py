@@ -204,3 +204,15 @@ def test_processes_choose_one_precision(tmp_path):
                           env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [(tmp_path/'r'/f'amp{i}').read_text() for i in (0, 1)] == ['bf16', 'bf16']
+
+def test_a_teacher_that_goes_on_remembers_its_start(tmp_path):
+    "After run.init the first steps hardly move the teacher; with ema.start=0 it becomes the student at once"
+    T.Trainer(tiny('optim.iters=2', 'run.test=false', method='supervised'), tmp_path/'a', progress=False).fit()
+    moved = {}
+    for start in (-1, 0):
+        run = T.Trainer(tiny('optim.iters=3', 'run.test=false', f"run.init={tmp_path/'a'}", f'ema.start={start}', method='supervised'), tmp_path/f'b{start}', progress=False)
+        first, steps = {k: v.clone() for k, v in run.teacher.named_parameters()}, run.steps()
+        for _ in range(3): T.train_step(run, next(steps)); run.step += 1
+        steps.close()
+        moved[start] = max(float((v-first[k]).abs().max()) for k, v in run.teacher.named_parameters())
+    assert 0 < moved[-1] < .05*moved[0]

@@ -37,18 +37,29 @@ class EmaConfig:
     "How the teacher follows the student (paper: decay .999; code: @eq-teacher-ema)"
     decay:float = .999 # ceiling m of the decay
     warmup:int = 0 # w; larger follows the student for longer
+    start:int = -1 # t_0, updates that the first teacher already stands for; -1: 0 for a new network, and past the ramp for a trained one (run.init)
 
 def ema_decay(
     step:int, # t, counted from the first update
     cfg:EmaConfig=EmaConfig(),
+    trained:bool=False, # does the teacher begin as a trained network?
 )->float: # m_t in [0, cfg.decay]
     "Decay of update `step` (@eq-teacher-ema)"
-    return min(cfg.decay, 1-(1+cfg.warmup)/(step+1+cfg.warmup))
+    if trained and cfg.start < 0: return cfg.decay
+    return min(cfg.decay, 1-(1+cfg.warmup)/(step+max(0, cfg.start)+1+cfg.warmup))
 
 
 # %%
 assert [round(ema_decay(t), 6) for t in (0, 1, 9, 998, 999)] == [0, .5, .9, .998999, .999]
 [ema_decay(t) for t in (0, 1, 9, 99, 999, 9999)]
+
+# %% [markdown]
+# The ramp forgets the start on purpose, which is right for a random one. A run that goes on from a *trained* network (`run.init`) must not: the optimiser is new, its first steps are rough, and with $m_0=0$ the teacher would be that rough student. Its scores fall below the threshold, hardly a pseudo label is left, and the student is told that unlabelled images are empty. So after `run.init` the decay is $m$ from the first step, unless `ema.start` says how many updates the first teacher stands for.
+
+# %%
+cold, warm = ([ema_decay(t, trained=known) for t in range(3)] for known in (False, True))
+assert cold == [0, .5, 1-1/3] and warm == [.999]*3
+cold, warm
 
 
 # %%

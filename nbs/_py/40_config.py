@@ -233,13 +233,17 @@ def differences(
         elif a[k] != b[k]: out.append(f'{where}{k}: {a[k]} -> {b[k]}')
     return out
 
+YOUNG = { # settings younger than the first records -> do they leave a run as it was before there was such a setting?
+    'mining.rate_window': lambda c: 'class_rate' not in (c.mining.sup_filter, c.mining.con_filter),
+    'ema.start': lambda c: c.ema.start == 0 or (c.ema.start < 0 and not c.run.init)}
+
 def config_hash(
     cfg, # Config
     ignore=('run.device', 'run.threads', 'run.log_every', 'run.checkpoint_every', 'loader.num_workers', 'detector.num_classes', 'run.test'),
 )->str: # 12 hex digits
-    "Name of a configuration: equal for equal choices; settings that cannot change a number do not count"
+    "Name of a configuration: equal for equal choices; settings that cannot change a number do not count, nor do those of `YOUNG` that keep to what was done before"
     values = to_dict(cfg)
-    for name in ignore:
+    for name in (*ignore, *(name for name, unchanged in YOUNG.items() if unchanged(cfg))):
         group, key = name.split('.')
         values.get(group, {}).pop(key, None)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]

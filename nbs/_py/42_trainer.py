@@ -248,7 +248,7 @@ def train_step(
 )->dict: # stats of the last batch
     "Teacher, gradients, student; a step that fails leaves its evidence"
     before = pack_rng(rng_state())
-    update_teacher(run.teacher, run.student, ema_decay(run.step, run.cfg.ema))
+    update_teacher(run.teacher, run.student, ema_decay(run.step, run.cfg.ema, bool(run.cfg.run.init)))
     run.student.train()
     try:
         for batch in batches:
