@@ -111,7 +111,7 @@ def finish_code_cell(
 
 # %% ../nbs/45_site.ipynb #3d763381
 def _titled(nb, n):
-    "Move `# Title {#sec-id}` to the front matter, where smalldocs reads it; the id stays as an anchor"
+    "Move `# Title {#sec-id}` to the front matter, where smalldocs reads it; the id stays as an anchor; pages that are text alone (`.qmd`) come as one cell"
     cells = list(nb['cells'])
     i = next((i for i, c in enumerate(cells) if c['cell_type'] == 'markdown' and c['source'].lstrip().startswith('# ')), None)
     if i is None: return nb
@@ -134,7 +134,9 @@ def stage(
         out, count = Path(dest)/page, [0, 0]
         out.parent.mkdir(parents=True, exist_ok=True)
         finish = lambda text: number_headings(resolve(refs, text, page), n, count)
-        if nb is None: out.write_text(finish(cells[0][1]), encoding='utf-8')
+        if nb is None:
+            text = dict(cells=[make_cell(*cells[0])])
+            out.write_text('\n\n'.join(finish(c['source']) for c in (_titled(text, n) if n else text)['cells']), encoding='utf-8')
         else:
             nb = _titled(nb, n)
             nb['cells'] = [finish_code_cell(c, refs, page) if c['cell_type'] == 'code' else {**c, 'source': finish(c['source'])} for c in nb['cells']]

@@ -53,7 +53,7 @@ def test_lint():
 def test_no_leftovers():
     "No notes to oneself, no debugger, no path of one machine, in any text of the tree"
     bad = re.compile(r'\b(TO' r'DO|FIX' r'ME|XX' r'X)\b|ip' r'db|break' r'point\(\)|pdb\.set' r'_trace|(?<![\w.:/~-])/(work|root|home|tmp|farm|opt)/[a-z]')
-    files = [f for d in ('nbs', 'semidetr', 'tests', 'benchmarks') for f in (ROOT/d).rglob('*') if f.suffix in ('.py', '.ipynb', '.toml', '.md', '.css', '.cpp', '.h', '.cu')]
+    files = [f for d in ('nbs', 'semidetr', 'tests', 'benchmarks') for f in (ROOT/d).rglob('*') if f.suffix in ('.py', '.ipynb', '.toml', '.md', '.qmd', '.css', '.cpp', '.h', '.cu')]
     files += [f for f in ROOT.iterdir() if f.suffix in ('.md', '.qmd', '.yml', '.ini', '.toml', '.py')]
     found = []
     for f in files:

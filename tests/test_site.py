@@ -144,6 +144,16 @@ def test_small_book(small):
     assert build(small, '--engine', 'fallback').stdout.strip() == 'open _docs/index.html'
     assert 'href="nbs/00_one.html#sec-one">Chapter 1</a>' in (small/'_docs'/'index.html').read_text()
 
+def test_a_page_of_text_alone(small):
+    "A `.qmd` page has its number in title and contents, its label as anchor, and numbered sections, as a notebook has"
+    (small/'nbs'/'01_two.qmd').write_text('# Two {#sec-two}\n\n> Afterwards.\n\n## Half {#sec-half}\n\nSee @sec-one.\n')
+    (small/'_quarto.yml').write_text((small/'_quarto.yml').read_text().replace('00_one.ipynb]', '00_one.ipynb, nbs/01_two.qmd]'))
+    (small/'index.qmd').write_text('# Home {.unnumbered}\n\nSee @sec-two.\n')
+    assert build(small, '--engine', 'fallback').returncode == 0
+    home, page = ((small/'_docs'/f).read_text() for f in ('index.html', 'nbs/01_two.html'))
+    assert 'href="nbs/01_two.html#sec-two">Chapter 2</a>' in home and '2 Two' in home
+    assert 'sec-two' in Links(page).ids and '2.1 Half' in page and 'href="00_one.html#sec-one">Chapter 1</a>' in page
+
 @pytest.mark.parametrize('text, message', [
     ('See @fig-gone.', 'index.qmd: no label for @fig-gone'),
     ('A {#sec-x}\n\n## B {#sec-one}', 'label sec-one is used twice'),
