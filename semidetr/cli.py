@@ -52,7 +52,7 @@ def doctor(data:Annotated[str, typer.Argument(help=_HINT+', or folder of images'
 
 # %% ../nbs/46_cli.ipynb #b3ef915e
 @command('build-ops')
-def build_the_op(device:_opt(str, 'cpu, or cuda for the GPU kernel')='cpu', force:_opt(bool, 'build even if the library is there', '--force')=False):
+def build_the_op(device:_opt(str, 'cpu, or cuda for the GPU kernel')='cpu', archs:_opt(str, 'of --device cuda: architectures such as 80,90; default: that of the GPU here')='native', force:_opt(bool, 'build even if the library is there', '--force')=False):
     """Compile the deformable-attention op for this machine, ahead of the first run.
 
     Training does this by itself; here it says where, how long, and what is missing (exit code 2).
@@ -60,7 +60,7 @@ def build_the_op(device:_opt(str, 'cpu, or cuda for the GPU kernel')='cpu', forc
     Example: semidetr build-ops
     """
     from semidetr.machine import build_lines
-    for line in build_lines(device, force): _say(line)
+    for line in build_lines(device, force, tuple(archs.split(','))): _say(line)
 
 # %% ../nbs/46_cli.ipynb #e0a7576c
 @command()
@@ -112,6 +112,10 @@ def _fit_to_data(cfg, given): # -> overrides that these data need, each with the
         if val is None: yield 'run.test=false', f'no test split ({why}): the development part alone is measured; --val names one'
         elif list(val.classes) != list(train.classes): raise _bad(f'{d.val or d.data}: the classes of the test split are {val.classes[:10]}, those of the training images {train.classes[:10]}; give both the same')
     if d.unlabelled and 'method.name' not in given: yield 'method.name=mean_teacher', '--unlabelled is given: method mean_teacher (--method supervised leaves those images out)'
+    m, n = cfg.method, cfg.optim.iters
+    if m.name == 'semi_detr' and 'method.T1' not in given and m.T1 <= m.burn_in_iters < n:
+        T1 = (m.burn_in_iters+n)//2
+        yield f'method.T1={T1}', f'method.T1={T1}: one-to-many matching for the first half of the {n-m.burn_in_iters} iterations that see unlabelled images, one-to-one from there on'
 
 # %% ../nbs/46_cli.ipynb #2037c2cd
 def _check_method(cfg): # -> lines about settings that make no sense together

@@ -123,11 +123,12 @@ def environment_lines(
 def build_lines(
     device:str='cpu', # 'cpu' or 'cuda'
     force:bool=False, # build even if the library is there
+    archs=('native',), # see `build_ops`
 ): # yields lines; ConfigError says what is missing
     "Build the op and say where it is, how long it took, and for which instruction set"
     if device not in ('cpu', 'cuda'): raise ConfigError(f"device '{device}' is unknown; known: cpu, cuda")
     start, clock = time.time(), time.perf_counter()
-    path = build_ops(device, force=force)
+    path = build_ops(device, archs=archs, force=force)
     done = f'built in {time.perf_counter()-clock:.0f} s' if path.stat().st_mtime >= start-1 else 'there already (--force builds it again)'
     status = ops_status()
     used = status[device]

@@ -332,6 +332,12 @@ def test_doctor_tells_why_there_is_no_op(shell, monkeypatch):
     out = shell('doctor')[1]
     assert 'plain PyTorch, many times slower: no C++ compiler' in out and 'semidetr build-ops' in out
 
+def test_first_stage_of_semi_detr(shell):
+    "Where the preset's first stage ends with the burn-in, half of what sees unlabelled images is one-to-many; a named T1 stays"
+    def T1(*settings): return json.loads(shell('train', '--data', 'digits:n=60,size=64', '--count', '10', '--show-config', *settings)[1])['method']['T1']
+    assert T1('--method', 'semi_detr') == 600 and T1('--method', 'semi_detr', 'method.burn_in_iters=0', '--iters', '300', 'method.T1=0') == 0
+    assert T1('--method', 'semi_detr', 'method.T1=300') == 300 and T1('--method', 'mean_teacher') == 250 and T1('--method', 'semi_detr', '--iters', '401') == 400
+
 def test_build_ops(shell, refused, tmp_path, monkeypatch):
     "Where, how long, what instruction set; one line without a compiler. The compiler itself is replaced: it has tests of its own"
     from semidetr import machine, native

@@ -455,3 +455,15 @@ def test_gpu_stream_and_device():
     with torch.cuda.stream(torch.cuda.Stream()): out = native.native_ms_deform_attn(value.cuda(), shapes, loc.cuda(), w.cuda())
     torch.cuda.synchronize()
     assert O.error(out.cpu(), O.plain(value, shapes, loc, w)) < 1e-6
+
+def test_cuda_needs_an_architecture(monkeypatch):
+    "Ahead of time, on a machine without a GPU: the architecture must be named, and the library is the one that a machine with that GPU looks for"
+    monkeypatch.setattr(native, '_nvcc', lambda: 'nvcc')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(ConfigError, match='no GPU is visible.*--archs 80,90'): native.build_ops('cuda')
+    with pytest.raises(ConfigError, match="'8.0' is not a CUDA architecture"): native.build_ops('cuda', archs=('8.0',))
+    ahead = native._plan('cuda', archs=('90',))[3]
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (9, 0))
+    monkeypatch.setattr(native, '_cpu_isa', lambda: 'base')
+    assert native._plan('cuda')[3] == ahead != native._plan('cuda', archs=('80', '90'))[3]

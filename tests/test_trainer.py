@@ -205,6 +205,26 @@ def test_processes_choose_one_precision(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert [(tmp_path/'r'/f'amp{i}').read_text() for i in (0, 1)] == ['bf16', 'bf16']
 
+STOPPER = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from test_trainer import T, tiny
+real = T.train_step
+def step(run, batches):
+    if os.environ['RANK'] == '1' and run.step == 2: os.kill(os.getpid(), signal.SIGTERM)
+    return real(run, batches)
+T.train_step = step
+try: T.Trainer(tiny('optim.iters=9', 'run.test=false', method='supervised'), sys.argv[1], progress=False).fit()
+except KeyboardInterrupt as e: open(sys.argv[1]+'/said'+os.environ['RANK'], 'w').write(str(e))
+"""
+def test_a_signal_to_one_process_stops_all_after_the_same_iteration(tmp_path):
+    (tmp_path/'w.py').write_text(STOPPER.format(tests=str(Path(__file__).parent)))
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(tmp_path/'w.py'), str(tmp_path/'r')],
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {(tmp_path/'r'/f'said{i}').read_text() for i in (0, 1)} == {'stopped after iteration 3; the same command goes on from there'}
+    assert load_checkpoint(tmp_path/'r'/'last.pt')['step'] == 3 and (tmp_path/'r'/'last.rank1.pt').exists()
+
 def test_a_teacher_that_goes_on_remembers_its_start(tmp_path):
     "After run.init the first steps hardly move the teacher; with ema.start=0 it becomes the student at once"
     T.Trainer(tiny('optim.iters=2', 'run.test=false', method='supervised'), tmp_path/'a', progress=False).fit()

@@ -251,7 +251,10 @@ def _plan(
     "What to compile: sources with their flags, flags for the link, compiler, and the key of the result"
     src = _package()/'csrc'
     if device == 'cuda':
-        if 'native' in archs: archs = ['{}{}'.format(*torch.cuda.get_device_capability())]
+        if 'native' in archs:
+            if not torch.cuda.is_available(): raise ConfigError('no GPU is visible here, so its architecture is not known; name it, e.g. semidetr build-ops --device cuda --archs 80,90')
+            archs = ['{}{}'.format(*torch.cuda.get_device_capability())]
+        if bad := [a for a in archs if not a.isdigit()]: raise ConfigError(f"'{bad[0]}' is not a CUDA architecture; write 80, 90, ...")
         gen = ' '.join(f'-gencode arch=compute_{a},code=sm_{a}' for a in archs) + f' -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}'
         sources, compiler, link = [(src/'msda_cuda.cu', f'{_NVCC_FLAGS} {_ABI} {gen}')], [_nvcc()], '-ltorch_cuda'
     else:
@@ -261,7 +264,7 @@ def _plan(
         sources = [(src/f'msda_cpu_{i}.cpp', f'{_FLAGS} {_ISA_FLAGS[i]}') for i in isas] + [(src/'msda_ops.cpp', f'{_FLAGS} {_ABI} {have}')]
         compiler, link = _compiler(), ''
     text = [p.read_bytes() for p in sorted(src.iterdir()) if p.suffix in ('.h', '.cpp', '.cu', '.cuh')]
-    what = repr((text, [(p.name, f) for p, f in sources], link, torch.__version__, platform.system(), platform.machine(), _cpu_isa()))
+    what = repr((text, [(p.name, f) for p, f in sources], link, torch.__version__, platform.system(), platform.machine(), '' if device == 'cuda' else _cpu_isa()))
     return sources, link, compiler, f'{device}-{hashlib.sha256(what.encode()).hexdigest()[:16]}'
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from semidetr.checkpoint import (RunLog, cpu_seconds, environment, load_checkpoint, load_weights, pack_rng, peak_memory_mb,
                                  save_checkpoint, unpack_rng)
 from semidetr.config import Config, DataConfig, OptimConfig, config_hash, differences, from_dict, to_dict
-from semidetr.core import (ConfigError, DataError, atomic_write, is_main, pick_device, rank, rng_state,
+from semidetr.core import (ConfigError, DataError, all_reduce_mean, atomic_write, is_main, pick_device, rank, rng_state,
                            seed_everything, set_rng_state, stable_hash, start_processes, world_size)
 from semidetr.datasets import Joined, Subset, Unlabelled, open_dataset
 from semidetr.detector import Detector
@@ -376,8 +376,9 @@ class Trainer(RunState):
             for batches in steps:
                 after_step(self, train_step(self, batches), log, bar)
                 self.spent = dict(seconds=time.perf_counter()-clock[0], cpu=cpu_seconds()-clock[1])
-                if stop or self.step % self.cfg.run.checkpoint_every == 0: self.save()
-                if stop: raise KeyboardInterrupt(f'stopped after iteration {self.step}; the same command goes on from there')
+                asked = bool(stop) if world_size() == 1 else bool(all_reduce_mean(torch.tensor(float(bool(stop)), device=self.device))) # a signal may reach one process before the others
+                if asked or self.step % self.cfg.run.checkpoint_every == 0: self.save()
+                if asked: raise KeyboardInterrupt(f'stopped after iteration {self.step}; the same command goes on from there')
         self.save()
         return report(self)
 
