@@ -11,6 +11,7 @@ from semidetr.datasets import Subset
 from semidetr.loader import EvalLoader
 from semidetr.metrics import pseudo_quality
 from semidetr.methods import look, to_original
+from semidetr.mining import class_rates
 from semidetr.predict import load_model
 from semidetr.trainer import build_data
 
@@ -35,9 +36,7 @@ def by_class(run, images):
     for c, name in enumerate(data.truth.classes):
         n = [counts(found, data.truth, t, c) for t in THRESHOLDS]
         classes[name] = dict(objects=n[0][2], precision=[tp/k if k else None for tp, k, _ in n], recall=[tp/g if g else None for tp, _, g in n], boxes=[k/len(found) for _, k, _ in n])
-    labelled = {name: 0 for name in data.truth.classes}
-    for i in range(len(data.labelled)):
-        for c in data.labelled.annotation(i)['labels'].tolist(): labelled[data.truth.classes[c]] += 1
+    labelled = {name: round(float(r)*len(data.labelled)) for name, r in zip(data.truth.classes, class_rates(data.labelled, len(data.truth.classes)))}
     return dict(run='/'.join(Path(run).parts[-3:]), hash=out['hash'], commit=out['commit'], images=len(found), labelled_images=len(data.labelled), labelled=labelled, thresholds=THRESHOLDS, classes=classes)
 
 if __name__ == '__main__':

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_records', 'values', 'class_values', 'difference', 'with_interval', 'found', 'plus_minus', 'spread', 'verdict',
-           'arm_table', 'scale_line', 'published', 'as_published', 'plot_arms', 'plot_differences']
+           'arm_rows', 'arm_table', 'scale_line', 'published', 'as_published', 'plot_arms', 'plot_differences']
 
 # %% ../nbs/45_report.ipynb #1606bc9e
 import json
@@ -86,23 +86,27 @@ def verdict(
     return text+('.' if found(d) else '; no difference found at this scale.')
 
 # %% ../nbs/45_report.ipynb #8921c9cd
-def arm_table(
+def arm_rows(
     runs:list, # of `read_records`
     names:dict, # arm -> how the page calls it
     base:str='', # arm that the others are compared with
     classes=(), # columns with the AP of these classes
-)->str: # Markdown
-    "One study as a table"
+)->tuple: # headings, rows
+    "One study, a row an arm"
     columns = ['arm', 'AP', 'AP50', 'AP with NMS', *classes, 'AP of each seed', *([f'against {names[base]}'] if base else []), 'CPU-minutes']
     rows = []
     for arm, name in names.items():
         counted = all('AP_nms' in r['arms'][arm]['metrics']['val']['teacher'] for r in runs)
         rows.append([name, spread(values(runs, arm)), f"{mean(values(runs, arm, 'AP50')):.1f}", f"{mean(values(runs, arm, 'AP_nms')):.1f}" if counted else 'not counted', *(f'{mean(class_values(runs, arm, c)):.1f}' for c in classes),
                      ', '.join(f'{x:.1f}' for x in values(runs, arm)), *(['' if arm == base else plus_minus(difference(runs, arm, base))] if base else []), f"{mean(r['arms'][arm]['cpu_seconds'] for r in runs)/60:.1f}"])
-    return markdown_table(columns, rows)
+    return columns, rows
+
+def arm_table(*args, **kwargs)->str: # see `arm_rows`
+    "One study as a Markdown table"
+    return markdown_table(*arm_rows(*args, **kwargs))
 
 def scale_line(
-    runs:list, names:dict, # see `arm_table`
+    runs:list, names:dict, # see `arm_rows`
 )->str: # one line of Markdown
     "What a table was measured on: images, iterations, time, machine, commits, configurations"
     first, arms = next(iter(names)), [r['arms'][a] for r in runs for a in names]
@@ -126,7 +130,7 @@ def as_published(text)->str:
 
 # %% ../nbs/45_report.ipynb #1ce237d9
 def plot_arms(
-    runs:list, names:dict, # see `arm_table`
+    runs:list, names:dict, # see `arm_rows`
     key:str='AP',
     ax=None, # axes to draw into
     color=COLORS['teacher'],
@@ -140,7 +144,7 @@ def plot_arms(
     return ax
 
 def plot_differences(
-    runs:list, names:dict, base:str, # see `arm_table`
+    runs:list, names:dict, base:str, # see `arm_rows`
     keys=('AP',), # metrics, one colour each
     ax=None,
 ):

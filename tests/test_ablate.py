@@ -227,6 +227,15 @@ def test_from_a_folder_of_the_checkout_and_to_another_place(fake, monkeypatch, t
     assert shell('toy', '-q', '--out', tmp_path/'o', '--results', tmp_path/'r')[0] == 0
     assert json.loads((tmp_path/'r/toy/seed0.json').read_text())['burn_in']['notebook'] == str(tmp_path/'o/toy/seed0/burn_in/run.ipynb')
 
+def test_runs_on_another_disk(fake, tmp_path):
+    "A link in place of the folder of runs changes no path, and so no hash"
+    shell = fake()
+    hashes = [config_hash(r.cfg) for r in A.plan(A.STUDIES, 'toy')]
+    (tmp_path/'disk').mkdir(); Path('runs').symlink_to(tmp_path/'disk')
+    assert shell('toy', '-q')[0] == 0
+    record = json.loads(Path('nbs/ablations/results/toy/seed0.json').read_text())
+    assert [record['burn_in']['hash'], *(a['hash'] for a in record['arms'].values())] == hashes and (tmp_path/'disk/studies/toy/seed0/burn_in/run.ipynb').exists()
+
 def test_smoke_results_stay_out_of_the_book(fake):
     from papermill.iorw import papermill_io
     shell = fake(STUDY+'[scales.smoke]\nlast = ["optim.iters=1"]\n')

@@ -97,35 +97,42 @@ def test_smoke(tmp_path):
     result = json.loads((tmp_path/'matcher.json').read_text())
     assert result['quick'] and result['machine']['versions']['torch'] == torch.__version__ and all(r['rounds'] == 3 for r in result['rows'])
 
-def test_misplaced_background_of_a_run(tmp_path):
+@pytest.fixture(scope='module')
+def short_run(tmp_path_factory):
+    "A trainer that took one step, and a function that runs a script on its folder"
+    from semidetr.trainer import Trainer
+    from test_trainer import tiny
+    folder = tmp_path_factory.mktemp('short')
+    trainer = Trainer(tiny('optim.iters=1', 'run.test=false', method='supervised'), folder/'r', progress=False); trainer.fit()
+    def measure(script):
+        done = subprocess.run([sys.executable, ROOT/'benchmarks'/script, folder/'r', '--images', '9', '--to', folder/'out.json'], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads((folder/'out.json').read_text())[0]
+    return trainer, measure
+
+def hidden_boxes(data): return [data.truth.annotation(data.truth.index_of(i)) for i in data.unlabelled.ids[:9]]
+
+def test_misplaced_background_of_a_run(short_run):
     "Unlabelled images with hidden truth, every way of matching; true boxes give what the function gives without the script"
     import misplaced
     from semidetr.assigners import misplaced_background
     from semidetr.matching import assign_o2o, pad_targets
-    from semidetr.trainer import Trainer
-    from test_trainer import tiny
-    trainer = Trainer(tiny('optim.iters=1', 'run.test=false', method='supervised'), tmp_path/'r', progress=False); trainer.fit()
-    done = subprocess.run([sys.executable, ROOT/'benchmarks'/'misplaced.py', tmp_path/'r', '--images', '9', '--to', tmp_path/'m.json'], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    m, = json.loads((tmp_path/'m.json').read_text())
-    logits, boxes, targets, cfg = misplaced.predictions(tmp_path/'r', 9)
+    trainer, measure = short_run
+    m, hidden = measure('misplaced.py'), hidden_boxes(trainer.data)
+    logits, boxes, targets, cfg = misplaced.predictions(trainer.dir, 9)
     labelled = {str(i) for i in trainer.data.labelled.ids}
-    hidden = [trainer.data.truth.annotation(trainer.data.truth.index_of(i)) for i in trainer.data.unlabelled.ids[:9]]
     assert [len(a['labels']) for a in hidden] == [len(t['labels']) for t in targets] and not labelled & {str(i) for i in trainer.data.unlabelled.ids[:9]}
     assert m['images'] == 9 and m['objects'] == sum(len(t['labels']) for t in targets) > 0 and len(m['rates']) == 5 and all(len(r) == len(m['amounts']) for r in m['rates'].values())
     truth = pad_targets(targets)
     assert m['rates']['Hungarian'][0] == misplaced_background(assign_o2o(logits, boxes, truth), boxes, truth)
 
-def test_thresholds_of_a_run(tmp_path):
+def test_thresholds_of_a_run(short_run):
     "Precision and recall of each class as counted by hand; more boxes and no less recall with a lower threshold"
     import thresholds
-    from semidetr.trainer import Trainer
-    from test_trainer import tiny
-    trainer = Trainer(tiny('optim.iters=1', 'run.test=false', method='supervised'), tmp_path/'r', progress=False); trainer.fit()
-    done = subprocess.run([sys.executable, ROOT/'benchmarks'/'thresholds.py', tmp_path/'r', '--images', '9', '--to', tmp_path/'t.json'], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    t, = json.loads((tmp_path/'t.json').read_text())
-    hidden = [trainer.data.truth.annotation(trainer.data.truth.index_of(i)) for i in trainer.data.unlabelled.ids[:9]]
+    trainer, measure = short_run
+    t, hidden = measure('thresholds.py'), hidden_boxes(trainer.data)
+    labels = torch.cat([trainer.data.labelled.annotation(i)['labels'] for i in range(len(trainer.data.labelled))])
+    assert list(t['labelled'].values()) == labels.bincount(minlength=len(t['labelled'])).tolist()
     assert t['images'] == 9 and t['labelled_images'] == len(trainer.data.labelled) and t['thresholds'] == thresholds.THRESHOLDS
     assert [c['objects'] for c in t['classes'].values()] == [sum(int((a['labels'] == c).sum()) for a in hidden) for c in range(len(trainer.data.truth.classes))]
     assert all(a >= b for c in t['classes'].values() for a, b in zip(c['boxes'], c['boxes'][1:]))

@@ -1,5 +1,5 @@
 "Mining: the values of the specification, the recorded thresholds of the official code, and scikit-learn on hundreds of data sets"
-import dataclasses, json, math, warnings
+import dataclasses, json, math, subprocess, sys, warnings
 from pathlib import Path
 import numpy as np
 import pytest
@@ -297,6 +297,24 @@ def test_thresholds_follow_the_rates(width):
     for batch, want in zip(batches, by_rate(3, rates, batches, width)): torch.testing.assert_close(rule.add(batch), torch.tensor(want))
     again = ClassRates(torch.zeros(5), 3, width); again.load_state_dict(rule.state_dict())
     assert again.add(batches[0]).equal(rule.add(batches[0]))
+
+RATES = """
+import json, sys, torch, torch.distributed as dist
+from semidetr.mining import ClassRates
+store, r, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+dist.init_process_group('gloo', init_method='file://'+store, rank=r, world_size=2)
+rule, said = ClassRates(torch.tensor([1., .5]), 2), []
+for scores in ([[.9, .5], [.8, .1]], [[], []])[r], ([[.7]], [[.6, .3], [.2]])[r]: # images of this process; numbers differ
+    said.append(rule.add([dict(scores=torch.tensor(s), labels=torch.zeros(len(s), dtype=torch.long)) for s in scores]).tolist())
+open(out, 'w').write(json.dumps([said, rule.images.tolist()])); dist.destroy_process_group()
+"""
+def test_processes_have_the_same_thresholds(tmp_path):
+    "Those of all images together: the checkpoint of the first process is that of all"
+    running = [subprocess.Popen([sys.executable, '-c', RATES, str(tmp_path/'store'), str(r), str(tmp_path/f'{r}.json')]) for r in (0, 1)]
+    assert [p.wait(timeout=120) for p in running] == [0, 0]
+    a, b = (json.loads((tmp_path/f'{r}.json').read_text()) for r in (0, 1))
+    batches = [[dict(scores=s, labels=[0]*len(s)) for s in images] for images in ([[.9, .5], [.8, .1], [], []], [[.7], [.6, .3], [.2]])]
+    assert a == b and a[1] == [4, 3] and torch.tensor(a[0]).allclose(torch.tensor(by_rate(2, [1., .5], batches)))
 
 def test_growing_scores_let_no_more_boxes_in():
     "A fixed score keeps ever more; the rate keeps as many"

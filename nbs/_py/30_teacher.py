@@ -25,10 +25,10 @@ from semidetr.detector import post_process
 # Let $\theta_t$ be the student before iteration $t$ and $\theta'_t$ the teacher.
 #
 # $$
-# \theta'_t = m_t\,\theta'_{t-1} + (1-m_t)\,\theta_t, \qquad m_t = \min\left(m,\; 1-\frac{1+w}{t+1+w}\right)
+# \theta'_t = m_t\,\theta'_{t-1} + (1-m_t)\,\theta_t, \qquad m_t = \min\left(m,\; 1-\frac{1+w}{t+t_0+1+w}\right)
 # $$ {#eq-teacher-ema}
 #
-# With $w=0$ the first step copies the student ($m_0=0$), and until $m_t$ reaches its ceiling $m$ the teacher is exactly the arithmetic mean of the students seen. A fixed $m=0.999$ from the start would instead hold on to the random initial weights for a thousand steps.
+# With $w=0$ and $t_0=0$ the first step copies the student ($m_0=0$), and until $m_t$ reaches its ceiling $m$ the teacher is exactly the arithmetic mean of the students seen. A fixed $m=0.999$ from the start would instead hold on to the random initial weights for a thousand steps.
 
 # %%
 #| export

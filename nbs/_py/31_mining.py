@@ -482,14 +482,14 @@ class ClassRates(nn.Module):
     def add(self,
         detections:list, # per image dict(scores (K,), labels (K,)): everything the teacher said
     )->Tensor: # (C,) least score of each class; inf for a class without labels
-        "Take in an iteration, give the thresholds"
-        scores, labels = (torch.cat([d[k] for d in detections]).to(self.rates.device) for k in ('scores', 'labels'))
+        "Take in an iteration of all processes, give the thresholds; every process must call it"
+        scores, labels = (all_gather_cat(torch.cat([d[k] for d in detections]).to(self.rates.device)) for k in ('scores', 'labels'))
         new = scores.new_full(self.scores.shape[1:], -math.inf, dtype=self.scores.dtype)
         for c in labels.unique().tolist():
             best = scores[labels == c].sort(descending=True).values[:new.shape[1]]
             new[c, :len(best)] = best.to(new)
         self.scores.copy_(torch.cat([self.scores[1:], new[None]]))
-        self.images.copy_(torch.cat([self.images[1:], self.images.new_tensor([len(detections)])]))
+        self.images.copy_(torch.cat([self.images[1:], all_gather_cat(self.images.new_tensor([len(detections)])).sum()[None]]))
         ranked = self.scores.transpose(0, 1).flatten(1).sort(1, descending=True).values
         n = (self.rates*self.images.sum()).round().long().clamp(max=ranked.shape[1])
         return torch.where(n > 0, ranked.gather(1, (n-1).clamp(min=0)[:, None])[:, 0], math.inf)

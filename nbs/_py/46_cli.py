@@ -184,6 +184,8 @@ def _fit_to_data(cfg, given): # -> overrides that these data need, each with the
         if val is None: yield 'run.test=false', f'no test split ({why}): the development part alone is measured; --val names one'
         elif list(val.classes) != list(train.classes): raise _bad(f'{d.val or d.data}: the classes of the test split are {val.classes[:10]}, those of the training images {train.classes[:10]}; give both the same')
     if d.unlabelled and 'method.name' not in given: yield 'method.name=mean_teacher', '--unlabelled is given: method mean_teacher (--method supervised leaves those images out)'
+
+def _fit_to_method(cfg, given): # -> as above, for the method
     m, n = cfg.method, cfg.optim.iters
     if m.name == 'semi_detr' and 'method.T1' not in given and m.T1 <= m.burn_in_iters < n:
         T1 = (m.burn_in_iters+n)//2
@@ -264,7 +266,7 @@ def train(settings:Annotated[list[str], typer.Argument(help='single settings, e.
     items = _flags(locals())+list(settings or [])
     cfg, given = _settings(preset, config, items)
     pick_device(cfg.run.device)
-    changes = list(_fit_to_data(cfg, given))
+    changes = [*_fit_to_data(cfg, given), *_fit_to_method(cfg, given)]
     cfg = override(cfg, [c for c, _ in changes])
     notes = [text for _, text in changes]+list(_check_method(cfg))
     if show_config: return _say(json.dumps(to_dict(cfg), indent=1))
@@ -396,7 +398,7 @@ def run_studies(study:Annotated[list[str], typer.Argument(help='names in nbs/abl
     from semidetr.ablate import ablate, find_book, read_options, read_seeds
     from semidetr.dry_run import dry_run as look
     book = find_book()
-    here = lambda p: p and Path(os.path.relpath(p, book) if Path(p).resolve().is_relative_to(book) else Path(p).absolute()) # paths as seen from the checkout
+    here = lambda p: p and Path(os.path.relpath(p, book) if Path(os.path.abspath(p)).is_relative_to(book) else Path(p).absolute()) # paths as seen from the checkout, links as they are
     out, results, data = here(_free(out or book/'runs'/'studies')), here(results and _free(results)), str(here(data)) if data and Path(data).exists() else data
     with contextlib.chdir(book):
         bad = ablate(study, scale, read_seeds(seeds), data, tuple(filter(None, groups.split(','))), out, results, jobs, engine, read_options(option), processes, look if dry_run else None, not quiet, _say)

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
 from semidetr.draw import COLORS
 from semidetr.pages import markdown_table
-from semidetr.report import class_values, difference, plot_arms, plus_minus, read_records, scale_line, spread, values, verdict, with_interval
+from semidetr.report import arm_rows, class_values, difference, plot_arms, plus_minus, read_records, scale_line, values, verdict, with_interval
 from semidetr.study import paired_difference
 
 # %%
@@ -35,12 +35,10 @@ assert all(len({r['arms'][a]['iterations'] for r in runs for a in names}) == 1 f
 #| label: tbl-abl-txl-semi
 #| tbl-cap: "Test split, averaged network, no suppression unless said: mean and standard deviation over the seeds; AP of each class; the paired difference to the supervised continuation with its 95 % interval."
 #| echo: false
-rows = []
-for f, runs in studies.items():
-    for arm, name in names.items():
-        rows.append([f"{titles[f]} ({runs[0]['arms'][arm]['data']['labelled']})", name, spread(values(runs, arm)), f"{mean(values(runs, arm, 'AP50')):.1f}", f"{mean(values(runs, arm, 'AP_nms')):.1f}", *(f'{mean(class_values(runs, arm, c)):.1f}' for c in classes),
-                     ', '.join(f'{x:.1f}' for x in values(runs, arm)), '' if arm == 'supervised' else plus_minus(difference(runs, arm, 'supervised')), f"{mean(r['arms'][arm]['cpu_seconds'] for r in runs)/60:.1f}"])
-markdown(markdown_table(['labels (images)', 'arm', 'AP', 'AP50', 'AP with NMS', *classes, 'AP of each seed', 'against supervised', 'CPU-minutes'], rows, align='ll'+'r'*(len(classes)+6)))
+parts = {f: arm_rows(runs, names, 'supervised', classes) for f, runs in studies.items()}
+columns = parts['p1'][0]
+rows = [[f"{titles[f]} ({studies[f][0]['arms']['supervised']['data']['labelled']})", *row] for f, (_, part) in parts.items() for row in part]
+markdown(markdown_table(['labels (images)', *columns], rows, align='ll'+'r'*(len(columns)-1)))
 
 
 # %%
@@ -174,4 +172,4 @@ markdown(f"The start was what mattered: AP of {rare} is {kept['mean teacher, ram
 # - A teacher is worth what the labels have not given yet: let a burn-in use them up first.
 # - Watch precision by hidden truth when a threshold is low; class rates hold it.
 # - Where an interval covers zero, the lines above say that no difference was found; they are computed.
-# - To repeat: `semidetr ablate txl_semi txl_semi_variants`, then `python benchmarks/thresholds.py` with the burn-ins of one percent.
+# - To repeat: `semidetr ablate txl_semi --groups p1,p5`, `semidetr ablate txl_semi_variants --groups p1`, then `python benchmarks/thresholds.py` with the burn-ins of one percent.

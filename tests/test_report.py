@@ -1,0 +1,51 @@
+"Pages say what the records carry: pairs, intervals, and no claim without one"
+import json, math
+import pytest
+from conftest import ROOT
+from semidetr.core import DataError
+from semidetr.report import arm_rows, as_published, difference, found, plus_minus, published, read_records, scale_line, verdict
+
+def write(folder, seeds, nms=True):
+    "Records of arms a and b; seeds: pairs of AP"
+    folder.mkdir(parents=True)
+    arm = lambda ap: dict(hash='h', commit='c', cpu_seconds=120, iterations=7, threads=1, machine='m', data=dict(labelled=3, unlabelled=4),
+                          metrics=dict(val=dict(teacher=dict(AP=ap, AP50=ap+1, per_class={'cat': dict(AP=ap+2)}) | ({'AP_nms': ap+3} if nms else {}))))
+    for seed, (a, b) in enumerate(seeds): (folder/f'seed{seed}.json').write_text(json.dumps(dict(seed=seed, burn_in=None, arms=dict(a=arm(a), b=arm(b)) if b else dict(a=arm(a)))))
+    return folder
+
+def test_interval_by_hand(tmp_path):
+    "Differences 1, 2, 3: mean 2, std 1, t_2 = 4.303, half 2.484"
+    write(tmp_path/'s', [(10., 11.), (20., 22.), (30., 33.)])
+    d = difference(read_records(tmp_path, 's'), 'b', 'a')
+    assert d['mean'] == 2 and d['n'] == 3 and math.isclose(d['half'], 4.302653*1/3**.5, rel_tol=1e-5) and not found(d)
+    assert verdict('b against a', d) == 'b against a: +2.0 AP on average over 3 seeds, 95 % interval ±2.5 (each: +1.0, +2.0, +3.0); no difference found at this scale.'
+    assert plus_minus(d) == '+2.0\u00a0±\u00a02.5'
+
+def test_a_gain_that_is_there(tmp_path):
+    write(tmp_path/'s', [(10., 12.), (20., 22.1), (30., 31.9)])
+    d = difference(read_records(tmp_path, 's'), 'b', 'a')
+    assert found(d) and verdict('x', d).endswith('+1.9).')
+
+def test_one_seed_has_no_interval(tmp_path):
+    write(tmp_path/'s', [(10., 12.)])
+    d = difference(read_records(tmp_path, 's'), 'b', 'a')
+    assert not found(d) and verdict('x', d) == 'x: +2.0 AP, one seed.' and plus_minus(d) == '+2.0'
+
+def test_seeds_without_an_arm_are_left_out(tmp_path):
+    write(tmp_path/'s', [(10., 12.), (20., None)])
+    assert len(read_records(tmp_path, 's')) == 2 and len(read_records(tmp_path, 's', ['a', 'b'])) == 1
+    with pytest.raises(DataError, match='semidetr ablate none'): read_records(tmp_path, 'none')
+    with pytest.raises(DataError, match='no seed with c'): read_records(tmp_path, 's', ['c'])
+
+@pytest.mark.parametrize('nms', [True, False])
+def test_rows(tmp_path, nms):
+    write(tmp_path/'s', [(10., 12.), (20., 24.)], nms)
+    runs, names = read_records(tmp_path, 's'), dict(a='one', b='two')
+    columns, (one, two) = arm_rows(runs, names, 'a', ['cat'])
+    assert columns == ['arm', 'AP', 'AP50', 'AP with NMS', 'cat', 'AP of each seed', 'against one', 'CPU-minutes']
+    assert two == ['two', '18.0\u00a0±\u00a08.5', '19.0', '21.0' if nms else 'not counted', '20.0', '12.0, 24.0', plus_minus(difference(runs, 'b', 'a')), '2.0'] and one[6] == ''
+    assert '2 seeds; 3 labelled and 4 unlabelled images; 7 iterations; 1 thread of m, 8 CPU-minutes for all arms. Commits c; configurations of seed 0: one h, two h' in scale_line(runs, names)
+
+def test_published_rows_are_marked():
+    rows = published(ROOT/'nbs/ablations/results', 'components')
+    assert [r['ap'][0] for r in rows] == [41.6, 42.7, 43.1, 43.5] and 'class="published"' in as_published(41.6) and 'not measured here' in as_published(41.6)
