@@ -113,4 +113,5 @@ markdown('\n'.join(table(mine)) if mine else '*No run of `make book` was found b
 # - With twenty labels the detector is far from what its size allows; unlabelled scenes add several points on average.
 # - The gain is paired: same split, same start, same number of images.
 # - At this threshold many pseudo labels are wrong, and the student gains all the same.
+# - The continuations begin with the ramp of the average, which costs the mean teacher more than Semi-DETR (@sec-abl-components): what both gain over labels alone is safe, the distance between the two is not.
 # - To repeat the whole study: `semidetr demo --seed 0 --seed 1 --seed 2`.
