@@ -20,11 +20,11 @@ from .study import paired, record
 
 # %% ../nbs/45_demo.ipynb #ba13a213
 BURN_IN = ['optim.iters=300', 'method.T1=200', 'loader.n_labelled=8', 'optim.lr=2e-3']
-MIXED = ['loader.n_labelled=4', 'loader.n_unlabelled=8', 'pseudo.threshold=0.3', 'method.unsup_weight=2']
-ARMS = {'supervised': ['method.name=supervised', 'loader.n_labelled=12'],
+MIXED = ['loader.n_labelled=2', 'loader.n_unlabelled=6', 'pseudo.threshold=0.3', 'method.unsup_weight=2']
+ARMS = {'supervised': ['method.name=supervised', 'loader.n_labelled=8'],
         'mean_teacher': ['method.name=mean_teacher', *MIXED],
         'semi_detr': ['method.name=semi_detr', 'method.T1=100', *MIXED]}
-LATER = ['method.T1=0', 'optim.iters=300', 'optim.lr=1e-3', 'optim.schedule=cosine', 'ema.start=0'] # of all continuations
+LATER = ['method.T1=0', 'optim.iters=200', 'optim.lr=1e-3', 'optim.schedule=cosine', 'optim.warmup=30'] # of all continuations
 
 def shown_scenes(
     n:int=6,

@@ -136,7 +136,7 @@ def test_the_demonstration_is_part_of_the_component_study():
     study = load_study(BOOK, 'components')
     assert study['burn_in'] == demo.BURN_IN
     for arm, name in dict(supervised='supervised', mean_teacher='mean_teacher', semi_detr='shm_cqc_cpm').items():
-        mine, theirs = (override(study['groups'][''], [*items, 'loader.n_unlabelled=8', 'method.unsup_weight=2', 'pseudo.threshold=0.3']) for items in (demo.LATER+demo.ARMS[arm], study['arms'][name]))
+        mine, theirs = (override(study['groups'][''], [*items, 'loader.n_unlabelled=6', 'method.unsup_weight=2', 'pseudo.threshold=0.3']) for items in (demo.LATER+demo.ARMS[arm], study['arms'][name]))
         assert mine == theirs, arm
 
 def test_demonstration_runs_every_arm_and_other_settings_elsewhere(tmp_path, monkeypatch):
