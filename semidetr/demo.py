@@ -24,7 +24,7 @@ MIXED = ['loader.n_labelled=2', 'loader.n_unlabelled=6', 'pseudo.threshold=0.3',
 ARMS = {'supervised': ['method.name=supervised', 'loader.n_labelled=8'],
         'mean_teacher': ['method.name=mean_teacher', *MIXED],
         'semi_detr': ['method.name=semi_detr', 'method.T1=100', *MIXED]}
-LATER = ['method.T1=0', 'optim.iters=200', 'optim.lr=1e-3', 'optim.schedule=cosine', 'optim.warmup=30'] # of all continuations
+LATER = ['method.T1=0', 'optim.iters=300', 'optim.lr=1e-3', 'optim.schedule=cosine', 'optim.warmup=30'] # of all continuations
 
 def shown_scenes(
     n:int=6,
