@@ -11,6 +11,7 @@ import copy
 from dataclasses import dataclass
 import torch
 from torch import nn, Tensor
+from torchvision.ops import nms
 from .boxes import normalize_boxes, transform_boxes
 from .core import ConfigError, suggest
 from .detector import post_process
@@ -57,6 +58,7 @@ class PseudoConfig:
     "Which of the teacher's detections become pseudo labels (paper section 3; code values)"
     threshold:float = .4 # score from which a box trains the student (B^sup)
     nms:float = .6 # IoU of the per-class suppression
+    cross_nms:float = 1. # IoU of a suppression across classes after it; 1: none, as the paper and its code
     min_score:float = .01 # floor before anything else
     top_k:int = 300 # most detections an image
     min_side:float = 1. # pixels; smaller boxes after transport are dropped (the official code keeps them)
@@ -67,9 +69,9 @@ def teacher_detections(
     targets:list, # of the weak view; gives the sizes
     cfg:PseudoConfig=PseudoConfig(),
 )->list: # per image dict(boxes (K,4) xyxy pixels of the weak view, labels (K,), scores (K,) descending)
-    "Everything the teacher would swear to at `min_score`, after per-class NMS"
-    sizes = [t['size'] for t in targets]
-    return post_process(outputs, sizes, top_k=cfg.top_k, nms=cfg.nms, score_threshold=cfg.min_score)
+    "Everything the teacher would swear to at `min_score`, after per-class NMS, and at `cross_nms < 1` one box a place"
+    found = post_process(outputs, [t['size'] for t in targets], top_k=cfg.top_k, nms=cfg.nms, score_threshold=cfg.min_score)
+    return found if cfg.cross_nms >= 1 else [{k: v[keep] for k, v in d.items()} for d in found for keep in [nms(d['boxes'], d['scores'], cfg.cross_nms)]]
 
 # %% ../nbs/30_teacher.ipynb #9303e8d7
 def fixed_threshold(

@@ -2,7 +2,7 @@
 import pytest, torch
 from torch import nn
 from semidetr.teacher import (EmaConfig, ema_decay, fixed_threshold, keep_boxes, make_teacher, mean_std,
-                              teacher_detections, transport, update_teacher)
+                              PseudoConfig, teacher_detections, transport, update_teacher)
 
 @pytest.mark.parametrize('t,m', [(0, 0.), (1, .5), (9, .9), (998, .998999), (999, .999), (100_000, .999)])
 def test_decay_values(t, m): assert abs(ema_decay(t)-m) < 1e-6
@@ -43,6 +43,16 @@ def test_suppression_is_per_class():
     same = teacher_detections(outputs(near, [[3., -9.], [2., -9.]]), [dict(size=(100, 100))])
     other = teacher_detections(outputs(near, [[3., -9.], [-9., 2.]]), [dict(size=(100, 100))])
     assert [len(d['boxes']) for d in same+other] == [1, 2]
+
+@pytest.mark.parametrize('iou,kept', [(1., [1, 0]), (.99, [1, 0]), (.6, [1])])
+def test_one_box_a_place(iou, kept):
+    "Boxes of two classes with an IoU of .975: the higher score stays where `cross_nms` is below that"
+    near = [[.5, .5, .4, .4], [.505, .5, .4, .4]]
+    found = teacher_detections(outputs(near, [[2., -9.], [-9., 3.]]), [dict(size=(100, 100))], PseudoConfig(cross_nms=iou))[0]
+    assert found['labels'].tolist() == kept and found['scores'].tolist() == sorted(found['scores'].tolist(), reverse=True) and len(found['boxes']) == len(kept)
+
+def test_one_box_a_place_of_nothing():
+    assert len(teacher_detections(outputs([[.5, .5, .4, .4]], [[-9., -9.]]), [dict(size=(100, 100))], PseudoConfig(cross_nms=.5))[0]['boxes']) == 0
 
 def view(m, size=(100, 100)): return dict(matrix=torch.tensor(m, dtype=torch.float64), size=size, image_id=0)
 EYE = [[1., 0, 0], [0, 1, 0], [0, 0, 1]]

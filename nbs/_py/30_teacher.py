@@ -14,6 +14,7 @@ import copy
 from dataclasses import dataclass
 import torch
 from torch import nn, Tensor
+from torchvision.ops import nms
 from semidetr.boxes import normalize_boxes, transform_boxes
 from semidetr.core import ConfigError, suggest
 from semidetr.detector import post_process
@@ -117,6 +118,8 @@ ax.set(xlabel='iteration', ylabel='share of the random start'); ax.legend(); plt
 # ## Pseudo labels
 #
 # The teacher sees the weak view, without gradient. Its detections pass per-class non-maximum suppression (a one-to-many stage leaves duplicates behind), and a filter on the score. Boxes stay in pixels of the weak view, together with their scores.
+#
+# Per class means that an object which the teacher takes for a 3 as well as for an 8 keeps two boxes, and the student is taught that two queries belong there. Where objects hardly ever share a place, `cross_nms` leaves the best box of each; the paper has no such step (@sec-abl-nms has counts).
 
 # %%
 #| export
@@ -125,6 +128,7 @@ class PseudoConfig:
     "Which of the teacher's detections become pseudo labels (paper section 3; code values)"
     threshold:float = .4 # score from which a box trains the student (B^sup)
     nms:float = .6 # IoU of the per-class suppression
+    cross_nms:float = 1. # IoU of a suppression across classes after it; 1: none, as the paper and its code
     min_score:float = .01 # floor before anything else
     top_k:int = 300 # most detections an image
     min_side:float = 1. # pixels; smaller boxes after transport are dropped (the official code keeps them)
@@ -135,9 +139,9 @@ def teacher_detections(
     targets:list, # of the weak view; gives the sizes
     cfg:PseudoConfig=PseudoConfig(),
 )->list: # per image dict(boxes (K,4) xyxy pixels of the weak view, labels (K,), scores (K,) descending)
-    "Everything the teacher would swear to at `min_score`, after per-class NMS"
-    sizes = [t['size'] for t in targets]
-    return post_process(outputs, sizes, top_k=cfg.top_k, nms=cfg.nms, score_threshold=cfg.min_score)
+    "Everything the teacher would swear to at `min_score`, after per-class NMS, and at `cross_nms < 1` one box a place"
+    found = post_process(outputs, [t['size'] for t in targets], top_k=cfg.top_k, nms=cfg.nms, score_threshold=cfg.min_score)
+    return found if cfg.cross_nms >= 1 else [{k: v[keep] for k, v in d.items()} for d in found for keep in [nms(d['boxes'], d['scores'], cfg.cross_nms)]]
 
 
 # %% [markdown]

@@ -435,8 +435,12 @@ ax.set(xlabel='iteration', ylabel='w_u'); ax.legend(); plt.show()
 # | `consistency.norm` | true: directions are compared, times 10 | false: plain MSE, with `consistency.weight=1` (paper) | @sec-consistency |
 # | `consistency.until` | `T1`: first stage only | `end`: the whole training (paper) | @sec-consistency |
 # | `consistency.groups` | 1; the code has 5 identical groups, which change neither loss nor gradient | 5 | @sec-consistency |
+# | `consistency.projector` | `code`: two convolutions, two linear layers | `mlp` (paper) | @sec-consistency |
+# | `consistency.slot_weights` | `code`: one product of means for all slots | `slots`: what the code meant | @sec-consistency |
 # | `mining.init` | `mean_std`: boxes that stand out of their image's scores | `score`: the threshold .4 (paper) | @sec-mining |
 # | `mining.union` | true: $B^{con}$ includes $B^{sup}$ | false: the mined boxes alone (paper) | @sec-mining |
+# | `mining.solver` | `torch`: all mixtures at once | `sklearn`: the library that the code calls, with equal results | @sec-mining |
+# | `pseudo.cross_nms` | 1: suppression class by class | .6, say: one box a place (ours, where objects do not share places) | @sec-teacher |
 # | `pseudo.min_side` | 1 pixel: boxes that leave the strong view are dropped (ours) | -1: kept, as in the code, where they become targets without area | @sec-teacher |
 # | `loader.ratio` | `binomial`: the share of labelled images varies | `fixed` (paper) | @sec-loader |
 # | `detector.denoising.box_noise` | .4 | 1: other DINO implementations | @sec-denoising |

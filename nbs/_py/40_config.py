@@ -234,6 +234,7 @@ def differences(
     return out
 
 YOUNG = { # settings younger than the first records -> do they leave a run as it was before there was such a setting?
+    'pseudo.cross_nms': lambda c: c.pseudo.cross_nms >= 1,
     'mining.rate_window': lambda c: 'class_rate' not in (c.mining.sup_filter, c.mining.con_filter),
     'ema.start': lambda c: c.ema.start == 0 or (c.ema.start < 0 and not c.run.init)}
 
