@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from .pages import CrossRefs, REF, cell_text, chapter_files, cross_references, fail, filter_notebook
+from .pages import CALLOUT, CrossRefs, REF, cell_text, chapter_files, cross_references, fail, filter_notebook
 from .pages import load_pages, make_cell, need, outside_code, read_book, split_directives, symbol_index
 
 # %% ../nbs/45_site.ipynb #d10848a1
@@ -54,24 +54,25 @@ def resolve(
     def caption(m): return f': {refs.labels[m.group(2)][1]}: {m.group(1)} {{#{m.group(2)}'
     def picture(m): return f'![{refs.labels[m.group(3)][1]}: {m.group(1)}]{m.group(2)}'
     def replace(t):
-        t = re.sub(r'^: (.*?) \{#(tbl-[\w-]+)', caption, t, flags=re.M)
         t = re.sub(r'!\[([^\]]*)\](\([^)]*\)\{#(fig-[\w-]+))', picture, t)
         return REF.sub(ref, _INLINE.sub(lambda m: mathml(m.group(1)), _EQ.sub(equation, t)))
-    try: return outside_code(replace, text)
+    captioned = outside_code(lambda t: re.sub(r'^: (.*?) \{#(tbl-[\w-]+)', caption, t, flags=re.M), text, inline=False)
+    try: return outside_code(replace, captioned)
     except ValueError as e: raise ValueError(f'{page}: {e}') from None
 
 def number_headings(
     text:str, # Markdown of a cell
-    n:int, # chapter number; 0 leaves the text as it is
+    n, # chapter number or letter; 0 leaves the text as it is
     count:list[int], # running numbers of the levels 2 and 3, updated in place
 )->str:
     "Write `3.1` before the headings of levels 2 and 3"
     def number(m):
-        level = len(m.group(1))
+        if m.group(1): return m.group(0)
+        level = len(m.group(2))
         count[level-2] += 1
         if level == 2: count[1] = 0
-        return f"{m.group(1)} {'.'.join(map(str, [n, *count[:level-1]]))} {m.group(2)}"
-    return outside_code(lambda t: re.sub(r'^(#{2,3}) (?!.*\.unnumbered)(.*)', number, t, flags=re.M), text) if n else text
+        return f"{m.group(2)} {'.'.join(map(str, [n, *count[:level-1]]))} {m.group(3)}"
+    return outside_code(lambda t: re.sub(rf'({CALLOUT})?^(#{{2,3}}) (?!.*\.unnumbered)(.*)', number, t, flags=re.M), text) if n else text
 
 # %% ../nbs/45_site.ipynb #3354d7c8
 def _option(options, key):
@@ -163,7 +164,7 @@ def build_site(
 )->Path: # folder of the site
     "Check the book and render it"
     root, book = Path(root).resolve(), read_book(root)
-    pages = load_pages(root, chapter_files(book))
+    pages = load_pages(root, chapter_files(book), chapter_files({'book': {'chapters': book['book'].get('appendices', [])}}))
     refs = cross_references(pages)
     if refs.problems: fail('the book has broken references:\n' + '\n'.join(refs.problems))
     out = root/book['project'].get('output-dir', '_docs')

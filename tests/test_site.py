@@ -3,8 +3,8 @@ import html.parser, json, shutil, subprocess, sys, urllib.parse
 import pytest
 from conftest import ROOT, copy_book
 from semidetr.core import ConfigError
-from semidetr.pages import chapter_files, filter_notebook, markdown_table, read_book, symbol_index, write_home
-from semidetr.site import build_site, figure_output, main, mathml
+from semidetr.pages import CrossRefs, chapter_files, cross_references, filter_notebook, load_pages, markdown_table, read_book, symbol_index, write_home
+from semidetr.site import build_site, figure_output, main, mathml, number_headings, resolve
 
 FILES = chapter_files(read_book(ROOT))
 RESULT = next((f for f in FILES if f.startswith('nbs/ablations/01_')), None)
@@ -211,6 +211,25 @@ def test_mathml():
 def test_figure_caption_is_html_and_alt_is_escaped():
     out = figure_output('AAAA', 'A *b* `c`', 'a "quoted" <alt>')['data']['text/html']
     assert '<em>b</em>' in out and '<code>c</code>' in out and 'alt="a &quot;quoted&quot; &lt;alt&gt;"' in out
+
+def test_titles_of_callouts_are_no_sections():
+    text = '# A {#sec-a}\n## One {#sec-one}\n\n::: {.callout-note}\n## Title\n:::\n\n## Two {#sec-two}\n'
+    refs = CrossRefs()
+    refs.scan('a.qmd', [('markdown', text)], 3)
+    assert refs.labels['sec-two'][1] == 'Section 3.2'
+    lines = number_headings(text, 3, [0, 0]).splitlines()
+    assert lines[1].startswith('## 3.1 One') and '## Title' in lines and lines[-1].startswith('## 3.2 Two')
+
+def test_table_captions_may_hold_code_and_code_may_hold_captions():
+    text = ': Of `a` and @tbl-b {#tbl-a}\n\n: Other {#tbl-b}\n\n```\n: none {#tbl-c}\n```\n'
+    refs = CrossRefs()
+    refs.scan('a.qmd', [('markdown', text)], 3)
+    assert resolve(refs, text, 'a.qmd').splitlines()[::2] == [': Table 3.1: Of `a` and [Table 3.2](#tbl-b) {#tbl-a}', ': Table 3.2: Other {#tbl-b}', '```', '```']
+
+def test_appendices_have_letters(tmp_path):
+    for name in ('index', 'one', 'more', 'last'): (tmp_path/f'{name}.qmd').write_text(f'# {name} {{#sec-{name}}}\n\n## Part {{#sec-{name}-part}}\n')
+    labels = cross_references(load_pages(tmp_path, ['index.qmd', 'one.qmd', 'more.qmd', 'last.qmd'], ['more.qmd', 'last.qmd'])).labels
+    assert [labels[f'sec-{k}'][1] for k in ('one', 'one-part', 'more', 'last', 'last-part')] == ['Chapter 1', 'Section 1.1', 'Appendix A', 'Appendix B', 'Section B.1']
 
 def test_home_include(tmp_path):
     table = markdown_table(['a', 'b'], [[1, 2.5]])

@@ -15,6 +15,7 @@ import ast
 import json
 import os
 import re
+import string
 from importlib import import_module
 from pathlib import Path
 
@@ -239,6 +240,8 @@ assert [c['source'] for c in page['cells']] == ['<span class="module-tag">semide
 #| export
 KINDS = dict(fig='Figure', tbl='Table', eq='Equation', sec='Section', lst='Listing')
 _CODE = re.compile(r'(^(`{3,}|~{3,})[^\n]*\n.*?^\2[ \t]*$|`[^`\n]+`)', re.S | re.M)
+_FENCED = re.compile(r'^(`{3,}|~{3,})[^\n]*\n.*?^\1[ \t]*$', re.S | re.M)
+CALLOUT = r'^:{3,} *\{\.callout[^\n]*\n' # the heading after it is a title, not a section
 REF = re.compile(r'(?<![\w/\[])@((?:fig|tbl|eq|sec|lst)-[\w-]+)')
 _LABEL = re.compile(r'^(#{1,6}) (.*?)\s*(?:\{([^}]*)\})?\s*$|\{#((?:fig|tbl|eq|lst)-[\w-]+)[^}]*\}', re.M)
 _CELL_LABEL = re.compile(r'^#\|\s*label:\s*((?:fig|tbl|lst)-[\w-]+)', re.M)
@@ -246,10 +249,11 @@ _CELL_LABEL = re.compile(r'^#\|\s*label:\s*((?:fig|tbl|lst)-[\w-]+)', re.M)
 def outside_code(
     f, # function of a piece of Markdown
     text:str, # Markdown
+    inline:bool=True, # leave `code` alone as well
 )->str:
     "Apply `f` to everything but code blocks and inline code"
     out, pos = [], 0
-    for m in _CODE.finditer(text):
+    for m in (_CODE if inline else _FENCED).finditer(text):
         out += [f(text[pos:m.start()]), m.group(0)]
         pos = m.end()
     return ''.join([*out, f(text[pos:])])
@@ -275,7 +279,7 @@ class CrossRefs:
     def scan(self,
         page:str, # path of the page
         cells:list, # (kind, source) of its cells
-        n:int, # chapter number, 0 for an unnumbered page
+        n, # chapter number or letter, 0 for an unnumbered page
     ):
         "Collect and number the labels of one page"
         count, depth = dict.fromkeys(KINDS, 0), [0]*7
@@ -288,7 +292,7 @@ class CrossRefs:
             if kind == 'code':
                 for m in _CELL_LABEL.finditer(source): numbered(m.group(1))
                 continue
-            for m in _LABEL.finditer(_CODE.sub('', source)):
+            for m in _LABEL.finditer(re.sub(rf'({CALLOUT})#+ ', r'\1', _CODE.sub('', source), flags=re.M)):
                 if m.group(4): numbered(m.group(4))
                 elif '.unnumbered' not in (m.group(3) or '') and n:
                     level = len(m.group(1))
@@ -296,7 +300,7 @@ class CrossRefs:
                     depth[level+1:] = [0]*(6-level)
                     number = '.'.join(map(str, [n, *depth[2:level+1]]))
                     label = re.search(r'#(sec-[\w-]+)', m.group(3) or '')
-                    if label: self.add(label.group(1), page, f"{'Chapter' if level == 1 else 'Section'} {number}", number)
+                    if label: self.add(label.group(1), page, f"{'Section' if level > 1 else 'Appendix' if isinstance(n, str) else 'Chapter'} {number}", number)
 
     def check(self,
         page:str, # path of the page
@@ -324,9 +328,10 @@ refs.labels['fig-a']
 def load_pages(
     root, # folder of the checkout
     files:list[str], # from `chapter_files`
-)->list: # (path, notebook or None, [(kind, source)], chapter number)
+    appendices=(), # those of them that are counted with letters
+)->list: # (path, notebook or None, [(kind, source)], chapter number or letter; 0 for an unnumbered page)
     "Read and filter every page, includes written out"
-    index, out, n = symbol_index(root, files), [], 0
+    index, out, n, letters = symbol_index(root, files), [], 0, iter(string.ascii_uppercase)
     for page in files:
         folder, text = os.path.dirname(page), (Path(root)/page).read_text(encoding='utf-8')
         nb = filter_notebook(json.loads(text), index, folder) if page.endswith('.ipynb') else None
@@ -334,8 +339,8 @@ def load_pages(
         cells = [(c['cell_type'], c['source']) for c in nb['cells']] if nb else [('markdown', link_names(re.sub(r'\{\{< include (\S+) >\}\}', include, text), index, folder))]
         title = next((s for k, s in cells if k == 'markdown' and s.lstrip().startswith('# ')), '')
         numbered = page != files[0] and '.unnumbered' not in title.lstrip().split('\n')[0]
-        n += numbered
-        out.append((page, nb, cells, n*numbered))
+        n += numbered and page not in appendices
+        out.append((page, nb, cells, (next(letters) if page in appendices else n) if numbered else 0))
     return out
 
 def cross_references(
