@@ -104,6 +104,20 @@ def test_a_study_leaves_notebooks_and_a_record(whole):
         text = ' '.join(o['data'].get('text/markdown', '') for o in shown if 'data' in o)
         assert a['hash'] in text and 'teacher' in text and 'optim.iters' in text
 
+def test_a_study_leaves_a_page_of_its_runs(whole):
+    "Parameters and outputs of every run of the first seed; no label twice; the code of the cells only where it shows a figure"
+    book, _ = whole
+    record, page = json.loads((book/'nbs/ablations/results/toy/seed0.json').read_text()), nbformat.read(book/'nbs/ablations/runs/toy.ipynb', 4)
+    nbformat.validate(page)
+    runs = {'burn_in': record['burn_in'], **record['arms']}
+    heads = [c.source for c in page.cells if c.cell_type == 'markdown']
+    assert [h.partition(' {')[0] for h in heads[1:]] == [f'## {arm}, seed 0' for arm in runs]
+    labels = [line for c in page.cells for line in c.source.splitlines() if 'label:' in line] + [h.rpartition('{')[2] for h in heads]
+    assert len(labels) == len(set(labels)) == 3+4
+    shown = [json.dumps([o['data'] for o in c['outputs']]) for c in page.cells if c.cell_type == 'code']
+    assert all(any(a['hash'] in s for s in shown) for a in runs.values()) and sum('image/png' in s for s in shown) == 3
+    assert sum(f'folder = "{Path(a["notebook"]).parent.as_posix()}"' in c.source for a in runs.values() for c in page.cells) == 3
+
 def test_killed_and_stopped_studies_go_on(whole, tmp_path):
     "SIGKILL of the whole process group while an arm runs, then Ctrl-C in the same arm: the numbers are those of the undisturbed study, run two at a time"
     book = checkout(tmp_path/'book')
@@ -242,7 +256,7 @@ def test_smoke_results_stay_out_of_the_book(fake):
     papermill_io.get_handler('local').cwd('/') # as threads of an earlier command in another folder may leave it
     code, out, err = shell('all', '-q', '--scale', 'smoke')
     assert code == 0, err
-    assert not Path('nbs/ablations/results').exists() and Path('runs/studies/results/toy-smoke/seed0.json').exists()
+    assert not Path('nbs/ablations/results').exists() and not Path('nbs/ablations/runs').exists() and Path('runs/studies/results/toy-smoke/seed0.json').exists()
 
 MORE = '''
 [more]
@@ -268,9 +282,15 @@ def test_studies_share_a_burn_in(fake):
 
 def test_groups_by_name(fake):
     shell = fake(STUDY+'[toy.groups.labels]\nfew = ["data.count=4"]\nmany = ["data.count=8"]\n')
-    assert shell('toy', '-q', '--groups', 'many')[0] == 0 and not Path('runs/studies/toy/few').exists() and Path('nbs/ablations/results/toy/many/seed0.json').exists()
+    page = Path('nbs/ablations/runs/toy.ipynb')
+    assert shell('toy', '-q', '--groups', 'many')[0] == 0 and page.read_text().count('## many') == 3 and '## few' not in page.read_text() and not Path('runs/studies/toy/few').exists() and Path('nbs/ablations/results/toy/many/seed0.json').exists()
     code, out, err = shell('toy', '-q', '--groups', 'meny')
     assert code == 2 and err == "error: nbs/ablations/studies.toml: study toy has no group 'meny'; did you mean 'many'?\n"
+    shutil.move('runs/studies/toy/many', 'elsewhere')
+    before = page.read_text()
+    assert shell('toy', '-q', '--groups', 'few')[0] == 0 and page.read_text() == before # what was run elsewhere is not thrown out of the page
+    shutil.move('elsewhere', 'runs/studies/toy/many')
+    assert shell('toy', '-q')[0] == 0 and page.read_text().count('## many') == page.read_text().count('## few') == 3
 
 def test_submitit_on_this_machine(fake):
     "The same command through submitit's local executor: runs, records, failures"

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tqdm import tqdm
+from semidetr.appendix import write_appendix
 from semidetr.config import Config, config_hash, load_config, override, to_dict
 from semidetr.core import ConfigError, atomic_write, suggest
 from semidetr.machine import usable_cores
@@ -407,7 +408,9 @@ def ablate(
     need('papermill', 'a study'); check_notebook(NOTEBOOK)
     jobs = jobs or (len(runs) if engine == 'slurm' else usable_cores())
     where = LocalEngine(jobs) if engine == 'local' else SubmititEngine(Path(out)/'jobs', engine.removeprefix('submitit-'), options)
-    return run_all(runs, where, results, NOTEBOOK, processes, jobs, progress, say)
+    failed = run_all(runs, where, results, NOTEBOOK, processes, jobs, progress, say)
+    if Path(results) == STUDIES.parent/'results': write_appendix([r for name in dict.fromkeys(names) for r in plan(STUDIES, name, scale, load_study(STUDIES, name, scale)['seeds'][:1], out, data)], STUDIES.parent/'runs')
+    return failed
 
 
 # %%

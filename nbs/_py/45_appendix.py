@@ -1,0 +1,106 @@
+# %% [markdown]
+# # Executed runs {#sec-appendix}
+#
+# > One page a study, made of the run notebooks that papermill executed: what every arm was asked, and what it answered.
+#
+# A number on a page of results comes from a record, a record from a run, and a run is an executed notebook (@sec-abl-run). Those notebooks lie beside their checkpoints, where readers of the site cannot see them. So `semidetr ablate` (@sec-ablate) gathers them: for the first seed of a study, the parameters of each run and the outputs of its cells, in the order of the arms. The code of the cells is the same in all of them and is not repeated.
+
+# %%
+#| default_exp appendix
+
+# %%
+#| export
+import json
+import re
+from pathlib import Path
+from semidetr.core import atomic_write
+
+# %%
+#| hide
+import tempfile
+from types import SimpleNamespace
+
+
+# %% [markdown]
+# ## A run, without its code
+#
+# What stays of a notebook: the cell with its parameters, and every output. Labels of figures get the name of the run, since a book may have each label once.
+
+# %%
+#| export
+def name_of(
+    run, # `Run` of a study
+)->str: # letters, digits and hyphens
+    "A run in a label"
+    return re.sub(r'[^A-Za-z0-9]+', '-', f'{run.group} {run.arm}').strip('-')
+
+def study_of(run): return Path(run.where).parts[0] # at another scale than its own a study has another folder
+
+def _cell(kind, source, **more): return dict(cell_type=kind, metadata={}, source=source, **more)
+
+def run_cells(
+    run, # finished `Run`
+    study:str, # part of every label
+)->list: # cells
+    "Heading, parameters and outputs of an executed run"
+    key, kept = f'{study}-{name_of(run)}'.replace('_', '-'), []
+    for c in json.loads(run.notebook.read_text())['cells']:
+        if c['cell_type'] != 'code': continue
+        tags, source = c['metadata'].get('tags', []), ''.join(c['source'])
+        if 'injected-parameters' in tags: kept.append(_cell('code', source, outputs=[], execution_count=None))
+        if not c['outputs']: continue
+        options = [re.sub(r'(label:\s*fig-[\w-]+)', rf'\1-{key}', line) for line in source.splitlines() if line.startswith('#|')]
+        kept.append(_cell('code', '\n'.join(['#| echo: false', *options, '...']), outputs=c['outputs'], execution_count=None))
+    return [_cell('markdown', f"## {' '.join(filter(None, (run.group, run.arm)))}, seed {run.seed} {{#sec-runs-{key}}}"), *kept]
+
+
+# %% [markdown]
+# ## A study
+
+# %%
+#| export
+def executed_page(
+    runs:list, # finished `Run`s of one study
+)->dict: # a notebook
+    "The runs of a study as one page"
+    study = study_of(runs[0])
+    intro = f"# Executed runs: `{study}` {{#sec-runs-{study.replace('_', '-')}}}\n\n> Parameters and outputs of the run notebooks of this study's first seed.\n\nEach section is one run: the notebook of @sec-abl-run with the parameters shown. Its code is the same for all and stands there."
+    cells = [_cell('markdown', intro), *(c for r in runs for c in run_cells(r, study))]
+    for i, c in enumerate(cells): c['id'] = f'c{i:04d}'
+    return dict(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python')), nbformat=4, nbformat_minor=5)
+
+def write_appendix(
+    runs:list, # `Run`s of the first seed of any studies, all groups and arms
+    folder, # of the pages
+)->list: # paths of the pages that are there
+    "One page a study of the runs that were executed; a page is replaced when all of them were"
+    paths, studies = [], {}
+    for r in runs:
+        if study_of(r) in r.folder.parts: studies.setdefault(study_of(r), []).append(r) # not the burn-ins of another study
+    for study, own in studies.items():
+        path, executed = Path(folder)/f'{study}.ipynb', [r for r in own if r.notebook.is_file()]
+        if executed and (executed == own or not path.is_file()):
+            text = json.dumps(executed_page(executed), indent=1, ensure_ascii=False)+'\n'
+            if not path.is_file() or path.read_text(encoding='utf-8') != text: atomic_write(path, text)
+        if path.is_file(): paths.append(path)
+    return paths
+
+
+# %%
+toy = Path(tempfile.mkdtemp())
+output = dict(output_type='execute_result', execution_count=1, metadata={}, data={'text/markdown': ['fine']})
+(toy/'run.ipynb').write_text(json.dumps(dict(cells=[_cell('markdown', '# One run {#sec-abl-run}'), dict(_cell('code', 'seed = 0', outputs=[]), metadata=dict(tags=['injected-parameters'])),
+                                                    _cell('code', '#| label: fig-curve\nplot()', outputs=[output]), _cell('code', 'nothing()', outputs=[])])))
+page = executed_page([SimpleNamespace(study='toy_study', where='toy_study/p1', group='p1', arm='a', seed=0, folder=toy, notebook=toy/'run.ipynb')])
+assert [c['source'] for c in page['cells'][2:]] == ['seed = 0', '#| echo: false\n#| label: fig-curve-toy-study-p1-a\n...']
+[c['source'].splitlines()[0] for c in page['cells']]
+
+# %% [markdown]
+# ## Summary
+#
+# - A reader can follow a number from the page to its record, to its hash, and to the notebook that made it.
+# - The pages are generated; `_quarto.yml` lists them under `appendices`.
+#
+# ## Exercises
+#
+# 1. Find the run of the mean teacher of one study, and check that its hash is the one below the table of results.
