@@ -39,12 +39,26 @@ def read_records(
     study:str, # and group, e.g. 'txl_semi/p5'
     arms=(), # only seeds that have all of these
 )->list: # records, by seed
-    "The committed records of a study"
-    folder = Path(results)/study
-    runs = sorted((json.loads(p.read_text()) for p in folder.glob('seed*.json')), key=lambda r: r['seed'])
+    "The committed records of a study, and whether its executed runs have a page"
+    folder, page = Path(results)/study, Path(results).parent/'runs'/f"{study.partition('/')[0]}.ipynb"
+    runs = sorted((json.loads(p.read_text()) | dict(executed=page.is_file()) for p in folder.glob('seed*.json')), key=lambda r: r['seed'])
     runs = [r for r in runs if set(arms) <= set(r['arms'])]
     if not runs: raise DataError(f'{folder}: no seed with {", ".join(arms) or "a record"}; run `semidetr ablate {study.partition("/")[0]}`')
     return runs
+
+def with_arm(
+    runs:list, # of `read_records`: variants
+    others:list, # records of the study whose burn-ins they start from
+    arm:str, # of the others
+    name:str, # what it is called among the variants, before which it is put
+)->list: # records of the seeds that both have
+    "Variants and their reference, which belongs to another study"
+    start = {r['seed']: r for r in others if arm in r['arms']}
+    for r in runs:
+        if r['seed'] in start and r['burn_in']['hash'] != start[r['seed']]['burn_in']['hash']: raise DataError(f"{r['study']} and {arm}: seed {r['seed']} starts from another burn-in; run `semidetr ablate {r['study']}`")
+    both = [r | dict(arms={name: start[r['seed']]['arms'][arm], **r['arms']}) for r in runs if r['seed'] in start]
+    if not both: raise DataError(f"{runs[0]['study']}: no seed of it has {arm}, which it is compared with; run `semidetr ablate {others[0]['study']}`")
+    return both
 
 def values(
     runs:list, # of `read_records`
@@ -77,10 +91,10 @@ def class_values(
 # %%
 #| export
 def difference(
-    runs:list, arm:str, base:str, key:str='AP', # see `values`
+    runs:list, arm:str, base:str, key:str='AP', who:str='teacher', # see `values`
 )->dict: # mean, std, each, n, and half: half the width of the interval
     "How much `arm` is above `base`, pair by pair (@eq-report-interval)"
-    return with_interval(paired_difference(values(runs, base, key), values(runs, arm, key)))
+    return with_interval(paired_difference(values(runs, base, key, who), values(runs, arm, key, who)))
 
 def with_interval(
     d:dict, # of `paired_difference`
@@ -117,12 +131,27 @@ def verdict(
 toy = Path(tempfile.mkdtemp())
 (toy/'toy').mkdir()
 for seed, (a, b) in enumerate([(16., 20.), (20., 23.), (15., 18.5)]):
-    arm = lambda ap: dict(hash='0'*12, commit='0'*12, cpu_seconds=60, iterations=10, data=dict(labelled=20, unlabelled=80), machine='toy', metrics=dict(val=dict(teacher=dict(AP=ap, AP50=2*ap, AP_nms=ap))))
+    arm = lambda ap: dict(hash='0'*12, commit='0'*12, cpu_seconds=60, seconds=70, iterations=10, data=dict(labelled=20, unlabelled=80), machine='toy', metrics=dict(val=dict(teacher=dict(AP=ap, AP50=2*ap, AP_nms=ap))))
     (toy/'toy'/f'seed{seed}.json').write_text(json.dumps(dict(study='toy', seed=seed, burn_in=arm(10.)|dict(commit='0'*12), arms=dict(supervised=arm(a), teacher=arm(b), noise=arm(a+(-1)**seed)))))
 runs = read_records(toy, 'toy')
 gain, noise = (difference(runs, arm, 'supervised') for arm in ('teacher', 'noise'))
 assert found(gain) and not found(noise) and verdict('noise', noise).endswith('no difference found at this scale.')
 markdown('\n'.join(f'* {verdict(name, d)}' for name, d in {'teacher against supervised': gain, 'noise against supervised': noise}.items()))
+
+
+# %%
+#| export
+def verdicts(
+    runs:list, names:dict, base:str, # see `difference`; arm -> how the page calls it
+    keys=('AP', 'AP_nms'),
+)->str: # Markdown list
+    "A line an arm: what separates it from `base`, as it is and suppressed"
+    lines = []
+    for arm, name in names.items():
+        if arm == base: continue
+        one, *more = (difference(runs, arm, base, key) for key in keys)
+        lines.append(f'* {verdict(name, one)}'+''.join(f" With NMS {plus_minus(d)}{'' if d['n'] == 1 or found(d) else ' (no difference found)'}." for d in more))
+    return '\n'.join(lines)
 
 
 # %% [markdown]
@@ -153,15 +182,17 @@ def arm_table(*args, **kwargs)->str: # see `arm_rows`
 
 def scale_line(
     runs:list, names:dict, # see `arm_rows`
-)->str: # one line of Markdown
-    "What a table was measured on: images, iterations, time, machine, commits, configurations"
+)->str: # Markdown: a paragraph, and a folded table
+    "What a table was measured on: images, iterations, time, machine; and every run with commit, configuration and time"
     first, arms = next(iter(names)), [r['arms'][a] for r in runs for a in names]
     a, start = runs[0]['arms'][first], runs[0].get('burn_in')
-    seconds = sum(x['cpu_seconds'] for x in arms)
+    cpu, wall = (sum(x[key] for x in arms)/60 for key in ('cpu_seconds', 'seconds'))
+    rows = [[r['seed'], name, f"`{x['hash']}`", f"`{x['commit']}`", x['iterations'], f"{x['cpu_seconds']/60:.1f}", f"{x['seconds']/60:.1f}"] for r in runs for arm, name in names.items() for x in [r['arms'][arm]]]
     return (f"*Scale: {len(runs)} seed{'s'*(len(runs) > 1)}; {a['data']['labelled']} labelled and {a['data']['unlabelled']} unlabelled images; {a['iterations']} iterations"
             + (f" after a burn-in of {start['iterations']} ({mean(r['burn_in']['cpu_seconds'] for r in runs)/60:.1f} CPU-minutes)" if start else '')
-            + f"; {a.get('threads', 1)} thread{'s'*(a.get('threads', 1) != 1)} of {a['machine']}, {seconds/60:.0f} CPU-minutes for all arms. Commits {', '.join(sorted({x['commit'] for x in arms}))}; "
-            + f"configurations of seed {runs[0]['seed']}: " + ', '.join(f"{name} {runs[0]['arms'][arm]['hash']}" for arm, name in names.items()) + '.*')
+            + f"; {a.get('threads', 1)} thread{'s'*(a.get('threads', 1) != 1)} of {a['machine']}; {cpu:.0f} CPU-minutes for all arms, {wall:.0f} minutes by the clock one after the other.*"
+            + (f" Executed runs: @sec-runs-{runs[0]['study'].replace('_', '-')}." if runs[0].get('executed') else '')
+            + '\n\n<details><summary>Every run</summary>\n\n'+markdown_table(['seed', 'arm', 'configuration', 'commit', 'iterations', 'CPU-minutes', 'minutes'], rows, align='rlllrrr')+'\n\n</details>\n')
 
 def published(
     results, # folder of results; the file of published numbers lies beside it
