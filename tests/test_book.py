@@ -114,7 +114,9 @@ def test_figures_are_there(path):
         if re.search(r'^#\| label: fig-', ''.join(c['source']), re.M): assert any('image/png' in o.get('data', {}) or 'image/svg+xml' in o.get('data', {}) for o in c['outputs']), ''.join(c['source'])[:80]
 
 def test_every_notebook_is_in_the_book():
-    listed = [f for f in chapter_files(read_book(ROOT)) if f.endswith('.ipynb')]
+    files = [f for f in chapter_files(read_book(ROOT)) if f.endswith('.ipynb')]
+    listed, executed = ([f for f in files if ('/runs/' in f) == flag] for flag in (False, True))
+    assert sorted(executed) == sorted(f.relative_to(ROOT).as_posix() for f in (ROOT/'nbs/ablations/runs').glob('*.ipynb'))
     assert sorted(listed) == sorted(f.relative_to(ROOT).as_posix() for f in PAGES)
     numbered = [f for f in listed if Path(f).parent.name == 'nbs']
     assert numbered == sorted(numbered), 'reading order is the order of the numbers'

@@ -19,6 +19,7 @@ from semidetr.core import atomic_write
 #| hide
 import tempfile
 from types import SimpleNamespace
+import matplotlib.pyplot as plt
 
 
 # %% [markdown]
@@ -34,7 +35,11 @@ def name_of(
     "A run in a label"
     return re.sub(r'[^A-Za-z0-9]+', '-', f'{run.group} {run.arm}').strip('-')
 
-def study_of(run): return Path(run.where).parts[0] # at another scale than its own a study has another folder
+def study_of(
+    run, # `Run` of a study
+)->str: # name of the page
+    "The study; at another scale than its own it has another folder, and another page"
+    return Path(run.where).parts[0]
 
 def _cell(kind, source, **more): return dict(cell_type=kind, metadata={}, source=source, **more)
 
@@ -50,7 +55,7 @@ def run_cells(
         if 'injected-parameters' in tags: kept.append(_cell('code', source, outputs=[], execution_count=None))
         if not c['outputs']: continue
         options = [re.sub(r'(label:\s*fig-[\w-]+)', rf'\1-{key}', line) for line in source.splitlines() if line.startswith('#|')]
-        kept.append(_cell('code', '\n'.join(['#| echo: false', *options, '...']), outputs=c['outputs'], execution_count=None))
+        kept.append(_cell('code', '\n'.join(['#| echo: false', *options, '...']), outputs=[o | dict(execution_count=None) if 'execution_count' in o else o for o in c['outputs']], execution_count=None))
     return [_cell('markdown', f"## {' '.join(filter(None, (run.group, run.arm)))}, seed {run.seed} {{#sec-runs-{key}}}"), *kept]
 
 
@@ -67,7 +72,7 @@ def executed_page(
     intro = f"# Executed runs: `{study}` {{#sec-runs-{study.replace('_', '-')}}}\n\n> Parameters and outputs of the run notebooks of this study's first seed.\n\nEach section is one run: the notebook of @sec-abl-run with the parameters shown. Its code is the same for all and stands there."
     cells = [_cell('markdown', intro), *(c for r in runs for c in run_cells(r, study))]
     for i, c in enumerate(cells): c['id'] = f'c{i:04d}'
-    return dict(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python')), nbformat=4, nbformat_minor=5)
+    return dict(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')), nbformat=4, nbformat_minor=5)
 
 def write_appendix(
     runs:list, # `Run`s of the first seed of any studies, all groups and arms
@@ -80,7 +85,7 @@ def write_appendix(
     for study, own in studies.items():
         path, executed = Path(folder)/f'{study}.ipynb', [r for r in own if r.notebook.is_file()]
         if executed and (executed == own or not path.is_file()):
-            text = json.dumps(executed_page(executed), indent=1, ensure_ascii=False)+'\n'
+            text = json.dumps(executed_page(executed), indent=1, sort_keys=True, ensure_ascii=False)+'\n'
             if not path.is_file() or path.read_text(encoding='utf-8') != text: atomic_write(path, text)
         if path.is_file(): paths.append(path)
     return paths
@@ -94,6 +99,17 @@ output = dict(output_type='execute_result', execution_count=1, metadata={}, data
 page = executed_page([SimpleNamespace(study='toy_study', where='toy_study/p1', group='p1', arm='a', seed=0, folder=toy, notebook=toy/'run.ipynb')])
 assert [c['source'] for c in page['cells'][2:]] == ['seed = 0', '#| echo: false\n#| label: fig-curve-toy-study-p1-a\n...']
 [c['source'].splitlines()[0] for c in page['cells']]
+
+# %%
+#| label: fig-appendix-way
+#| fig-cap: "The way of a number. What the two ends have in common is the hash of the configuration: a page shows it, and so does the executed notebook."
+#| fig-alt: "Boxes and arrows: configuration, run notebook, record of the seed, table of a page; and from the run notebook to the appendix"
+fig, ax = plt.subplots(figsize=(7, 1.9), dpi=80)
+boxes = {'configuration\nand its hash': (0, 1), 'executed\nrun notebook': (1, 1), 'record\nof the seed': (2, 1), 'table\nof a page': (3, 1), 'page of\nexecuted runs': (2, 0)}
+for name, (x, y) in boxes.items(): ax.text(x, y, name, ha='center', va='center', fontsize=9, bbox=dict(boxstyle='round', facecolor='white'))
+for (x, y), (u, v) in (((0, 1), (1, 1)), ((1, 1), (2, 1)), ((2, 1), (3, 1)), ((1, 1), (2, 0))): ax.annotate('', (u-.36, v), (x+.36, y-.12*(v < y)), arrowprops=dict(arrowstyle='->'))
+ax.annotate('', (3, .78), (2.36, 0), arrowprops=dict(arrowstyle='<-', linestyle=':'))
+ax.set(xlim=(-.5, 3.5), ylim=(-.5, 1.5)); ax.set_axis_off(); plt.show()
 
 # %% [markdown]
 # ## Summary
