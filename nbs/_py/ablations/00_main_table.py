@@ -40,15 +40,15 @@ assert all(len({r['arms'][m]['iterations'] for r in runs for m in names}) == 1 f
 #| echo: false
 def row_of(key, metric='AP'):
     runs = rows[key]
-    return [', '.join(key), len(runs), *(spread(values(runs, m, metric)) for m in names), plus_minus(difference(runs, 'semi_detr', 'supervised', metric)), plus_minus(difference(runs, 'semi_detr', 'mean_teacher', metric))]
-columns = ['images, labels', 'seeds', *names.values(), 'gain over supervised', 'over mean teacher']
-markdown(markdown_table(columns, [row_of(key) for key in rows], align='l'+'r'*6))
+    return [f"{', '.join(key)} ({len(runs)})", *(spread(values(runs, m, metric)) for m in names), plus_minus(difference(runs, 'semi_detr', 'supervised', metric)), plus_minus(difference(runs, 'semi_detr', 'mean_teacher', metric))]
+columns = ['images, labels (seeds)', *names.values(), 'gain over supervised', 'over mean teacher']
+markdown(markdown_table(columns, [row_of(key) for key in rows], align='l'+'r'*5))
 
 # %%
 #| label: tbl-abl-main-nms
 #| tbl-cap: "The same with per-class suppression at an IoU of .6. Semi-DETR is made to do without; @sec-abl-nms says what it would take."
 #| echo: false
-markdown(markdown_table(columns, [row_of(key, 'AP_nms') for key in rows], align='l'+'r'*6))
+markdown(markdown_table(columns, [row_of(key, 'AP_nms') for key in rows], align='l'+'r'*5))
 
 
 # %%
