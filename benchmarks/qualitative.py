@@ -71,7 +71,7 @@ def attention_points(run, ds, objects=2):
     "Sampling points of the queries that fit the first objects of each image, in units of the image"
     out = {}
     for t, a, boxes, scores, _, xy, weights in decoded(run, ds):
-        query, iou = on_objects(t, a, boxes)
+        query, _ = on_objects(t, a, boxes)
         out[str(t['image_id'])] = [dict(box=rounded(boxes[q].tolist(), 3), score=rounded(scores[q].max().item(), 2), label=int(scores[q].argmax()), xy=rounded(xy[q].tolist(), 3), weights=rounded(weights[q].tolist(), 4)) for q in query[:objects]]
     return out
 
@@ -84,7 +84,7 @@ def query_features(run, ds, least=.5):
         features.append(hs[query[keep]]); labels += a['labels'][keep].tolist(); images += [n]*int(keep.sum())
     x, y, half = torch.cat(features).numpy(), torch.tensor(labels), torch.tensor(images) < len(ds)//2
     told = KNeighborsClassifier(5).fit(x[half], y[half]).score(x[~half], y[~half]) # neighbours from other images
-    return dict(plane=rounded(TSNE(random_state=0, init='pca', perplexity=30).fit_transform(x).tolist()), labels=labels, objects=objects, told=told, asked=int((~half).sum()))
+    return dict(plane=rounded(TSNE(random_state=0, init='pca', perplexity=min(30, (len(x)-1)/3)).fit_transform(x).tolist()), labels=labels, objects=objects, told=told, asked=int((~half).sum()))
 
 if __name__ == '__main__':
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

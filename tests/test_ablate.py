@@ -290,6 +290,9 @@ def test_groups_by_name(fake):
     before = page.read_text()
     assert shell('toy', '-q', '--groups', 'few')[0] == 0 and page.read_text() == before # what was run elsewhere is not thrown out of the page
     shutil.move('elsewhere', 'runs/studies/toy/many')
+    for text, said in (('book:\n', True), (f'book:\n  appendices:\n    - {page.as_posix()}\n', False)): # a page that the book does not have
+        Path('_quarto.yml').write_text(text)
+        assert ('list it under `appendices`' in shell('toy', '-q')[1]) == said
     assert shell('toy', '-q')[0] == 0 and page.read_text().count('## many') == page.read_text().count('## few') == 3
 
 def test_submitit_on_this_machine(fake):

@@ -1,5 +1,5 @@
 "The benchmark measures what it says: same answers before timing, turns that alternate, result files that the page can read."
-import dataclasses, importlib.util, json, subprocess, sys, tomllib
+import dataclasses, importlib.util, json, shutil, subprocess, sys, tomllib
 import pytest, torch
 from conftest import ROOT
 
@@ -125,6 +125,61 @@ def test_misplaced_background_of_a_run(short_run):
     assert m['images'] == 9 and m['objects'] == sum(len(t['labels']) for t in targets) > 0 and len(m['rates']) == 5 and all(len(r) == len(m['amounts']) for r in m['rates'].values())
     truth = pad_targets(targets)
     assert m['rates']['Hungarian'][0] == misplaced_background(assign_o2o(logits, boxes, truth), boxes, truth)
+
+def test_objects_labelled_twice(short_run):
+    "Boxes, objects, objects with a box and with several, counted box by box"
+    from overlaps import overlaps
+    from torchvision.ops import box_iou
+    from semidetr.datasets import Subset
+    from semidetr.evaluation import detect
+    from semidetr.predict import load_model
+    trainer, _ = short_run
+    model, cfg, _ = load_model(trainer.dir)
+    found = detect(model, Subset(trainer.data.unlabelled, range(9)), cfg.view, nms=cfg.pseudo.nms)
+    scores = torch.cat([d['scores'] for d in found.values()])
+    threshold, want = scores.median().item(), dict(boxes=0, objects=0, covered=0, several=0)
+    for d, a in zip(found.values(), hidden_boxes(trainer.data)):
+        kept = [b for b, s in zip(d['boxes'], d['scores']) if s >= threshold]
+        want['boxes'] += len(kept)
+        for truth in a['boxes']:
+            n = sum(box_iou(truth[None], b[None]).item() >= .5 for b in kept)
+            want['objects'] += 1; want['covered'] += n > 0; want['several'] += n > 1
+    got = overlaps(trainer.dir, 9, threshold)
+    assert {k: got[k] for k in want} == want and 0 < got['boxes'] < len(scores) and got['hash'] == json.loads((trainer.dir/'run.json').read_text())['hash']
+
+def test_the_teacher_of_a_run_is_followed_once_more(short_run, tmp_path):
+    "At the start and at the end, on unlabelled scenes; a run that ends otherwise is not taken for it"
+    import qualitative
+    trainer, _ = short_run
+    seen = qualitative.through_training(trainer.dir, times=2, images=2)
+    assert [n['step'] for n in seen['notes']] == [0, 1] and list(seen['truth']) == list(seen['notes'][0]['found']) == [str(i) for i in trainer.data.unlabelled.ids[:2]]
+    shutil.copytree(trainer.dir, tmp_path/'other')
+    state = torch.load(tmp_path/'other'/'last.pt', weights_only=True)
+    next(v for v in state['teacher'].values() if v.is_floating_point()).add_(1)
+    torch.save(state, tmp_path/'other'/'last.pt')
+    with pytest.raises(AssertionError, match='the teacher is another one'): qualitative.through_training(tmp_path/'other', times=2, images=2)
+
+def test_points_and_features_of_queries(short_run):
+    "The points that are drawn are those that the last layer reads: they give its output; one feature and one label an object"
+    import qualitative
+    from semidetr.attention import ms_deform_attn
+    from semidetr.datasets import Subset
+    from semidetr.loader import EvalLoader
+    from semidetr.predict import load_model
+    trainer, _ = short_run
+    ds = Subset(trainer.data.truth, range(12))
+    model, cfg, _ = load_model(trainer.dir)
+    layer, heard = model.transformer.decoder.layers[-1].cross_attn, {}
+    layer.register_forward_hook(lambda m, args, out: heard.update(value=args[2], shapes=args[3], out=out))
+    part = next(iter(EvalLoader(ds, cfg.view, 1)))
+    model(part['images'], part['mask'])
+    *_, xy, weights = next(iter(qualitative.decoded(trainer.dir, ds)))
+    split = (1, len(xy), layer.n_heads, layer.n_levels, layer.n_points)
+    again = layer.output_proj(ms_deform_attn(layer.value_proj(heard['value']).view(1, -1, layer.n_heads, layer.d_model//layer.n_heads), heard['shapes'], xy.view(*split, 2), weights.view(split)))
+    torch.testing.assert_close(again, heard['out'], rtol=1e-4, atol=1e-5)
+    points, f = qualitative.attention_points(trainer.dir, ds, 1), qualitative.query_features(trainer.dir, ds, least=0)
+    objects = [len(ds.annotation(i)['labels']) for i in range(12)]
+    assert [len(q) for q in points.values()] == [min(n, 1) for n in objects] and f['objects'] == len(f['plane']) == len(f['labels']) == sum(objects) and 0 <= f['told'] <= 1 and f['asked'] == sum(objects[6:])
 
 def test_thresholds_of_a_run(short_run):
     "Precision and recall of each class as counted by hand; more boxes and no less recall with a lower threshold"

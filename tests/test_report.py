@@ -3,7 +3,7 @@ import json, math
 import pytest
 from conftest import ROOT
 from semidetr.core import DataError
-from semidetr.report import arm_rows, as_published, difference, found, plus_minus, published, read_records, scale_line, verdict, verdicts, with_arm
+from semidetr.report import arm_rows, as_published, difference, found, plus_minus, published, read_records, scale_line, verdict
 
 def write(folder, seeds, nms=True):
     "Records of arms a and b; seeds: pairs of AP"
@@ -37,33 +37,6 @@ def test_seeds_without_an_arm_are_left_out(tmp_path):
     with pytest.raises(DataError, match='semidetr ablate none'): read_records(tmp_path, 'none')
     with pytest.raises(DataError, match='no seed with c'): read_records(tmp_path, 's', ['c'])
 
-def variants(folder, seeds, start='h'):
-    "Records of one arm v whose burn-in is `start`, after those of `write`"
-    write(folder, seeds)
-    for p in folder.iterdir():
-        r = json.loads(p.read_text())
-        p.write_text(json.dumps(r | dict(study='more', burn_in=dict(hash=start), arms=dict(v=r['arms']['b']))))
-
-def test_variants_beside_the_reference_of_another_study(tmp_path):
-    "Seeds that both have; the reference first; another start is no pair"
-    write(tmp_path/'s', [(10., 12.), (20., 24.), (30., None)])
-    for p in (tmp_path/'s').iterdir(): p.write_text(json.dumps(json.loads(p.read_text()) | dict(study='s', burn_in=dict(hash='h'))))
-    variants(tmp_path/'more', [(0., 11.), (0., 25.), (0., 5.)])
-    runs = with_arm(read_records(tmp_path, 'more'), read_records(tmp_path, 's'), 'b', 'all')
-    assert [r['seed'] for r in runs] == [0, 1] and [list(r['arms']) for r in runs] == [['all', 'v']]*2 and difference(runs, 'v', 'all')['each'] == [-1, 1]
-    with pytest.raises(DataError, match='no seed of it has c.*semidetr ablate s'): with_arm(read_records(tmp_path, 'more'), read_records(tmp_path, 's'), 'c', 'all')
-    variants(tmp_path/'other', [(0., 11.)], 'another')
-    with pytest.raises(DataError, match='seed 0 starts from another burn-in.*semidetr ablate more'): with_arm(read_records(tmp_path, 'other'), read_records(tmp_path, 's'), 'b', 'all')
-
-def test_verdicts_of_all_arms(tmp_path):
-    "A line an arm but the base; the suppressed difference is taken back by itself"
-    write(tmp_path/'s', [(10., 12.), (20., 22.1), (30., 31.9)])
-    runs = read_records(tmp_path, 's')
-    for i, r in enumerate(runs): r['arms']['b']['metrics']['val']['teacher']['AP_nms'] += 50*(-1)**i
-    text = verdicts(runs, dict(a='one', b='two'), 'a')
-    assert text.startswith('* two: +2.0 AP on average over 3 seeds') and text.count('\n') == 0 and 'no difference found at this scale' not in text and text.endswith('(no difference found).')
-    assert verdicts(runs[:1], dict(a='one', b='two'), 'a', ['AP']) == '* two: +2.0 AP, one seed.'
-
 def test_students_are_compared_with_students(tmp_path):
     write(tmp_path/'s', [(10., 12.)])
     runs = read_records(tmp_path, 's')
@@ -79,8 +52,7 @@ def test_rows(tmp_path, nms):
     assert two == ['two', '18.0\u00a0±\u00a08.5', '19.0', '21.0' if nms else 'not counted', '20.0', '12.0, 24.0', plus_minus(difference(runs, 'b', 'a')), '2.0'] and one[6] == ''
     text = scale_line(runs, names)
     assert '2 seeds; 3 labelled and 4 unlabelled images; 7 iterations; 1 thread of m; 8 CPU-minutes for all arms, 12 minutes by the clock' in text and text.count('| `h` | `c` | 7 | 2.0 | 3.0 |') == 4 and 'Executed' not in text
-    (tmp_path/'runs').mkdir()
-    (tmp_path/'runs'/'s.ipynb').write_text('')
+    (tmp_path/'_quarto.yml').write_text('appendices:\n  - nbs/ablations/runs/s.ipynb\n')
     with_page = scale_line([r | dict(study='s') for r in read_records(tmp_path/'results', 's')], names)
     assert 'Executed runs: @sec-runs-s.' in with_page
 

@@ -23,11 +23,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tqdm import tqdm
-from semidetr.appendix import write_appendix
 from semidetr.config import Config, config_hash, load_config, override, to_dict
 from semidetr.core import ConfigError, atomic_write, suggest
 from semidetr.machine import usable_cores
 from semidetr.pages import need
+from semidetr.runs import write_appendix
 from semidetr.study import branches, finished, load_study, read_studies, record
 
 # %%
@@ -409,7 +409,10 @@ def ablate(
     jobs = jobs or (len(runs) if engine == 'slurm' else usable_cores())
     where = LocalEngine(jobs) if engine == 'local' else SubmititEngine(Path(out)/'jobs', engine.removeprefix('submitit-'), options)
     failed = run_all(runs, where, results, NOTEBOOK, processes, jobs, progress, say)
-    if Path(results) == STUDIES.parent/'results': write_appendix([r for name in dict.fromkeys(names) for r in plan(STUDIES, name, scale, load_study(STUDIES, name, scale)['seeds'][:1], out, data)], STUDIES.parent/'runs')
+    if Path(results) == STUDIES.parent/'results':
+        firsts = [r for name in dict.fromkeys(names) for r in plan(STUDIES, name, scale, load_study(STUDIES, name, scale)['seeds'][:1], out, data)]
+        for page in write_appendix(firsts, STUDIES.parent/'runs'):
+            if Path('_quarto.yml').is_file() and page.as_posix() not in Path('_quarto.yml').read_text(): say(f'{page}: the executed runs; list it under `appendices` in _quarto.yml to have it in the book')
     return failed
 
 

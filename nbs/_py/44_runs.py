@@ -6,7 +6,7 @@
 # A number on a page of results comes from a record, a record from a run, and a run is an executed notebook (@sec-abl-run). Those notebooks lie beside their checkpoints, where readers of the site cannot see them. So `semidetr ablate` (@sec-ablate) gathers them: for the first seed of a study, the parameters of each run and the outputs of its cells, in the order of the arms. The code of the cells is the same in all of them and is not repeated.
 
 # %%
-#| default_exp appendix
+#| default_exp runs
 
 # %%
 #| export
@@ -14,6 +14,7 @@ import json
 import re
 from pathlib import Path
 from semidetr.core import atomic_write
+from semidetr.pages import cell_text, make_cell, split_directives
 
 # %%
 #| hide
@@ -41,8 +42,6 @@ def study_of(
     "The study; at another scale than its own it has another folder, and another page"
     return Path(run.where).parts[0]
 
-def _cell(kind, source, **more): return dict(cell_type=kind, metadata={}, source=source, **more)
-
 def run_cells(
     run, # finished `Run`
     study:str, # part of every label
@@ -51,12 +50,13 @@ def run_cells(
     key, kept = f'{study}-{name_of(run)}'.replace('_', '-'), []
     for c in json.loads(run.notebook.read_text())['cells']:
         if c['cell_type'] != 'code': continue
-        tags, source = c['metadata'].get('tags', []), ''.join(c['source'])
-        if 'injected-parameters' in tags: kept.append(_cell('code', source, outputs=[], execution_count=None))
+        _, options, code = split_directives(cell_text(c['source']))
+        if 'injected-parameters' in c['metadata'].get('tags', []): kept.append(make_cell('code', code, outputs=[], execution_count=None))
         if not c['outputs']: continue
-        options = [re.sub(r'(label:\s*fig-[\w-]+)', rf'\1-{key}', line) for line in source.splitlines() if line.startswith('#|')]
-        kept.append(_cell('code', '\n'.join(['#| echo: false', *options, '...']), outputs=[o | dict(execution_count=None) if 'execution_count' in o else o for o in c['outputs']], execution_count=None))
-    return [_cell('markdown', f"## {' '.join(filter(None, (run.group, run.arm)))}, seed {run.seed} {{#sec-runs-{key}}}"), *kept]
+        options = [re.sub(r'(label:\s*fig-[\w-]+)', rf'\1-{key}', line) for line in options]
+        outputs = [o | dict(execution_count=None) if 'execution_count' in o else o for o in c['outputs']]
+        kept.append(make_cell('code', '\n'.join(['#| echo: false', *options, '...']), outputs=outputs, execution_count=None))
+    return [make_cell('markdown', f"## {' '.join(filter(None, (run.group, run.arm)))}, seed {run.seed} {{#sec-runs-{key}}}"), *kept]
 
 
 # %% [markdown]
@@ -70,7 +70,7 @@ def executed_page(
     "The runs of a study as one page"
     study = study_of(runs[0])
     intro = f"# Executed runs: `{study}` {{#sec-runs-{study.replace('_', '-')}}}\n\n> Parameters and outputs of the run notebooks of this study's first seed.\n\nEach section is one run: the notebook of @sec-abl-run with the parameters shown. Its code is the same for all and stands there."
-    cells = [_cell('markdown', intro), *(c for r in runs for c in run_cells(r, study))]
+    cells = [make_cell('markdown', intro), *(c for r in runs for c in run_cells(r, study))]
     for i, c in enumerate(cells): c['id'] = f'c{i:04d}'
     return dict(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')), nbformat=4, nbformat_minor=5)
 
@@ -94,8 +94,8 @@ def write_appendix(
 # %%
 toy = Path(tempfile.mkdtemp())
 output = dict(output_type='execute_result', execution_count=1, metadata={}, data={'text/markdown': ['fine']})
-(toy/'run.ipynb').write_text(json.dumps(dict(cells=[_cell('markdown', '# One run {#sec-abl-run}'), dict(_cell('code', 'seed = 0', outputs=[]), metadata=dict(tags=['injected-parameters'])),
-                                                    _cell('code', '#| label: fig-curve\nplot()', outputs=[output]), _cell('code', 'nothing()', outputs=[])])))
+(toy/'run.ipynb').write_text(json.dumps(dict(cells=[make_cell('markdown', '# One run {#sec-abl-run}'), dict(make_cell('code', 'seed = 0', outputs=[]), metadata=dict(tags=['injected-parameters'])),
+                                                    make_cell('code', '#| label: fig-curve\nplot()', outputs=[output]), make_cell('code', 'nothing()', outputs=[])])))
 page = executed_page([SimpleNamespace(study='toy_study', where='toy_study/p1', group='p1', arm='a', seed=0, folder=toy, notebook=toy/'run.ipynb')])
 assert [c['source'] for c in page['cells'][2:]] == ['seed = 0', '#| echo: false\n#| label: fig-curve-toy-study-p1-a\n...']
 [c['source'].splitlines()[0] for c in page['cells']]
@@ -115,7 +115,7 @@ ax.set(xlim=(-.5, 3.5), ylim=(-.5, 1.5)); ax.set_axis_off(); plt.show()
 # ## Summary
 #
 # - A reader can follow a number from the page to its record, to its hash, and to the notebook that made it.
-# - The pages are generated; `_quarto.yml` lists them under `appendices`.
+# - The pages are generated; those that `_quarto.yml` lists under `appendices` are part of the book, and pages of results link to them.
 #
 # ## Exercises
 #
