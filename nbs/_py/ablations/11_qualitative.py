@@ -25,7 +25,7 @@ from semidetr.pages import markdown_table
 #| hide
 seen = json.loads((Path(results)/'qualitative.json').read_text())
 names = dict(supervised='supervised', mean_teacher='mean teacher', shm_cqc_cpm='Semi-DETR')
-scenes = shown_scenes(4)
+scenes = shown_scenes(3)
 samples = [scenes[i] for i in range(len(scenes))]
 
 # %% [markdown]
@@ -33,8 +33,8 @@ samples = [scenes[i] for i in range(len(scenes))]
 
 # %%
 #| label: fig-abl-qualitative-scenes
-#| fig-cap: "The first four test scenes: truth, and detections with a score of at least .3 and without suppression. Thin green boxes are the truth."
-#| fig-alt: "Grid of four scenes with true boxes and the detections of supervised training, mean teacher and Semi-DETR"
+#| fig-cap: "The first three test scenes: truth, and detections with a score of at least .3 and without suppression. Thin green boxes are the truth."
+#| fig-alt: "Grid of three scenes with true boxes and the detections of supervised training, mean teacher and Semi-DETR"
 #| echo: false
 compare([s.image for s in samples], {names[a]: stored(d, scenes) for a, d in seen['detections'].items()}, [dict(boxes=s.boxes, labels=s.labels) for s in samples], scenes.classes)
 
@@ -102,7 +102,7 @@ markdown(f"In these scenes: {'; '.join(share)}. Precision and recall over all sc
 #| fig-cap: "Sampling points of all heads and levels of the queries that fit the first two objects of a scene best; area: attention weight; frame: the query's own box. Above: supervised training; below: Semi-DETR."
 #| fig-alt: "Sampling points of queries on three scenes for two detectors"
 #| echo: false
-fig, axes = plt.subplots(2, 3, figsize=(6.6, 4.5), dpi=55, layout='constrained')
+fig, axes = plt.subplots(2, 3, figsize=(6.6, 4.5), dpi=48, layout='constrained')
 for row, (arm, found) in zip(axes, seen['attention'].items()):
     for ax, s, queries in zip(row, samples, found.values()):
         show_image(ax, s.image, title=names[arm])
@@ -122,7 +122,7 @@ plt.show()
 #| fig-cap: "Features of the query that fits an object with an IoU of at least .5, on test scenes; colour: true class."
 #| fig-alt: "Three clouds of points in ten colours, one for each method"
 #| echo: false
-fig, axes = plt.subplots(1, 3, figsize=(8.4, 3), dpi=60, layout='constrained')
+fig, axes = plt.subplots(1, 3, figsize=(8.4, 3), dpi=50, layout='constrained')
 for ax, (arm, f) in zip(axes, seen['features'].items()):
     drawn = ax.scatter(*zip(*f['plane']), c=f['labels'], cmap='tab10', s=7)
     ax.set(title=f"{names[arm]}: {len(f['labels'])} of {f['objects']} objects", xticks=[], yticks=[])
