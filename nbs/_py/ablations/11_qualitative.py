@@ -102,7 +102,7 @@ markdown(f"In these scenes: {'; '.join(share)}. Precision and recall over all sc
 #| fig-cap: "Sampling points of all heads and levels of the queries that fit the first two objects of a scene best; area: attention weight; frame: the query's own box. Above: supervised training; below: Semi-DETR."
 #| fig-alt: "Sampling points of queries on three scenes for two detectors"
 #| echo: false
-fig, axes = plt.subplots(2, 3, figsize=(6.6, 4.5), dpi=48, layout='constrained')
+fig, axes = plt.subplots(2, 3, figsize=(6.6, 4.5), dpi=64, layout='constrained')
 for row, (arm, found) in zip(axes, seen['attention'].items()):
     for ax, s, queries in zip(row, samples, found.values()):
         show_image(ax, s.image, title=names[arm])
@@ -122,10 +122,10 @@ plt.show()
 #| fig-cap: "Features of the query that fits an object with an IoU of at least .5, on test scenes; colour: true class."
 #| fig-alt: "Three clouds of points in ten colours, one for each method"
 #| echo: false
-fig, axes = plt.subplots(1, 3, figsize=(8.4, 3), dpi=50, layout='constrained')
+fig, axes = plt.subplots(1, 3, figsize=(8.4, 3), dpi=64, layout='constrained')
 for ax, (arm, f) in zip(axes, seen['features'].items()):
     drawn = ax.scatter(*zip(*f['plane']), c=f['labels'], cmap='tab10', s=7)
-    ax.set(title=f"{names[arm]}: {len(f['labels'])} of {f['objects']} objects", xticks=[], yticks=[])
+    ax.set(xticks=[], yticks=[]); ax.set_title(f"{names[arm]}: {len(f['labels'])} of {f['objects']} objects", fontsize=8)
 bar = fig.colorbar(drawn, ax=axes, ticks=range(10), shrink=.8); bar.set_label('digit'); plt.show()
 
 # %%
