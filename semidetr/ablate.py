@@ -95,7 +95,7 @@ def check_notebook(
     tagged = sum('parameters' in c['metadata'].get('tags', []) for c in json.loads(Path(path).read_text())['cells'])
     if tagged != 1: raise ConfigError(f"{path}: {tagged} cells have the tag 'parameters', one must; bring it back with `make nb-export NB=ablations/{Path(path).stem}`")
 
-def _kernels(alive): # class of kernel managers that note their process in the set `alive`
+def _kernels(alive, log): # class of kernel managers that note their process in the set `alive`; what a kernel says outside its cells goes to the file `log`
     from jupyter_client import AsyncKernelManager
     class Kernel(AsyncKernelManager):
         def __init__(self, **kwargs): # sockets in files: no port that another process may take meanwhile
@@ -103,7 +103,7 @@ def _kernels(alive): # class of kernel managers that note their process in the s
         async def start_kernel(self, **kwargs):
             env = {'OMP_NUM_THREADS': '1', **os.environ}
             env.pop('MPLBACKEND', None) # pictures go into the notebook
-            await super().start_kernel(env=env, **kwargs)
+            with open(log, 'wb') as stderr: await super().start_kernel(env=env, stderr=stderr, **kwargs)
             alive.add(self.provisioner.pid)
     return Kernel
 
@@ -124,7 +124,7 @@ def run_notebook(
     if state(run) == 'other settings': return f'{run.title}: {run.folder} holds a run with other settings; delete that folder or choose another --out'
     atomic_write(run.folder/'config.json', json.dumps(to_dict(run.cfg), indent=1))
     try: papermill.execute_notebook(notebook, part, dict(title=run.title, folder=run.folder.as_posix(), expected=key, processes=processes), kernel_name='python3',
-                                    progress_bar=False, start_timeout=600, kernel_manager_class=_kernels(set() if alive is None else alive), extra_arguments=['--IPKernelApp.log_level=50'])
+                                    progress_bar=False, start_timeout=600, kernel_manager_class=_kernels(set() if alive is None else alive, run.folder/'kernel.log'), extra_arguments=['--IPKernelApp.log_level=50'])
     except PapermillExecutionError as e: return f'{run.title}: cell [{e.exec_count}]: {e.ename}: {_last_line(e.evalue)}; executed notebook: {part}'
     except Exception as e: return f'{run.title}: {type(e).__name__}: {_last_line(e)}; executed notebook: {part}' # the kernel died
     if not finished(run.cfg, run.folder): return f'{run.title}: the notebook ended without the result of {key}; executed notebook: {part}'

@@ -187,6 +187,13 @@ def test_a_kernel_that_dies_is_a_failure_of_its_run(fake):
     code, out, err = shell('toy', '-q')
     assert code == 1 and err.count('\n') == 1 and 'toy seed 0 supervised: DeadKernelError' in err, err
 
+def test_noise_of_a_kernel_goes_to_a_file(fake):
+    "Under load a kernel that ends may print the traceback of a closed socket: no business of the terminal, but not lost"
+    shell = fake()
+    A.NOTEBOOK.write_text(A.NOTEBOOK.read_text().replace('started = time.time()', "import os, sys; started = time.time(); os.write(getattr(sys.stderr, '_original_stdstream_copy', None) or 2, b'ZMQError')"))
+    code, out, err = shell('toy', '-q')
+    assert code == 0 and not err and 'ZMQError' in Path('runs/studies/toy/seed0/burn_in/kernel.log').read_text(), err
+
 def test_a_folder_with_another_run_is_not_touched(fake):
     shell = fake()
     run = next(r for r in A.plan(A.STUDIES, 'toy') if r.arm == 'supervised')
