@@ -119,7 +119,7 @@ def _coco(images, categories, annotations):
     with contextlib.redirect_stdout(io.StringIO()): coco.createIndex()
     return coco
 
-def _coco_eval(ds, det):
+def _coco_eval(ds, det, brief=False):
     "COCOeval after accumulate(); image ids become 1..n, annotation ids start at 1 (pycocotools reads id 0 as unmatched)"
     number = {image_id: n for n, image_id in enumerate(ds.ids, 1)}
     data = ds.coco_dict()
@@ -134,6 +134,7 @@ def _coco_eval(ds, det):
             dt.append(dict(id=len(dt)+1, image_id=number[image_id], category_id=label+1, bbox=[x, y, X-x, Y-y], area=(X-x)*(Y-y), iscrowd=0, score=score))
     with contextlib.redirect_stdout(io.StringIO()):
         e = COCOeval(_coco(images, categories, gt), _coco(images, categories, dt), 'bbox')
+        if brief: e.params.areaRng, e.params.areaRngLbl = e.params.areaRng[:1], e.params.areaRngLbl[:1] # 'all'
         e.evaluate(); e.accumulate()
     return e
 
@@ -141,15 +142,17 @@ def _coco_eval(ds, det):
 def evaluate(
     ds, # data set: `classes`, `ids`, `coco_dict()`
     detections:dict, # image_id -> scores (K,), labels (K,), boxes (K,4) xyxy in pixels of the original image
+    brief:bool=False, # AP and AP50 alone: no sizes, no classes, less to count
 )->dict: # AP, AP50, AP75, APs, APm, APl, AR100, voc_AP50 in 0..100 (nan where undefined), per_class={name: {AP, AP50}}
     "COCO metrics (at most 100 detections an image) and VOC AP50; images without an entry have no detections"
     det = _check(ds, detections)
-    e = _coco_eval(ds, det)
+    e = _coco_eval(ds, det, brief)
     precision, recall = (np.where(e.eval[k] < 0, np.nan, 100*e.eval[k]) for k in ('precision', 'recall'))
     p, r = precision[..., -1], recall[..., -1] # the last of maxDets 1, 10, 100; p (T,R,classes,areas), r (T,classes,areas)
     at = {round(100*t): i for i, t in enumerate(e.params.iouThrs)}
-    out = dict(AP=_mean(p[:, :, :, 0]), AP50=_mean(p[at[50], :, :, 0]), AP75=_mean(p[at[75], :, :, 0]),
-               APs=_mean(p[..., 1]), APm=_mean(p[..., 2]), APl=_mean(p[..., 3]), AR100=_mean(r[:, :, 0]))
+    out = dict(AP=_mean(p[:, :, :, 0]), AP50=_mean(p[at[50], :, :, 0]))
+    if brief: return out
+    out |= dict(AP75=_mean(p[at[75], :, :, 0]), APs=_mean(p[..., 1]), APm=_mean(p[..., 2]), APl=_mean(p[..., 3]), AR100=_mean(r[:, :, 0]))
     out['per_class'] = {name: dict(AP=_mean(p[:, :, c, 0]), AP50=_mean(p[at[50], :, c, 0])) for c, name in enumerate(ds.classes)}
     return {**out, 'voc_AP50': voc_ap50(ds, detections)}
 

@@ -130,6 +130,7 @@ def test_agreement_on_random_scenes():
         d[i] = det(*[(g.random(), int(g.integers(2)) if g.random() < .3 else t[0], *(np.array(t[1:])+g.integers(-5, 6, 4))) for t in truth[i] if g.random() < .8])
     out = evaluate(dataset(truth), d)
     assert 20 < out['AP50'] < 90 and abs(out['AP50']-out['voc_AP50']) < 2
+    assert evaluate(dataset(truth), d, brief=True) == {k: out[k] for k in ('AP', 'AP50')}
 
 def test_bad_detections_are_named():
     ds = dataset({1: [(0, *BOX)]})

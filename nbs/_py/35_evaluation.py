@@ -103,7 +103,7 @@ def evaluate_model(
         dist.all_gather_object(parts, found)
         found = {k: v for p in parts for k, v in p.items()}
     result = evaluate(ds, found)
-    if both: result |= {f'{k}_nms': v for k, v in evaluate(ds, suppress(found)).items() if k in ('AP', 'AP50')}
+    if both: result |= {f'{k}_nms': v for k, v in evaluate(ds, suppress(found), brief=True).items()}
     return result
 
 
