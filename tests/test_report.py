@@ -3,7 +3,7 @@ import json, math
 import pytest
 from conftest import ROOT
 from semidetr.core import DataError
-from semidetr.report import arm_rows, as_published, difference, found, plus_minus, published, read_records, scale_line, verdict
+from semidetr.report import arm_rows, as_published, difference, found, plus_minus, published, read_records, scale_line, verdict, verdicts, with_arm
 
 def write(folder, seeds, nms=True):
     "Records of arms a and b; seeds: pairs of AP"
@@ -36,6 +36,33 @@ def test_seeds_without_an_arm_are_left_out(tmp_path):
     assert len(read_records(tmp_path, 's')) == 2 and len(read_records(tmp_path, 's', ['a', 'b'])) == 1
     with pytest.raises(DataError, match='semidetr ablate none'): read_records(tmp_path, 'none')
     with pytest.raises(DataError, match='no seed with c'): read_records(tmp_path, 's', ['c'])
+
+def variants(folder, seeds, start='h'):
+    "Records of one arm v whose burn-in is `start`, after those of `write`"
+    write(folder, seeds)
+    for p in folder.iterdir():
+        r = json.loads(p.read_text())
+        p.write_text(json.dumps(r | dict(study='more', burn_in=dict(hash=start), arms=dict(v=r['arms']['b']))))
+
+def test_variants_beside_the_reference_of_another_study(tmp_path):
+    "Seeds that both have; the reference first; another start is no pair"
+    write(tmp_path/'s', [(10., 12.), (20., 24.), (30., None)])
+    for p in (tmp_path/'s').iterdir(): p.write_text(json.dumps(json.loads(p.read_text()) | dict(study='s', burn_in=dict(hash='h'))))
+    variants(tmp_path/'more', [(0., 11.), (0., 25.), (0., 5.)])
+    runs = with_arm(read_records(tmp_path, 'more'), read_records(tmp_path, 's'), 'b', 'all')
+    assert [r['seed'] for r in runs] == [0, 1] and [list(r['arms']) for r in runs] == [['all', 'v']]*2 and difference(runs, 'v', 'all')['each'] == [-1, 1]
+    with pytest.raises(DataError, match='no seed of it has c.*semidetr ablate s'): with_arm(read_records(tmp_path, 'more'), read_records(tmp_path, 's'), 'c', 'all')
+    variants(tmp_path/'other', [(0., 11.)], 'another')
+    with pytest.raises(DataError, match='seed 0 starts from another burn-in.*semidetr ablate more'): with_arm(read_records(tmp_path, 'other'), read_records(tmp_path, 's'), 'b', 'all')
+
+def test_verdicts_of_all_arms(tmp_path):
+    "A line an arm but the base; the suppressed difference is taken back by itself"
+    write(tmp_path/'s', [(10., 12.), (20., 22.1), (30., 31.9)])
+    runs = read_records(tmp_path, 's')
+    for i, r in enumerate(runs): r['arms']['b']['metrics']['val']['teacher']['AP_nms'] += 50*(-1)**i
+    text = verdicts(runs, dict(a='one', b='two'), 'a')
+    assert text.startswith('* two: +2.0 AP on average over 3 seeds') and text.count('\n') == 0 and 'no difference found at this scale' not in text and text.endswith('(no difference found).')
+    assert verdicts(runs[:1], dict(a='one', b='two'), 'a', ['AP']) == '* two: +2.0 AP, one seed.'
 
 def test_students_are_compared_with_students(tmp_path):
     write(tmp_path/'s', [(10., 12.)])

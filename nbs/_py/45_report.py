@@ -47,6 +47,20 @@ def read_records(
     if not runs: raise DataError(f'{folder}: no seed with {", ".join(arms) or "a record"}; run `semidetr ablate {study.partition("/")[0]}`')
     return runs
 
+def with_arm(
+    runs:list, # of `read_records`: variants
+    others:list, # records of the study whose burn-ins they start from
+    arm:str, # of the others
+    name:str, # what it is called among the variants, before which it is put
+)->list: # records of the seeds that both have
+    "Variants and their reference, which belongs to another study"
+    start = {r['seed']: r for r in others if arm in r['arms']}
+    for r in runs:
+        if r['seed'] in start and r['burn_in']['hash'] != start[r['seed']]['burn_in']['hash']: raise DataError(f"{r['study']} and {arm}: seed {r['seed']} starts from another burn-in; run `semidetr ablate {r['study']}`")
+    both = [r | dict(arms={name: start[r['seed']]['arms'][arm], **r['arms']}) for r in runs if r['seed'] in start]
+    if not both: raise DataError(f"{runs[0]['study']}: no seed of it has {arm}, which it is compared with; run `semidetr ablate {others[0]['study']}`")
+    return both
+
 def values(
     runs:list, # of `read_records`
     arm:str,
@@ -124,6 +138,21 @@ runs = read_records(toy, 'toy')
 gain, noise = (difference(runs, arm, 'supervised') for arm in ('teacher', 'noise'))
 assert found(gain) and not found(noise) and verdict('noise', noise).endswith('no difference found at this scale.')
 markdown('\n'.join(f'* {verdict(name, d)}' for name, d in {'teacher against supervised': gain, 'noise against supervised': noise}.items()))
+
+
+# %%
+#| export
+def verdicts(
+    runs:list, names:dict, base:str, # see `difference`; arm -> how the page calls it
+    keys=('AP', 'AP_nms'),
+)->str: # Markdown list
+    "A line an arm: what separates it from `base`, as it is and suppressed"
+    lines = []
+    for arm, name in names.items():
+        if arm == base: continue
+        one, *more = (difference(runs, arm, base, key) for key in keys)
+        lines.append(f'* {verdict(name, one)}'+''.join(f" With NMS {plus_minus(d)}{'' if d['n'] == 1 or found(d) else ' (no difference found)'}." for d in more))
+    return '\n'.join(lines)
 
 
 # %% [markdown]
