@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Few labels on real images {#sec-abl-txl-semi}
 #
-# > Supervised training, a mean teacher and Semi-DETR on photographs of blood, with one and with five percent of the labels; what becomes of the rare class; and how a good teacher is lost in two steps.
+# > Supervised training, a mean teacher and Semi-DETR on photographs of blood, with one, five and ten percent of the labels; what becomes of the rare class; and how a good teacher is lost in two steps.
 #
-# The data set and the detector are those of @sec-abl-txl. For each fraction and seed there is one supervised burn-in, and from its checkpoint three continuations of equal length with equally many images an iteration: the labels alone, a mean teacher, Semi-DETR. Labelled lists cover all classes. Everything was chosen on the development part of seed 0, with one percent, and with five for the longer burn-in of the larger fraction; the test split was read for @tbl-abl-txl-semi.
+# The data set and the detector are those of @sec-abl-txl. For each fraction and seed there is one supervised burn-in, and from its checkpoint three continuations of equal length with equally many images an iteration: the labels alone, a mean teacher, Semi-DETR. Labelled lists cover all classes. Everything was chosen on the development part of seed 0, with one percent, and with five for the longer burn-in of the larger fractions; the test split was read for @tbl-abl-txl-semi.
 
 # %% tags=["parameters"]
 results = 'results'  # folder of results
@@ -57,12 +57,12 @@ markdown('\n\n'.join(map(sentences, studies)))
 
 # %%
 #| label: fig-abl-txl-semi
-#| fig-cap: "Each line is one seed, the bar the mean. Left without suppression, right with it."
+#| fig-cap: "Each line is one seed, the bar the mean. Above without suppression, below with it."
 #| fig-alt: "AP of the three methods, one line a seed, without and with suppression"
 #| echo: false
-fig, axes = plt.subplots(1, 2*len(studies), figsize=(3.6*len(studies)+1, 2.8), dpi=80, layout='constrained', sharey=True, squeeze=False)
-for i, (f, runs) in enumerate(studies.items()):
-    for ax, key in zip(axes[0, 2*i:], ('AP', 'AP_nms')): plot_arms(runs, names, key, ax); ax.set_title(f"{titles[f]}{', NMS' if key != 'AP' else ''}"); ax.set_ylabel('AP')
+fig, axes = plt.subplots(2, len(studies), figsize=(2.6*len(studies), 4.6), dpi=80, layout='constrained', sharey=True, squeeze=False)
+for column, (f, runs) in zip(axes.T, studies.items()):
+    for ax, key in zip(column, ('AP', 'AP_nms')): plot_arms(runs, names, key, ax); ax.set(title=titles[f]+(', NMS' if key != 'AP' else ''), ylabel='AP')
 plt.show()
 
 # %% [markdown]
@@ -174,4 +174,4 @@ markdown(f"The start was what mattered: AP of {rare} is {kept['mean teacher, ram
 # - A teacher is worth what the labels have not given yet: let a burn-in use them up first.
 # - Watch precision by hidden truth when a threshold is low; class rates hold it.
 # - Where an interval covers zero, the lines above say that no difference was found; they are computed.
-# - To repeat: `semidetr ablate txl_semi`, `semidetr ablate txl_semi_long --groups p5`, `semidetr ablate txl_semi_variants --groups p1`, then `python benchmarks/thresholds.py` with the burn-ins of one percent.
+# - To repeat: `semidetr ablate txl_semi`, `semidetr ablate txl_semi_long`, `semidetr ablate txl_semi_variants --groups p1`, then `python benchmarks/thresholds.py` with the burn-ins of one percent.
