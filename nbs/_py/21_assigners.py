@@ -313,6 +313,7 @@ assert abs(five[4]['lost']-lost['SimOTA'][4]) < .1 and five[4]['lost'] > lost['t
 # * All share conflict rule, soft targets and signature; only the wanted pairs differ.
 # * With wrong boxes, a rule with a threshold on the overlap changes the number of positives, a ranking does not; a large constant number is what keeps good queries among the positives.
 # * `misplaced_background` measures how often a query that is right is told to be background: most often with a single positive or a high bar, least often with thirteen ranked ones.
+# * What each rule does to a training: @sec-abl-assigners.
 #
 # ## Exercises
 #

@@ -560,6 +560,7 @@ alone, pooled
 # * The threshold needs no tuning and follows the training; it gives up half of the right boxes to stay clear of the wrong ones.
 # * $B^{sup}$ trains everything, $B^{con}\supseteq B^{sup}$ only the consistency.
 # * It fails where both networks are wrong in the same way, and where there is only one heap.
+# * What filters do to a training, and what happens when the mixture chooses labels too: @sec-abl-filters.
 #
 # ## Exercises
 #

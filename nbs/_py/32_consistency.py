@@ -629,6 +629,7 @@ print(f'{good:.0%} of the {len(torch.cat(overlap))} pairs overlap by half')
 # - The mask keeps it from matching and denoising queries; copies in groups change nothing.
 # - The loss compares directions after every layer; the teacher gets no gradient, student and projector do.
 # - A batch without boxes costs nothing, and every direction, duration and weighting is a switch.
+# - What other boxes, or Hungarian pairs, do to a training: @sec-abl-consistency.
 #
 # ## Exercises
 #
