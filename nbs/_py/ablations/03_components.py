@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
 from semidetr.draw import COLORS
 from semidetr.pages import markdown_table
-from semidetr.report import arm_table, as_published, difference, plot_arms, plus_minus, published, read_records, scale_line, values, verdict
+from semidetr.report import arm_table, as_published, difference, plot_arms, plus_minus, published, read_records, scale_line, values, verdict, verdicts, with_arm
 
 # %%
 #| hide
@@ -65,6 +65,43 @@ markdown(sentences(studies[50]))
 #| echo: false
 def added(runs, arm): return mean(b-a for a, b in zip(values(runs, arm), values(runs, arm, 'AP_nms')))
 markdown('\n'.join(f"* {n} labels: suppression adds {added(runs, 'mean_teacher'):.1f} AP to the mean teacher and {added(runs, chain[-1]):.1f} to the full method; so {added(runs, chain[-1])-added(runs, 'mean_teacher'):.1f} AP of what its boxes gain are spent on duplicates." for n, runs in studies.items()))
+
+# %% [markdown]
+# ## Leaving one out
+#
+# Mined boxes serve consistency alone, so leaving consistency out leaves SHM, and leaving mining out leaves SHM + CQC: two of the three are arms of the table above. Without SHM both stages match one-to-one, and the other two parts act to the end.
+
+# %%
+#| label: tbl-abl-components-out
+#| tbl-cap: "Twenty labels: the full method without one of its parts, against the full method."
+#| echo: false
+without = dict(shm_cqc_cpm='all three parts', no_shm='without SHM', shm='without CQC (and so without CPM)', shm_cqc='without CPM')
+left_out = read_records(results, 'leave_one_out')
+for arm in ('shm_cqc', 'shm', 'shm_cqc_cpm'): left_out = with_arm(left_out, studies[20], arm, arm)
+markdown(arm_table(left_out, without, 'shm_cqc_cpm'))
+
+# %%
+#| echo: false
+markdown(verdicts(left_out, without, 'shm_cqc_cpm')+'\n\n'+scale_line(left_out, dict(no_shm=without['no_shm'])))
+
+# %% [markdown]
+# ## Equal CPU time
+#
+# All arms see equally many images, but a teacher has to look at them as well, so the arms take unequal time. Here labels alone go on for five hundred iterations.
+
+# %%
+#| label: tbl-abl-components-time
+#| tbl-cap: "Twenty labels: labels alone for as much CPU time as the full method takes."
+#| echo: false
+alone = dict(supervised='supervised, 500 iterations', mean_teacher='mean teacher', shm_cqc_cpm='SHM + CQC + CPM')
+longer = read_records(results, 'equal_time')
+for arm in ('shm_cqc_cpm', 'mean_teacher'): longer = with_arm(longer, studies[20], arm, arm)
+markdown(arm_table(longer, alone, 'supervised'))
+
+# %%
+#| echo: false
+more = difference(with_arm(longer, studies[20], 'supervised', 'shorter'), 'supervised', 'shorter')
+markdown(f"Two hundred iterations more are worth {plus_minus(more)} AP to labels alone.\n\n{verdicts(longer, alone, 'supervised')}\n\n{scale_line(longer, dict(supervised=alone['supervised']))}")
 
 # %% [markdown]
 # ## Beside the paper
