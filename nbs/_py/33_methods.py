@@ -453,6 +453,7 @@ ax.set(xlabel='iteration', ylabel='w_u'); ax.legend(); plt.show()
 # - Semi-DETR encodes each view once: costs, losses, denoising and consistency all come from that.
 # - Pseudo labels are made on the weak view and learnt on the strong one.
 # - Nothing of the hidden truth is in the batch; statistics leave the step so that the monitor can compare.
+# - What each number and each switch does to a training: @sec-abl-hyper, @sec-abl-fidelity.
 #
 # ## Exercises
 #
