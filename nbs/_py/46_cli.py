@@ -6,7 +6,7 @@
 # The commands of this chapter hold no logic of their own: each opens what it is given, calls a function of an earlier chapter, and prints. They share the manners of @sec-terminal: a mistake is one line and exit code 2, results are written whole or not at all, `--help` answers at once. Two more come with training:
 #
 # - Ctrl-C ends a training run after the current iteration with a checkpoint and exit code 130; the same command goes on from there;
-# - a command that was run to its end is not run again: `train` on a finished folder prints its result.
+# - a command that was run to its end is not run again; `train` on a finished folder prints its result.
 
 # %%
 #| default_exp cli
