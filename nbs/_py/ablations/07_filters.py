@@ -37,7 +37,7 @@ markdown(verdicts(runs, {a: n if a == 'score_3' else f'{n} against {names["score
 
 # %%
 #| label: fig-abl-filters
-#| fig-cap: "Differences to the fixed score of .3, with their 95 % intervals: as it is, and both suppressed."
+#| fig-cap: "Differences to the fixed score of .3, as it is and both suppressed; with 95 % intervals where there are several seeds."
 #| fig-alt: "Differences of six filters to the reference, with intervals"
 #| echo: false
 plot_differences(runs, names, 'score_3', ('AP', 'AP_nms')); plt.show()

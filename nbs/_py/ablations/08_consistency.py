@@ -38,7 +38,7 @@ markdown(verdicts(runs, {a: n if a == 'mined' else f'{n} against {names["mined"]
 
 # %%
 #| label: fig-abl-consistency
-#| fig-cap: "Differences to mined boxes, with their 95 % intervals: as it is, and both suppressed."
+#| fig-cap: "Differences to mined boxes, as it is and both suppressed; with 95 % intervals where there are several seeds."
 #| fig-alt: "Differences of five variants of consistency to the reference, with intervals"
 #| echo: false
 plot_differences(runs, names, 'mined', ('AP', 'AP_nms')); plt.show()

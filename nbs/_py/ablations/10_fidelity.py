@@ -21,7 +21,7 @@ switches = dict(
     l1_weight=('weight of the L1 loss', 'criterion.l1_weight', '5', '10: two logged halves are summed as well', '5'),
     enc_labels=('labels of the encoder output', 'criterion.enc_labels', 'true', 'all are class 0', 'the true classes (as in DINO)'),
     cross=('content of cross-view queries', 'consistency.cross', 'swap', 'one content, from the teacher\'s view, for both decoders', 'of both views, crossed'),
-    norm=('consistency loss', 'consistency.norm', 'false, weight 1', 'of unit vectors, times 10', 'plain squared error'),
+    norm=('consistency loss', 'consistency.norm', 'false', 'of unit vectors, times 10', 'plain squared error (and weight 1)'),
     until=('consistency lasts', 'consistency.until', 'end', 'until $T_1$', 'to the end'),
     init=('initial boxes of mining', 'mining.init', 'score', 'mean + std of the image', 'score above the threshold'),
     union=('mined set', 'mining.union', 'false', 'joined with the boxes above the threshold', 'costs below $\\tau_c$ alone'),
@@ -40,7 +40,7 @@ runs = with_arm(read_records(results, 'fidelity', list(switches)), read_records(
 #| label: tbl-abl-fidelity-switches
 #| tbl-cap: "What each arm changes. Every other setting is that of the code."
 #| echo: false
-markdown(markdown_table(['what', 'setting', 'of the arm', 'code', 'paper'], [[what, f'`{key}`', value, code, paper] for what, key, value, code, paper in switches.values()], align='lllll'))
+markdown(markdown_table(['what, and the setting of the arm', 'code', 'paper'], [[f'{what}<br>`{key}={value}`', code, paper] for what, key, value, code, paper in switches.values()], align='lll'))
 
 # %% [markdown]
 # Three differences have no row. Five copies of each cross-view query (`consistency.groups`) give the loss and the gradients of one at five times the cost, and boxes that leave the strong view are dropped in every arm (`pseudo.min_side`); the supervised start, which the code does not have, is shared by all arms.
@@ -55,7 +55,7 @@ markdown(arm_table(runs, names, 'reference'))
 
 # %%
 #| label: fig-abl-fidelity
-#| fig-cap: "Differences to the code's behaviour, with their 95 % intervals: as it is, and both suppressed."
+#| fig-cap: "Differences to the code's behaviour, as it is and both suppressed; with 95 % intervals where there are several seeds."
 #| fig-alt: "Differences of twelve switches to the reference, with intervals"
 #| echo: false
 plot_differences(runs, names, 'reference', ('AP', 'AP_nms')); plt.show()
