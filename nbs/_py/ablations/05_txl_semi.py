@@ -3,7 +3,7 @@
 #
 # > Supervised training, a mean teacher and Semi-DETR on photographs of blood, with one, five and ten percent of the labels; what becomes of the rare class; and how a good teacher is lost in two steps.
 #
-# The data set and the detector are those of @sec-abl-txl. For each fraction and seed there is one supervised burn-in, and from its checkpoint three continuations of equal length with equally many images an iteration: the labels alone, a mean teacher, Semi-DETR. Labelled lists cover all classes. Everything was chosen on the development part of seed 0, with one percent, and with five for the longer burn-in of the larger fractions; the test split was read for @tbl-abl-txl-semi.
+# The data set and the detector are those of @sec-abl-txl. For each fraction and seed there is one supervised burn-in, and from its checkpoint three continuations of equal length with equally many images an iteration: the labels alone, a mean teacher, Semi-DETR. Labelled lists cover all classes. Everything was chosen on the development part of seed 0, with one percent, and with five for the longer burn-in of the larger fractions (there 800 iterations and then 250 of 4 + 8 images, shortened for the study without another look); the test split was read for @tbl-abl-txl-semi.
 
 # %% tags=["parameters"]
 results = 'results'  # folder of results

@@ -12,6 +12,7 @@ results = 'results'  # folder of results
 #| hide
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
+from semidetr.config import differences
 from semidetr.pages import markdown_table
 from semidetr.report import arm_table, plot_differences, read_records, scale_line, verdicts, with_arm
 
@@ -32,6 +33,8 @@ switches = dict(
     ratio=('labelled share of a batch', 'loader.ratio', 'binomial', 'drawn at each iteration (the arm)', 'fixed (the reference)'))
 names = dict(reference='code (reference)', **{a: s[0] for a, s in switches.items()})
 runs = with_arm(read_records(results, 'fidelity', list(switches)), read_records(results, 'components'), 'shm_cqc_cpm', 'reference')
+changed = lambda r, arm: {d.partition(':')[0] for d in differences(r['arms']['reference']['config'], r['arms'][arm]['config'])}
+assert all(changed(r, arm) == {s[1]} | ({'consistency.weight'} if arm == 'norm' else set()) for r in runs for arm, s in switches.items())
 
 # %% [markdown]
 # ## The switches
