@@ -273,7 +273,7 @@ def demo(out:Out=Path('runs/demo'), labels:_opt(int, 'number of labelled scenes'
 
 @command('ablate')
 def run_studies(study:Annotated[list[str], typer.Argument(help='names in nbs/ablations/studies.toml, or all')], scale:_opt(str, 'smoke, small or gpu; default: that of the study')='',
-    seeds:_opt(str, 'e.g. 0,1,2 or 0-4; default: those of the study')='', groups:_opt(str, 'e.g. p1,p5: these groups of the study; default: all')='', jobs:_opt(int, 'runs at a time, one thread each; 0: one a core, with Slurm all', '--jobs', '-j', min=0)=0,
+    seeds:_opt(str, 'how many, e.g. 5, or which: 0,2 or 3-4; default: those of the study')='', groups:_opt(str, 'e.g. p1,p5: these groups of the study; default: all')='', jobs:_opt(int, 'runs at a time, one thread each; 0: one a core, with Slurm all', '--jobs', '-j', min=0)=0,
     dry_run:_opt(bool, 'print what would run, and what is missing for it', '--dry-run', '-n')=False, data:_opt(str, f'another data set: {_HINT}', '--data', '-d')='',
     out:_opt(Path, 'folder of the runs; default: runs/studies in the checkout', '--out', '-o')=None, results:_opt(Path, 'folder of the records; default: nbs/ablations/results, at scale smoke OUT/results')=None,
     engine:_opt(str, 'local, slurm or submitit-local (the last two: extra [cluster])')='local', option:_opt(list[str], 'of Slurm through submitit, e.g. slurm_partition=gpu timeout_min=600 (may be repeated)')=[],
@@ -282,7 +282,7 @@ def run_studies(study:Annotated[list[str], typer.Argument(help='names in nbs/abl
 
     Finished runs are looked up, stopped ones go on. Needs a checkout and the extra [book]. Exit code 1 if runs failed.
 
-    Example: semidetr ablate components --seeds 0-2 --jobs 2
+    Example: semidetr ablate components --seeds 3 --jobs 2
     """
     from semidetr.ablate import ablate, find_book, read_options, read_seeds
     from semidetr.dry_run import dry_run as look

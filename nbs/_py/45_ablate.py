@@ -367,12 +367,13 @@ def find_book()->Path: # top folder of the checkout
     raise ConfigError(f'no {STUDIES} here or above; run this in a checkout of the book')
 
 def read_seeds(
-    text:str, # '0,1,2' or '0-4'
+    text:str, # '5': the first five, 0 to 4; '0,2' or '3-4': these; '3-3': this one
 )->list: # of int; None: those of the study
     "Seeds as written on the command line"
+    if text.isdecimal() and int(text): return [*range(int(text))]
     try: parts = [[int(x) for x in p.split('-')] for p in text.split(',') if p]
     except ValueError: parts = [[]]
-    if any(len(p) not in (1, 2) for p in parts): raise ConfigError(f"--seeds '{text}' is not a list of seeds; write 0,1,2 or 0-4")
+    if text == '0' or any(len(p) not in (1, 2) or p[0] > p[-1] for p in parts): raise ConfigError(f"--seeds '{text}' is no number of seeds and no list; write 5 for the first five, 0,2 or 3-4 for these, 0-0 for seed 0 alone")
     return [s for p in parts for s in range(p[0], p[-1]+1)] or None
 
 def read_options(
@@ -417,8 +418,8 @@ def ablate(
 
 
 # %%
-assert read_seeds('0,2-4') == [0, 2, 3, 4] and read_seeds('') is None
-read_seeds('0-4')
+assert read_seeds('0,2-4') == [0, 2, 3, 4] and read_seeds('2-2') == [2] and read_seeds('') is None
+read_seeds('5')
 
 # %% [markdown]
 # ## Summary

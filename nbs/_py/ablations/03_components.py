@@ -191,4 +191,4 @@ ax.set(xlabel='iteration', ylabel='matching cost'); ax.legend(fontsize=7); plt.s
 # - Every arm differs from its neighbour by one part, and from its seed's other arms by nothing else.
 # - The lines above are computed from the records; where an interval covers zero, they say that no difference was found.
 # - To see smaller differences than these it takes more seeds, or runs long enough for the parts to act: the consistency of the paper works for sixty thousand iterations, here for a hundred.
-# - To repeat a seed: `semidetr ablate components --seeds 0`, and `components_50` likewise.
+# - To repeat the first seed: `semidetr ablate components --seeds 1`, and `components_50` likewise.

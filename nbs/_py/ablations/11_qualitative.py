@@ -137,4 +137,4 @@ markdown('\n'.join(f"* {names[a]}: a query fits {100*len(f['labels'])/f['objects
 # ## Summary
 #
 # - Pictures of a handful of scenes illustrate, they prove nothing; the tables have the proof.
-# - To repeat: `semidetr ablate components --seeds 0`, then `python benchmarks/qualitative.py` with its folder.
+# - To repeat: `semidetr ablate components --seeds 1`, then `python benchmarks/qualitative.py` with its folder.
