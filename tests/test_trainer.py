@@ -3,7 +3,7 @@ import json, os, signal, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from semidetr import trainer as T
-from semidetr.checkpoint import load_checkpoint
+from semidetr.checkpoint import git_commit, load_checkpoint
 from semidetr.config import override, preset
 from semidetr.core import ConfigError, SemiDETRError
 from semidetr.health import HealthMonitor
@@ -236,3 +236,20 @@ def test_a_teacher_that_goes_on_remembers_its_start(tmp_path):
         steps.close()
         moved[start] = max(float((v-first[k]).abs().max()) for k, v in run.teacher.named_parameters())
     assert 0 < moved[-1] < .05*moved[0]
+
+# --- what run.json says of the code -----------------------------------------------------------------------------------
+def test_commit_is_that_of_this_project_and_dirty_where_code_changed(tmp_path):
+    "None outside a checkout and in somebody else's; what runs write does not count as a change"
+    package, record = tmp_path/'semidetr', tmp_path/'nbs/ablations/results/toy/seed0.json'
+    for d in (package, record.parent): d.mkdir(parents=True)
+    for f in (package/'a.py', record): f.write_text('1')
+    def git(*args): return subprocess.run(['git', '-c', 'user.name=a', '-c', 'user.email=a@b.c', *args], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+    assert git_commit(package) is None
+    git('init', '-q'); git('add', '.'); git('commit', '-qm', 'one')
+    head = git('rev-parse', 'HEAD')[:12]
+    record.write_text('2'); (package/'new.py').write_text('')
+    assert git_commit(package) == head
+    (package/'a.py').write_text('2')
+    assert git_commit(package) == f'{head}-dirty'
+    inside = tmp_path/'.venv/site-packages/semidetr'; inside.mkdir(parents=True)
+    assert git_commit(inside) is None

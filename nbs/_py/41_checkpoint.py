@@ -93,16 +93,26 @@ def load_weights(
 
 # %%
 #| export
+WRITTEN = ('nbs/ablations/results', 'nbs/ablations/runs') # by the runs themselves
+
+def git_commit(
+    package, # folder of the package
+)->str: # first 12 digits; None if that is not a checkout of this project
+    "Commit of the checkout; with `-dirty` if files that git knows have changed since, other than results"
+    def git(*args): return subprocess.run(['git', *args], cwd=package, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    try:
+        if Path(git('rev-parse', '--show-toplevel')).resolve() != Path(package).resolve().parent: return None
+        changed = git('status', '--porcelain', '--untracked-files=no', '--', ':/', *(f':(top,exclude){f}' for f in WRITTEN))
+        return git('rev-parse', '--short=12', 'HEAD')+('-dirty' if changed else '')
+    except (OSError, subprocess.SubprocessError): return None
+
 def environment()->dict: # plain values for run.json
     "Versions, machine and commit of this run"
     import numpy, torchvision
     from semidetr import __version__
-    here = Path(sys.modules['semidetr'].__file__).parent
-    try: commit = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=12'], cwd=here, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError): commit = ''
     return dict(versions=dict(semidetr=__version__, torch=torch.__version__, torchvision=torchvision.__version__,
                               numpy=numpy.__version__, python=platform.python_version()),
-                commit=commit or None, machine=platform.machine(), cores=os.cpu_count(),
+                commit=git_commit(Path(sys.modules['semidetr'].__file__).parent), machine=platform.machine(), cores=os.cpu_count(),
                 threads=torch.get_num_threads(), processes=world_size())
 
 def cpu_seconds()->float:
