@@ -64,7 +64,7 @@ ax.set(xlabel='iteration', ylabel='queries per object', ylim=(0, None)); ax.lege
 markdown('\n'.join(f'* {name}: {mean(sum(positives[a], [])):.1f} queries an object on average; {stdev(sum(positives[a], [])):.1f} is the standard deviation over time and seeds.' for a, name in names.items()))
 
 # %% [markdown]
-# ATSS is the one that stands apart, by its duplicates rather than by its boxes: the gap between its two columns of AP in @tbl-abl-assigners is twice that of the others. A likely reason (not measured by itself): it looks at places and never at scores. A query has to overlap the object by more than mean + standard deviation of the nine nearest ones; a decoder has already moved those nine onto the object, so about one of them passes, and which one changes from layer to layer and from step to step. No query learns that it is the one.
+# ATSS is the one that stands apart, above all by its duplicates, and by how much depends on the seed: see the gap between its two columns of AP in @tbl-abl-assigners. The steadiness of the number does not explain it, since ATSS varies least. A likely reason (not measured by itself): it looks at places and never at scores. A query has to overlap the object by more than mean + standard deviation of the nine nearest ones; a decoder has already moved those nine onto the object, so about one of them passes, and which one changes from layer to layer and from step to step. No query learns that it is the one.
 #
 # Why the choice matters for wrong boxes is measured apart from any training, on moved boxes, in @sec-abl-nms.
 #

@@ -3,7 +3,7 @@
 #
 # > Fixed thresholds, a fixed number, mean + std, and the mixture on costs: what each lets through, by hidden truth, and what the student makes of it.
 #
-# The set $B^{sup}$ trains classes and boxes of the student, so what is wrong in it is learnt. The official code takes every box above a fixed score; the boxes that mining adds are used for consistency alone (@sec-mining). Here other rules choose $B^{sup}$: other thresholds, the best four of each image, the mean-and-std filter, and the mixture itself. All else is the full method of @sec-abl-components, which is the reference.
+# The set $B^{sup}$ trains classes and boxes of the student, so what is wrong in it is learnt. The official code takes the boxes above a fixed score, among those that pass mean + std of their image; the boxes that mining adds are used for consistency alone (@sec-mining). Here other rules choose $B^{sup}$: other thresholds, the best four of each image, the mean-and-std filter, and the mixture itself. All else is the full method of @sec-abl-components, which is the reference.
 
 # %% tags=["parameters"]
 results = 'results'  # folder of results
@@ -62,7 +62,7 @@ fig.legend(*axes[0].get_legend_handles_labels(), fontsize=7, ncol=4, loc='outsid
 
 # %%
 #| label: tbl-abl-filters-quality
-#| tbl-cap: "The same in numbers: boxes an image, precision and recall at the first and at the last logged iteration, means over the seeds."
+#| tbl-cap: "The same in numbers: boxes an image, precision and recall at the first and at the last log line, each an average over up to two hundred iterations; means over the seeds."
 #| echo: false
 ends = {arm: {key: followed(arm, key) for key in ('pseudo_boxes', 'pseudo_precision', 'pseudo_recall')} for arm in names}
 markdown(markdown_table(['rule', 'boxes, first', 'last', 'precision, first', 'last', 'recall, first', 'last'],
@@ -75,6 +75,6 @@ markdown(markdown_table(['rule', 'boxes, first', 'last', 'precision, first', 'la
 #
 # ## Summary
 #
-# - Precision and recall are two ends of one stick; the rule says where to hold it.
+# - Fixed scores trade precision for recall. A teacher is made of what it lets through, so a rule that lets in too much can lose both in the end.
 # - Where an interval covers zero, the lines say that no difference was found; they are computed.
 # - To repeat: `semidetr ablate filters`, after `semidetr ablate components`.

@@ -90,7 +90,7 @@ plt.show()
 
 # %%
 #| echo: false
-markdown(f"In these scenes: {'; '.join(share)}. Precision and recall over all scenes: @fig-abl-components-filters.")
+markdown(f"In these scenes: {'; '.join(share)}. Precision and recall of this rule over all scenes: @tbl-abl-filters-quality.")
 
 # %% [markdown]
 # ## Where a query looks
