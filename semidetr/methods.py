@@ -26,7 +26,7 @@ class MethodConfig:
     "Which method, and when its parts act; iterations count from 0"
     name:str = 'supervised' # 'supervised', 'mean_teacher' or 'semi_detr'
     burn_in_iters:int = 0 # supervised iterations before the unsupervised losses (official: 0)
-    T1:int = 0 # first iteration of one-to-one matching; one-to-many before it (paper: half of the run)
+    T1:int = 0 # first iteration of one-to-one matching; one-to-many before it (COCO-Partial: 60k of 120k; Full: 120k of 240k in the code, 180k in the paper)
     unsup_weight:float = 4. # w_u (paper: 4 for COCO-Partial, 2 for COCO-Full)
     unsup_ramp:int = 0 # iterations over which w_u grows from 0 after the burn-in (official: 0)
     unsup_cdn:str = 'stage2' # denoising queries made of pseudo labels: 'stage2' (code), 'always', 'never'
@@ -104,7 +104,7 @@ def has_denoising(
     stage:str, # 'o2m' or 'o2o'
     cfg:MethodConfig,
 )->bool:
-    "Do pseudo labels make denoising queries? (last column but one of the table in @sec-losses)"
+    "Do pseudo labels make denoising queries? In the published code: in the second stage"
     return cfg.unsup_cdn == 'always' or (cfg.unsup_cdn == 'stage2' and stage == 'o2o')
 
 def mean_teacher(
@@ -131,7 +131,7 @@ def mean_teacher(
 # %% ../nbs/33_methods.ipynb #137cc6c5
 def pseudo_stats(
     seen:list, # the teacher's detections
-    pseudo:list, # those that passed the filter
+    pseudo:list, # those that passed the filter; in `semi_detr` only those that lie in the strong view as well
     targets:list, # those that are left in the strong view
 )->dict: # plain numbers
     "How much the teacher said and how sure it was"

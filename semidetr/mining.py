@@ -22,7 +22,7 @@ from .teacher import fixed_threshold, mean_std
 class MiningConfig:
     "Which of the teacher's boxes train the student, and which only its consistency; the defaults are those of the published code"
     con_filter:str = 'cpm' # B^con: 'cpm' (mined), 'score' (the same as B^sup), 'mean_std', 'top_k', 'per_class', 'class_rate', 'all'
-    sup_filter:str = 'score' # B^sup: 'score' (threshold of the pseudo labels), 'mean_std', 'top_k', 'per_class', 'class_rate', 'all', 'cpm' (hurts, says the paper)
+    sup_filter:str = 'score' # B^sup, out of B^0: 'score' (threshold of the pseudo labels), 'mean_std', 'top_k', 'per_class', 'class_rate', 'all', 'cpm' (hurts, says the paper)
     init:str = 'mean_std' # B^0: 'mean_std' (code), 'score' (paper), 'all'
     union:bool = True # B^con includes B^sup (code); False: the filter's boxes alone (paper)
     top_k:int = 10 # boxes an image that 'top_k' keeps
@@ -218,7 +218,7 @@ class ClassRates(nn.Module):
     @torch.no_grad()
     def add(self,
         detections:list, # per image dict(scores (K,), labels (K,)): everything the teacher said
-    )->Tensor: # (C,) least score of each class; inf for a class without labels
+    )->Tensor: # (C,) least score of each class; inf for a class without labels, -inf while fewer scores than asked for were seen
         "Take in an iteration of all processes, give the thresholds; every process must call it"
         scores, labels = (all_gather_cat(torch.cat([d[k] for d in detections]).to(self.rates.device)) for k in ('scores', 'labels'))
         new = scores.new_full(self.scores.shape[1:], -math.inf, dtype=self.scores.dtype)
@@ -228,8 +228,8 @@ class ClassRates(nn.Module):
         self.scores.copy_(torch.cat([self.scores[1:], new[None]]))
         self.images.copy_(torch.cat([self.images[1:], all_gather_cat(self.images.new_tensor([len(detections)])).sum()[None]]))
         ranked = self.scores.transpose(0, 1).flatten(1).sort(1, descending=True).values
-        n = (self.rates*self.images.sum()).round().long().clamp(max=ranked.shape[1])
-        return torch.where(n > 0, ranked.gather(1, (n-1).clamp(min=0)[:, None])[:, 0], math.inf)
+        n = (self.rates*self.images.sum()).round().long().clamp(1, ranked.shape[1])
+        return torch.where(self.rates > 0, ranked.gather(1, n[:, None]-1)[:, 0], math.inf)
 
 # %% ../nbs/31_mining.ipynb #66bcd8d0
 class CostMemory(nn.Module):

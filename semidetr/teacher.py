@@ -56,7 +56,7 @@ def update_teacher(
 @dataclass(frozen=True)
 class PseudoConfig:
     "Which of the teacher's detections become pseudo labels (paper section 3; code values)"
-    threshold:float = .4 # score from which a box trains the student (B^sup)
+    threshold:float = .4 # score from which a box trains the student (B^sup; with `semi_detr` out of B^0)
     nms:float = .6 # IoU of the per-class suppression
     cross_nms:float = 1. # IoU of a suppression across classes after it; 1: none, as the paper and its code
     min_score:float = .01 # floor before anything else

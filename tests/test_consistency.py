@@ -246,6 +246,8 @@ def test_dense_boxes():
     seen = [detections(5, seed=3), detections(1, seed=4)]
     given = pick_boxes(con, con, [(64, 64), (48, 80)], replace(CFG, density='dense', boxes='none'), proposals=seen)
     assert all(torch.equal(a[k], b[k]) for a, b in zip(given, seen) for k in a)
+    half = pick_boxes(con, con, [(64, 64), (48, 80)], replace(CFG, density='dense', boxes='none', grid=2), proposals=[seen[0], detections(0)])
+    assert torch.equal(half[0]['boxes'], seen[0]['boxes']) and torch.equal(half[1]['boxes'], dense[1]['boxes']) # a silent teacher: a grid
     area = (lambda b: (b[:, 2:]-b[:, :2]).prod(1).sum())(grid_boxes((30, 70), 3, torch.zeros(0)))
     assert torch.allclose(area, torch.tensor(2100.))
 

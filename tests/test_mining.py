@@ -282,8 +282,8 @@ def by_rate(window, rates, batches, width=256):
         row = []
         for c, r in enumerate(rates):
             pool = sorted((float(s) for b in past for s in sorted((float(s) for d in b for s, l in zip(d['scores'], d['labels']) if l == c), reverse=True)[:width]), reverse=True)
-            n = min(int(torch.tensor(r*images).round()), window*width)
-            row.append(math.inf if n == 0 else pool[n-1] if n <= len(pool) else -math.inf)
+            n = min(max(1, int(torch.tensor(r*images).round())), window*width)
+            row.append(math.inf if r == 0 else pool[n-1] if n <= len(pool) else -math.inf)
         out.append(row)
     return out
 

@@ -1,6 +1,7 @@
 "Whole runs of a tiny detector: learning, exact resume, evidence of failures, several processes"
 import json, os, signal, subprocess, sys
 from pathlib import Path
+from types import SimpleNamespace
 import pytest, torch
 from semidetr import trainer as T
 from semidetr.checkpoint import git_commit, load_checkpoint
@@ -109,6 +110,27 @@ def test_health_warns_once_and_measures_against_hidden_truth():
     silent = {**base, 'pseudo_boxes': 0., 'top_score': .1, 'pseudo': [dict(image_id=0, boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))]}
     messages = [h.add(silent) for _ in range(6)]
     assert [m is not None for m in messages] == [False, False, True, False, False, False] and 'pseudo.threshold' in messages[2]
+
+def test_health_of_scenes_that_are_truly_empty():
+    "Boxes where nothing is: precision 0, no recall, and no division by the objects that there are not"
+    class Truth:
+        has_boxes = True
+        def index_of(self, i): return i
+        def annotation(self, i): return dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long), ignore=torch.zeros(0, dtype=torch.bool))
+    h, some = HealthMonitor(Truth(), window=3), [dict(image_id=0, boxes=torch.tensor([[0., 0, 10, 9]]), labels=torch.tensor([0]))]
+    h.add(dict(pseudo_boxes=1., labelled_boxes=2., pseudo_score=.5, empty_images=0., top_score=.5, pseudo=some, mined=some, initial=some))
+    said = h.summary()
+    assert all(said[f'{k}_precision'] == 0 and said[f'{k}_recall'] != said[f'{k}_recall'] for k in ('pseudo', 'mined', 'initial'))
+    json.dumps(said)
+
+def test_log_averages_over_the_steps_that_have_a_number(tmp_path):
+    "A step without boxes has no cost threshold; that is not a threshold of 0. A loss that it does not have is 0"
+    lines, steps = [], [dict(loss=4., loss_con=2., cost_threshold=-3.), dict(loss=2.)]
+    class Log:
+        def write(self, row): lines.append(row)
+    t = T.Trainer(tiny('run.eval_every=0'), tmp_path/'r', progress=False)
+    for s in steps: T.after_step(t, s, Log(), SimpleNamespace(set_postfix=lambda *a, **k: None, update=lambda: None))
+    assert (lines[0]['loss'], lines[0]['loss_con'], lines[0]['cost_threshold']) == (3., 1., -3.)
 
 def test_labelled_and_unlabelled_and_dev_never_meet():
     d = T.build_data(tiny().data)

@@ -320,7 +320,7 @@ def set_criterion(
     denoising:bool=True, # False: denoising queries get no loss (unlabelled images of stage 1)
     stats:dict=None, # gets positives_per_object of the last decoder layer, where there is an object
 )->dict: # scalars loss_cls, loss_l1, loss_giou with suffixes _0, _1, ..., _enc, _dn_0, ...; their sum is the loss
-    "All losses of a batch (@eq-losses-o2m). NonFiniteError where a prediction is NaN, DataError where a label is not a class"
+    "All losses of a batch (@eq-losses-o2m). NonFiniteError where a matching cost is NaN (an image without objects has none: there the loss becomes NaN), DataError where a label is not a class"
     logits, boxes, names = _stacked(outputs)
     padded = pad_targets(targets, logits.shape[-1])
     labels = padded.labels.expand(len(names), -1, -1).clone()

@@ -126,7 +126,7 @@ ax.set(xlabel='iteration', ylabel='share of the random start'); ax.legend(); plt
 @dataclass(frozen=True)
 class PseudoConfig:
     "Which of the teacher's detections become pseudo labels (paper section 3; code values)"
-    threshold:float = .4 # score from which a box trains the student (B^sup)
+    threshold:float = .4 # score from which a box trains the student (B^sup; with `semi_detr` out of B^0)
     nms:float = .6 # IoU of the per-class suppression
     cross_nms:float = 1. # IoU of a suppression across classes after it; 1: none, as the paper and its code
     min_score:float = .01 # floor before anything else
@@ -145,7 +145,7 @@ def teacher_detections(
 
 
 # %% [markdown]
-# Filters share one signature, so that an ablation swaps one for another. *Mean + std* keeps what stands out of an image's own scores; it keeps nothing when there are fewer than three detections, because no sample lies a full (unbiased) deviation above the mean of two.
+# Filters share one signature, so that an ablation swaps one for another. *Mean + std* keeps what stands out of an image's own scores; it keeps nothing of a single detection, nor of two with different scores, because no sample lies a full (unbiased) deviation above the mean of two.
 
 # %%
 #| export

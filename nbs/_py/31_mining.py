@@ -32,7 +32,7 @@ from semidetr.draw import COLORS, curve, draw_mixture
 # Of all detections of the teacher on an image,
 #
 # * $B^{0}$ are those that get a cost: by default the ones whose score stands out of the image's own scores by a standard deviation;
-# * $B^{sup}$ are trusted with everything: the score is at least .4. They are targets of the class and box losses, and denoising queries are made of them;
+# * $B^{sup}$ are those of $B^0$ that are trusted with everything: their score is at least .4 as well. A confident box that is not in $B^0$ trains nothing. They are targets of the class and box losses, and denoising queries are made of them;
 # * $B^{con}$ serve the consistency between views (@sec-consistency) alone. For this a box has to cover an object, not to fit it tightly, so more boxes are better: those that were mined, and $B^{sup}$.
 
 # %%
@@ -41,7 +41,7 @@ from semidetr.draw import COLORS, curve, draw_mixture
 class MiningConfig:
     "Which of the teacher's boxes train the student, and which only its consistency; the defaults are those of the published code"
     con_filter:str = 'cpm' # B^con: 'cpm' (mined), 'score' (the same as B^sup), 'mean_std', 'top_k', 'per_class', 'class_rate', 'all'
-    sup_filter:str = 'score' # B^sup: 'score' (threshold of the pseudo labels), 'mean_std', 'top_k', 'per_class', 'class_rate', 'all', 'cpm' (hurts, says the paper)
+    sup_filter:str = 'score' # B^sup, out of B^0: 'score' (threshold of the pseudo labels), 'mean_std', 'top_k', 'per_class', 'class_rate', 'all', 'cpm' (hurts, says the paper)
     init:str = 'mean_std' # B^0: 'mean_std' (code), 'score' (paper), 'all'
     union:bool = True # B^con includes B^sup (code); False: the filter's boxes alone (paper)
     top_k:int = 10 # boxes an image that 'top_k' keeps
@@ -100,7 +100,7 @@ def initial_boxes(
 
 
 # %% [markdown]
-# *Mean + std* keeps the one box that stands out, and nothing of an image with one or two detections (@sec-teacher):
+# *Mean + std* keeps the one box that stands out, and nothing of an image with one detection, or with two of different scores (@sec-teacher):
 
 # %%
 def detections_of(*scores): # every box with an area, class 0
@@ -304,7 +304,7 @@ for solver in ('torch', 'sklearn'):
 # %% [markdown]
 # ::: {.callout-note}
 # ## Paper vs. code
-# The paper writes the threshold as the cost that the reliable component likes best, $\operatorname{arg\,max}_c P(\text{reliable}\mid c)$. Read literally that is the smallest cost, and nothing else would pass; the code takes the most likely sample of the cluster, as here. Two costs that are equally likely are told apart by rounding in scikit-learn; here the larger one is taken, which makes both solvers and any order of the costs agree.
+# The paper writes the threshold as the cost that the reliable component likes best, $\operatorname{arg\,max}_c P(\text{reliable}\mid c)$. Read literally that is a cost at the far end of the cheap heap (the smallest one, unless that heap is much the narrower), and hardly anything would pass; the code takes the most likely sample of the cluster, as here. Two costs that are equally likely are told apart by rounding in scikit-learn; here the larger one is taken, which makes both solvers and any order of the costs agree.
 # :::
 #
 # ## Why can a Gaussian mixture pick good pseudo labels?
@@ -448,7 +448,7 @@ n_sup, n_con, len(pool)
 #
 # What does not move is how often things occur. Labelled and unlabelled images come from one world, so a class should get as many pseudo boxes an image as it has true ones among the labels (Chen et al., Label Matching Semi-Supervised Object Detection, CVPR 2022, choose thresholds by this rule). With $r_c$ the labelled boxes of class $c$ an image, and the scores of the last iterations on $n$ images,
 # $$
-# t_c = \text{the } \lfloor r_c\, n \rceil \text{-th largest score of class } c .
+# t_c = \text{the } \max(1, \lfloor r_c\, n \rceil) \text{-th largest score of class } c \quad (r_c > 0) .
 # $$ {#eq-mining-rate}
 #
 # `sup_filter='class_rate'` keeps what scores at least $t_c$. The filter sees what $B^0$ has left: begin with a low score (`init='score'`, `pseudo.threshold=0.1`). It is not part of Semi-DETR, and off by default. With very few labelled images $r_c$ is itself a guess.
@@ -481,7 +481,7 @@ class ClassRates(nn.Module):
     @torch.no_grad()
     def add(self,
         detections:list, # per image dict(scores (K,), labels (K,)): everything the teacher said
-    )->Tensor: # (C,) least score of each class; inf for a class without labels
+    )->Tensor: # (C,) least score of each class; inf for a class without labels, -inf while fewer scores than asked for were seen
         "Take in an iteration of all processes, give the thresholds; every process must call it"
         scores, labels = (all_gather_cat(torch.cat([d[k] for d in detections]).to(self.rates.device)) for k in ('scores', 'labels'))
         new = scores.new_full(self.scores.shape[1:], -math.inf, dtype=self.scores.dtype)
@@ -491,8 +491,8 @@ class ClassRates(nn.Module):
         self.scores.copy_(torch.cat([self.scores[1:], new[None]]))
         self.images.copy_(torch.cat([self.images[1:], all_gather_cat(self.images.new_tensor([len(detections)])).sum()[None]]))
         ranked = self.scores.transpose(0, 1).flatten(1).sort(1, descending=True).values
-        n = (self.rates*self.images.sum()).round().long().clamp(max=ranked.shape[1])
-        return torch.where(n > 0, ranked.gather(1, (n-1).clamp(min=0)[:, None])[:, 0], math.inf)
+        n = (self.rates*self.images.sum()).round().long().clamp(1, ranked.shape[1])
+        return torch.where(self.rates > 0, ranked.gather(1, n[:, None]-1)[:, 0], math.inf)
 
 
 # %% [markdown]

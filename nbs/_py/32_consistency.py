@@ -76,7 +76,7 @@ print(f'{share:.0%} of the proposals with the same number overlap by half')
 @dataclass(frozen=True)
 class ConsistencyConfig:
     "Cross-view query consistency (paper section 3.3); the defaults are the official code's, but for `groups`"
-    weight:float = 10. # factor of the loss (code: 10; paper: w_c=1 on a plain MSE); 0: no cross-view queries at all
+    weight:float = 10. # factor of the loss before w_u (code: 10; paper: w_c=1 on a plain MSE, not multiplied by w_u: 1/w_u here); 0: no cross-view queries at all
     cross:str = 'one' # 'one': teacher features for both decoders (code); 'swap': each decoder gets the other view's (paper); 'both': 'one' and its mirror image
     norm:bool = True # compare directions, i.e. L2-normalised outputs (code); False: plain MSE (paper)
     until:str = 'T1' # 'T1': the one-to-many stage only (code); 'end': the whole training (paper)
@@ -85,7 +85,7 @@ class ConsistencyConfig:
     jitter:float = .4 # 'jittered': corners move by up to this share of half the size
     n_random:int = 10 # 'random': boxes an image
     correspondence:str = 'cross_view' # 'hungarian': no extra queries; matching queries of both networks are paired by their predictions
-    density:str = 'sparse' # 'dense': more queries, from all teacher proposals or, without any, from a grid
+    density:str = 'sparse' # 'dense': more queries, from all teacher detections of an image or, where there are none, from a grid
     grid:int = 4 # 'dense': cells a side
     slot_weights:str = 'code' # 'code': mean weight times mean distance (official shape slip); 'slots': real slots count 1, dummies 0
     projector:str = 'code' # 'code': two convolutions, two linear layers; 'mlp': the linear layers alone (paper's word)
@@ -295,7 +295,7 @@ def pick_boxes(
     sizes, # per image (H, W) of the weak view
     cfg:ConsistencyConfig=ConsistencyConfig(),
     generator:torch.Generator=None, # for 'jittered' and 'random'; None: torch's global one
-    proposals:list=None, # for 'dense': all of the teacher's detections, likewise; None: a grid
+    proposals:list=None, # for 'dense': all of the teacher's detections, likewise; a grid where there are none
 )->list: # per image dict(boxes xyxy weak-view pixels, labels, scores), as `transport` takes them
     "The boxes that both decoders are asked about"
     out = []
@@ -308,7 +308,7 @@ def pick_boxes(
         elif cfg.boxes == 'random': some = _detections(random_boxes(size, cfg.n_random, c['boxes'], generator))
         else: some = dict(mined=c, score=s, none=none)[cfg.boxes]
         more = none
-        if cfg.density == 'dense': more = _detections(grid_boxes(size, cfg.grid, c['boxes'])) if proposals is None else proposals[i]
+        if cfg.density == 'dense': more = proposals[i] if proposals and len(proposals[i]['boxes']) else _detections(grid_boxes(size, cfg.grid, c['boxes']))
         out.append({k: torch.cat([some[k], more[k].to(some[k].dtype)]) for k in ('boxes', 'labels', 'scores')})
     return out
 
@@ -486,7 +486,7 @@ asked[0].boxes[0, 0].sigmoid(), same[0].boxes[0, 0].sigmoid()
 #
 # ::: {.callout-note}
 # ## Paper vs. code
-# The paper's loss is a plain mean squared error with factor one (`norm=False`, `weight=1`). The code meant to weight every slot by its own $w_n$, but a slip of shapes multiplies two means instead, as in @eq-consistency-loss (`slot_weights='code'`); on the way it builds all $N\times N$ pairs, a gigabyte at a thousand slots. Here memory grows with $N$ alone, and `slot_weights='slots'` averages over the real slots, without dummies.
+# The paper's loss is a plain mean squared error with factor one outside of $w_u$ (`norm=False`, `weight` $=1/w_u$). The code meant to weight every slot by its own $w_n$, but a slip of shapes multiplies two means instead, as in @eq-consistency-loss (`slot_weights='code'`); on the way it builds all $N\times N$ pairs, a gigabyte at a thousand slots. Here memory grows with $N$ alone, and `slot_weights='slots'` averages over the real slots, without dummies.
 # :::
 
 # %%

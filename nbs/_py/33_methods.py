@@ -30,7 +30,7 @@ class MethodConfig:
     "Which method, and when its parts act; iterations count from 0"
     name:str = 'supervised' # 'supervised', 'mean_teacher' or 'semi_detr'
     burn_in_iters:int = 0 # supervised iterations before the unsupervised losses (official: 0)
-    T1:int = 0 # first iteration of one-to-one matching; one-to-many before it (paper: half of the run)
+    T1:int = 0 # first iteration of one-to-one matching; one-to-many before it (COCO-Partial: 60k of 120k; Full: 120k of 240k in the code, 180k in the paper)
     unsup_weight:float = 4. # w_u (paper: 4 for COCO-Partial, 2 for COCO-Full)
     unsup_ramp:int = 0 # iterations over which w_u grows from 0 after the burn-in (official: 0)
     unsup_cdn:str = 'stage2' # denoising queries made of pseudo labels: 'stage2' (code), 'always', 'never'
@@ -140,7 +140,7 @@ def has_denoising(
     stage:str, # 'o2m' or 'o2o'
     cfg:MethodConfig,
 )->bool:
-    "Do pseudo labels make denoising queries? (last column but one of the table in @sec-losses)"
+    "Do pseudo labels make denoising queries? In the published code: in the second stage"
     return cfg.unsup_cdn == 'always' or (cfg.unsup_cdn == 'stage2' and stage == 'o2o')
 
 def mean_teacher(
@@ -169,7 +169,7 @@ def mean_teacher(
 #| export
 def pseudo_stats(
     seen:list, # the teacher's detections
-    pseudo:list, # those that passed the filter
+    pseudo:list, # those that passed the filter; in `semi_detr` only those that lie in the strong view as well
     targets:list, # those that are left in the strong view
 )->dict: # plain numbers
     "How much the teacher said and how sure it was"
@@ -190,7 +190,7 @@ def pseudo_stats(
 # \mathcal{L} = \mathcal{L}_{sup} + w_u\left(\mathcal{L}_{unsup}(B^{sup}) + \mathcal{L}_{con}(B^{con})\right)
 # $$ {#eq-methods-semi}
 #
-# Three things change against the mean teacher. Matching is one-to-many for the first $T_1$ iterations, labelled and unlabelled images alike (@sec-matching). The teacher's boxes become *two* sets (@sec-mining): $B^{sup}$, sure enough to be a target, and the larger $B^{con}$, which only has to lie where an object is. And $B^{con}$ makes cross-view queries, which both decoders must answer alike (@sec-consistency).
+# Three things change against the mean teacher as the paper's baseline has it (`method.T1=0`). Matching is one-to-many for the first $T_1$ iterations, labelled and unlabelled images alike (@sec-matching). Of the teacher's boxes, those that stand out of their image ($B^0$) make *two* sets (@sec-mining): $B^{sup}$, sure enough to be a target, and the larger $B^{con}$, which only has to lie where an object is. And $B^{con}$ makes cross-view queries, which both decoders must answer alike (@sec-consistency).
 #
 # The order of the work saves passes. The published code runs the student's transformer twice on the strong view, once without gradient to get the matching costs, once with it; and the teacher's backbone three times on the same weak view. Here every image is encoded once. The student's matching queries go through the decoder once: their outputs give the costs, and, because no matching query sees an extra one, they are also the outputs that the loss is taken of. Denoising and cross-view queries follow alone, against the states that the matching queries left (@sec-detector).
 
@@ -423,7 +423,7 @@ ax.set(xlabel='iteration', ylabel='w_u'); ax.legend(); plt.show()
 # %% [markdown]
 # ## Where paper and code part
 #
-# The published numbers were made with the published code, and the two differ in more than details. The default here is the code; every difference is one setting.
+# The published numbers were made with the published code, and the two differ in more than details. The default here is the code, except where a row says otherwise; every difference is a setting.
 #
 # | setting | default: the code | other value | see |
 # |---|---|---|---|
@@ -432,7 +432,7 @@ ax.set(xlabel='iteration', ylabel='w_u'); ax.legend(); plt.show()
 # | `criterion.l1_weight` | 10: two logged parts are added once more | 5: the paper's weight | @sec-losses |
 # | `criterion.enc_labels` | `zero`: the encoder output learns object or not | `true`: classes, as DINO | @sec-losses |
 # | `consistency.cross` | `one`: the teacher's features ask both decoders | `swap`: each decoder gets the other view's (paper); `both` | @sec-consistency |
-# | `consistency.norm` | true: directions are compared, times 10 | false: plain MSE, with `consistency.weight=1` (paper) | @sec-consistency |
+# | `consistency.norm` | true: directions are compared, times 10 | false: plain MSE, with `consistency.weight` $=1/w_u$ (paper: $w_c=1$, which $w_u$ does not multiply) | @sec-consistency |
 # | `consistency.until` | `T1`: first stage only | `end`: the whole training (paper) | @sec-consistency |
 # | `consistency.groups` | 1; the code has 5 identical groups, which change neither loss nor gradient | 5 | @sec-consistency |
 # | `consistency.projector` | `code`: two convolutions, two linear layers | `mlp` (paper) | @sec-consistency |
@@ -442,6 +442,7 @@ ax.set(xlabel='iteration', ylabel='w_u'); ax.legend(); plt.show()
 # | `mining.solver` | `torch`: all mixtures at once | `sklearn`: the library that the code calls, with equal results | @sec-mining |
 # | `pseudo.cross_nms` | 1: suppression class by class | .6, say: one box a place (ours, where objects do not share places) | @sec-teacher |
 # | `pseudo.min_side` | 1 pixel: boxes that leave the strong view are dropped (ours) | -1: kept, as in the code, where they become targets without area | @sec-teacher |
+# | `detector.transformer.select_invalid` | false: tokens of padding and border do not compete for queries (ours) | true: the code | @sec-transformer |
 # | `loader.ratio` | `binomial`: the share of labelled images varies | `fixed` (paper) | @sec-loader |
 # | `detector.denoising.box_noise` | .4 | 1: other DINO implementations | @sec-denoising |
 

@@ -68,9 +68,10 @@ class HealthMonitor:
         if not self.rows: return {}
         out = {k: sum(r[i] for r in self.rows)/len(self.rows) for i, k in enumerate(FIELDS[:4])}
         tp, n_pred, n_gt, *others = (sum(r[i] for r in self.rows) for i in range(5, len(FIELDS)))
-        if n_gt: out |= dict(pseudo_precision=tp/n_pred if n_pred else float('nan'), pseudo_recall=tp/n_gt)
+        share = lambda part, whole: part/whole if whole else float('nan') # no boxes, or scenes that are truly empty
+        if n_gt or n_pred: out |= dict(pseudo_precision=share(tp, n_pred), pseudo_recall=share(tp, n_gt))
         for name, tp, n in zip(('mined', 'initial'), others[::2], others[1::2]):
-            if n: out |= {f'{name}_precision': tp/n, f'{name}_recall': tp/n_gt}
+            if n: out |= {f'{name}_precision': tp/n, f'{name}_recall': share(tp, n_gt)}
         return out
 
     def state_dict(self)->dict: return dict(rows=[list(r) for r in self.rows], warned=self.warned)

@@ -54,7 +54,7 @@ def detect(
         loader = EvalLoader(ds, view, batch_size, num_workers)
         for part in tqdm(loader, desc=progress, disable=not progress, leave=False):
             part = to_device(part, device)
-            found = post_process(model(part['images'], part['mask']), [t['size'] for t in part['targets']], top_k=top_k, nms=nms)
+            found = post_process(model(part['images'], part['mask']), [t['size'] for t in part['targets']], top_k=top_k, nms=nms, score_threshold=0. if nms is None else .01)
             for t, d in zip(part['targets'], found):
                 h, w = t['size']; oh, ow = t['orig_size']
                 scale = torch.tensor([ow/w, oh/h, ow/w, oh/h], device=d['boxes'].device)
@@ -77,7 +77,7 @@ def suppress(
     iou:float=.6, # of two boxes of one class, of which the lower score goes
     least:float=.01, # score
 )->dict: # the same with fewer detections
-    "Per-class suppression after the fact, as the published code evaluates its first stage"
+    "Per-class suppression of the detections that are there. (The published code suppresses before it cuts to `top_k` in its first stage: `detect(nms=.6)`)"
     out = {}
     for i, d in found.items():
         d = {k: v[d['scores'] > least] for k, v in d.items()}

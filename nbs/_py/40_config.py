@@ -70,7 +70,7 @@ class LoaderConfig:
 #| export
 @dataclass(frozen=True)
 class OptimConfig:
-    "AdamW with a constant rate, as the paper; iterations are optimiser steps"
+    "AdamW; a constant rate, as the published code has it for COCO-Partial and VOC; iterations are optimiser steps"
     iters:int = 120_000
     lr:float = 1e-4
     backbone_mult:float = .1 # learning rate of the backbone relative to lr
@@ -79,7 +79,7 @@ class OptimConfig:
     schedule:str = 'constant' # 'constant', 'cosine' (to 0 at the end), or 'step' (x0.1 at each of `steps`)
     steps:tuple[int, ...] = ()
     warmup:int = 0 # iterations of linear warm-up
-    accumulate:int = 1 # batches summed into one step: n processes x a = the paper's 8 x 5 images
+    accumulate:int = 1 # batches averaged into one step; processes x accumulate = 8 gives the paper's 8 x 5 images
 
     def __post_init__(self): _one_of('optim', self, schedule=('constant', 'cosine', 'step'))
 

@@ -286,7 +286,7 @@ def after_step(
     run.recent.append({k: v for k, v in stats.items() if isinstance(v, (int, float))})
     if run.step % cfg.log_every == 0 or run.step == run.cfg.optim.iters:
         keys = sorted({k for r in run.recent for k in r})
-        mean = {k: sum(r.get(k, 0.) for r in run.recent)/len(run.recent) for k in keys}
+        mean = {k: sum(had)/(len(run.recent) if k.startswith('loss') else len(had)) for k in keys for had in [[r[k] for r in run.recent if k in r]]} # a loss that a step does not have is 0, anything else is not there
         log.write({**mean, **run.health.summary(), 'step': run.step, 'lr': run.optimizer.param_groups[0]['lr']})
         run.recent = []
     shown = dict(loss=f"{stats['loss']:.2f}")
