@@ -272,23 +272,25 @@ def demo(out:Out=Path('runs/demo'), labels:_opt(int, 'number of labelled scenes'
     run_demo(_free(out), labels, tuple(seed), not quiet, workers, _say)
 
 @command('ablate')
-def run_studies(study:Annotated[list[str], typer.Argument(help='names in nbs/ablations/studies.toml, or all')], scale:_opt(str, 'smoke, small or gpu; default: that of the study')='',
+def run_studies(study:Annotated[list[str], typer.Argument(help='names in nbs/ablations/studies.toml, or all (those of this machine, or of --scale); without a name they are listed')]=None, scale:_opt(str, 'smoke, small or gpu; default: that of the study')='',
     seeds:_opt(str, 'how many, e.g. 5, or which: 0,2 or 3-4; default: those of the study')='', groups:_opt(str, 'e.g. p1,p5: these groups of the study; default: all')='', jobs:_opt(int, 'runs at a time, one thread each; 0: one a core, with Slurm all', '--jobs', '-j', min=0)=0,
     dry_run:_opt(bool, 'print what would run, and what is missing for it', '--dry-run', '-n')=False, data:_opt(str, f'another data set: {_HINT}', '--data', '-d')='',
-    out:_opt(Path, 'folder of the runs; default: runs/studies in the checkout', '--out', '-o')=None, results:_opt(Path, 'folder of the records; default: nbs/ablations/results, at scale smoke OUT/results')=None,
+    out:_opt(Path, 'folder of the runs; default: runs/studies in the checkout', '--out', '-o')=None, results:_opt(Path, 'folder of the records; default: nbs/ablations/results, at scale smoke or with --data OUT/results')=None,
     engine:_opt(str, 'local, slurm or submitit-local (the last two: extra [cluster])')='local', option:_opt(list[str], 'of Slurm through submitit, e.g. slurm_partition=gpu timeout_min=600 (may be repeated)')=[],
     processes:_opt(int, 'processes of each run, started by torchrun, one GPU each', min=1)=1, quiet:Quiet=False):
     """Run studies of the book: every arm, every seed, one executed notebook a run, one record a seed.
 
-    Finished runs are looked up, stopped ones go on. Needs a checkout and the extra [book]. Exit code 1 if runs failed.
+    Finished runs are looked up, stopped ones go on. The record of a study and seed is replaced when its runs are there. Needs a checkout and the extra [book]. Exit code 1 if runs failed.
 
     Example: semidetr ablate components --seeds 3 --jobs 2
     """
-    from semidetr.ablate import ablate, find_book, read_options, read_seeds
+    from semidetr.ablate import ablate, find_book, read_options, read_seeds, study_lines
     from semidetr.dry_run import dry_run as look
     book = find_book()
+    if not study:
+        with contextlib.chdir(book): return _say('\n'.join(study_lines()))
     here = lambda p: p and Path(os.path.relpath(p, book) if Path(os.path.abspath(p)).is_relative_to(book) else Path(p).absolute()) # paths as seen from the checkout, links as they are
-    out, results, data = here(_free(out or book/'runs'/'studies')), here(results and _free(results)), str(here(data)) if data and Path(data).exists() else data
+    out, results, data = here(_free(out or book/'runs'/'studies')), here(results and _free(results, '--results')), str(here(data)) if data and Path(data).exists() else data
     with contextlib.chdir(book):
         bad = ablate(study, scale, read_seeds(seeds), data, tuple(filter(None, groups.split(','))), out, results, jobs, engine, read_options(option), processes, look if dry_run else None, not quiet, _say)
     for line in bad: _fail(line)

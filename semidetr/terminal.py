@@ -103,13 +103,13 @@ Run, Device = _opt(Path, 'folder of a run, or a checkpoint', '--run', '-r'), _op
 Nms = _opt(float, 'IoU of per-class suppression; 0: none, as DETR is meant to be used')
 _HINT = "COCO JSON, folder with instances_train.json, VOC or YOLO folder, a name under SEMIDETR_DATA, or 'digits'"
 
-def _free(path, folder=True):
+def _free(path, option='--out', folder=True):
     "DataError if results cannot be written there; nothing is created"
     path = Path(path)
-    if path.exists() and path.is_dir() != folder: raise _bad(f"{path}: is {'a file' if folder else 'a folder'}; choose another --out")
+    if path.exists() and path.is_dir() != folder: raise _bad(f"{path}: is {'a file' if folder else 'a folder'}; choose another {option}")
     there = next(p for p in [path, *path.absolute().parents] if p.exists())
-    if there.is_file() and there != path: raise _bad(f'{there}: is a file, so {path} cannot be made; choose another --out')
-    if not os.access(there, os.W_OK): raise _bad(f'{there}: no permission to write; choose another --out')
+    if there.is_file() and there != path: raise _bad(f'{there}: is a file, so {path} cannot be made; choose another {option}')
+    if not os.access(there, os.W_OK): raise _bad(f'{there}: no permission to write; choose another {option}')
     return path
 
 def _no_nan(x): # NaN -> None: JSON has no NaN

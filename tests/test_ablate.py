@@ -202,7 +202,7 @@ def test_a_folder_with_another_run_is_not_touched(fake):
     (run.folder/'config.json').write_text(json.dumps(A.to_dict(override(run.cfg, ['optim.lr=5']))))
     before = stamps(run.folder)
     code, out, err = shell('toy', '-q')
-    assert code == 1 and err == f'error: toy seed 0 supervised: {run.folder} holds a run with other settings; delete that folder or choose another --out\n' and stamps(run.folder) == before
+    assert code == 1 and err == f'error: toy seed 0 supervised: {run.folder} holds a run with other settings (optim.lr: 5.0 -> {run.cfg.optim.lr}); choose another --out or delete that folder\n' and stamps(run.folder) == before
 
 def test_lost_parameters_tag(fake):
     shell = fake()
@@ -211,7 +211,7 @@ def test_lost_parameters_tag(fake):
     assert code == 2 and err.count('\n') == 1 and 'train_run.ipynb: 0 cells have the tag' in err and 'make nb-export' in err and not Path('runs').exists()
 
 @pytest.mark.parametrize('args,words', [(['tyo'], ["no study 'tyo'", "'toy'"]), (['toy', '--scale', 'gpu'], ["no scale 'gpu'", 'small']), (['toy', '--seeds', 'a'], ['--seeds', '3-4']), (['toy', '--seeds', '1-2-3'], ['--seeds']), (['toy', '--seeds', '0'], ['--seeds', '0-0']), (['toy', '--seeds', '3-1'], ['--seeds']),
-    (['toy', '--engine', 'slrum'], ["'slurm'"]), (['toy', '--option', 'x'], ['key=value']), (['toy', '--engine', 'slurm'], ['submitit'])])
+    (['toy', '--engine', 'slrum'], ["'slurm'"]), (['toy', '--option', 'x'], ['key=value']), (['toy', '--option', 'a=1'], ['--engine slurm']), (['tyo', 'all'], ["'tyo'"]), (['all', '--scale', 'huge'], ['--scale', 'smoke']), (['toy', '--engine', 'slurm'], ['submitit'])])
 def test_mistakes_are_one_line(fake, args, words):
     code, out, err = fake()(*args, '-q')
     assert code == 2 and err.startswith('error: ') and err.count('\n') == 1 and all(w in err for w in words) and not list(Path().rglob('run.ipynb')), err
@@ -343,3 +343,50 @@ def test_dry_run_names_missing_data_once_and_shows_all_runs(fake):
     shell = fake()
     code, out, err = shell('toy', '-n', '--seeds', '0-1', '--data', 'no_such_set')
     assert code == 2 and out.count('no data') == 6 and err.count('\n') == 1 and "data set 'no_such_set'" in err and 'SEMIDETR_DATA' in err
+
+def test_missing_data_are_one_line_before_anything_starts(fake):
+    "Only what needs them is left out; no record of a seed without all of its arms"
+    shell = fake(STUDY.replace('[toy.arms]', '[toy.groups.data]\nhere = []\ngone = ["data.data=no_such_set"]\n[toy.arms]'))
+    code, out, err = shell('toy', '-q', '--jobs', '2')
+    assert code == 1 and err.count('\n') == 1 and 'toy gone seed 0 burn_in and 2 more: ' in err and 'no_such_set' in err
+    assert [p.as_posix() for p in Path('nbs/ablations/results').rglob('seed*.json')] == ['nbs/ablations/results/toy/here/seed0.json'] and not Path('runs/studies/toy/gone').exists()
+
+def test_other_data_leave_the_records_of_the_book_alone(fake):
+    shell = fake()
+    own, digits = Path('nbs/ablations/results/toy/seed0.json'), next(i for i in TINY if i.startswith('data.data')).partition('=')[2]
+    own.parent.mkdir(parents=True); own.write_text('{}')
+    code, out, err = shell('toy', '-q', '--jobs', '2', '--data', digits, '--out', 'mine')
+    assert code == 0 and own.read_text() == '{}' and Path('mine/results/toy/seed0.json').is_file() and not Path('nbs/ablations/runs').exists(), err
+
+def test_dry_run_names_what_is_in_the_way(fake):
+    "A folder with other settings, a damaged record, a notebook without its tag"
+    shell = fake()
+    run = next(r for r in A.plan(A.STUDIES, 'toy') if r.arm == 'supervised')
+    run.folder.mkdir(parents=True); (run.folder/'last.pt').write_text('')
+    (run.folder/'config.json').write_text(json.dumps(A.to_dict(override(run.cfg, ['optim.lr=5']))))
+    for i, text in enumerate(['{"burn_in": {', '', '{}', '[]']): p = Path(f'nbs/ablations/results/old/seed{i}.json'); p.parent.mkdir(parents=True, exist_ok=True); p.write_text(text)
+    code, out, err = shell('toy', '-n')
+    assert code == 2 and err.count('\n') == 1 and 'holds a run with other settings' in err and out.count('damaged record') == 4 and 'old/seed2.json' in out
+    A.NOTEBOOK.write_text('{')
+    code, out, err = shell('toy', '-n')
+    assert code == 2 and err.count('\n') == 1 and 'train_run.ipynb' in err and 'make nb-export' in err
+
+def test_without_a_name_studies_are_listed(fake):
+    code, out, err = fake(STUDY.replace('[toy]', '[toy]\nabout = "what it is"'))()
+    assert code == 0 and out.splitlines() == ['toy: what it is', '    2 arms, 1 seeds; scales small, smoke']
+
+def test_all_means_the_studies_of_this_machine(monkeypatch, tmp_path):
+    monkeypatch.chdir(checkout(tmp_path/'book', STUDY+STUDY.replace('toy', 'big').replace('preset', 'scale = "gpu"\npreset')+STUDY.replace('toy', 'split').replace('[split.arms]', '[split.groups.labels]\np1 = []\n[split.arms]')))
+    assert A.pick_studies(['all']) == ['toy', 'split'] and A.pick_studies(['all'], 'gpu') == ['big'] and A.pick_studies(['all'], '', ('p1',)) == ['split']
+
+def test_sigterm_is_ctrl_c():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), A.stoppable(): os.kill(os.getpid(), signal.SIGTERM); time.sleep(1)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+def test_failed_processes_say_why(tmp_path):
+    "Of torchrun's own words only the command and a number would be left"
+    (tmp_path/'kernel.log').write_text('error: data set gone: nothing there\nTraceback\nelastic failed\n')
+    class E: ename, evalue = 'CalledProcessError', 'Command [...] returned non-zero exit status 1.'
+    assert A._why(E, tmp_path) == f"data set gone: nothing there (all of it: {tmp_path/'kernel.log'})"
+    assert A._why(E, tmp_path/'none').startswith('CalledProcessError: Command')

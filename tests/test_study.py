@@ -107,6 +107,16 @@ def test_misspelt_keys(tmp_path, old, new, words):
     with pytest.raises(ConfigError) as e: plan(path, 'toy', 'gpu')
     assert all(w in str(e.value) for w in words) and '\n' not in str(e.value), str(e.value)
 
+@pytest.mark.parametrize('old,new,words', [('seeds = [3, 4]', 'seeds = 3', ['toy.seeds', '[0, 1, 2]']), ('seeds = [3, 4]', 'seeds = "3"', ['toy.seeds']), ('seeds = [3, 4]', 'seeds = []', ['toy.seeds']), ('seeds = [3, 4]', 'seeds = [-1]', ['toy.seeds']),
+    ('x = []\n', 'x = 3\n', ['toy.arms', 'mt = [']), ('x = []\n', 'x = [3]\n', ['toy.arms']), ('x = []\n', '"../x" = []\n', ['toy.arms']), ('base = ["optim.lr=1"]', 'base = "optim.lr=1"', ['toy.base']), ('[toy.groups.labels]', '[toy.groups]', ['toy.groups', 'groups.labels']),
+    ('preset = "digits"', 'preset = "digit"', ['study toy', "'digits'"]), ('later = [', 'mt = [', ["'mt'", '[toy.arms]']), ('[toy.gpu.arms]\n', '[toy.gpu.arms]\nz = 3\n', ['toy.gpu.arms']), ('\n[toy]', '\nx = 3\n[toy]', ["'x'", '[NAME]'])])
+def test_values_of_the_wrong_kind(tmp_path, old, new, words):
+    path = tmp_path/'s.toml'
+    assert old in TABLE
+    path.write_text(TABLE.replace('[toy.groups.data]\na = ["data.split_seed=1"]\nb = ["data.split_seed=2"]\n', '').replace('y = ["optim.clip=4", "optim.warmup=1"]\n', '').replace(old, new, 1))
+    with pytest.raises(ConfigError) as e: plan(path, 'toy', 'gpu')
+    assert str(path) in str(e.value) and all(w in str(e.value) for w in words) and '\n' not in str(e.value), str(e.value)
+
 def test_a_study_after_another_one(tmp_path):
     "It has the burn-in of the other one, in its folder, at every scale; and no preset, base or burn-in of its own"
     path = tmp_path/'s.toml'

@@ -18,6 +18,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import tomllib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -42,7 +43,8 @@ def finished(
     path = Path(folder)/'run.json'
     if not path.is_file(): return None
     try: result = json.loads(path.read_text())
-    except json.JSONDecodeError: raise DataError(f'{path}: damaged; delete it, and the run is evaluated again from its checkpoint') from None
+    except ValueError: result = None
+    if not isinstance(result, dict) or not {'hash', 'data', 'metrics'} <= set(result): raise DataError(f'{path}: damaged; delete it, and the run is evaluated again from its checkpoint')
     if cfg.run.amp == 'auto': cfg = override(cfg, [f"run.amp={result['config']['run']['amp']}"]) # what was chosen when it began
     same = result['hash'] == config_hash(cfg) and result['data']['fingerprint'] == open_dataset(cfg.data.data, 'train').fingerprint()
     return result if same else None
@@ -128,6 +130,10 @@ def paired(
 CURVES = {'step', 'loss', 'pseudo_boxes', 'pseudo_precision', 'pseudo_recall', 'pseudo_score', 'empty_images', 'grad_norm', 'con_boxes', 'initial_boxes', 'mined_precision',
           'mined_recall', 'initial_precision', 'initial_recall', 'cost_threshold', 'cost_mean_low', 'cost_mean_high', 'positives_per_object', 'loss_con', 'parts_grad_norm'}
 
+def _line(text): # of a log; what was cut off while it was written is left out
+    try: return json.loads(text)
+    except ValueError: return {}
+
 def record(
     result:dict, # content of run.json
     folder='', # of the run, for the curve
@@ -137,7 +143,7 @@ def record(
     out = {k: result[k] for k in keep if k in result}
     log = Path(folder)/'log.jsonl'
     if folder and log.is_file():
-        rows = [r for r in map(json.loads, log.read_text().splitlines()) if 'loss' in r]
+        rows = [r for r in map(_line, log.read_text().splitlines()) if 'loss' in r]
         names = sorted({k for r in rows for k in r} & CURVES)
         out['curve'] = {k: [round(r[k], 4) if isinstance(r.get(k), float) else r.get(k) for r in rows] for k in names}
     return out
@@ -166,18 +172,32 @@ LISTS = ('base', 'burn_in', 'later', 'last') # settings of all runs, of the burn
 KEYS = {'about', 'after', 'preset', 'scale', 'seeds', 'groups', 'arms', *LISTS, *SCALES}
 SHARED = ('preset', 'base', 'burn_in', 'last', 'groups') # what a study has of the one that it comes `after`
 
+def _settings(x): return isinstance(x, list) and all(isinstance(i, str) for i in x)
+def _lists(x): return isinstance(x, dict) and all(_settings(v) and re.fullmatch(r'[\w+-][\w.+-]*', k) for k, v in x.items())
+WANTED = {'seeds': ('a list of whole numbers, e.g. [0, 1, 2]', lambda x: isinstance(x, list) and x and all(type(i) is int and i >= 0 for i in x)),
+          'arms': ('lists of settings with plain names, e.g. mt = ["method.name=mean_teacher"] under [NAME.arms]', _lists),
+          'groups': ('tables of lists of settings, e.g. p1 = ["data.percent=1"] under [NAME.groups.labels]', lambda x: isinstance(x, dict) and all(map(_lists, x.values()))),
+          **dict.fromkeys(LISTS, ('a list of settings, e.g. ["optim.iters=300"]', _settings)), **dict.fromkeys(('about', 'after', 'preset', 'scale'), ('a text', lambda x: isinstance(x, str))),
+          **dict.fromkeys(SCALES, ('a table', lambda x: isinstance(x, dict)))}
+
+def _checked(path, where, table): # of a study or a scale; every key is known and holds what it must
+    if not isinstance(table, dict): raise ConfigError(f"{path}: '{where}' is no table; a study begins with [NAME]")
+    for key, value in table.items():
+        if key not in KEYS: raise ConfigError(f"{path}: {where} has an unknown key '{key}'; {suggest(key, KEYS)}{f'; arms stand under [{where}.arms]' if _settings(value) and value else ''}")
+        what, fits = WANTED[key]
+        if not fits(value): raise ConfigError(f'{path}: {where}.{key} must be {what}')
+        if key in SCALES: _checked(path, f'{where}.{key}', value)
+
 def read_studies(
     path, # TOML file
 )->tuple: # studies: name -> table; scales: name -> table
     "The file of studies; keys that mean nothing are errors"
     path = Path(path)
     if not path.is_file(): raise ConfigError(f'{path}: no such file of studies')
-    try: studies = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as e: raise ConfigError(f'{path}: {e}') from None
+    try: studies = tomllib.loads(path.read_text(encoding='utf-8'))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise ConfigError(f'{path}: {e}') from None
     scales = studies.pop('scales', {})
-    for name, s in {**studies, **{f'scales.{k}': v for k, v in scales.items()}}.items():
-        for where, table in {name: s, **{f'{name}.{k}': s[k] for k in SCALES if k in s}}.items():
-            if unknown := sorted(set(table)-KEYS): raise ConfigError(f"{path}: {where} has an unknown key '{unknown[0]}'; {suggest(unknown[0], KEYS)}")
+    for name, s in {**studies, **{f'scales.{k}': v for k, v in scales.items()}}.items(): _checked(path, name, s)
     return studies, scales
 
 def study_table(
@@ -220,10 +240,13 @@ def load_study(
     def tried(where, base, items):
         try: return override(base, items)
         except ConfigError as e: raise ConfigError(f'{path}: study {name}, {where}: {e}') from None
+    name_ = all_.get('preset', s['preset'])
+    try: start = preset(name_)
+    except ConfigError as e: raise ConfigError(f'{path}: study {name}: {e}') from None
     groups = {}
     for picked in itertools.product(*(axis.items() for axis in s.get('groups', {}).values())):
         group, items = '-'.join(k for k, _ in picked), [i for _, v in picked for i in v]
-        groups[group] = tried(group or 'base', tried('preset', preset(all_.get('preset', s['preset'])), own['base']), [*items, *common['base']])
+        groups[group] = tried(group or 'base', tried('preset', start, own['base']), [*items, *common['base']])
         for where, changes in dict(burn_in=burn_in, **arms).items(): tried(f'{group}, {where}'.removeprefix(', '), groups[group], changes)
     return dict(scale=s['at'], home=s['home'], about=s.get('about', ''), seeds=all_.get('seeds', s.get('seeds', [0])), groups=groups, start=s['start'], burn_in=burn_in, arms=arms)
 

@@ -17,18 +17,20 @@ import itertools
 import json
 import os
 import signal
+import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tqdm import tqdm
-from semidetr.config import Config, config_hash, load_config, override, to_dict
+from semidetr.config import Config, config_hash, differences, load_config, override, to_dict
 from semidetr.core import ConfigError, atomic_write, suggest
 from semidetr.machine import usable_cores
 from semidetr.pages import need
 from semidetr.runs import write_appendix
-from semidetr.study import branches, finished, load_study, read_studies, record
+from semidetr.study import branches, finished, load_study, read_studies, record, SCALES
 
 # %%
 #| hide
@@ -72,7 +74,7 @@ def plan(
     "All runs of a study; at another scale than its own a study has folders of its own"
     s, runs = load_study(path, name, scale), []
     if unknown := sorted(set(only)-set(s['groups'])): raise ConfigError(f"{path}: study {name} has no group '{unknown[0]}'; {suggest(unknown[0], s['groups']) if any(s['groups']) else 'it has none at all'}")
-    own = [f'data.data={data}', 'data.val=', 'data.split_file='] if data else []
+    own = [f'data.data={data}', 'data.val=', 'data.unlabelled=', 'data.split_file='] if data else []
     place = lambda study: Path(study if s['home'] else f"{study}-{s['scale']}")
     for (group, base), seed in itertools.product(((g, b) for g, b in s['groups'].items() if not only or g in only), s['seeds'] if seeds is None else seeds):
         where = place(name)/group
@@ -132,7 +134,8 @@ def check_notebook(
 ):
     "ConfigError unless exactly one cell has the tag `parameters`"
     if not Path(path).is_file(): raise ConfigError(f'{path}: no such notebook; run this in a checkout of the book')
-    tagged = sum('parameters' in c['metadata'].get('tags', []) for c in json.loads(Path(path).read_text())['cells'])
+    try: tagged = sum('parameters' in c['metadata'].get('tags', []) for c in json.loads(Path(path).read_text())['cells'])
+    except (ValueError, KeyError, TypeError): raise ConfigError(f'{path}: damaged, not a notebook; bring it back with `make nb-export NB=ablations/{Path(path).stem}`') from None
     if tagged != 1: raise ConfigError(f"{path}: {tagged} cells have the tag 'parameters', one must; bring it back with `make nb-export NB=ablations/{Path(path).stem}`")
 
 def _kernels(alive, log): # class of kernel managers that note their process in the set `alive`; what a kernel says outside its cells goes to the file `log`
@@ -149,6 +152,15 @@ def _kernels(alive, log): # class of kernel managers that note their process in 
 
 def _last_line(text): return (str(text).strip().splitlines() or ['no message'])[-1].strip()
 
+def _why(error, folder): # one line; where processes of their own failed, what they said
+    log = folder/'kernel.log'
+    said = [line.removeprefix('error: ') for line in log.read_text(errors='replace').splitlines() if line.startswith('error: ')] if error.ename == 'CalledProcessError' and log.is_file() else []
+    return f'{said[-1]} (all of it: {log})' if said else f'{error.ename}: {_last_line(error.evalue)}'
+
+def _other(run): # how the settings in its folder differ
+    changed = differences(to_dict(load_config(run.folder/'config.json')), to_dict(run.cfg))
+    return f"{', '.join(changed[:3])}{f' and {len(changed)-3} more' if len(changed) > 3 else ''}"
+
 def run_notebook(
     run:Run,
     notebook=NOTEBOOK,
@@ -161,11 +173,11 @@ def run_notebook(
     from papermill.iorw import papermill_io
     papermill_io.get_handler('local').cwd(None) # shared by all threads; two that end at the same time leave the folder of an earlier command in it
     part, key = run.folder/'run.part.ipynb', config_hash(run.cfg)
-    if state(run) == 'other settings': return f'{run.title}: {run.folder} holds a run with other settings; delete that folder or choose another --out'
+    if state(run) == 'other settings': return f'{run.title}: {run.folder} holds a run with other settings ({_other(run)}); choose another --out or delete that folder'
     atomic_write(run.folder/'config.json', json.dumps(to_dict(run.cfg), indent=1))
     try: papermill.execute_notebook(notebook, part, dict(title=run.title, folder=run.folder.as_posix(), expected=key, processes=processes), kernel_name='python3',
                                     progress_bar=False, start_timeout=600, kernel_manager_class=_kernels(set() if alive is None else alive, run.folder/'kernel.log'), extra_arguments=['--IPKernelApp.log_level=50'])
-    except PapermillExecutionError as e: return f'{run.title}: cell [{e.exec_count}]: {e.ename}: {_last_line(e.evalue)}; executed notebook: {part}'
+    except PapermillExecutionError as e: return f'{run.title}: cell [{e.exec_count}]: {_why(e, run.folder)}; executed notebook: {part}'
     except Exception as e: return f'{run.title}: {type(e).__name__}: {_last_line(e)}; executed notebook: {part}' # the kernel died
     if not finished(run.cfg, run.folder): return f'{run.title}: the notebook ended without the result of {key}; executed notebook: {part}'
     part.replace(run.notebook)
@@ -336,10 +348,11 @@ def run_all(
     engine, results, notebook=NOTEBOOK, processes:int=1, limit:int=1, # see `drive` and `keep`
     progress:bool=True,
     say=print,
+    lost:tuple=(), # folders of runs that cannot run
 )->list: # why runs failed, a line each
     "Run what is not finished, keep the records, show how far it is"
-    todo = [r for r in _once(runs) if state(r) != 'finished']
-    seeds, left = {}, {r.folder for r in todo}
+    todo = [r for r in _once(runs) if r.folder in lost or state(r) != 'finished']
+    seeds, left, broken = {}, {r.folder for r in todo}, set(lost)
     for r in runs: seeds.setdefault((r.where, r.seed), []).append(r)
     def seed_done(r):
         if not left & {x.folder for x in seeds[r.where, r.seed]}: say(seed_line(keep(seeds[r.where, r.seed], results)))
@@ -347,10 +360,35 @@ def run_all(
     once = {r.folder: r.cfg.optim.iters for r in runs}
     bar = tqdm(total=sum(once.values()), initial=sum(n for f, n in once.items() if f not in left), unit='it', mininterval=1, disable=not progress)
     def ended(r, cause):
-        if r is not None and not cause: left.discard(r.folder); seed_done(r)
-        bar.n = sum(steps_done(f) if f in left else n for f, n in once.items())
-        bar.set_postfix_str(f'{len(once)-len(left)} of {len(once)} runs', refresh=False); bar.update(0)
-    with contextlib.closing(bar): return list(drive(todo, engine, notebook, processes, limit, ended).values())
+        if cause:
+            broken.add(r.folder)
+            if progress: bar.write(f'failed: {cause}', file=sys.stderr)
+        elif r is not None: left.discard(r.folder); seed_done(r)
+        bar.n = sum(0 if f in broken else steps_done(f) if f in left else n for f, n in once.items())
+        bar.set_postfix_str(f'{len(once)-len(left)} of {len(once)} runs'+(f', {len(broken)} failed' if broken else ''), refresh=False); bar.update(0)
+    with contextlib.closing(bar), stoppable(): return list(drive([r for r in todo if r.folder not in lost], engine, notebook, processes, limit, ended).values())
+
+@contextlib.contextmanager
+def stoppable():
+    "SIGTERM is Ctrl-C: every run saves a checkpoint"
+    def stop(*_): raise KeyboardInterrupt
+    if threading.current_thread() is not threading.main_thread(): yield; return
+    old = signal.signal(signal.SIGTERM, stop)
+    try: yield
+    finally: signal.signal(signal.SIGTERM, old)
+
+def without_data(
+    runs:list, # of Run
+)->tuple: # (folders of runs whose data are missing, or whose burn-in's; a line for each cause)
+    "Opened before the first run starts, since an hour later is too late"
+    from semidetr.dry_run import look
+    lost, causes = set(), {}
+    for r in _once(runs):
+        wrong = look(replace(r.cfg.data, fold=0), r.cfg.run.test)[1]
+        if not wrong and r.start not in lost: continue
+        lost.add(r.folder)
+        if wrong: causes.setdefault(wrong[0], []).append(r)
+    return lost, [f"{rs[0].title}{f' and {len(rs)-1} more' if len(rs) > 1 else ''}: {why}" for why, rs in causes.items()]
 
 
 # %% [markdown]
@@ -376,6 +414,29 @@ def read_seeds(
     if text == '0' or any(len(p) not in (1, 2) or p[0] > p[-1] for p in parts): raise ConfigError(f"--seeds '{text}' is no number of seeds and no list; write 5 for the first five, 0,2 or 3-4 for these, 0-0 for seed 0 alone")
     return [s for p in parts for s in range(p[0], p[-1]+1)] or None
 
+def pick_studies(
+    names:list, # as given; 'all': every study that has the scale
+    scale:str='', # '': the scale of each study itself; with 'all' those of this machine, `small`
+    only:tuple=(), # groups: of several studies those that have them
+)->list: # names
+    "Which studies are meant"
+    studies, scales = read_studies(STUDIES)
+    if scale and scale not in SCALES: raise ConfigError(f"--scale '{scale}' is unknown; {suggest(scale, SCALES)}")
+    if unknown := [n for n in names if n not in studies and n != 'all']: raise ConfigError(f"{STUDIES}: has no study '{unknown[0]}'; {suggest(unknown[0], studies)}")
+    if 'all' in names: names = [n for n, s in studies.items() if (scale or 'small') in (s.get('scale', 'small'), *(k for k in (*s, *scales) if scale))]
+    if only and len(names) > 1: names = [n for n in names if set(only) <= set(load_study(STUDIES, n, scale)['groups'])] or names
+    return list(dict.fromkeys(names))
+
+def study_lines()->list: # of str
+    "What can be run: name, scales, groups, seeds, about"
+    out = []
+    for name, s in read_studies(STUDIES)[0].items():
+        whole = load_study(STUDIES, name)
+        scales = [whole['scale'], *(k for k in ('smoke', 'gpu') if k != whole['scale'] and (k in s or k == 'smoke'))]
+        groups = ', '.join(filter(None, whole['groups']))
+        out += [f"{name}: {whole['about']}", f"    {len(whole['arms'])} arms, {len(whole['seeds'])} seeds; scales {', '.join(scales)}"+(f'; groups {groups}' if groups else '')]
+    return out
+
 def read_options(
     items:list, # 'key=value'
 )->dict: # numbers where they are whole
@@ -390,7 +451,7 @@ def ablate(
     names:list, # of studies; 'all': every study that has the scale
     scale:str='', seeds=None, data:str='', only:tuple=(), # see `plan`
     out='runs/studies',
-    results='', # folder of the records; '': that of the book, at scale smoke one in `out`
+    results='', # folder of the records; '': that of the book, at scale smoke and with other data one in `out`
     jobs:int=0, # runs at a time; 0: one a core, with Slurm all
     engine:str='local', # one of ENGINES
     options:dict=None, # of `SubmititEngine`
@@ -401,17 +462,19 @@ def ablate(
 )->list: # why runs failed, a line each
     "Run studies in the checkout that is the working directory"
     if engine not in ENGINES: raise ConfigError(f"engine '{engine}' is unknown; {suggest(engine, ENGINES)}")
-    studies, scales = read_studies(STUDIES)
-    if 'all' in names: names = [n for n, s in studies.items() if not scale or scale in (s.get('scale', 'small'), *s, *scales)]
-    runs = [r for name in dict.fromkeys(names) for r in plan(STUDIES, name, scale, seeds, out, data, only)]
-    results = results or (Path(out)/'results' if scale == 'smoke' else STUDIES.parent/'results')
+    if options and engine == 'local': raise ConfigError(f"--option {next(iter(options))} is for a cluster; add --engine slurm")
+    names = pick_studies(names, scale, only)
+    runs = [r for name in names for r in plan(STUDIES, name, scale, seeds, out, data, only)]
+    results = results or (Path(out)/'results' if scale == 'smoke' or data else STUDIES.parent/'results')
+    check_notebook(NOTEBOOK)
     if dry: return dry(_once(runs), results, processes, say)
-    need('papermill', 'a study'); check_notebook(NOTEBOOK)
+    need('papermill', 'a study')
+    lost, causes = without_data(runs)
     jobs = jobs or (len(runs) if engine == 'slurm' else usable_cores())
     where = LocalEngine(jobs) if engine == 'local' else SubmititEngine(Path(out)/'jobs', engine.removeprefix('submitit-'), options)
-    failed = run_all(runs, where, results, NOTEBOOK, processes, jobs, progress, say)
+    failed = causes+run_all(runs, where, results, NOTEBOOK, processes, jobs, progress, say, lost)
     if Path(results) == STUDIES.parent/'results':
-        firsts = [r for name in dict.fromkeys(names) for r in plan(STUDIES, name, scale, load_study(STUDIES, name, scale)['seeds'][:1], out, data)]
+        firsts = [r for name in names for r in plan(STUDIES, name, scale, load_study(STUDIES, name, scale)['seeds'][:1], out, data)]
         for page in write_appendix(firsts, STUDIES.parent/'runs'):
             if Path('_quarto.yml').is_file() and page.as_posix() not in Path('_quarto.yml').read_text(): say(f'{page}: the executed runs; list it under `appendices` in _quarto.yml to have it in the book')
     return failed

@@ -122,20 +122,24 @@ def dry_run(
     results, # folder of records: a run with the same hash was measured
     processes:int=1, # of each run
     say=print,
-)->list: # what is missing, a line each
+)->list: # what is missing or in the way, a line each
     "Say what would run"
-    measured = {r['hash']: r['peak_memory_mb'] for path in Path(results).rglob('seed*.json') for s in [json.loads(path.read_text())] for r in [s['burn_in'], *s['arms'].values()] if r}
-    rows, missing = [], {}
+    measured, rows, missing = {}, [], {}
+    for path in sorted(Path(results).rglob('seed*.json')):
+        try: s = json.loads(path.read_text()); measured |= {r['hash']: r['peak_memory_mb'] for r in [s['burn_in'], *s['arms'].values()] if r}
+        except (ValueError, KeyError, TypeError, AttributeError): say(f'{path}: damaged record, not used; bring it back with `git checkout {path}`, or run its study again')
     for r in runs:
         key, (counts, wrong) = config_hash(r.cfg), look(dataclasses.replace(r.cfg.data, fold=0), r.cfg.run.test)
         missing |= dict.fromkeys(wrong)
         images = f'{counts[0]} / {counts[1]}' if counts else '?'
         memory = f'{measured[key]} MB measured' if key in measured else f'about {memory_estimate(r.cfg)/1024:.1f} GB'
-        rows.append([r.title, key, r.cfg.optim.iters, images_a_batch(r.cfg)*r.cfg.optim.accumulate*processes, images, 'no data' if wrong else state(r), memory])
+        how = 'no data' if wrong else state(r)
+        if how == 'other settings': missing[f'{r.title}: {r.folder} holds a run with other settings; choose another --out or delete that folder'] = None
+        rows.append([r.title, key, r.cfg.optim.iters, images_a_batch(r.cfg)*r.cfg.optim.accumulate*processes, images, how+', recorded'*(how == 'new' and key in measured), memory])
     heads = ['run', 'hash', 'iterations', 'images a step', 'labelled / unlabelled', 'state', 'memory']
     widths = [max(len(str(row[i])) for row in [heads, *rows]) for i in range(len(heads))]
     for row in [heads, *rows]: say('  '.join(f'{c!s:<{w}}' for c, w in zip(row, widths)).rstrip())
-    say(f'{len(runs)} runs. Memory of one process: measured where a record has the same hash; else weights, gradients, moments and what autograd keeps for an image, counted on small images and continued to the largest view, plus 0.9 GB of libraries.')
+    say(f'{len(runs)} runs; records are written to {results}, in place of those of the same study and seed. Memory of one process: measured where a record has the same hash; else weights, gradients, moments and what autograd keeps for an image, counted on small images and continued to the largest view, plus 0.9 GB of libraries.')
     return list(missing)
 
 
