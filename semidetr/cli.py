@@ -26,7 +26,7 @@ def doctor(data:Annotated[str, typer.Argument(help=_HINT+', or folder of images'
     env:_opt(bool, 'examine this machine instead: versions, cores, GPU, attention op, speed of bfloat16', '--env')=False):
     """Examine a data set: counts, classes, and every fault with file, item and cure.
 
-    Exit code 2 if it cannot be trained on. Without DATA: what is installed, without the bfloat16 probe of --env.
+    Exit code 2 if it has errors. Without DATA: what is installed, without the bfloat16 probe of --env.
 
     Example: semidetr doctor path/to/coco --out report
 

@@ -10,6 +10,7 @@ __all__ = ['YOUNG', 'PRESETS', 'DataConfig', 'LoaderConfig', 'OptimConfig', 'Run
 import dataclasses
 import hashlib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -18,7 +19,7 @@ from pathlib import Path
 from .augment import ViewConfig
 from .backbone import BackboneConfig
 from .consistency import ConsistencyConfig
-from .core import ConfigError, suggest
+from .core import ConfigError, in_range, suggest
 from .denoising import DenoisingConfig
 from .detector import DetectorConfig, detector_small, dino_r50
 from .losses import CriterionConfig
@@ -47,6 +48,8 @@ class DataConfig:
     dev:int = 100 # images held out of training to choose settings on
     cover_classes:bool = False # make sure that each class has a labelled image
 
+    def __post_init__(self): in_range('data', self, percent=(0, 100), count=0, fold=0, dev=0)
+
 @dataclass(frozen=True)
 class LoaderConfig:
     "How many images of each kind make one batch on one process"
@@ -55,7 +58,9 @@ class LoaderConfig:
     ratio:str = 'binomial' # 'binomial' (code: the numbers vary around the ratio) or 'fixed'
     num_workers:int = 2
 
-    def __post_init__(self): _one_of('loader', self, ratio=('binomial', 'fixed'))
+    def __post_init__(self):
+        _one_of('loader', self, ratio=('binomial', 'fixed'))
+        in_range('loader', self, n_labelled=1, n_unlabelled=0, num_workers=0)
 
 # %% ../nbs/40_config.ipynb #bebe8936
 @dataclass(frozen=True)
@@ -65,13 +70,16 @@ class OptimConfig:
     lr:float = 1e-4
     backbone_mult:float = .1 # learning rate of the backbone relative to lr
     weight_decay:float = 1e-4
-    clip:float = .1 # largest L2 norm of the gradient
+    clip:float = .1 # largest L2 norm of the gradient; 0: any
     schedule:str = 'constant' # 'constant', 'cosine' (to 0 at the end), or 'step' (x0.1 at each of `steps`)
     steps:tuple[int, ...] = ()
     warmup:int = 0 # iterations of linear warm-up
     accumulate:int = 1 # batches averaged into one step; processes x accumulate = 8 gives the paper's 8 x 5 images
 
-    def __post_init__(self): _one_of('optim', self, schedule=('constant', 'cosine', 'step'))
+    def __post_init__(self):
+        _one_of('optim', self, schedule=('constant', 'cosine', 'step'))
+        in_range('optim', self, iters=1, backbone_mult=0, weight_decay=0, clip=0, warmup=0, accumulate=1)
+        if not 0 < self.lr < math.inf: raise ConfigError(f'optim.lr={self.lr} must be above 0 and finite')
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -89,7 +97,9 @@ class RunConfig:
     log_every:int = 20
     health_window:int = 200 # iterations without pseudo labels before the warning
 
-    def __post_init__(self): _one_of('run', self, amp=('off', 'bf16', 'fp16', 'auto'), init_from=('teacher', 'student'))
+    def __post_init__(self):
+        _one_of('run', self, amp=('off', 'bf16', 'fp16', 'auto'), init_from=('teacher', 'student'))
+        in_range('run', self, threads=0, eval_every=0, eval_nms=(0, 1), checkpoint_every=1, log_every=1, health_window=1)
 
 # %% ../nbs/40_config.ipynb #6786500c
 @dataclass(frozen=True)

@@ -43,12 +43,16 @@ class Report:
     @property
     def errors(self)->list[Fault]: return self.of('error')
     @property
-    def exit_code(self)->int: # 2: there are errors; 0: fit to train on, perhaps with warnings
+    def exit_code(self)->int: # 2: there are errors; 0: there are none, perhaps warnings
         return 2 if self.of('error') else 0
+    @property
+    def verdict(self)->str: # what the set is good for; `box_sizes` knows the boxes that have an area and are not to be ignored
+        if self.errors: return 'not fit for training'
+        return 'fit for training' if self.box_sizes else 'fit as unlabelled data only, no box to learn from'
     def to_json(self)->str:
         "Everything, for a machine"
         kinds = {k: Counter(f.kind for f in self.of(k)) for k in _LEVELS}
-        return json.dumps(asdict(self) | dict(exit_code=self.exit_code, kinds=kinds), indent=1)
+        return json.dumps(asdict(self) | dict(verdict=self.verdict, exit_code=self.exit_code, kinds=kinds), indent=1)
     def to_text(self,
         most:int=3, # faults shown of each kind; the rest is counted
     )->str:
@@ -72,8 +76,7 @@ def _fault_lines(r, most):
             yield from (f'    {f}' for f in r.of(level, kind)[:most])
             if n > most: yield f'    ... and {n-most:,} more'
     n = {k: len(r.of(k)) for k in _LEVELS}
-    verdict = 'not fit for training' if n['error'] else 'fit for training'
-    yield f'{verdict}: '+', '.join(f"{n[k]:,} {word}{'s'*(n[k] != 1)}" for k, word in zip(_LEVELS, ('error', 'warning', 'note')))
+    yield f'{r.verdict}: '+', '.join(f"{n[k]:,} {word}{'s'*(n[k] != 1)}" for k, word in zip(_LEVELS, ('error', 'warning', 'note')))
 
 # %% ../nbs/08_doctor.ipynb #f17a53df
 def _is_box(b): return isinstance(b, list|tuple) and len(b) == 4 and all(isinstance(v, int|float) for v in b)
@@ -208,9 +211,15 @@ def _as_source(spec, split, data_root): # -> Source; what cannot be opened becom
         what, _, cure = str(e).rpartition('; ')
         return Source(str(spec), str(spec), None, faults=[Fault('error', 'cannot-open', str(spec), (what or str(e)).removeprefix(f'{spec}: '), cure if what else 'see above')])
 
+def _read(spec, split, data_root): # a file that does not even hold the list of boxes: meant so, or lost in an export
+    source = read_source(spec, split, data_root)
+    if Path(source.where).is_file() and isinstance(source.data, dict) and isinstance(source.data.get('images'), list) and 'annotations' not in source.data:
+        source.faults.append(Fault('warning', 'missing-annotations', source.where, "there is no list 'annotations'", 'fit as unlabelled data; to learn from it, export it with its boxes'))
+    return source
+
 def _spec_source(spec, split, data_root): # a data set as a Source again
     if not isinstance(spec, DetectionDataset):
-        if str(spec).partition(':')[0] != 'digits' or Path(str(spec)).exists(): return read_source(spec, split, data_root)
+        if str(spec).partition(':')[0] != 'digits' or Path(str(spec)).exists(): return _read(spec, split, data_root)
         spec = open_dataset(spec, split)
     data = spec.coco_dict()
     if not spec.has_boxes: del data['annotations']

@@ -13,7 +13,7 @@ import torch
 from torch import nn, Tensor
 from torchvision.ops import nms
 from .boxes import normalize_boxes, transform_boxes
-from .core import ConfigError, suggest
+from .core import in_range
 from .detector import post_process
 
 # %% ../nbs/30_teacher.ipynb #01a45d3f
@@ -23,6 +23,8 @@ class EmaConfig:
     decay:float = .999 # ceiling m of the decay
     warmup:int = 0 # w; larger follows the student for longer
     start:int = -1 # t_0, updates that the first teacher already stands for; -1: 0 for a new network, and past the ramp for a trained one (run.init)
+
+    def __post_init__(self): in_range('ema', self, decay=(0, 1), warmup=0, start=-1)
 
 def ema_decay(
     step:int, # t, counted from the first update
@@ -56,12 +58,14 @@ def update_teacher(
 @dataclass(frozen=True)
 class PseudoConfig:
     "Which of the teacher's detections become pseudo labels (paper section 3; code values)"
-    threshold:float = .4 # score from which a box trains the student (B^sup; with `semi_detr` out of B^0)
+    threshold:float = .4 # score from which a box trains the student (B^sup; with `semi_detr` out of B^0); above 1: none
     nms:float = .6 # IoU of the per-class suppression
     cross_nms:float = 1. # IoU of a suppression across classes after it; 1: none, as the paper and its code
     min_score:float = .01 # floor before anything else
     top_k:int = 300 # most detections an image
     min_side:float = 1. # pixels; smaller boxes after transport are dropped (the official code keeps them)
+
+    def __post_init__(self): in_range('pseudo', self, threshold=0, nms=(0, 1), cross_nms=(0, 1), min_score=(0, 1), top_k=1)
 
 @torch.no_grad()
 def teacher_detections(

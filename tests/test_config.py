@@ -30,6 +30,28 @@ def test_errors_name_the_cure(item, words):
     with pytest.raises(ConfigError) as e: override(Config(), [item])
     assert all(w in str(e.value) for w in words), str(e.value)
 
+BAD = {'optim.iters': '0 -3', 'optim.lr': '-1 0 NaN Infinity', 'optim.backbone_mult': '-1', 'optim.weight_decay': '-1', 'optim.clip': '-1 NaN', 'optim.warmup': '-1', 'optim.accumulate': '0',
+       'run.threads': '-1', 'run.eval_every': '-1', 'run.eval_nms': '-1 2', 'run.checkpoint_every': '0', 'run.log_every': '0 -1', 'run.health_window': '0', 'data.percent': '120 -1', 'data.count': '-1', 'data.fold': '-1',
+       'data.dev': '-1', 'loader.n_labelled': '0', 'loader.n_unlabelled': '-1', 'loader.num_workers': '-1', 'ema.decay': '5 -0.1', 'ema.warmup': '-1', 'ema.start': '-2', 'pseudo.threshold': '-1 NaN', 'pseudo.nms': '2 -1',
+       'pseudo.cross_nms': '2', 'pseudo.min_score': '-1', 'pseudo.top_k': '0'}
+
+@pytest.mark.parametrize('item', [f'{k}={v}' for k, values in BAD.items() for v in values.split()])
+def test_impossible_numbers(tmp_path, item):
+    "On the command line, in a file and in Python: one line that names the setting"
+    name, _, value = item.partition('=')
+    with pytest.raises(ConfigError, match=f'{name}=.* must (be at least|lie between|be above) ') as e: override(preset('digits'), [item])
+    assert '\n' not in str(e.value)
+    group, key = name.split('.')
+    with pytest.raises(ConfigError, match=name): dataclasses.replace(getattr(Config(), group), **{key: float(value)})
+    f = tmp_path/'c.json'; f.write_text(json.dumps({group: {key: json.loads(value)}}))
+    with pytest.raises(ConfigError, match=f'c.json: {name}='): load_config(f)
+
+@pytest.mark.parametrize('item', ['optim.clip=0', 'optim.backbone_mult=0', 'optim.warmup=0', 'loader.n_unlabelled=0', 'loader.num_workers=0', 'run.eval_every=0', 'run.eval_nms=0', 'run.threads=0', 'ema.decay=0', 'ema.decay=1', 'ema.start=-1',
+                                  'pseudo.threshold=0', 'pseudo.threshold=2', 'pseudo.min_score=0', 'pseudo.nms=1', 'pseudo.cross_nms=1', 'pseudo.min_side=-1', 'data.percent=0', 'data.percent=100', 'data.count=0', 'data.dev=0'])
+def test_numbers_at_the_border(item):
+    "What means none, all, or as in the published code stays legal, in every preset"
+    for name in PRESETS: override(preset(name), [item])
+
 def test_files(tmp_path):
     f = tmp_path/'c.toml'; f.write_text('[optim]\nlr = 0.5\n')
     assert load_config(f, preset('digits')).optim.lr == .5

@@ -1,9 +1,10 @@
 "Core: errors, whole files, hashes, generators, and sums over two real processes"
 import hashlib, json, os, pickle, random, subprocess, sys, textwrap, time
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, pytest, torch
 from semidetr import core
-from semidetr.core import (ConfigError, DataError, SemiDETRError, all_gather_cat, all_reduce_mean, atomic_write, is_main, pick_device, rank, rng_state,
+from semidetr.core import (ConfigError, DataError, SemiDETRError, all_gather_cat, all_reduce_mean, atomic_write, in_range, is_main, pick_device, rank, rng_state,
                            seed_everything, set_rng_state, stable_hash, suggest, world_size)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,6 +19,14 @@ def test_errors_are_one_family():
     ('metod', ['method', 'seed'], "did you mean 'method'?"), ('zzz', ['b', 'a'], 'known: a, b'),
     ('x', [], 'known: '), (3, [1, 2], 'known: 1, 2'), ('digit', {'digits': 0}, "did you mean 'digits'?")])
 def test_suggest(word, known, want): assert suggest(word, known) == want
+
+@pytest.mark.parametrize('value,range_,want', [(0, 1, 'g.x=0 must be at least 1'), (2., (0, 1), 'g.x=2.0 must lie between 0 and 1'), (float('nan'), 0, 'g.x=nan must be at least 0'),
+                                               (1, 1, None), (0., (0, 1), None), (1, (0, 1), None), (float('inf'), 0, None), (None, (0, 1), None)])
+def test_in_range(value, range_, want):
+    said = None
+    try: in_range('g', SimpleNamespace(x=value), x=range_)
+    except ConfigError as e: said = str(e)
+    assert said == want
 
 # --- files ------------------------------------------------------------------------------------------------------------
 def test_atomic_write_text_bytes_folders(tmp_path):

@@ -86,7 +86,36 @@ def test_missing_folder_is_one_fault_and_boxes_are_still_checked(tmp_path):
 def test_empty_annotations(tmp_path):
     d = base(); d['annotations'] = []
     r = check_dataset(str(make(tmp_path, d)))
-    assert kinds(r) == ['no-annotations'] and r.exit_code == 0
+    assert kinds(r) == ['no-annotations'] and r.exit_code == 0 and f'\n{UNLABELLED}: 0 errors, 1 warning, 0 notes' in r.to_text()
+
+UNLABELLED = 'fit as unlabelled data only, no box to learn from'
+
+def test_missing_annotations(tmp_path):
+    d = base(); del d['annotations']
+    r = check_dataset(str(path := make(tmp_path, d)))
+    assert [(f.level, f.kind, f.where) for f in r.faults] == [('warning', 'missing-annotations', str(path))] and r.exit_code == 0
+    assert f'\n{UNLABELLED}: 0 errors, 1 warning, 0 notes' in r.to_text() and json.loads(r.to_json())['verdict'] == r.verdict == UNLABELLED
+    (tmp_path/'images/a.jpg').unlink()
+    assert check_dataset(str(tmp_path)).verdict == 'not fit for training'
+
+@pytest.mark.parametrize('spoil', [dict(iscrowd=1), dict(bbox=[1, 1, 0, 5])])
+def test_no_box_that_counts(tmp_path, spoil):
+    "All to be ignored, or without area: loading takes it, training does not"
+    from semidetr.loader import SemiLoader
+    d = base()
+    for a in d['annotations']: a.update(spoil)
+    r = check_dataset(str(path := make(tmp_path, d)), quick=True)
+    assert r.exit_code == 0 and r.verdict == UNLABELLED
+    with pytest.raises(DataError, match='no labelled image has a box'): SemiLoader(CocoDataset(path), num_workers=0)
+
+def test_unlabelled_sets(tmp_path):
+    ds = CocoDataset(make(tmp_path/'a'))
+    picture(tmp_path/'f/a.jpg'); d = base(); del d['annotations']
+    for s in (Unlabelled(ds), str(tmp_path/'f')): # without boxes by nature: nothing is missing
+        r = check_dataset(s)
+        assert r.faults == [] and r.verdict == UNLABELLED, s
+    r = check_dataset(ds, other=str(make(tmp_path/'b', d)), quick=True)
+    assert r.verdict == 'fit for training' and len(r.of('warning', 'missing-annotations')) == 1 # what the images are compared with needs no box
 
 def test_json_and_text(tmp_path):
     r = check_dataset(str(make(tmp_path)))

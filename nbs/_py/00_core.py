@@ -10,6 +10,7 @@
 #| export
 import difflib
 import hashlib
+import math
 import os
 import random
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 # %%
 import pickle
 import tempfile
+from types import SimpleNamespace
 import matplotlib.pyplot as plt
 from semidetr.draw import COLORS
 
@@ -59,15 +61,29 @@ def suggest(
     near = difflib.get_close_matches(str(word), known, n=1, cutoff=.6)
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
 
+def in_range(
+    group:str, # name of the group of settings, for the message
+    cfg, # has the fields
+    **ranges, # field -> smallest legal number, or (smallest, largest)
+):
+    "`ConfigError` unless each named field of `cfg` is None or lies in its range; nan never does"
+    for name, r in ranges.items():
+        low, high = r if isinstance(r, tuple) else (r, math.inf)
+        if (v := getattr(cfg, name)) is not None and not low <= v <= high:
+            raise ConfigError(f'{group}.{name}={v} must '+(f'be at least {low}' if high == math.inf else f'lie between {low} and {high}'))
+
 
 # %% [markdown]
-# A slip of the pen is answered by the word that was meant, a guess by the list:
+# A slip of the pen is answered by the word that was meant, a guess by the list, an impossible number by its range:
 
 # %%
 assert suggest('trheshold', ['threshold', 'decay']) == "did you mean 'threshold'?"
 try: raise ConfigError(f"unknown key 'speed'; {suggest('speed', ['threshold', 'decay'])}")
 except SemiDETRError as e: message = str(e)
-message
+try: in_range('photo', SimpleNamespace(side=96, zoom=3), side=1, zoom=(0, 1))
+except SemiDETRError as e: bound = str(e)
+assert bound == 'photo.zoom=3 must lie between 0 and 1'
+message, bound
 
 
 # %% [markdown]

@@ -10,7 +10,8 @@
 # The dear faults of a data set are found one at a time: fix one, start again, find the next. The dearest are not found at all. A validation image that also lies among the labelled ones raises every
 # score. A class that the unlabelled set does not share makes its pseudo labels wrong.
 #
-# The doctor looks at everything once and stops at nothing. *Error* means what it means in @sec-records: loading would refuse it, or a result would be worthless. The exit code of the command is 2 if there is one, else 0.
+# The doctor looks at everything once and stops at nothing. *Error* means what it means in @sec-records: loading would refuse it, or a result would be worthless. The exit code of the command is 2 if there is one, else 0. A set without any box to learn from has
+# no error, since its images may serve as unlabelled ones; training on it alone is refused, and the last line of the report says so.
 #
 # Images are compared by content, not by name. Two images are the same if their keys agree,
 #
@@ -63,12 +64,16 @@ class Report:
     @property
     def errors(self)->list[Fault]: return self.of('error')
     @property
-    def exit_code(self)->int: # 2: there are errors; 0: fit to train on, perhaps with warnings
+    def exit_code(self)->int: # 2: there are errors; 0: there are none, perhaps warnings
         return 2 if self.of('error') else 0
+    @property
+    def verdict(self)->str: # what the set is good for; `box_sizes` knows the boxes that have an area and are not to be ignored
+        if self.errors: return 'not fit for training'
+        return 'fit for training' if self.box_sizes else 'fit as unlabelled data only, no box to learn from'
     def to_json(self)->str:
         "Everything, for a machine"
         kinds = {k: Counter(f.kind for f in self.of(k)) for k in _LEVELS}
-        return json.dumps(asdict(self) | dict(exit_code=self.exit_code, kinds=kinds), indent=1)
+        return json.dumps(asdict(self) | dict(verdict=self.verdict, exit_code=self.exit_code, kinds=kinds), indent=1)
     def to_text(self,
         most:int=3, # faults shown of each kind; the rest is counted
     )->str:
@@ -94,8 +99,7 @@ def _fault_lines(r, most):
             yield from (f'    {f}' for f in r.of(level, kind)[:most])
             if n > most: yield f'    ... and {n-most:,} more'
     n = {k: len(r.of(k)) for k in _LEVELS}
-    verdict = 'not fit for training' if n['error'] else 'fit for training'
-    yield f'{verdict}: '+', '.join(f"{n[k]:,} {word}{'s'*(n[k] != 1)}" for k, word in zip(_LEVELS, ('error', 'warning', 'note')))
+    yield f'{r.verdict}: '+', '.join(f"{n[k]:,} {word}{'s'*(n[k] != 1)}" for k, word in zip(_LEVELS, ('error', 'warning', 'note')))
 
 
 # %%
@@ -309,9 +313,15 @@ def _as_source(spec, split, data_root): # -> Source; what cannot be opened becom
         what, _, cure = str(e).rpartition('; ')
         return Source(str(spec), str(spec), None, faults=[Fault('error', 'cannot-open', str(spec), (what or str(e)).removeprefix(f'{spec}: '), cure if what else 'see above')])
 
+def _read(spec, split, data_root): # a file that does not even hold the list of boxes: meant so, or lost in an export
+    source = read_source(spec, split, data_root)
+    if Path(source.where).is_file() and isinstance(source.data, dict) and isinstance(source.data.get('images'), list) and 'annotations' not in source.data:
+        source.faults.append(Fault('warning', 'missing-annotations', source.where, "there is no list 'annotations'", 'fit as unlabelled data; to learn from it, export it with its boxes'))
+    return source
+
 def _spec_source(spec, split, data_root): # a data set as a Source again
     if not isinstance(spec, DetectionDataset):
-        if str(spec).partition(':')[0] != 'digits' or Path(str(spec)).exists(): return read_source(spec, split, data_root)
+        if str(spec).partition(':')[0] != 'digits' or Path(str(spec)).exists(): return _read(spec, split, data_root)
         spec = open_dataset(spec, split)
     data = spec.coco_dict()
     if not spec.has_boxes: del data['annotations']
@@ -382,8 +392,17 @@ print(report.to_text().replace(f'{root}/', ''))
 
 # %%
 healthy = check_dataset(scenes, other=open_dataset('digits:n=6', 'val'))
-assert healthy.exit_code == 0 and not healthy.of(kind='shared-image')
+assert healthy.exit_code == 0 and not healthy.of(kind='shared-image') and healthy.verdict == 'fit for training'
 json.loads(healthy.to_json())['kinds']
+
+# %% [markdown]
+# An export that lost its boxes, or never had any, is still good for something:
+
+# %%
+(root/'bare.json').write_text(json.dumps(dict(images=[entry(1, 'val.png')], categories=[])))
+bare = check_dataset(root/'bare.json', progress=False)
+assert bare.exit_code == 0 and [f.kind for f in bare.faults] == ['missing-annotations']
+print(bare.to_text().replace(f'{root}/', ''))
 
 
 # %% [markdown]
@@ -436,7 +455,7 @@ plt.show()
 # ## Summary
 #
 # * `check_dataset` finds all faults in one pass: annotations, files, classes, copies, leaks between sets and splits.
-# * Errors are what loading would refuse or what would spoil a result; then the exit code is 2.
+# * Errors are what loading would refuse or what would spoil a result; then the exit code is 2. A set without boxes is fit as unlabelled data only.
 # * Images are compared by their pixels.
 # * `to_text` is for people, `to_json` for programs; `quick` reads headers only.
 # * A contact sheet completes it.

@@ -13,6 +13,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -21,7 +22,7 @@ from pathlib import Path
 from semidetr.augment import ViewConfig
 from semidetr.backbone import BackboneConfig
 from semidetr.consistency import ConsistencyConfig
-from semidetr.core import ConfigError, suggest
+from semidetr.core import ConfigError, in_range, suggest
 from semidetr.denoising import DenoisingConfig
 from semidetr.detector import DetectorConfig, detector_small, dino_r50
 from semidetr.losses import CriterionConfig
@@ -55,6 +56,8 @@ class DataConfig:
     dev:int = 100 # images held out of training to choose settings on
     cover_classes:bool = False # make sure that each class has a labelled image
 
+    def __post_init__(self): in_range('data', self, percent=(0, 100), count=0, fold=0, dev=0)
+
 @dataclass(frozen=True)
 class LoaderConfig:
     "How many images of each kind make one batch on one process"
@@ -63,7 +66,9 @@ class LoaderConfig:
     ratio:str = 'binomial' # 'binomial' (code: the numbers vary around the ratio) or 'fixed'
     num_workers:int = 2
 
-    def __post_init__(self): _one_of('loader', self, ratio=('binomial', 'fixed'))
+    def __post_init__(self):
+        _one_of('loader', self, ratio=('binomial', 'fixed'))
+        in_range('loader', self, n_labelled=1, n_unlabelled=0, num_workers=0)
 
 
 # %%
@@ -75,13 +80,16 @@ class OptimConfig:
     lr:float = 1e-4
     backbone_mult:float = .1 # learning rate of the backbone relative to lr
     weight_decay:float = 1e-4
-    clip:float = .1 # largest L2 norm of the gradient
+    clip:float = .1 # largest L2 norm of the gradient; 0: any
     schedule:str = 'constant' # 'constant', 'cosine' (to 0 at the end), or 'step' (x0.1 at each of `steps`)
     steps:tuple[int, ...] = ()
     warmup:int = 0 # iterations of linear warm-up
     accumulate:int = 1 # batches averaged into one step; processes x accumulate = 8 gives the paper's 8 x 5 images
 
-    def __post_init__(self): _one_of('optim', self, schedule=('constant', 'cosine', 'step'))
+    def __post_init__(self):
+        _one_of('optim', self, schedule=('constant', 'cosine', 'step'))
+        in_range('optim', self, iters=1, backbone_mult=0, weight_decay=0, clip=0, warmup=0, accumulate=1)
+        if not 0 < self.lr < math.inf: raise ConfigError(f'optim.lr={self.lr} must be above 0 and finite')
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -99,7 +107,9 @@ class RunConfig:
     log_every:int = 20
     health_window:int = 200 # iterations without pseudo labels before the warning
 
-    def __post_init__(self): _one_of('run', self, amp=('off', 'bf16', 'fp16', 'auto'), init_from=('teacher', 'student'))
+    def __post_init__(self):
+        _one_of('run', self, amp=('off', 'bf16', 'fp16', 'auto'), init_from=('teacher', 'student'))
+        in_range('run', self, threads=0, eval_every=0, eval_nms=(0, 1), checkpoint_every=1, log_every=1, health_window=1)
 
 
 # %%
@@ -309,14 +319,14 @@ def preset(
 # %% [markdown]
 # ## In use
 #
-# A typing mistake is answered with the nearest name, a wrong type with the right one:
+# A typing mistake is answered with the nearest name, a wrong type with the right one, an impossible number with what is possible:
 
 # %%
 messages = []
-for item in ('optim.lrr=1e-3', 'optim.iters=many', 'method.name=mean_techer'):
+for item in ('optim.lrr=1e-3', 'optim.iters=many', 'method.name=mean_techer', 'optim.iters=0', 'ema.decay=5'):
     try: override(preset('digits'), [item])
     except ConfigError as e: messages.append(str(e))
-assert len(messages) == 3 and 'lr' in messages[0]
+assert len(messages) == 5 and 'lr' in messages[0]
 messages
 
 # %% [markdown]
@@ -348,7 +358,7 @@ ax.barh(list(seen), list(seen.values()), color='#1f77b4'); ax.set(xscale='log', 
 #
 # - Every choice is a documented field of a frozen dataclass, written once.
 # - `part.field=value` changes one choice; a TOML or JSON file changes several.
-# - Unknown keys and wrong types are errors that name the cure.
+# - Unknown keys, wrong types and impossible numbers are errors that name the cure.
 # - The hash names a run; results are stored and found under it.
 #
 # ## Exercises
