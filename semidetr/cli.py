@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated
 import typer
 import semidetr
-from .terminal import Device, Nms, Out, Quiet, Run, _HINT, _bad, _fail, _free, _no_nan, _opt, _say, command, main
+from .terminal import Device, Nms, Out, Quiet, Run, _HINT, _bad, _fail, _free, _no_nan, _opt, _say, command, main, read_options, read_seeds
 
 # %% ../nbs/46_cli.ipynb #8180acfc
 @command()
@@ -271,6 +271,7 @@ def demo(out:Out=Path('runs/demo'), labels:_opt(int, 'number of labelled scenes'
     prepare()
     run_demo(_free(out), labels, tuple(seed), not quiet, workers, _say)
 
+# %% ../nbs/46_cli.ipynb #d89280ce
 @command('ablate')
 def run_studies(study:Annotated[list[str], typer.Argument(help='names in nbs/ablations/studies.toml, or all (those of this machine, or of --scale); without a name they are listed')]=None, scale:_opt(str, 'smoke, small or gpu; default: that of the study')='',
     seeds:_opt(str, 'how many, e.g. 5, or which: 0,2 or 3-4; default: those of the study')='', groups:_opt(str, 'e.g. p1,p5: these groups of the study; default: all')='', jobs:_opt(int, 'runs at a time, one thread each; 0: one a core, with Slurm all', '--jobs', '-j', min=0)=0,
@@ -284,11 +285,11 @@ def run_studies(study:Annotated[list[str], typer.Argument(help='names in nbs/abl
 
     Example: semidetr ablate components --seeds 3 --jobs 2
     """
-    from semidetr.ablate import ablate, find_book, read_options, read_seeds, study_lines
+    from semidetr.ablate import STUDIES, ablate, find_book
+    from semidetr.study import study_lines
     from semidetr.dry_run import dry_run as look
     book = find_book()
-    if not study:
-        with contextlib.chdir(book): return _say('\n'.join(study_lines()))
+    if not study: return _say('\n'.join(study_lines(book/STUDIES)))
     here = lambda p: p and Path(os.path.relpath(p, book) if Path(os.path.abspath(p)).is_relative_to(book) else Path(p).absolute()) # paths as seen from the checkout, links as they are
     out, results, data = here(_free(out or book/'runs'/'studies')), here(results and _free(results, '--results')), str(here(data)) if data and Path(data).exists() else data
     with contextlib.chdir(book):

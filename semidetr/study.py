@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CURVES', 'SCALES', 'LISTS', 'KEYS', 'SHARED', 'WANTED', 'finished', 'run_config', 'run_many', 'branches', 'paired',
-           'record', 'paired_difference', 'read_studies', 'study_table', 'load_study']
+           'record', 'paired_difference', 'read_studies', 'study_table', 'load_study', 'pick_studies', 'study_lines']
 
 # %% ../nbs/44_study.ipynb #4c1e40e2
 import itertools
@@ -149,6 +149,7 @@ def _checked(path, where, table): # of a study or a scale; every key is known an
         if not fits(value): raise ConfigError(f'{path}: {where}.{key} must be {what}')
         if key in SCALES: _checked(path, f'{where}.{key}', value)
 
+# %% ../nbs/44_study.ipynb #f41477fa
 def read_studies(
     path, # TOML file
 )->tuple: # studies: name -> table; scales: name -> table
@@ -208,3 +209,30 @@ def load_study(
         groups[group] = tried(group or 'base', tried('preset', start, own['base']), [*items, *common['base']])
         for where, changes in dict(burn_in=burn_in, **arms).items(): tried(f'{group}, {where}'.removeprefix(', '), groups[group], changes)
     return dict(scale=s['at'], home=s['home'], about=s.get('about', ''), seeds=all_.get('seeds', s.get('seeds', [0])), groups=groups, start=s['start'], burn_in=burn_in, arms=arms)
+
+# %% ../nbs/44_study.ipynb #44083782
+def pick_studies(
+    path, # TOML file
+    names:list, # as given; 'all': every study that has the scale
+    scale:str='', # '': the scale of each study itself; with 'all' those of this machine, `small`
+    only:tuple=(), # groups: of several studies those that have them
+)->list: # names
+    "Which studies are meant"
+    studies, scales = read_studies(path)
+    if scale and scale not in SCALES: raise ConfigError(f"--scale '{scale}' is unknown; {suggest(scale, SCALES)}")
+    if unknown := [n for n in names if n not in studies and n != 'all']: raise ConfigError(f"{path}: has no study '{unknown[0]}'; {suggest(unknown[0], studies)}")
+    if 'all' in names: names = [n for n, s in studies.items() if (scale or 'small') in (s.get('scale', 'small'), *(k for k in (*s, *scales) if scale))]
+    if only and len(names) > 1: names = [n for n in names if set(only) <= set(load_study(path, n, scale)['groups'])] or names
+    return list(dict.fromkeys(names))
+
+def study_lines(
+    path, # TOML file
+)->list: # of str
+    "What can be run: name, scales, groups, seeds, about"
+    out = []
+    for name, s in read_studies(path)[0].items():
+        whole = load_study(path, name)
+        scales = [whole['scale'], *(k for k in ('smoke', 'gpu') if k != whole['scale'] and (k in s or k == 'smoke'))]
+        groups = ', '.join(filter(None, whole['groups']))
+        out += [f"{name}: {whole['about']}", f"    {len(whole['arms'])} arms, {len(whole['seeds'])} seeds; scales {', '.join(scales)}"+(f'; groups {groups}' if groups else '')]
+    return out

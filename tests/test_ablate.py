@@ -377,7 +377,7 @@ def test_without_a_name_studies_are_listed(fake):
 
 def test_all_means_the_studies_of_this_machine(monkeypatch, tmp_path):
     monkeypatch.chdir(checkout(tmp_path/'book', STUDY+STUDY.replace('toy', 'big').replace('preset', 'scale = "gpu"\npreset')+STUDY.replace('toy', 'split').replace('[split.arms]', '[split.groups.labels]\np1 = []\n[split.arms]')))
-    assert A.pick_studies(['all']) == ['toy', 'split'] and A.pick_studies(['all'], 'gpu') == ['big'] and A.pick_studies(['all'], '', ('p1',)) == ['split']
+    assert A.pick_studies(A.STUDIES, ['all']) == ['toy', 'split'] and A.pick_studies(A.STUDIES, ['all'], 'gpu') == ['big'] and A.pick_studies(A.STUDIES, ['all'], '', ('p1',)) == ['split']
 
 def test_sigterm_is_ctrl_c():
     before = signal.getsignal(signal.SIGTERM)

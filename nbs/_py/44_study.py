@@ -157,6 +157,14 @@ def paired_difference(
 
 
 # %% [markdown]
+# Three seeds that differ by ten points, and a method that adds two to each:
+
+# %%
+gain = paired_difference([30., 35., 40.], [32., 37., 42.])
+assert gain['mean'] == 2 and gain['std'] == 0
+gain
+
+# %% [markdown]
 # ## A study is data
 #
 # Which arms a study has is written down in a TOML file, as settings on top of a common base. A new arm is a new line. `groups` crosses the arms with something else, say the number of labels or the data set: each combination is a group with its own burn-in.
@@ -188,6 +196,9 @@ def _checked(path, where, table): # of a study or a scale; every key is known an
         if not fits(value): raise ConfigError(f'{path}: {where}.{key} must be {what}')
         if key in SCALES: _checked(path, f'{where}.{key}', value)
 
+
+# %%
+#| export
 def read_studies(
     path, # TOML file
 )->tuple: # studies: name -> table; scales: name -> table
@@ -249,6 +260,35 @@ def load_study(
         groups[group] = tried(group or 'base', tried('preset', start, own['base']), [*items, *common['base']])
         for where, changes in dict(burn_in=burn_in, **arms).items(): tried(f'{group}, {where}'.removeprefix(', '), groups[group], changes)
     return dict(scale=s['at'], home=s['home'], about=s.get('about', ''), seeds=all_.get('seeds', s.get('seeds', [0])), groups=groups, start=s['start'], burn_in=burn_in, arms=arms)
+
+
+# %%
+#| export
+def pick_studies(
+    path, # TOML file
+    names:list, # as given; 'all': every study that has the scale
+    scale:str='', # '': the scale of each study itself; with 'all' those of this machine, `small`
+    only:tuple=(), # groups: of several studies those that have them
+)->list: # names
+    "Which studies are meant"
+    studies, scales = read_studies(path)
+    if scale and scale not in SCALES: raise ConfigError(f"--scale '{scale}' is unknown; {suggest(scale, SCALES)}")
+    if unknown := [n for n in names if n not in studies and n != 'all']: raise ConfigError(f"{path}: has no study '{unknown[0]}'; {suggest(unknown[0], studies)}")
+    if 'all' in names: names = [n for n, s in studies.items() if (scale or 'small') in (s.get('scale', 'small'), *(k for k in (*s, *scales) if scale))]
+    if only and len(names) > 1: names = [n for n in names if set(only) <= set(load_study(path, n, scale)['groups'])] or names
+    return list(dict.fromkeys(names))
+
+def study_lines(
+    path, # TOML file
+)->list: # of str
+    "What can be run: name, scales, groups, seeds, about"
+    out = []
+    for name, s in read_studies(path)[0].items():
+        whole = load_study(path, name)
+        scales = [whole['scale'], *(k for k in ('smoke', 'gpu') if k != whole['scale'] and (k in s or k == 'smoke'))]
+        groups = ', '.join(filter(None, whole['groups']))
+        out += [f"{name}: {whole['about']}", f"    {len(whole['arms'])} arms, {len(whole['seeds'])} seeds; scales {', '.join(scales)}"+(f'; groups {groups}' if groups else '')]
+    return out
 
 
 # %%

@@ -30,7 +30,7 @@ from semidetr.core import ConfigError, atomic_write, suggest
 from semidetr.machine import usable_cores
 from semidetr.pages import need
 from semidetr.runs import write_appendix
-from semidetr.study import branches, finished, load_study, read_studies, record, SCALES
+from semidetr.study import branches, finished, load_study, pick_studies, record
 
 # %%
 #| hide
@@ -161,6 +161,9 @@ def _other(run): # how the settings in its folder differ
     changed = differences(to_dict(load_config(run.folder/'config.json')), to_dict(run.cfg))
     return f"{', '.join(changed[:3])}{f' and {len(changed)-3} more' if len(changed) > 3 else ''}"
 
+
+# %%
+#| export
 def run_notebook(
     run:Run,
     notebook=NOTEBOOK,
@@ -343,6 +346,9 @@ def seed_line(
     ap = lambda m: f"{m[part]['teacher']['AP']:.1f}" if (part := 'val' if 'val' in m else 'dev') in m else '-'
     return f"{path}: "+', '.join(f"{arm} {ap(a['metrics'])}" for arm, a in r['arms'].items())
 
+
+# %%
+#| export
 def run_all(
     runs:list, # of Run
     engine, results, notebook=NOTEBOOK, processes:int=1, limit:int=1, # see `drive` and `keep`
@@ -368,6 +374,9 @@ def run_all(
         bar.set_postfix_str(f'{len(once)-len(left)} of {len(once)} runs'+(f', {len(broken)} failed' if broken else ''), refresh=False); bar.update(0)
     with contextlib.closing(bar), stoppable(): return list(drive([r for r in todo if r.folder not in lost], engine, notebook, processes, limit, ended).values())
 
+
+# %%
+#| export
 @contextlib.contextmanager
 def stoppable():
     "SIGTERM is Ctrl-C: every run saves a checkpoint"
@@ -404,46 +413,6 @@ def find_book()->Path: # top folder of the checkout
         if (d/STUDIES).is_file(): return d
     raise ConfigError(f'no {STUDIES} here or above; run this in a checkout of the book')
 
-def read_seeds(
-    text:str, # '5': the first five, 0 to 4; '0,2' or '3-4': these; '3-3': this one
-)->list: # of int; None: those of the study
-    "Seeds as written on the command line"
-    if text.isdecimal() and int(text): return [*range(int(text))]
-    try: parts = [[int(x) for x in p.split('-')] for p in text.split(',') if p]
-    except ValueError: parts = [[]]
-    if text == '0' or any(len(p) not in (1, 2) or p[0] > p[-1] for p in parts): raise ConfigError(f"--seeds '{text}' is no number of seeds and no list; write 5 for the first five, 0,2 or 3-4 for these, 0-0 for seed 0 alone")
-    return [s for p in parts for s in range(p[0], p[-1]+1)] or None
-
-def pick_studies(
-    names:list, # as given; 'all': every study that has the scale
-    scale:str='', # '': the scale of each study itself; with 'all' those of this machine, `small`
-    only:tuple=(), # groups: of several studies those that have them
-)->list: # names
-    "Which studies are meant"
-    studies, scales = read_studies(STUDIES)
-    if scale and scale not in SCALES: raise ConfigError(f"--scale '{scale}' is unknown; {suggest(scale, SCALES)}")
-    if unknown := [n for n in names if n not in studies and n != 'all']: raise ConfigError(f"{STUDIES}: has no study '{unknown[0]}'; {suggest(unknown[0], studies)}")
-    if 'all' in names: names = [n for n, s in studies.items() if (scale or 'small') in (s.get('scale', 'small'), *(k for k in (*s, *scales) if scale))]
-    if only and len(names) > 1: names = [n for n in names if set(only) <= set(load_study(STUDIES, n, scale)['groups'])] or names
-    return list(dict.fromkeys(names))
-
-def study_lines()->list: # of str
-    "What can be run: name, scales, groups, seeds, about"
-    out = []
-    for name, s in read_studies(STUDIES)[0].items():
-        whole = load_study(STUDIES, name)
-        scales = [whole['scale'], *(k for k in ('smoke', 'gpu') if k != whole['scale'] and (k in s or k == 'smoke'))]
-        groups = ', '.join(filter(None, whole['groups']))
-        out += [f"{name}: {whole['about']}", f"    {len(whole['arms'])} arms, {len(whole['seeds'])} seeds; scales {', '.join(scales)}"+(f'; groups {groups}' if groups else '')]
-    return out
-
-def read_options(
-    items:list, # 'key=value'
-)->dict: # numbers where they are whole
-    "Options of the cluster as written on the command line"
-    if bad := [i for i in items if '=' not in i]: raise ConfigError(f"--option '{bad[0]}' is not of the form key=value, e.g. timeout_min=600")
-    return {k: int(v) if v.isdigit() else v for k, _, v in (i.partition('=') for i in items)}
-
 
 # %%
 #| export
@@ -463,7 +432,7 @@ def ablate(
     "Run studies in the checkout that is the working directory"
     if engine not in ENGINES: raise ConfigError(f"engine '{engine}' is unknown; {suggest(engine, ENGINES)}")
     if options and engine == 'local': raise ConfigError(f"--option {next(iter(options))} is for a cluster; add --engine slurm")
-    names = pick_studies(names, scale, only)
+    names = pick_studies(STUDIES, names, scale, only)
     runs = [r for name in names for r in plan(STUDIES, name, scale, seeds, out, data, only)]
     results = results or (Path(out)/'results' if scale == 'smoke' or data else STUDIES.parent/'results')
     check_notebook(NOTEBOOK)
@@ -478,11 +447,6 @@ def ablate(
         for page in write_appendix(firsts, STUDIES.parent/'runs'):
             if Path('_quarto.yml').is_file() and page.as_posix() not in Path('_quarto.yml').read_text(): say(f'{page}: the executed runs; list it under `appendices` in _quarto.yml to have it in the book')
     return failed
-
-
-# %%
-assert read_seeds('0,2-4') == [0, 2, 3, 4] and read_seeds('2-2') == [2] and read_seeds('') is None
-read_seeds('5')
 
 # %% [markdown]
 # ## Summary

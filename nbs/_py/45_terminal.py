@@ -156,6 +156,30 @@ def _no_nan(x): # NaN -> None: JSON has no NaN
     return None if isinstance(x, float) and x != x else x
 
 
+# %%
+#| export
+def read_seeds(
+    text:str, # '5': the first five, 0 to 4; '0,2' or '3-4': these; '3-3': this one
+)->list: # of int; None: those of the study
+    "Seeds as written on the command line"
+    if text.isdecimal() and int(text): return [*range(int(text))]
+    try: parts = [[int(x) for x in p.split('-')] for p in text.split(',') if p]
+    except ValueError: parts = [[]]
+    if text == '0' or any(len(p) not in (1, 2) or p[0] > p[-1] for p in parts): raise _bad(f"--seeds '{text}' is no number of seeds and no list; write 5 for the first five, 0,2 or 3-4 for these, 0-0 for seed 0 alone")
+    return [s for p in parts for s in range(p[0], p[-1]+1)] or None
+
+def read_options(
+    items:list, # 'key=value'
+)->dict: # numbers where they are whole
+    "Options of the cluster as written on the command line"
+    if bad := [i for i in items if '=' not in i]: raise _bad(f"--option '{bad[0]}' is not of the form key=value, e.g. timeout_min=600")
+    return {k: int(v) if v.isdigit() else v for k, _, v in (i.partition('=') for i in items)}
+
+
+# %%
+assert read_seeds('0,2-4') == [0, 2, 3, 4] and read_seeds('2-2') == [2] and read_seeds('') is None
+read_seeds('5')
+
 # %% [markdown]
 # A toy command, and what a terminal would show of it:
 
