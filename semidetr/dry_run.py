@@ -11,7 +11,7 @@ import functools
 import json
 from pathlib import Path
 import torch
-from .ablate import state
+from .ablate import in_the_way, state
 from .config import config_hash
 from .core import SemiDETRError
 from .datasets import open_dataset
@@ -91,7 +91,7 @@ def dry_run(
         images = f'{counts[0]} / {counts[1]}' if counts else '?'
         memory = f'{measured[key]} MB measured' if key in measured else f'about {memory_estimate(r.cfg)/1024:.1f} GB'
         how = 'no data' if wrong else state(r)
-        if how == 'other settings': missing[f'{r.title}: {r.folder} holds a run with other settings; choose another --out or delete that folder'] = None
+        if how == 'other settings': missing[in_the_way(r)] = None
         rows.append([r.title, key, r.cfg.optim.iters, images_a_batch(r.cfg)*r.cfg.optim.accumulate*processes, images, how+', recorded'*(how == 'new' and key in measured), memory])
     heads = ['run', 'hash', 'iterations', 'images a step', 'labelled / unlabelled', 'state', 'memory']
     widths = [max(len(str(row[i])) for row in [heads, *rows]) for i in range(len(heads))]

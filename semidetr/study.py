@@ -221,7 +221,7 @@ def pick_studies(
     studies, scales = read_studies(path)
     if scale and scale not in SCALES: raise ConfigError(f"--scale '{scale}' is unknown; {suggest(scale, SCALES)}")
     if unknown := [n for n in names if n not in studies and n != 'all']: raise ConfigError(f"{path}: has no study '{unknown[0]}'; {suggest(unknown[0], studies)}")
-    if 'all' in names: names = [n for n, s in studies.items() if (scale or 'small') in (s.get('scale', 'small'), *(k for k in (*s, *scales) if scale))]
+    if 'all' in names: names = [n for n, s in studies.items() if s.get('scale', 'small') == (scale or 'small') or scale in (*s, *scales)]
     if only and len(names) > 1: names = [n for n in names if set(only) <= set(load_study(path, n, scale)['groups'])] or names
     return list(dict.fromkeys(names))
 

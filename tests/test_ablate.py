@@ -366,7 +366,7 @@ def test_dry_run_names_what_is_in_the_way(fake):
     (run.folder/'config.json').write_text(json.dumps(A.to_dict(override(run.cfg, ['optim.lr=5']))))
     for i, text in enumerate(['{"burn_in": {', '', '{}', '[]']): p = Path(f'nbs/ablations/results/old/seed{i}.json'); p.parent.mkdir(parents=True, exist_ok=True); p.write_text(text)
     code, out, err = shell('toy', '-n')
-    assert code == 2 and err.count('\n') == 1 and 'holds a run with other settings' in err and out.count('damaged record') == 4 and 'old/seed2.json' in out
+    assert code == 2 and err.count('\n') == 1 and f'optim.lr: 5.0 -> {run.cfg.optim.lr}' in err and out.count('damaged record') == 4 and 'old/seed2.json' in out
     A.NOTEBOOK.write_text('{')
     code, out, err = shell('toy', '-n')
     assert code == 2 and err.count('\n') == 1 and 'train_run.ipynb' in err and 'make nb-export' in err

@@ -157,9 +157,12 @@ def _why(error, folder): # one line; where processes of their own failed, what t
     said = [line.removeprefix('error: ') for line in log.read_text(errors='replace').splitlines() if line.startswith('error: ')] if error.ename == 'CalledProcessError' and log.is_file() else []
     return f'{said[-1]} (all of it: {log})' if said else f'{error.ename}: {_last_line(error.evalue)}'
 
-def _other(run): # how the settings in its folder differ
+def in_the_way(
+    run:Run, # whose state is 'other settings'
+)->str: # one line
+    "How the settings of the run in that folder differ, and the cure"
     changed = differences(to_dict(load_config(run.folder/'config.json')), to_dict(run.cfg))
-    return f"{', '.join(changed[:3])}{f' and {len(changed)-3} more' if len(changed) > 3 else ''}"
+    return f"{run.title}: {run.folder} holds a run with other settings ({', '.join(changed[:3])}{f' and {len(changed)-3} more' if len(changed) > 3 else ''}); choose another --out or delete that folder"
 
 
 # %%
@@ -176,7 +179,7 @@ def run_notebook(
     from papermill.iorw import papermill_io
     papermill_io.get_handler('local').cwd(None) # shared by all threads; two that end at the same time leave the folder of an earlier command in it
     part, key = run.folder/'run.part.ipynb', config_hash(run.cfg)
-    if state(run) == 'other settings': return f'{run.title}: {run.folder} holds a run with other settings ({_other(run)}); choose another --out or delete that folder'
+    if state(run) == 'other settings': return in_the_way(run)
     atomic_write(run.folder/'config.json', json.dumps(to_dict(run.cfg), indent=1))
     try: papermill.execute_notebook(notebook, part, dict(title=run.title, folder=run.folder.as_posix(), expected=key, processes=processes), kernel_name='python3',
                                     progress_bar=False, start_timeout=600, kernel_manager_class=_kernels(set() if alive is None else alive, run.folder/'kernel.log'), extra_arguments=['--IPKernelApp.log_level=50'])

@@ -92,13 +92,13 @@ ax.set(xlabel='$T_1$', ylabel='AP', xticks=list(lengths)); ax.legend(fontsize=8)
 #| label: tbl-abl-nms-stage
 #| tbl-cap: "The same in numbers, and for the student instead of its average: mean and standard deviation over the seeds."
 #| echo: false
-markdown(markdown_table(['$T_1$', 'AP', 'AP with NMS', 'of the student: AP', 'with NMS'],
+markdown(markdown_table([f'$T_1$ ({len(stages)} seeds)', 'AP', 'AP with NMS', 'of the student: AP', 'with NMS'],
                         [[T1, *(spread(values(stages, arm, key, who)) for who in ('teacher', 'student') for key in ('AP', 'AP_nms'))] for T1, arm in lengths.items()]))
 
 # %%
 #| echo: false
 ahead = {key: ', '.join(f"{plus_minus(with_interval(paired_difference(values(stages, arm, key), values(stages, arm, key, 'student'))))} at {T1}" for T1, arm in lengths.items()) for key in ('AP', 'AP_nms')}
-markdown(f"The averaged network still carries a part of the first stage, since a decay of {stages[0]['arms']['hybrid']['config']['ema']['decay']} remembers about a hundred iterations. The student against its average, by length of the first stage: {ahead['AP']}; both suppressed: {ahead['AP_nms']}.")
+markdown(f"The averaged network still carries a part of the first stage, since a decay of {stages[0]['arms']['hybrid']['config']['ema']['decay']} remembers about a hundred iterations. The student against its average over {len(stages)} seeds, by length of the first stage: {ahead['AP']}; both suppressed: {ahead['AP_nms']}.")
 
 # %% [markdown]
 # ## Duplicates that the teacher teaches
