@@ -204,6 +204,13 @@ def test_a_folder_with_another_run_is_not_touched(fake):
     code, out, err = shell('toy', '-q')
     assert code == 1 and err == f'error: toy seed 0 supervised: {run.folder} holds a run with other settings (optim.lr: 5.0 -> {run.cfg.optim.lr}); choose another --out or delete that folder\n' and stamps(run.folder) == before
 
+def test_misspelt_parameter_of_the_notebook(fake):
+    "papermill would inject a name that nothing reads, and the hash would not be compared"
+    shell = fake()
+    A.NOTEBOOK.write_text(A.NOTEBOOK.read_text().replace("expected = ''", "expcted = ''"))
+    code, out, err = shell('toy', '-q')
+    assert code == 2 and err.count('\n') == 1 and "train_run.ipynb: the cell with the tag 'parameters' has no 'expected'" in err and not Path('runs').exists()
+
 def test_lost_parameters_tag(fake):
     shell = fake()
     A.NOTEBOOK.write_text(A.NOTEBOOK.read_text().replace('"parameters"', '"params"'))

@@ -132,11 +132,13 @@ assert len(toy) == 6 and toy[1].start == toy[0].folder and {state(r) for r in to
 def check_notebook(
     path, # run notebook
 ):
-    "ConfigError unless exactly one cell has the tag `parameters`"
+    "ConfigError unless exactly one cell has the tag `parameters`, and a value for each of them"
+    cure = f'bring it back with `make nb-export NB=ablations/{Path(path).stem}`'
     if not Path(path).is_file(): raise ConfigError(f'{path}: no such notebook; run this in a checkout of the book')
-    try: tagged = sum('parameters' in c['metadata'].get('tags', []) for c in json.loads(Path(path).read_text())['cells'])
-    except (ValueError, KeyError, TypeError): raise ConfigError(f'{path}: damaged, not a notebook; bring it back with `make nb-export NB=ablations/{Path(path).stem}`') from None
-    if tagged != 1: raise ConfigError(f"{path}: {tagged} cells have the tag 'parameters', one must; bring it back with `make nb-export NB=ablations/{Path(path).stem}`")
+    try: tagged = [''.join(c['source']) for c in json.loads(Path(path).read_text())['cells'] if 'parameters' in c['metadata'].get('tags', [])]
+    except (ValueError, KeyError, TypeError): raise ConfigError(f'{path}: damaged, not a notebook; {cure}') from None
+    if len(tagged) != 1: raise ConfigError(f"{path}: {len(tagged)} cells have the tag 'parameters', one must; {cure}")
+    if lost := [p for p in ('title', 'folder', 'expected', 'processes') if p not in {line.partition('=')[0].strip() for line in tagged[0].splitlines()}]: raise ConfigError(f"{path}: the cell with the tag 'parameters' has no '{lost[0]}'; {cure}")
 
 def _kernels(alive, log): # class of kernel managers that note their process in the set `alive`; what a kernel says outside its cells goes to the file `log`
     from jupyter_client import AsyncKernelManager
