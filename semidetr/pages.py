@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'CALLOUT', 'REF', 'fail', 'need', 'read_book', 'chapter_files', 'split_directives', 'defined_names',
-           'cell_text', 'notebook_module', 'symbol_index', 'link_names', 'make_cell', 'filter_notebook', 'outside_code',
-           'CrossRefs', 'load_pages', 'cross_references', 'markdown_table', 'write_home', 'import_graph']
+           'cell_text', 'notebook_module', 'symbol_index', 'link_names', 'make_cell', 'filter_notebook',
+           'stored_notebook', 'outside_code', 'CrossRefs', 'load_pages', 'cross_references', 'markdown_table',
+           'write_home', 'import_graph']
 
 # %% ../nbs/44_pages.ipynb #79f9d05e
 import ast
@@ -154,6 +155,12 @@ def filter_notebook(
             cells.append(make_cell('markdown', f'<span class="module-tag">{module}</span>{anchors}', id=f'tag{i:03d}'))
         cells.append({**c, 'source': '\n'.join([*options, code])})
     return {**nb, 'cells': cells}
+
+def stored_notebook(
+    nb:dict, # from `filter_notebook`, a source of a cell being one string
+)->dict: # the same, every source a list of lines that keep their newlines
+    "A notebook in the form that nbformat prescribes for files; Quarto's reader joins the lines as they are"
+    return {**nb, 'cells': [{**c, 'source': c['source'].splitlines(keepends=True)} for c in nb['cells']]}
 
 # %% ../nbs/44_pages.ipynb #2d78e8cc
 KINDS = dict(fig='Figure', tbl='Table', eq='Equation', sec='Section', lst='Listing')

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 from .pages import CALLOUT, CrossRefs, REF, cell_text, chapter_files, cross_references, fail, filter_notebook
-from .pages import load_pages, make_cell, need, outside_code, read_book, split_directives, symbol_index
+from .pages import load_pages, make_cell, need, outside_code, read_book, split_directives, stored_notebook, symbol_index
 
 # %% ../nbs/45_site.ipynb #d10848a1
 _EQ = re.compile(r'\$\$(.+?)\$\$[ \t]*(?:\{#(eq-[\w-]+)\})?', re.S)
@@ -141,7 +141,7 @@ def stage(
         else:
             nb = _titled(nb, n)
             nb['cells'] = [finish_code_cell(c, refs, page) if c['cell_type'] == 'code' else {**c, 'source': finish(c['source'])} for c in nb['cells']]
-            out.write_text(json.dumps(nb), encoding='utf-8')
+            out.write_text(json.dumps(stored_notebook(nb)), encoding='utf-8')
     options = {k: v for k, v in book['format']['html'].items() if k not in ('html-math-method', 'number-sections')}
     chapters = book['book']['chapters'] + book['book'].get('appendices', [])
     assets = [*([options['css']] if isinstance(options.get('css'), str) else options.get('css', [])), book['book'].get('favicon', ''), *book['project'].get('resources', [])]
@@ -216,7 +216,7 @@ def main(
         if not a.filter and not a.fresh: print(f'open {os.path.relpath(build_site(root, a.engine))}/index.html')
         else:
             files = chapter_files(read_book(root))
-            if a.filter: json.dump(filter_notebook(json.load(sys.stdin), symbol_index(root, files), os.path.relpath(here, root)), sys.stdout)
+            if a.filter: json.dump(stored_notebook(filter_notebook(json.load(sys.stdin), symbol_index(root, files), os.path.relpath(here, root))), sys.stdout)
             if a.fresh: [os.utime(root/f) for f in files]
     except Exception as e:
         if type(e).__name__ not in ('ConfigError', 'RuntimeError', 'ValueError'): raise

@@ -1,9 +1,9 @@
 "The site as a reader gets it: links, pictures, formulas, navigation, a phone; and what happens when it cannot be built."
 import html.parser, json, shutil, subprocess, sys, urllib.parse
-import pytest
+import nbformat, pytest
 from conftest import ROOT, copy_book
 from semidetr.core import ConfigError
-from semidetr.pages import CrossRefs, chapter_files, cross_references, filter_notebook, load_pages, markdown_table, read_book, symbol_index, write_home
+from semidetr.pages import CrossRefs, chapter_files, cross_references, filter_notebook, load_pages, markdown_table, read_book, stored_notebook, symbol_index, write_home
 from semidetr.site import build_site, figure_output, main, mathml, number_headings, resolve
 
 FILES = chapter_files(read_book(ROOT))
@@ -196,10 +196,22 @@ def test_the_filter_that_quarto_calls(root):
     source = (root/'nbs'/'01_boxes.ipynb').read_text()
     done = subprocess.run([sys.executable, '-m', 'semidetr.site', '--filter'], cwd=root/'nbs', input=source, capture_output=True, text=True)
     page = json.loads(done.stdout)
-    assert page == filter_notebook(json.loads(source), symbol_index(root, FILES), 'nbs')
+    assert page == stored_notebook(filter_notebook(json.loads(source), symbol_index(root, FILES), 'nbs'))
     code = [''.join(c['source']) for c in page['cells'] if c['cell_type'] == 'code']
     assert any('def generalized_box_iou' in c for c in code), 'exported code is shown'
     assert not any(line.startswith(('#| export', '#| hide', '#| default_exp')) for c in code for line in c.splitlines())
+
+@pytest.mark.parametrize('page', [f for f in FILES if f.endswith('.ipynb')])
+def test_what_the_filter_writes_is_a_notebook(root, page):
+    "Every line of a source keeps its newline, and nbformat accepts the whole: Quarto loses the newlines of a source that is one string"
+    nb = stored_notebook(filter_notebook(json.loads((root/page).read_text(encoding='utf-8')), {}, ''))
+    nbformat.validate(nb)
+    for c in nb['cells']:
+        assert isinstance(c['source'], list) and all(line.endswith('\n') for line in c['source'][:-1])
+        fences = [line for line in c['source'] if line.startswith(':::')] if c['cell_type'] == 'markdown' else []
+        assert len(fences) % 2 == 0, 'a box that is not closed'
+        shown = ''.join(''.join(v) for o in c.get('outputs', []) for k, v in o.get('data', {}).items() if k.startswith('text/'))
+        assert shown.count(':::') % 2 == 0, 'an output that opens a box and does not close it'
 
 def test_mathml():
     assert mathml('x_i').startswith('<math') and 'display="block"' in mathml('x', display=True)

@@ -217,12 +217,26 @@ def filter_notebook(
         cells.append({**c, 'source': '\n'.join([*options, code])})
     return {**nb, 'cells': cells}
 
+def stored_notebook(
+    nb:dict, # from `filter_notebook`, a source of a cell being one string
+)->dict: # the same, every source a list of lines that keep their newlines
+    "A notebook in the form that nbformat prescribes for files; Quarto's reader joins the lines as they are"
+    return {**nb, 'cells': [{**c, 'source': c['source'].splitlines(keepends=True)} for c in nb['cells']]}
+
 
 # %%
 toy_nb = {'cells': [make_cell('code', '#| default_exp boxes'), make_cell('code', '#| export\ndef area(w, h): return w*h'), make_cell('code', '#| hide\nimport os')]}
 page = filter_notebook(toy_nb, toy_index, 'nbs')
 assert [c['source'] for c in page['cells']] == ['<span class="module-tag">semidetr.boxes</span><span id="semidetr.boxes.area"></span>', 'def area(w, h): return w*h']
 [c['cell_type'] for c in page['cells']]
+
+# %% [markdown]
+# In memory a source is one string. In a file it is a list of lines, each with its newline: a reader that finds a string may split it and lose them, and then a heading swallows the paragraph below it.
+
+# %%
+toy_file = stored_notebook({'cells': [make_cell('markdown', '# Boxes\n\nA paragraph.')]})
+assert toy_file['cells'][0]['source'] == ['# Boxes\n', '\n', 'A paragraph.']
+toy_file['cells'][0]['source']
 
 # %% [markdown]
 # ## Numbers and references
