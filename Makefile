@@ -25,7 +25,7 @@ help:
 	@echo 'make site   the site alone'
 	@echo 'make bench  all timings, about ten minutes on a quiet machine, and their page; BENCH=--quick: a smoke version without the page'
 	@echo 'make ablations-smoke  every study of the book, seconds a run, into a temporary folder; make ablations  those whose records are committed, hours'
-	@echo 'make nb NB=10_attention   bring the text of one notebook into it, export its module, run it'
+	@echo 'make nb NB=detectors/01_attention   bring the text of one notebook into it, export its module, run it'
 
 # --- the environment: built from the project's own files, and again only when they change ------------------------------
 env: $(STAMP)
@@ -42,7 +42,7 @@ $(STAMP): settings.ini setup.py pyproject.toml
 book: $(STAMP)
 	@$(KEEP_MEMORY) $(BIN)/semidetr demo $(DEMO)
 	@$(BIN)/python tests/nbtool.py run ablations/01_mean_teacher
-	@$(BIN)/python -m semidetr.site >/dev/null
+	@$(BIN)/python -m semidetr.book.site >/dev/null
 	@echo 'Done. Open _docs/index.html in a browser.'
 
 test: $(STAMP)
@@ -51,7 +51,7 @@ test: $(STAMP)
 	@echo '--- tests: export, clean, lint, modules, book, site, links, browser'; $(KEEP_MEMORY) $(BIN)/python -m pytest
 
 site: $(STAMP)
-	@$(BIN)/python -m semidetr.site
+	@$(BIN)/python -m semidetr.book.site
 
 # --- timings against other implementations, which the extra [bench] brings ---------------------------------------------
 bench: .venv/.bench-installed

@@ -16,7 +16,7 @@ setup(
                  "Operating System :: OS Independent", "Programming Language :: Python :: 3", "Programming Language :: Python :: 3.11",
                  "Programming Language :: Python :: 3.12", "Programming Language :: Python :: 3.13",
                  "Topic :: Scientific/Engineering :: Artificial Intelligence", "Topic :: Scientific/Engineering :: Image Recognition"],
-    packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
+    packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"], exclude=[cfg["lib_path"] + ".book*"]), # the pages need a checkout
     package_data={cfg["lib_path"]: words("package_data")}, include_package_data=False,
     python_requires=">=" + cfg["min_python"], install_requires=words("requirements"), extras_require={"book": words("book_requirements"), "bench": words("bench_requirements"), "cluster": words("cluster_requirements")},
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},

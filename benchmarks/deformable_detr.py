@@ -7,11 +7,11 @@ import torch
 import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
-from semidetr import backbone as B
+from semidetr.detectors import backbone as B
 from semidetr.boxes import inverse_sigmoid
-from semidetr.detector import level_masks, make_heads
-from semidetr.losses import CriterionConfig, set_criterion
-from semidetr.transformer import DecoderLayer, Encoder, TransformerConfig, token_geometry
+from semidetr.detectors.detector import level_masks, make_heads
+from semidetr.matching.losses import CriterionConfig, set_criterion
+from semidetr.detectors.transformer import DecoderLayer, Encoder, TransformerConfig, token_geometry
 
 # the backbones of the comparison: kind of block, stem, widths and blocks of the stages
 RESNETS = dict(tiny=('basic', 32, (32, 64, 128, 256), (2, 2, 2, 2)), resnet18=('basic', 64, (64, 128, 256, 512), (2, 2, 2, 2)),
@@ -20,7 +20,7 @@ SIZE = TransformerConfig(d_model=128, n_heads=8, n_levels=4, n_points=4, enc_lay
 CLASSES, CRITERION = 80, CriterionConfig(w_cls=1., w_l1=5., w_giou=2., l1_weight=5.) # their weights, in cost and loss
 
 def sine(mask, num_feats, temperature=10000): # (B,h,w) True=padding -> (B,2*num_feats,h,w)
-    "Position code of Deformable DETR: as `semidetr.backbone.sine_position`, at the centre of a cell instead of its end"
+    "Position code of Deformable DETR: as `semidetr.detectors.backbone.sine_position`, at the centre of a cell instead of its end"
     power = 2*torch.arange(num_feats//2, device=mask.device)/num_feats
     def code(count, last):
         angle = ((count-.5)/(last+1e-6)*2*math.pi)[..., None]/temperature**power

@@ -1,6 +1,6 @@
 """One-to-one matching against transformers' `DeformableDetrHungarianMatcher`: the same pairs, and how long they take."""
 import torch
-from semidetr.matching import assign_o2o, hungarian, hungarian_layers, pad_targets, pair_cost
+from semidetr.matching.matching import assign_o2o, hungarian, hungarian_layers, pad_targets, pair_cost
 from timing import compare, interleave
 
 IMAGES, QUERIES, CLASSES, OBJECTS = 16, 900, 80, 20

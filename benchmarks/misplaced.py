@@ -7,14 +7,14 @@ from functools import partial
 from pathlib import Path
 import torch
 from tqdm import tqdm
-from semidetr.assigners import ASSIGNERS, jitter_targets, misplaced_background
+from semidetr.matching.assigners import ASSIGNERS, jitter_targets, misplaced_background
 from semidetr.boxes import normalize_boxes, transform_boxes
 from semidetr.core import atomic_write
-from semidetr.datasets import Subset
-from semidetr.loader import EvalLoader
-from semidetr.matching import assign_o2m, assign_o2o, pad_targets
-from semidetr.predict import load_model
-from semidetr.trainer import build_data
+from semidetr.data.datasets import Subset
+from semidetr.data.loader import EvalLoader
+from semidetr.matching.matching import assign_o2m, assign_o2o, pad_targets
+from semidetr.train.predict import load_model
+from semidetr.train.trainer import build_data
 
 AMOUNTS = [0, .05, .1, .15, .2, .25, .3]
 def ways(k): # as the criterion uses them

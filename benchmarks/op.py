@@ -2,7 +2,7 @@
 import contextlib, ctypes, subprocess, sys, time
 from pathlib import Path
 import torch
-from semidetr import native
+from semidetr.detectors import native
 from timing import compare, interleave, need_op
 
 M, D, P, QUERIES = 8, 32, 4, 400

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torchvision.ops import box_iou
 from semidetr.core import atomic_write
-from semidetr.datasets import Subset
-from semidetr.evaluation import detect
-from semidetr.predict import load_model
-from semidetr.trainer import build_data
+from semidetr.data.datasets import Subset
+from semidetr.train.evaluation import detect
+from semidetr.train.predict import load_model
+from semidetr.train.trainer import build_data
 
 ARMS = ('burn_in', 'supervised', 'mean_teacher', 'shm_cqc_cpm')
 

@@ -11,16 +11,17 @@ from sklearn.manifold import TSNE
 from sklearn.neighbors import KNeighborsClassifier
 from torchvision.ops import box_iou
 from tqdm import tqdm
-from semidetr.attention import sampling_locations
+from semidetr.detectors.attention import sampling_locations
 from semidetr.boxes import cxcywh_to_xyxy
-from semidetr.config import from_dict, override
+from semidetr.train.config import from_dict, override
 from semidetr.core import atomic_write
-from semidetr.datasets import Subset, open_dataset
-from semidetr.demo import keep_detections, shown_scenes
-from semidetr.evaluation import detect
-from semidetr.loader import EvalLoader
-from semidetr.predict import load_model
-from semidetr.trainer import Trainer, train_step
+from semidetr.data.catalog import open_dataset
+from semidetr.data.datasets import Subset
+from semidetr.lab.demo import keep_detections, shown_scenes
+from semidetr.train.evaluation import detect
+from semidetr.data.loader import EvalLoader
+from semidetr.train.predict import load_model
+from semidetr.train.trainer import Trainer, train_step
 
 ARMS = ('supervised', 'mean_teacher', 'shm_cqc_cpm')
 def rounded(x, digits=1): return [rounded(v, digits) for v in x] if isinstance(x, list) else round(x, digits)

@@ -2,7 +2,7 @@
 import ctypes, tempfile
 from pathlib import Path
 import torch
-from semidetr import native
+from semidetr.detectors import native
 from op import CASES, D, M, P, SIZES, case_inputs, forms, once
 from timing import caches, interleave, need_op, quartiles
 

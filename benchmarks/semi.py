@@ -1,9 +1,9 @@
 """semidetr's own training steps: what a teacher and unlabelled images cost, and what the native op saves a whole step."""
 import contextlib, dataclasses, gc, itertools, os, subprocess, sys, tempfile, time
 import torch
-from semidetr.config import override, preset
-from semidetr.methods import METHODS, look
-from semidetr.trainer import RunState, data_parts, train_step
+from semidetr.train.config import override, preset
+from semidetr.semi.methods import METHODS, look
+from semidetr.train.trainer import RunState, data_parts, train_step
 from timing import compare, interleave
 
 LABELLED, UNLABELLED = 4, 8 # images of a step with a teacher; the supervised step has as many, all labelled

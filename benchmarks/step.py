@@ -1,10 +1,10 @@
 """A whole training step and a whole inference against transformers' `DeformableDetrForObjectDetection`, same weights, same images."""
 import contextlib, os, types
 import torch
-from semidetr.config import OptimConfig
-from semidetr.losses import set_criterion
-from semidetr.optim import build_optimizer
-from semidetr.trainer import optimizer_step
+from semidetr.train.config import OptimConfig
+from semidetr.matching.losses import set_criterion
+from semidetr.train.optim import build_optimizer
+from semidetr.train.trainer import optimizer_step
 import matcher
 from deformable_detr import CRITERION, agreement, scene, their_labels, twins
 from timing import compare, interleave, need_op

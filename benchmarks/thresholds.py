@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from semidetr.core import atomic_write
-from semidetr.datasets import Subset
-from semidetr.loader import EvalLoader
-from semidetr.metrics import pseudo_quality
-from semidetr.methods import look, to_original
-from semidetr.mining import class_rates
-from semidetr.predict import load_model
-from semidetr.trainer import build_data
+from semidetr.data.datasets import Subset
+from semidetr.data.loader import EvalLoader
+from semidetr.train.metrics import pseudo_quality
+from semidetr.semi.methods import look, to_original
+from semidetr.semi.mining import class_rates
+from semidetr.train.predict import load_model
+from semidetr.train.trainer import build_data
 
 THRESHOLDS = [.05, .1, .15, .2, .25, .3, .35, .4, .5, .6]
 

@@ -55,7 +55,7 @@ ISA = ('avx2', 'fma', 'avx512f', 'avx512_bf16', 'amx_bf16', 'asimd', 'bf16', 'sv
 def machine(): # plain values
     "On what, with what and when"
     import platform, torch
-    from semidetr import native
+    from semidetr.detectors import native
     info = dict(reversed([[o.strip() for o in line.split(':', 1)] for line in _lines('/proc/cpuinfo') if ':' in line]))
     flags = (info.get('flags') or info.get('Features') or '').split()
     try: import transformers; hf = transformers.__version__
@@ -69,5 +69,5 @@ def machine(): # plain values
 
 def need_op():
     "The library of the op, loaded; the program ends where there is none"
-    from semidetr import native
+    from semidetr.detectors import native
     if not native.native_available(): raise SystemExit('no native op to measure: '+native.ops_status()['cpu']['reason'])

@@ -23,7 +23,7 @@ def root(): return ROOT
 def site(tmp_path_factory):
     "The site, built as `make site` does, but in a copy"
     book = copy_book(tmp_path_factory.mktemp('book'))
-    done = subprocess.run([sys.executable, '-m', 'semidetr.site'], cwd=book, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-m', 'semidetr.book.site'], cwd=book, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return book/'_docs'
 

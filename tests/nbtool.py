@@ -1,4 +1,4 @@
-"""Keep one notebook, its text twin and its module together: `nbtool.py export|run NAME ...` (`make nb NB=10_attention`).
+"""Keep one notebook, its text twin and its module together: `nbtool.py export|run NAME ...` (`make nb NB=detectors/01_attention`).
 
 export: text twin -> notebook (outputs and cell ids of unchanged cells stay) -> module and index of names.
 run:    the same, then execute the notebook in place and clean it, so that the committed outputs are fresh.
@@ -88,7 +88,7 @@ def main(job, names):
     if job == 'check':
         bad = stale()
         return f"text and notebook differ: {', '.join(bad)} (run `make nb NB=name`)" if bad else 0
-    for name in names or [str(f.relative_to(NBS).with_suffix('')) for f in notebooks()]:
+    for name in names or sorted(str(t.relative_to(TWINS).with_suffix('')) for t in TWINS.rglob('*.py')):
         with one_at_a_time():
             path = update(name)
             export(path)

@@ -3,10 +3,11 @@ import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat, pytest
 from conftest import ROOT
-from semidetr import ablate as A, cli
-from semidetr.checkpoint import load_checkpoint
-from semidetr.config import config_hash, override
-from semidetr.datasets import open_dataset
+from semidetr.lab import ablate as A
+from semidetr.cli import commands as cli
+from semidetr.train.checkpoint import load_checkpoint
+from semidetr.train.config import config_hash, override
+from semidetr.data.catalog import open_dataset
 from test_trainer import TINY
 
 LATER = ['optim.iters=48', 'method.T1=24', 'method.burn_in_iters=0', 'run.log_every=1', 'pseudo.min_score=0', 'pseudo.top_k=5', 'mining.init=all', 'consistency.hidden=8']

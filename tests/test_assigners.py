@@ -2,9 +2,9 @@
 import math, statistics
 import pytest
 import torch
-from semidetr.assigners import ASSIGNERS, assign_atss, assign_max_iou, assign_simota, misplaced_background
+from semidetr.matching.assigners import ASSIGNERS, assign_atss, assign_max_iou, assign_simota, misplaced_background
 from semidetr.boxes import box_iou, cxcywh_to_xyxy
-from semidetr.matching import Matches, NonFiniteError, assign_o2m, assign_o2o, pad_targets
+from semidetr.matching.matching import Matches, NonFiniteError, assign_o2m, assign_o2o, pad_targets
 
 every = pytest.mark.parametrize('assign', ASSIGNERS.values(), ids=ASSIGNERS)
 

@@ -3,7 +3,7 @@ import copy, json, math
 from pathlib import Path
 import pytest, torch
 from torch.autograd import gradcheck, gradgradcheck
-from semidetr.attention import (MSDeformAttn, ms_deform_attn, ms_deform_attn_gather, ms_deform_attn_grid,
+from semidetr.detectors.attention import (MSDeformAttn, ms_deform_attn, ms_deform_attn_gather, ms_deform_attn_grid,
                                 sampling_locations, star_offsets)
 from semidetr.core import ConfigError
 

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
-from semidetr.augment import (COLOR_OPS, GEOMETRIC_OPS, ViewConfig, between_views, color_value, draw_ops, eval_view, labelled_view, normalize_image,
+from semidetr.data.augment import (COLOR_OPS, GEOMETRIC_OPS, ViewConfig, between_views, color_value, draw_ops, eval_view, labelled_view, normalize_image,
     op_matrix, render, resize_to, scaled_views, strong_view, weak_view)
 from semidetr.boxes import transform_boxes
 from semidetr.core import ConfigError
-from semidetr.datasets import Sample
+from semidetr.data.datasets import Sample
 
 COCO, SMALL = ViewConfig(), scaled_views(160, smallest=.75)
 

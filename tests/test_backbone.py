@@ -4,8 +4,8 @@ import numpy as np
 import pytest, timm, torch, torchvision
 from PIL import Image
 from torch import nn
-from semidetr import backbone as bb
-from semidetr.backbone import (BackboneConfig, InputProj, build_backbone, lite0_weights, match_by_order,
+from semidetr.detectors import backbone as bb
+from semidetr.detectors.backbone import (BackboneConfig, InputProj, build_backbone, lite0_weights, match_by_order,
                                resize_mask, sine_position)
 from semidetr.core import ConfigError
 

@@ -30,7 +30,7 @@ def test_results_are_short():
 @needs_theirs
 def test_op_check_can_fail(monkeypatch):
     import op
-    from semidetr import native
+    from semidetr.detectors import native
     if not native.native_available(): pytest.skip('no native op')
     x = op.inputs([(6, 8), (3, 4)], 2, 5)
     fs = op.forms(x)
@@ -64,7 +64,7 @@ def test_every_weight_has_its_place():
 @needs_theirs
 def test_same_pairs_as_theirs():
     import matcher
-    from semidetr.matching import hungarian
+    from semidetr.matching.matching import hungarian
     outputs, targets = matcher.batch(3, 40, seed=1)
     theirs = matcher.pairs(matcher.theirs()(outputs, targets))
     assert theirs == matcher.pairs(hungarian(outputs, targets)) and [len(p) for p in theirs] == [len(t['labels']) for t in targets]
@@ -100,7 +100,7 @@ def test_smoke(tmp_path):
 @pytest.fixture(scope='module')
 def short_run(tmp_path_factory):
     "A trainer that took one step, and a function that runs a script on its folder"
-    from semidetr.trainer import Trainer
+    from semidetr.train.trainer import Trainer
     from test_trainer import tiny
     folder = tmp_path_factory.mktemp('short')
     trainer = Trainer(tiny('optim.iters=1', 'run.test=false', method='supervised'), folder/'r', progress=False); trainer.fit()
@@ -115,8 +115,8 @@ def hidden_boxes(data): return [data.truth.annotation(data.truth.index_of(i)) fo
 def test_misplaced_background_of_a_run(short_run):
     "Unlabelled images with hidden truth, every way of matching; true boxes give what the function gives without the script"
     import misplaced
-    from semidetr.assigners import misplaced_background
-    from semidetr.matching import assign_o2o, pad_targets
+    from semidetr.matching.assigners import misplaced_background
+    from semidetr.matching.matching import assign_o2o, pad_targets
     trainer, measure = short_run
     m, hidden = measure('misplaced.py'), hidden_boxes(trainer.data)
     logits, boxes, targets, cfg = misplaced.predictions(trainer.dir, 9)
@@ -130,9 +130,9 @@ def test_objects_labelled_twice(short_run):
     "Boxes, objects, objects with a box and with several, counted box by box"
     from overlaps import overlaps
     from torchvision.ops import box_iou
-    from semidetr.datasets import Subset
-    from semidetr.evaluation import detect
-    from semidetr.predict import load_model
+    from semidetr.data.datasets import Subset
+    from semidetr.train.evaluation import detect
+    from semidetr.train.predict import load_model
     trainer, _ = short_run
     model, cfg, _ = load_model(trainer.dir)
     found = detect(model, Subset(trainer.data.unlabelled, range(9)), cfg.view, nms=cfg.pseudo.nms)
@@ -162,10 +162,10 @@ def test_the_teacher_of_a_run_is_followed_once_more(short_run, tmp_path):
 def test_points_and_features_of_queries(short_run):
     "The points that are drawn are those that the last layer reads: they give its output; one feature and one label an object"
     import qualitative
-    from semidetr.attention import ms_deform_attn
-    from semidetr.datasets import Subset
-    from semidetr.loader import EvalLoader
-    from semidetr.predict import load_model
+    from semidetr.detectors.attention import ms_deform_attn
+    from semidetr.data.datasets import Subset
+    from semidetr.data.loader import EvalLoader
+    from semidetr.train.predict import load_model
     trainer, _ = short_run
     ds = Subset(trainer.data.truth, range(12))
     model, cfg, _ = load_model(trainer.dir)

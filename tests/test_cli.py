@@ -2,8 +2,9 @@
 import json, os, shutil, signal, subprocess, sys, time
 import numpy as np, pytest, typer
 from PIL import Image
-from semidetr import cli, terminal
-from semidetr.checkpoint import load_checkpoint
+from semidetr.cli import commands as cli
+from semidetr.cli import terminal
+from semidetr.train.checkpoint import load_checkpoint
 from semidetr.core import DataError
 from test_trainer import TINY
 
@@ -83,7 +84,7 @@ COMMANDS = ['ablate', 'build-ops', 'demo', 'doctor', 'eval', 'predict', 'site', 
 
 def test_help_is_fast():
     "Nothing heavy is imported before a command needs it, and never the tools of the book"
-    code = 'import sys\nfrom semidetr.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\nprint({"torch", "numpy", "PIL", "nbdev", "fastcore", "IPython"} & set(sys.modules), file=sys.stderr)'
+    code = 'import sys\nfrom semidetr.cli.commands import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\nprint({"torch", "numpy", "PIL", "nbdev", "fastcore", "IPython"} & set(sys.modules), file=sys.stderr)'
     for args in (['--help'], ['train', '--help'], ['--version'], ['train', '--unknown']):
         done = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True)
         assert done.stderr.splitlines()[-1] == 'set()', done.stderr
@@ -125,17 +126,17 @@ def test_changed_data_are_not_an_old_result(refused, run, coco, tmp_path):
 def test_usage_errors(refused, args, words): refused(*args, words=words)
 
 def test_what_is_a_bug_stays_a_traceback(monkeypatch):
-    import semidetr.demo
+    import semidetr.lab.demo
     def broken(*a): raise KeyError('inside')
-    monkeypatch.setattr(semidetr.demo, 'run_demo', broken)
+    monkeypatch.setattr(semidetr.lab.demo, 'run_demo', broken)
     with pytest.raises(KeyError): cli.main(['demo'])
 
 def test_system_and_memory_errors_are_lines(refused, monkeypatch, tmp_path):
-    import semidetr.demo
+    import semidetr.lab.demo
     for e, words in ((PermissionError(13, 'Permission denied', 'a/b'), ['a/b: Permission denied']), (OSError(28, 'No space left on device', 'c'), ['c: No space left']), (MemoryError(), ['memory', '--batch']),
                      (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), ['memory']), (DataError('x:\ny; z'), ['x: y; z'])):
         def broken(*a, e=e): raise e
-        monkeypatch.setattr(semidetr.demo, 'run_demo', broken)
+        monkeypatch.setattr(semidetr.lab.demo, 'run_demo', broken)
         refused('demo', '-o', tmp_path/'d', words=words)
 
 def test_one_of_several_processes_speaks(capsys, monkeypatch):
@@ -199,7 +200,7 @@ def test_settings_that_make_no_sense_together(refused, shell, coco, tmp_path):
     refused('train', '--data', coco, '--method', 'mean_teacher', '-o', tmp_path/'r', words=['--unlabelled', '--percent'])
     text = train(shell, '--data', coco, '--percent', '50', '-o', tmp_path/'r')
     assert 'unlabelled images are not used' in text
-    from semidetr.config import override, preset
+    from semidetr.train.config import override, preset
     lines = lambda *items: list(cli._check_method(override(preset('small'), ['method.name=mean_teacher', 'data.count=3', *items])))
     assert 'takes all of the 500 iterations' in lines('optim.iters=500', 'method.burn_in_iters=500')[0] and lines('optim.iters=500', 'method.burn_in_iters=499') == []
 
@@ -327,7 +328,7 @@ def test_doctor_env(shell, refused, coco, monkeypatch):
     refused('doctor', coco, '--env', words=['DATA', '--env'])
 
 def test_doctor_tells_why_there_is_no_op(shell, monkeypatch):
-    from semidetr import native
+    from semidetr.detectors import native
     monkeypatch.setattr(native, '_TRIED', {'cpu': dict(ready=False, source='', path='', reason='no C++ compiler was found; install g++')})
     out = shell('doctor')[1]
     assert 'plain PyTorch, many times slower: no C++ compiler' in out and 'semidetr build-ops' in out
@@ -340,7 +341,8 @@ def test_first_stage_of_semi_detr(shell):
 
 def test_build_ops(shell, refused, tmp_path, monkeypatch):
     "Where, how long, what instruction set; one line without a compiler. The compiler itself is replaced: it has tests of its own"
-    from semidetr import machine, native
+    from semidetr.train import machine
+    from semidetr.detectors import native
     made = tmp_path/'cache'/'ops'/'cpu-1.so'
     monkeypatch.setenv('SEMIDETR_CACHE', str(tmp_path/'cache'))
     monkeypatch.setattr(native, '_plan', lambda *a: ([], '', [], 'cpu-1'))
@@ -374,9 +376,9 @@ def test_split(shell, refused, coco, tmp_path):
     assert config_of(shell, '--data', coco, '--split-file', a, '--method', 'mean_teacher')['data']['split_file'] == str(a)
 
 def test_demo_and_site(shell, refused, tmp_path, monkeypatch):
-    import semidetr.demo
+    import semidetr.lab.demo
     seen = []
-    monkeypatch.setattr(semidetr.demo, 'run_demo', lambda *a: seen.append(a))
+    monkeypatch.setattr(semidetr.lab.demo, 'run_demo', lambda *a: seen.append(a))
     assert shell('demo', '-o', tmp_path/'d', '--labels', '5', '--seed', '1', '--seed', '2', '-q')[0] == 0
     assert seen[0][:5] == (tmp_path/'d', 5, (1, 2), False, 0)
     refused('demo', '--labels', '0', words=['--labels'])
@@ -395,7 +397,7 @@ def test_ctrl_c_and_go_on(shell, coco, tmp_path, monkeypatch):
     assert p.returncode == 130, err
     step = load_checkpoint(out)['step']
     assert err.strip().splitlines()[-1] == f'stopped after iteration {step}; the same command goes on from there' and step >= 2 and 'Traceback' not in err
-    from semidetr import trainer
+    from semidetr.train import trainer
     real = trainer.train_step
     def once(run_, batches): os.kill(os.getpid(), signal.SIGINT); return real(run_, batches)
     monkeypatch.setattr(trainer, 'train_step', once)

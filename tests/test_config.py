@@ -1,7 +1,7 @@
 "Configuration: round trip, overrides, errors that name the cure, hash"
 import dataclasses, json
 import pytest
-from semidetr.config import PRESETS, Config, config_hash, from_dict, load_config, override, preset, to_dict
+from semidetr.train.config import PRESETS, Config, config_hash, from_dict, load_config, override, preset, to_dict
 from semidetr.core import ConfigError
 
 @pytest.mark.parametrize('name', sorted(PRESETS))
@@ -72,7 +72,9 @@ def test_hash_ignores_only_what_changes_no_number():
 def test_every_field_is_documented():
     "A field without a comment is a setting that nobody can choose"
     import inspect, re
-    from semidetr import config, methods, teacher
+    from semidetr.train import config
+    from semidetr.semi import methods
+    from semidetr.semi import teacher
     for cls in (config.DataConfig, config.LoaderConfig, config.OptimConfig, config.RunConfig, methods.MethodConfig, teacher.EmaConfig, teacher.PseudoConfig):
         assert cls.__doc__
         for f in dataclasses.fields(cls): assert re.search(rf'^    {f.name}:', inspect.getsource(cls), re.M)

@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest, torch
 from torch import nn
 from torchvision.ops import roi_align
-import semidetr.detector as detector
+import semidetr.detectors.detector as detector
 from semidetr.boxes import denormalize_boxes, inverse_sigmoid
-from semidetr.consistency import (ConsistencyConfig, Projector, consistency_active, consistency_loss, cross_view_extras, cross_view_losses,
+from semidetr.semi.consistency import (ConsistencyConfig, Projector, consistency_active, consistency_loss, cross_view_extras, cross_view_losses,
     cross_view_queries, grid_boxes, hungarian_consistency, match_views, pair_boxes, pick_boxes, pyramid_strides, random_boxes, roi_features, roi_level)
 from semidetr.core import ConfigError
-from semidetr.denoising import denoising_queries
-from semidetr.detector import Detector, DetectorConfig
-from semidetr.matching import pair_cost
-from semidetr.transformer import TransformerConfig
+from semidetr.detectors.denoising import denoising_queries
+from semidetr.detectors.detector import Detector, DetectorConfig
+from semidetr.matching.matching import pair_cost
+from semidetr.detectors.transformer import TransformerConfig
 
 CFG, D = ConsistencyConfig(), 32
 TINY = TransformerConfig(d_model=D, n_heads=4, n_levels=3, n_points=2, enc_layers=1, dec_layers=3, ffn=48, num_queries=20)

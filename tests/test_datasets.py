@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from semidetr.core import DataError
-from semidetr.datasets import (CocoDataset, ImageFolder, Sample, Subset, Unlabelled, VocDataset, YoloDataset, open_dataset)
-from semidetr.digits import DigitsScenes, glyphs, photos
-from semidetr.records import load_image, read_size
+from semidetr.data.datasets import (CocoDataset, ImageFolder, Sample, Subset, Unlabelled, VocDataset, YoloDataset, open_dataset)
+from semidetr.data.digits import DigitsScenes, glyphs, photos
+from semidetr.data.files import load_image, read_size
 
 RNG = np.random.default_rng(0)
 
@@ -341,7 +341,7 @@ def test_scene_content():
     assert labels.bincount(minlength=10).min() > 30 and ds.classes == list('0123456789')
 
 def test_boxes_are_tight_to_the_ink():
-    from semidetr import digits
+    from semidetr.data import digits
     ds = DigitsScenes(n=60)
     for i in range(60):
         n, rng, objects = ds._layout(i)
@@ -360,7 +360,7 @@ def test_splits_share_no_digit_and_no_background():
     ink = {s: {g.tobytes() for _, g in glyphs(s)} for s in splits}
     assert not (ink['train'] & ink['val'] or ink['train'] & ink['test'] or ink['val'] & ink['test'])
     widths = [sum(photos(s)[k][0].width for s in splits) for k in range(len(photos('train')))]
-    from semidetr.digits import _BANDS
+    from semidetr.data.digits import _BANDS
     assert [_BANDS[s] for s in splits] == [(0, .5), (.5, .75), (.75, 1)] and min(widths) > 400 # bands that only touch
     ids = [set(DigitsScenes(s).ids) for s in splits]
     assert not (ids[0] & ids[1] or ids[0] & ids[2] or ids[1] & ids[2])

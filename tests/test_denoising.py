@@ -3,7 +3,7 @@ import pytest, torch
 from torch import nn
 from semidetr.boxes import cxcywh_to_xyxy
 from semidetr.core import ConfigError
-from semidetr.denoising import (DenoisingConfig, ExtraQueries, combine_extras, denoising_queries, group_mask, group_sizes, noise_boxes, noise_labels)
+from semidetr.detectors.denoising import (DenoisingConfig, ExtraQueries, combine_extras, denoising_queries, group_mask, group_sizes, noise_boxes, noise_labels)
 
 C, D = 5, 8
 

@@ -4,13 +4,13 @@ from pathlib import Path
 import pytest, torch
 from torch import nn
 from torchvision.ops import box_iou
-import semidetr.detector as detector
-from semidetr.backbone import BackboneConfig
+import semidetr.detectors.detector as detector
+from semidetr.detectors.backbone import BackboneConfig
 from semidetr.boxes import cxcywh_to_xyxy
 from semidetr.core import ConfigError
-from semidetr.denoising import DenoisingConfig, ExtraQueries, denoising_queries, group_mask
-from semidetr.detector import Detector, DetectorConfig, detector_small, dino_r50, level_masks, post_process
-from semidetr.transformer import TransformerConfig
+from semidetr.detectors.denoising import DenoisingConfig, ExtraQueries, denoising_queries, group_mask
+from semidetr.detectors.detector import Detector, DetectorConfig, detector_small, dino_r50, level_masks, post_process
+from semidetr.detectors.transformer import TransformerConfig
 
 GOLDEN = Path(__file__).parent/'golden'
 

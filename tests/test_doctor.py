@@ -4,10 +4,11 @@ from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
 from semidetr.core import DataError
-from semidetr.datasets import CocoDataset, Subset, Unlabelled, open_dataset
-from semidetr.digits import DigitsScenes
-from semidetr.doctor import Fault, check_dataset, contact_sheet
-from semidetr.splits import make_split, save_split
+from semidetr.data.catalog import open_dataset
+from semidetr.data.datasets import CocoDataset, Subset, Unlabelled
+from semidetr.data.digits import DigitsScenes
+from semidetr.data.doctor import Fault, check_dataset, contact_sheet
+from semidetr.data.splits import make_split, save_split
 from test_datasets import base, picture, voc
 
 def kinds(report, level=None): return sorted({f.kind for f in report.of(level)})
@@ -101,7 +102,7 @@ def test_missing_annotations(tmp_path):
 @pytest.mark.parametrize('spoil', [dict(iscrowd=1), dict(bbox=[1, 1, 0, 5])])
 def test_no_box_that_counts(tmp_path, spoil):
     "All to be ignored, or without area: loading takes it, training does not"
-    from semidetr.loader import SemiLoader
+    from semidetr.data.loader import SemiLoader
     d = base()
     for a in d['annotations']: a.update(spoil)
     r = check_dataset(str(path := make(tmp_path, d)), quick=True)

@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 import typer
 from conftest import ROOT
-from semidetr.config import PRESETS, Config, override, preset
-from semidetr.methods import METHODS
-from semidetr.pages import chapter_files, read_book
+from semidetr.train.config import PRESETS, Config, override, preset
+from semidetr.semi.methods import METHODS
+from semidetr.book.pages import chapter_files, read_book
 
 GUIDES = sorted((ROOT/'nbs'/'guides').glob('*.qmd'))
 TEXTS = {f.relative_to(ROOT).as_posix(): f.read_text(encoding='utf-8') for f in [*GUIDES, ROOT/'index.qmd', ROOT/'README.md']}
 text_of = pytest.mark.parametrize('name', TEXTS)
-importlib.import_module('semidetr.cli') # registers the commands
-APP = typer.main.get_command(importlib.import_module('semidetr.terminal').app)
+importlib.import_module('semidetr.cli.commands') # registers the commands
+APP = typer.main.get_command(importlib.import_module('semidetr.cli.terminal').app)
 
 def shell_lines(text):
     "Commands in the ```bash blocks, continued lines joined, comments removed"
@@ -27,7 +27,7 @@ def commands(text):
     "Arguments of every `semidetr ...` in blocks and in running text, torchrun's included"
     for words in [*shell_lines(text), *(shlex.split(c) for c in inline_code(text) if c.startswith('semidetr '))]:
         while words and re.fullmatch(r'[A-Z_]+=\S*', words[0]): words = words[1:]
-        if words and words[0] == 'torchrun' and 'semidetr.cli' in words: yield words[words.index('semidetr.cli')+1:]
+        if words and words[0] == 'torchrun' and 'semidetr.cli.commands' in words: yield words[words.index('semidetr.cli.commands')+1:]
         elif words and words[0] == 'semidetr': yield words[1:]
 
 def parse(args): # what click says about a command line, without running it: its parameters, or an exception

@@ -1,14 +1,18 @@
 "Notebooks, package, text twins and metadata must agree; the package must work without the tools of the book."
-import configparser, hashlib, re, shutil, subprocess, sys, tomllib
+import configparser, hashlib, re, shutil, subprocess, sys, tomllib, zipfile
 from pathlib import Path
 import nbformat, pytest
 import semidetr
 from conftest import ROOT, copy_book
-from nbtool import NBS, notebooks, stale
+from nbtool import notebooks, stale
 
 def ids(path): return path.stem
 def digest(folder): return {f.relative_to(folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest()
                             for d in ('nbs', 'semidetr') for f in (folder/d).rglob('*') if f.suffix in ('.py', '.ipynb')}
+def modules():
+    "Dotted names of all modules that come from notebooks, without the name of the package"
+    files = (f.relative_to(ROOT/'semidetr').with_suffix('') for f in (ROOT/'semidetr').rglob('*.py'))
+    return {'.'.join(f.parts) for f in files if not f.name.startswith('_')}
 def run(*command, **kwargs): return subprocess.run(command, capture_output=True, text=True, **kwargs)
 
 @pytest.mark.parametrize('command', ['nbdev_export', 'nbdev_clean'])
@@ -22,9 +26,16 @@ def test_leaves_the_tree_unchanged(command, tmp_path):
     assert sorted(f for f in before.keys() | after.keys() if before.get(f) != after.get(f)) == []
 
 def test_every_module_comes_from_a_notebook():
-    modules = {f.stem for f in (ROOT/'semidetr').glob('*.py')} - {'__init__', '_modidx'}
-    exported = {m for nb in NBS.glob('*.ipynb') for m in re.findall(r'#\| default_exp (\w+)', nb.read_text())}
-    assert modules == exported
+    exported = {m for nb in notebooks() for m in re.findall(r'#\| default_exp ([\w.]+)', nb.read_text())}
+    assert modules() == exported
+
+def test_the_book_is_not_in_the_wheel(tmp_path):
+    "A wheel holds the package without its pages, and the sources of the op"
+    done = run(sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '-w', tmp_path, copy_book(tmp_path/'book'))
+    assert done.returncode == 0, done.stderr
+    names = zipfile.ZipFile(next(tmp_path.glob('*.whl'))).namelist()
+    assert 'semidetr/train/trainer.py' in names and 'semidetr/cli/__main__.py' in names and any(n.startswith('semidetr/csrc/') for n in names)
+    assert not [n for n in names if n.startswith(('semidetr/book', 'nbs', 'tests'))]
 
 def test_twins(): assert stale() == [], 'run `make nb NB=name`'
 
@@ -73,14 +84,13 @@ def test_import_is_cheap():
 
 def test_runs_without_the_tools_of_the_book():
     "Every module imports where nbdev, Jupyter and the renderers are absent, and the site says in one line what to install"
-    modules = sorted(f.stem for f in (ROOT/'semidetr').glob('*.py') if f.stem not in ('__init__', '_modidx'))
     absent = 'nbdev execnb fastcore ghapi jupytext papermill nbclient nbformat ipykernel IPython jupyter_core jupyter_client smalldocs latex2mathml pytest playwright'
     code = f"""
 import sys
 for name in {absent.split()}: sys.modules[name] = None
 from importlib import import_module
-for name in {modules}: import_module(f'semidetr.{{name}}')
-from semidetr.site import mathml, TableRenderer
+for name in {sorted(modules())}: import_module(f'semidetr.{{name}}')
+from semidetr.book.site import mathml, TableRenderer
 from semidetr.core import ConfigError
 try: mathml('x')
 except ConfigError as e: assert 'latex2mathml' in str(e) and '[book]' in str(e), e

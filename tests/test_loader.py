@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from semidetr import loader as L
-from semidetr.augment import labelled_view, scaled_views, strong_view, weak_view
+from semidetr.data import loader as L
+from semidetr.data.augment import labelled_view, scaled_views, strong_view, weak_view
 from semidetr.boxes import denormalize_boxes
 from semidetr.core import ConfigError, DataError, SemiDETRError, stable_hash
-from semidetr.datasets import CocoDataset, DetectionDataset, ImageFolder, Sample, Subset, Unlabelled
-from semidetr.loader import EvalLoader, SemiLoader, collate, draw_index, labelled_counts, plan_draws
+from semidetr.data.datasets import CocoDataset, DetectionDataset, ImageFolder, Sample, Subset, Unlabelled
+from semidetr.data.loader import EvalLoader, SemiLoader, collate, draw_index, labelled_counts, plan_draws
 
 VIEW = scaled_views(48, smallest=.75, steps=3)
 

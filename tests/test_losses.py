@@ -5,13 +5,13 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torchvision.ops import generalized_box_iou_loss
 from torchvision.ops import sigmoid_focal_loss as torchvision_focal
-import semidetr.losses as losses
-from semidetr.assigners import ASSIGNERS
+import semidetr.matching.losses as losses
+from semidetr.matching.assigners import ASSIGNERS
 from semidetr.boxes import cxcywh_to_xyxy
 from semidetr.core import ConfigError, DataError
-from semidetr.denoising import DenoisingConfig, denoising_queries
-from semidetr.losses import CriterionConfig, box_losses, match_stats, set_criterion, sigmoid_focal_loss, task_aligned_focal, varifocal_loss
-from semidetr.matching import NonFiniteError, pad_targets
+from semidetr.detectors.denoising import DenoisingConfig, denoising_queries
+from semidetr.matching.losses import CriterionConfig, box_losses, match_stats, set_criterion, sigmoid_focal_loss, task_aligned_focal, varifocal_loss
+from semidetr.matching.matching import NonFiniteError, pad_targets
 
 def make(sizes=(3, 0, 2), layers=3, Q=12, C=4, seed=0, enc=True, dn=True, dtype=torch.float64, grad=False):
     g = torch.Generator().manual_seed(seed)

@@ -1,7 +1,7 @@
 "What a machine can do: cores, kept memory, the bfloat16 probe, the report"
 import os, subprocess, sys
 import pytest, torch
-from semidetr import machine as M
+from semidetr.train import machine as M
 
 @pytest.mark.parametrize('files,cores', [({'cpu.max': 'max 100000'}, 8), ({'cpu.max': '150000 100000'}, 2), ({'cpu.max': '10000 100000'}, 1),
     ({'cpu/cpu.cfs_quota_us': '300000', 'cpu/cpu.cfs_period_us': '100000'}, 3), ({'cpu/cpu.cfs_quota_us': '-1', 'cpu/cpu.cfs_period_us': '100000'}, 8), ({'cpu.max': ''}, 8), ({}, 8)])
@@ -22,7 +22,7 @@ def test_threads_fit(monkeypatch):
 
 KEEP = '''
 import resource, sys, torch
-from semidetr.machine import keep_memory
+from semidetr.train.machine import keep_memory
 torch.set_num_threads(1)
 on = keep_memory()
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -5,7 +5,7 @@ import pytest
 import torch
 from semidetr.boxes import box_iou, cxcywh_to_xyxy, generalized_box_iou, normalize_boxes
 from semidetr.core import DataError, SemiDETRError
-from semidetr.matching import (NonFiniteError, aligned_metric, assign_o2o, hungarian, hungarian_layers, one_to_many, pad_targets,
+from semidetr.matching.matching import (NonFiniteError, aligned_metric, assign_o2o, hungarian, hungarian_layers, one_to_many, pad_targets,
                                pair_cost, pairwise_overlap, select_positives, soft_targets, stage_of)
 
 GOLDEN = json.loads((Path(__file__).parent/'golden'/'assign.json').read_text())

@@ -2,9 +2,9 @@
 import dataclasses
 import pytest, torch
 from semidetr.core import ConfigError
-from semidetr.detector import Detector, detector_small
-from semidetr.methods import MethodConfig, StepConfig, mean_teacher, supervised, to_original, unsup_weight
-from semidetr.teacher import PseudoConfig, make_teacher
+from semidetr.detectors.detector import Detector, detector_small
+from semidetr.semi.methods import MethodConfig, StepConfig, mean_teacher, supervised, to_original, unsup_weight
+from semidetr.semi.teacher import PseudoConfig, make_teacher
 
 def small():
     c = detector_small(3)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from semidetr.core import DataError
-from semidetr.metrics import average_precision, evaluate, match_detections, precision_recall, pseudo_quality, voc_ap50
+from semidetr.train.metrics import average_precision, evaluate, match_detections, precision_recall, pseudo_quality, voc_ap50
 
 def dataset(truth, classes=('cat', 'dog')):
     "truth: {image_id: [(label, x1, y1, x2, y2[, ignore])]}"

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from semidetr import mining
+from semidetr.semi import mining
 from semidetr.core import ConfigError
-from semidetr.losses import CriterionConfig
-from semidetr.matching import hungarian, pair_cost
-from semidetr.mining import (FILTERS, ClassRates, CostMemory, MiningConfig, Mixture, class_rates, fit_mixture, fit_mixture_sklearn, gather_costs, initial_boxes, log_joint,
+from semidetr.matching.losses import CriterionConfig
+from semidetr.matching.matching import hungarian, pair_cost
+from semidetr.semi.mining import (FILTERS, ClassRates, CostMemory, MiningConfig, Mixture, class_rates, fit_mixture, fit_mixture_sklearn, gather_costs, initial_boxes, log_joint,
                              matched_costs, mine, mining_threshold)
 
 GOLDEN = json.loads((Path(__file__).parent/'golden'/'gmm.json').read_text())
@@ -300,7 +300,7 @@ def test_thresholds_follow_the_rates(width):
 
 RATES = """
 import json, sys, torch, torch.distributed as dist
-from semidetr.mining import ClassRates
+from semidetr.semi.mining import ClassRates
 store, r, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 dist.init_process_group('gloo', init_method='file://'+store, rank=r, world_size=2)
 rule, said = ClassRates(torch.tensor([1., .5]), 2), []

@@ -2,7 +2,7 @@
 import json, os, subprocess, sys, warnings
 from pathlib import Path
 import pytest, torch
-from semidetr import native
+from semidetr.detectors import native
 from semidetr.core import ConfigError
 
 HERE = Path(__file__).resolve().parent
@@ -182,7 +182,7 @@ def test_same_bits_for_any_number_of_threads(ops):
 NARROW = '''
 import sys, ctypes; sys.path.insert(0, {here!r})
 import torch, oracle as O
-from semidetr import native
+from semidetr.detectors import native
 torch.ops.load_library({lib!r})
 f = ctypes.CDLL({lib!r}).semidetr_isa; f.restype = ctypes.c_char_p; assert f().decode() == {isa!r}, f()
 ops = torch.ops.semidetr
@@ -331,8 +331,8 @@ def test_key_follows_sources_flags_and_torch(fresh):
 ALONE = '''
 import shutil, sys; sys.path.insert(0, {here!r})
 import torch, oracle as O
-from semidetr import native
-from semidetr.attention import MSDeformAttn, ms_deform_attn
+from semidetr.detectors import native
+from semidetr.detectors.attention import MSDeformAttn, ms_deform_attn
 def copied(sources, out, *a): shutil.copy({lib!r}, out); return out
 if {lib!r}: native._compile = copied                     # a build that takes no time
 (value, shapes, loc, w), _, _ = O.case(1, 5, 2, 16, [(4, 5), (2, 3)], 2)
@@ -359,7 +359,7 @@ def test_process_with_a_read_only_cache_gives_the_right_numbers_without_a_word(l
 
 RACE = '''
 import sys, torch
-from semidetr import native
+from semidetr.detectors import native
 native._FLAGS = native._FLAGS.replace('-O3', '-O0')
 real = native._compile
 def counted(sources, out, *a): open({mark!r}, 'a').write('built\\n'); return real(sources, out, *a)
@@ -404,7 +404,7 @@ MUTANTS = dict(shuffle=('for (int d = G / 2; d; d /= 2) x +=', 'for (int d = G /
 MUTANT_RUN = '''
 import sys; sys.path.insert(0, {here!r})
 import torch, oracle as O
-from semidetr import native
+from semidetr.detectors import native
 torch.ops.load_library({lib!r}); ops = native._register('semidetr_shim')
 a, b, grad = O.case(1, 3, 3, 16, [(4, 5), (2, 3)], 2)
 e = O.errors((ops.ms_deform_attn, ops.ms_deform_attn_backward), a, grad, O.plain)

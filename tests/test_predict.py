@@ -4,14 +4,15 @@ import numpy as np, pytest, torch
 from PIL import Image
 from pycocotools.coco import COCO
 from semidetr.boxes import box_iou, normalize_boxes
-from semidetr.checkpoint import load_checkpoint, save_checkpoint
-from semidetr.config import override, preset, to_dict
+from semidetr.train.checkpoint import load_checkpoint, save_checkpoint
+from semidetr.train.config import override, preset, to_dict
 from semidetr.core import ConfigError, DataError
-from semidetr.datasets import ImageFolder, open_dataset
-from semidetr.detector import Detector
-from semidetr.evaluation import detect
-from semidetr.predict import Predictor, as_sample, load_model, predict_folder, to_coco
-from semidetr.trainer import resolve
+from semidetr.data.catalog import open_dataset
+from semidetr.data.datasets import ImageFolder
+from semidetr.detectors.detector import Detector
+from semidetr.train.evaluation import detect
+from semidetr.train.predict import Predictor, as_sample, load_model, predict_folder, to_coco
+from semidetr.train.trainer import resolve
 from test_trainer import TINY
 
 SIZES = [(96, 96), (60, 200), (96, 96), (130, 70), (60, 200)] # (H, W)
@@ -205,7 +206,7 @@ def test_no_detection_is_an_empty_list(run, images, tmp_path):
 
 def test_detections_of_a_trained_detector_score(tmp_path):
     "End to end: learn two scenes by heart, and find their digits in files"
-    from semidetr.trainer import Trainer
+    from semidetr.train.trainer import Trainer
     cfg = override(preset('digits'), ['data.data=digits:n=2,size=64', 'data.dev=0', 'data.count=0', 'method.name=supervised', 'run.test=false', 'view.short_sides=[64]', 'view.eval_short=64',
         'view.flip=0', 'optim.iters=120', 'optim.lr=2e-3', 'loader.n_labelled=2', 'loader.num_workers=0', 'optim.schedule=cosine', 'detector.transformer.num_queries=30', 'ema.decay=.9'])
     Trainer(cfg, tmp_path/'r', progress=False).fit()

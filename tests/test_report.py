@@ -3,7 +3,7 @@ import json, math
 import pytest
 from conftest import ROOT
 from semidetr.core import DataError
-from semidetr.report import arm_rows, as_published, difference, found, plus_minus, published, read_records, scale_line, verdict, verdicts, with_arm
+from semidetr.lab.report import arm_rows, as_published, difference, found, plus_minus, published, read_records, scale_line, verdict, verdicts, with_arm
 
 def write(folder, seeds, nms=True):
     "Records of arms a and b; seeds: pairs of AP"

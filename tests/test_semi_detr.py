@@ -3,14 +3,14 @@ import dataclasses, json, math
 import numpy as np, pytest, torch
 from scipy.optimize import linear_sum_assignment
 from sklearn.mixture import GaussianMixture
-from semidetr.config import Config, override
-from semidetr.consistency import ConsistencyConfig, Projector, cross_view_extras, cross_view_losses, pair_boxes, pick_boxes
-from semidetr.detector import Detector
-from semidetr.losses import CriterionConfig, set_criterion
-from semidetr.methods import MethodConfig, StepConfig, has_denoising, mean_teacher, method_parts, mine_pseudo_labels, select, semi_detr, weighted
-from semidetr.mining import CostMemory, MiningConfig
-from semidetr.teacher import PseudoConfig, keep_boxes, make_teacher
-from semidetr.trainer import Trainer
+from semidetr.train.config import Config, override
+from semidetr.semi.consistency import ConsistencyConfig, Projector, cross_view_extras, cross_view_losses, pair_boxes, pick_boxes
+from semidetr.detectors.detector import Detector
+from semidetr.matching.losses import CriterionConfig, set_criterion
+from semidetr.semi.methods import MethodConfig, StepConfig, has_denoising, mean_teacher, method_parts, mine_pseudo_labels, select, semi_detr, weighted
+from semidetr.semi.mining import CostMemory, MiningConfig
+from semidetr.semi.teacher import PseudoConfig, keep_boxes, make_teacher
+from semidetr.train.trainer import Trainer
 from test_methods import part, small
 
 SHIFT = torch.tensor([[1., 0, 9], [0, 1, -5], [0, 0, 1]], dtype=torch.float64)
@@ -380,7 +380,7 @@ def test_stopped_and_gone_on_with(tmp_path):
     whole.fit()
     half = Trainer(cfg, tmp_path/'half', progress=False)
     steps = half.steps()
-    from semidetr.trainer import train_step
+    from semidetr.train.trainer import train_step
     for _ in range(3): train_step(half, next(steps)); half.step += 1
     steps.close(); half.save()
     again = Trainer(cfg, tmp_path/'half', progress=False)

@@ -3,8 +3,8 @@ import html.parser, json, shutil, subprocess, sys, urllib.parse
 import nbformat, pytest
 from conftest import ROOT, copy_book
 from semidetr.core import ConfigError
-from semidetr.pages import CrossRefs, chapter_files, cross_references, filter_notebook, load_pages, markdown_table, read_book, stored_notebook, symbol_index, write_home
-from semidetr.site import build_site, figure_output, main, mathml, number_headings, resolve
+from semidetr.book.pages import CrossRefs, chapter_files, cross_references, filter_notebook, load_pages, markdown_table, read_book, stored_notebook, symbol_index, write_home
+from semidetr.book.site import build_site, figure_output, main, mathml, number_headings, resolve
 
 FILES = chapter_files(read_book(ROOT))
 RESULT = next((f for f in FILES if f.startswith('nbs/ablations/01_')), None)
@@ -126,7 +126,7 @@ def test_phone(visit, path):
     assert p.evaluate('document.documentElement.scrollWidth <= window.innerWidth')
 
 # --- the parts, and what goes wrong -----------------------------------------------------------------------------------
-def build(folder, *options): return subprocess.run([sys.executable, '-m', 'semidetr.site', *options], cwd=folder, capture_output=True, text=True)
+def build(folder, *options): return subprocess.run([sys.executable, '-m', 'semidetr.book.site', *options], cwd=folder, capture_output=True, text=True)
 
 @pytest.fixture
 def small(tmp_path):
@@ -194,7 +194,7 @@ def test_quarto_is_chosen_where_it_is(small, monkeypatch):
 def test_the_filter_that_quarto_calls(root):
     "Stdin to stdout, in the folder of the notebook; the same as the other renderer gets"
     source = (root/'nbs'/'01_boxes.ipynb').read_text()
-    done = subprocess.run([sys.executable, '-m', 'semidetr.site', '--filter'], cwd=root/'nbs', input=source, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-m', 'semidetr.book.site', '--filter'], cwd=root/'nbs', input=source, capture_output=True, text=True)
     page = json.loads(done.stdout)
     assert page == stored_notebook(filter_notebook(json.loads(source), symbol_index(root, FILES), 'nbs'))
     code = [''.join(c['source']) for c in page['cells'] if c['cell_type'] == 'code']

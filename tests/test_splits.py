@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from semidetr.core import ConfigError, DataError
-from semidetr.splits import load_split, make_split, rank_ids, read_index_list, save_split, split_from_ids
+from semidetr.data.splits import load_split, make_split, rank_ids, read_index_list, save_split, split_from_ids
 
 class Fake:
     "The protocol that splits need; every 10th image has no box, class of image i is i % 7"
@@ -60,7 +60,7 @@ def test_no_reading_order_no_library_type():
 
 def test_stable_over_processes_and_time():
     "The list itself is frozen here: a change of the hash would change every published number"
-    code = "from semidetr.splits import rank_ids; print(rank_ids(range(8), 0, 0), rank_ids(['b', 'a', 'c'], 0, 'dev'))"
+    code = "from semidetr.data.splits import rank_ids; print(rank_ids(range(8), 0, 0), rank_ids(['b', 'a', 'c'], 0, 'dev'))"
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env={'PYTHONHASHSEED': '77', 'OMP_NUM_THREADS': '1', 'PATH': ''}).stdout
     assert out.strip() == f"{rank_ids(range(8), 0, 0)} {rank_ids(['c', 'b', 'a'], 0, 'dev')}"
     assert rank_ids(range(8), 0, 0) == [3, 7, 1, 4, 5, 6, 2, 0]

@@ -3,10 +3,10 @@ import json
 from pathlib import Path
 import pytest
 from semidetr.core import ConfigError
-import semidetr.demo as demo
-from semidetr.config import config_hash, override
-from semidetr.ablate import plan
-from semidetr.study import load_study, read_studies
+import semidetr.lab.demo as demo
+from semidetr.train.config import config_hash, override
+from semidetr.lab.plan import plan
+from semidetr.lab.study import load_study, read_studies
 from test_trainer import TINY
 
 BOOK = Path(__file__).parent.parent/'nbs'/'ablations'/'studies.toml'
@@ -163,8 +163,8 @@ def test_demonstration_runs_every_arm_and_other_settings_elsewhere(tmp_path, mon
     assert any('semi detr' in line for line in said)
 
 def test_auto_precision_is_chosen_once_and_kept(tmp_path, monkeypatch):
-    import semidetr.machine as machine
-    from semidetr.study import run_config
+    import semidetr.train.machine as machine
+    from semidetr.lab.study import run_config
     cfg = override(demo.preset('digits'), [*TINY, 'method.name=supervised', 'run.device=cpu', 'run.amp=auto', 'optim.iters=1'])
     used = []
     for speed in (2., .5): # a machine that is fast in bfloat16 begins; a slow one is asked again

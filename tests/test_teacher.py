@@ -1,7 +1,7 @@
 "Averaging, pseudo labels, transport: spec items 25, 33, 36, 39"
 import pytest, torch
 from torch import nn
-from semidetr.teacher import (EmaConfig, ema_decay, fixed_threshold, keep_boxes, make_teacher, mean_std,
+from semidetr.semi.teacher import (EmaConfig, ema_decay, fixed_threshold, keep_boxes, make_teacher, mean_std,
                               PseudoConfig, teacher_detections, transport, update_teacher)
 
 @pytest.mark.parametrize('t,m', [(0, 0.), (1, .5), (9, .9), (998, .998999), (999, .999), (100_000, .999)])

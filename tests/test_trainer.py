@@ -3,14 +3,14 @@ import json, os, signal, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
-from semidetr import trainer as T
-from semidetr.checkpoint import git_commit, load_checkpoint
-from semidetr.config import override, preset
+from semidetr.train import trainer as T
+from semidetr.train.checkpoint import git_commit, load_checkpoint
+from semidetr.train.config import override, preset
 from semidetr.core import ConfigError, SemiDETRError
-from semidetr.health import HealthMonitor
-from semidetr.matching import NonFiniteError
-from semidetr.optim import build_optimizer, lr_factor
-from semidetr.study import finished, paired, paired_difference, run_config
+from semidetr.train.health import HealthMonitor
+from semidetr.matching.matching import NonFiniteError
+from semidetr.train.optim import build_optimizer, lr_factor
+from semidetr.lab.study import finished, paired, paired_difference, run_config
 
 TINY = ['data.data=digits:n=40,size=64', 'data.val=digits:n=6,size=64', 'data.count=6', 'data.dev=4', 'view.short_sides=[64]', 'view.eval_short=64', 'run.threads=1',
         'detector.transformer.d_model=32', 'detector.transformer.ffn=32', 'detector.transformer.n_heads=4', 'detector.transformer.dec_layers=2',
@@ -147,13 +147,13 @@ def test_unlabelled_folder_joins_the_images_without_labels(tmp_path):
 
 def test_own_test_split_of_a_voc_folder_and_none_of_a_single_file(tmp_path):
     from test_cli import make_voc
-    from semidetr.config import DataConfig
-    from semidetr.datasets import open_dataset
+    from semidetr.train.config import DataConfig
+    from semidetr.data.catalog import open_dataset
     val, why = T.test_split(DataConfig(data=str(make_voc(tmp_path/'v'))))
     assert not why and not set(val.ids) & set(open_dataset(str(tmp_path/'v'), 'train').ids)
 
 def test_best_weights_are_kept_and_load(tmp_path):
-    from semidetr.predict import load_model
+    from semidetr.train.predict import load_model
     t = T.Trainer(tiny('run.eval_every=3', method='supervised'), tmp_path/'r', progress=False); t.fit()
     best = max(t.history, key=lambda h: h['teacher']['AP'])
     kept = torch.load(tmp_path/'r'/'best.pt', weights_only=True)
@@ -161,7 +161,7 @@ def test_best_weights_are_kept_and_load(tmp_path):
     assert load_model(tmp_path/'r'/'best.pt')[2] == list('0123456789')
 
 def test_cut_log_line_is_dropped(tmp_path):
-    from semidetr.checkpoint import RunLog
+    from semidetr.train.checkpoint import RunLog
     (tmp_path/'log.jsonl').write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     RunLog(tmp_path, 2).close()
     assert (tmp_path/'log.jsonl').read_text() == '{"step": 1}\n{"step": 2}\n'
@@ -186,8 +186,8 @@ def test_overfits_two_images(tmp_path):
 
 WORKER = '''
 import sys, torch
-from semidetr.config import override, preset
-from semidetr.trainer import Trainer
+from semidetr.train.config import override, preset
+from semidetr.train.trainer import Trainer
 sys.path.insert(0, {tests!r})
 from test_trainer import tiny
 t = Trainer(tiny({more}), sys.argv[1], progress=False); t.fit()
@@ -211,8 +211,8 @@ def test_final_metrics_with_and_without_suppression(tmp_path, every):
 
 CHOOSER = '''
 import json, os, sys
-import semidetr.machine as machine
-from semidetr.study import run_config
+import semidetr.train.machine as machine
+from semidetr.lab.study import run_config
 sys.path.insert(0, {tests!r})
 from test_trainer import tiny
 machine.bf16_speed = lambda device: 2. if os.environ['RANK'] == '0' else .5

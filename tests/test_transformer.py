@@ -4,7 +4,7 @@ import pytest, torch
 from torch import nn
 from semidetr.core import ConfigError
 from semidetr.boxes import inverse_sigmoid
-from semidetr.transformer import (MLP, Decoder, DecoderLayer, EncoderLayer, SelfAttention, Transformer, TransformerConfig,
+from semidetr.detectors.transformer import (MLP, Decoder, DecoderLayer, EncoderLayer, SelfAttention, Transformer, TransformerConfig,
                                   _kept_geometry, anchor_logits, predict_boxes, refine, select_queries, sine_embed_boxes, token_geometry)
 
 TINY = dict(d_model=32, n_heads=4, n_levels=2, n_points=2, enc_layers=2, dec_layers=3, ffn=48, num_queries=12)

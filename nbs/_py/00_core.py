@@ -13,6 +13,7 @@ import hashlib
 import math
 import os
 import random
+from importlib import import_module
 from pathlib import Path
 import numpy as np
 import torch
@@ -60,6 +61,15 @@ def suggest(
     known = sorted(map(str, known))
     near = difflib.get_close_matches(str(word), known, n=1, cutoff=.6)
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+
+def need(
+    module:str, # one that comes with an extra of this package
+    user:str, # what needs it, for the message
+    extra:str='book',
+): # the module
+    "Import it; `ConfigError` says what to install"
+    try: return import_module(module)
+    except ImportError as e: raise ConfigError(f"{user} needs '{e.name}', which comes with the extra [{extra}]: in a checkout of the project run `pip install -e .[{extra}]`") from None
 
 def in_range(
     group:str, # name of the group of settings, for the message

@@ -8,7 +8,7 @@ OPS_PY ?= .venv/bin/python
 OPS_OUT ?= build/ops
 
 ops:
-	@$(OPS_PY) -c "from semidetr.native import build_ops; print(build_ops())"
+	@$(OPS_PY) -c "from semidetr.detectors.native import build_ops; print(build_ops())"
 
 cuda-check:
 	@$(OPS_PY) tests/csrc/cuda_check.py $(OPS_OUT)

@@ -2,7 +2,7 @@
 import shutil, subprocess, sys
 from pathlib import Path
 import torch
-from semidetr import native
+from semidetr.detectors import native
 
 def main(out):
     if not native._nvcc(): print('cuda-check: skipped, no nvcc (set CUDA_HOME)'); return 0

@@ -4,7 +4,7 @@ The library uses torch's stable ABI and no Python symbol, so one file serves eve
 The manylinux tag is read from the newest glibc symbol that the library asks for."""
 import platform, re, shutil, subprocess, sys, tempfile, venv
 from pathlib import Path
-from semidetr import native
+from semidetr.detectors import native
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,7 +37,7 @@ def build(dist):
 TRIAL = '''
 import sys; sys.path += [p for p in {paths!r}]
 import torch, semidetr
-from semidetr import native
+from semidetr.detectors import native
 assert "{env}" in semidetr.__file__, semidetr.__file__
 status = native.ops_status()["cpu"]
 assert status["source"] == "prebuilt", status

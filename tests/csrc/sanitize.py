@@ -7,7 +7,7 @@ HERE = Path(__file__).resolve().parent
 SAN = '-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer'
 
 def build(out):
-    from semidetr import native
+    from semidetr.detectors import native
     src, base = native._package()/'csrc', '-std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -Wno-psabi'
     isas = ['base'] + ([native._cpu_isa()] if native._cpu_isa() != 'base' else [])
     have = ' '.join(f'-DSEMIDETR_HAVE_{i.upper()}' for i in isas)
@@ -17,7 +17,7 @@ def build(out):
 
 def shim(out, flags='-O2', source=None):
     "The CUDA kernels, launchers and binding as a library of CPU operators in the namespace semidetr_shim"
-    from semidetr import native
+    from semidetr.detectors import native
     source = source or native._package()/'csrc'/'msda_cuda.cu'
     return native._compile([(source, f'-x c++ -std=c++17 -fPIC -DSEMIDETR_CUDA_ON_CPU -I {HERE} -Wno-unknown-pragmas {native._ABI} {flags}')], out,
                            link=flags if 'sanitize' in flags else '')
@@ -26,7 +26,7 @@ def run(cpu, cuda):
     import torch
     sys.path.insert(0, str(HERE))
     import oracle as O
-    from semidetr import native
+    from semidetr.detectors import native
     torch.ops.load_library(cpu); torch.ops.load_library(cuda)
     count = 0
     for name in ('semidetr', 'semidetr_shim'):
@@ -47,7 +47,7 @@ def run(cpu, cuda):
 
 def preload():
     "Run time of the sanitizers, to be loaded before Python"
-    from semidetr import native
+    from semidetr.detectors import native
     libs = [subprocess.run([*native._compiler(), f'-print-file-name={n}'], capture_output=True, text=True).stdout.strip() for n in ('libasan.so', 'libubsan.so', 'libstdc++.so')]
     return ' '.join(x for x in libs if os.path.isabs(x))
 
@@ -58,7 +58,7 @@ def check(cpu, cuda):
 if __name__ == '__main__':
     if sys.argv[1:2] == ['run']: run(*sys.argv[2:])
     else:
-        from semidetr import native
+        from semidetr.detectors import native
         if not native._compiler(): print('ops-sanitize: skipped, no C++ compiler'); sys.exit(0)
         with tempfile.TemporaryDirectory() as tmp:
             done = check(*build(sys.argv[1] if len(sys.argv) > 1 else tmp))

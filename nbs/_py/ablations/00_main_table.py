@@ -15,8 +15,8 @@ from statistics import mean
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
 from semidetr.draw import COLORS
-from semidetr.pages import markdown_table
-from semidetr.report import as_published, difference, plus_minus, published, read_records, scale_line, spread, values, verdict
+from semidetr.lab.report import markdown_table
+from semidetr.lab.report import as_published, difference, plus_minus, published, read_records, scale_line, spread, values, verdict
 
 # %%
 #| hide

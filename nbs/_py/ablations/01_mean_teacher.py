@@ -14,11 +14,11 @@ own = '../../runs/demo'  # folder of the run of `make book`, if there is one
 import json
 from pathlib import Path
 import matplotlib.pyplot as plt
-from semidetr.demo import picture, table
+from semidetr.lab.demo import picture, table
 from semidetr.draw import COLORS
 from IPython.display import Markdown as markdown
-from semidetr.pages import markdown_table, write_home
-from semidetr.report import arm_table, difference, plot_arms, read_records, scale_line, spread, values, verdict
+from semidetr.book.pages import markdown_table, write_home
+from semidetr.lab.report import arm_table, difference, plot_arms, read_records, scale_line, spread, values, verdict
 
 # %%
 #| hide

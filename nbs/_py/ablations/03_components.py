@@ -14,8 +14,8 @@ from statistics import mean
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
 from semidetr.draw import COLORS
-from semidetr.pages import markdown_table
-from semidetr.report import arm_table, as_published, difference, plot_arms, plus_minus, published, read_records, scale_line, values, verdict, verdicts, with_arm
+from semidetr.lab.report import markdown_table
+from semidetr.lab.report import arm_table, as_published, difference, plot_arms, plus_minus, published, read_records, scale_line, values, verdict, verdicts, with_arm
 
 # %%
 #| hide

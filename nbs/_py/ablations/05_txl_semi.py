@@ -16,9 +16,9 @@ from statistics import mean
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
 from semidetr.draw import COLORS
-from semidetr.pages import markdown_table
-from semidetr.report import arm_rows, class_values, difference, plot_arms, plus_minus, read_records, scale_line, values, verdict, with_interval
-from semidetr.study import paired_difference
+from semidetr.lab.report import markdown_table
+from semidetr.lab.report import arm_rows, class_values, difference, plot_arms, plus_minus, read_records, scale_line, values, verdict, with_interval
+from semidetr.lab.study import paired_difference
 
 # %%
 #| hide

@@ -14,7 +14,7 @@ from statistics import mean, stdev
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
 from semidetr.draw import COLORS
-from semidetr.report import arm_table, plot_differences, read_records, scale_line, verdicts, with_arm
+from semidetr.lab.report import arm_table, plot_differences, read_records, scale_line, verdicts, with_arm
 
 # %%
 #| hide

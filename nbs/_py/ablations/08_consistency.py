@@ -13,8 +13,8 @@ results = 'results'  # folder of results
 from statistics import mean
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
-from semidetr.pages import markdown_table
-from semidetr.report import arm_table, plot_differences, read_records, scale_line, verdicts, with_arm
+from semidetr.lab.report import markdown_table
+from semidetr.lab.report import arm_table, plot_differences, read_records, scale_line, verdicts, with_arm
 
 # %%
 #| hide

@@ -13,7 +13,7 @@ results = 'results'  # folder of results
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
 from semidetr.draw import COLORS
-from semidetr.report import arm_table, difference, read_records, scale_line, values, verdicts, with_arm
+from semidetr.lab.report import arm_table, difference, read_records, scale_line, values, verdicts, with_arm
 
 # %%
 #| hide

@@ -12,9 +12,9 @@ results = 'results'  # folder of results
 #| hide
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
-from semidetr.config import differences
-from semidetr.pages import markdown_table
-from semidetr.report import arm_table, plot_differences, read_records, scale_line, verdicts, with_arm
+from semidetr.train.config import differences
+from semidetr.lab.report import markdown_table
+from semidetr.lab.report import arm_table, plot_differences, read_records, scale_line, verdicts, with_arm
 
 # %%
 #| hide

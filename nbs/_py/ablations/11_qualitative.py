@@ -16,10 +16,10 @@ import matplotlib.pyplot as plt
 import torch
 from IPython.display import Markdown as markdown
 from torchvision.ops import box_iou
-from semidetr.datasets import open_dataset
-from semidetr.demo import shown_scenes, stored
+from semidetr.data.catalog import open_dataset
+from semidetr.lab.demo import shown_scenes, stored
 from semidetr.draw import COLORS, compare, draw_boxes, draw_points, show_image
-from semidetr.pages import markdown_table
+from semidetr.lab.report import markdown_table
 
 # %%
 #| hide

@@ -19,12 +19,12 @@ import tempfile
 from pathlib import Path
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
-from semidetr.config import Config, config_hash, differences, load_config, override, to_dict
+from semidetr.train.config import Config, config_hash, differences, load_config, override, to_dict
 from semidetr.core import ConfigError
 from semidetr.draw import COLORS
-from semidetr.machine import prepare
-from semidetr.pages import markdown_table
-from semidetr.study import load_study, record, run_config
+from semidetr.train.machine import prepare
+from semidetr.lab.report import markdown_table
+from semidetr.lab.study import load_study, record, run_config
 
 # %% [markdown]
 # ## Settings

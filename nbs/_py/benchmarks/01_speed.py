@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
 from semidetr.draw import COLORS
-from semidetr.pages import markdown_table
+from semidetr.lab.report import markdown_table
 
 # %%
 #| hide
