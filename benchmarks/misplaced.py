@@ -1,7 +1,8 @@
 """How often does matching with imprecise boxes call the better-placed query background, on a trained detector?
 
-    python benchmarks/misplaced.py runs/studies/components_50/seed0/burn_in --to nbs/ablations/results/misplaced.json
+python benchmarks/misplaced.py runs/studies/components_50/seed0/burn_in --to nbs/ablations/results/misplaced.json
 """
+
 import argparse, json
 from functools import partial
 from pathlib import Path
@@ -16,23 +17,37 @@ from semidetr.matching.matching import assign_o2m, assign_o2o, pad_targets
 from semidetr.train.predict import load_model
 from semidetr.train.trainer import build_data
 
-AMOUNTS = [0, .05, .1, .15, .2, .25, .3]
-def ways(k): # as the criterion uses them
-    return {'Hungarian': assign_o2o, 'Max-IoU': ASSIGNERS['max_iou'], 'ATSS': ASSIGNERS['atss'], 'SimOTA': ASSIGNERS['simota'], f'task-aligned, k={k}': partial(assign_o2m, k=k)}
+AMOUNTS = [0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3]
+
+
+def ways(k):  # as the criterion uses them
+    return {
+        'Hungarian': assign_o2o,
+        'Max-IoU': ASSIGNERS['max_iou'],
+        'ATSS': ASSIGNERS['atss'],
+        'SimOTA': ASSIGNERS['simota'],
+        f'task-aligned, k={k}': partial(assign_o2m, k=k),
+    }
+
 
 @torch.no_grad()
-def predictions(run, images): # last decoder layer on unlabelled images of the run, and their hidden boxes
+def predictions(run, images):  # last decoder layer on unlabelled images of the run, and their hidden boxes
     "logits (1,B,Q,C), boxes (1,B,Q,4), targets"
     model, cfg, _ = load_model(run)
     data, logits, boxes, targets = build_data(cfg.data), [], [], []
-    for part in tqdm(EvalLoader(Subset(data.unlabelled, range(min(images, len(data.unlabelled)))), cfg.view, 8), leave=False):
+    for part in tqdm(
+        EvalLoader(Subset(data.unlabelled, range(min(images, len(data.unlabelled)))), cfg.view, 8),
+        leave=False,
+    ):
         out = model.eval()(part['images'], part['mask'])
-        logits.append(out['pred_logits']); boxes.append(out['pred_boxes'])
+        logits.append(out['pred_logits'])
+        boxes.append(out['pred_boxes'])
         for t in part['targets']:
             a = data.truth.annotation(data.truth.index_of(t['image_id']))
             inside, _ = transform_boxes(a['boxes'], t['matrix'], t['size'])
             targets.append(dict(labels=a['labels'], boxes=normalize_boxes(inside, t['size'])))
     return torch.cat(logits)[None], torch.cat(boxes)[None], targets, cfg
+
 
 if __name__ == '__main__':
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -43,7 +58,26 @@ if __name__ == '__main__':
     for run in args.runs:
         logits, boxes, targets, cfg = predictions(run, args.images)
         truth, objects = pad_targets(targets), sum(len(t['labels']) for t in targets)
-        rates = {name: [misplaced_background(way(logits, boxes, pad_targets(jitter_targets(targets, by))), boxes, truth) for by in AMOUNTS] for name, way in ways(cfg.criterion.k).items()}
-        done = json.loads((run/'run.json').read_text())
-        out.append(dict(run='/'.join(run.parts[-2:]), hash=done['hash'], commit=done['commit'], images=len(targets), objects=objects, queries=boxes.shape[2], amounts=AMOUNTS, rates=rates))
+        rates = {
+            name: [
+                misplaced_background(
+                    way(logits, boxes, pad_targets(jitter_targets(targets, by))), boxes, truth
+                )
+                for by in AMOUNTS
+            ]
+            for name, way in ways(cfg.criterion.k).items()
+        }
+        done = json.loads((run / 'run.json').read_text())
+        out.append(
+            dict(
+                run='/'.join(run.parts[-2:]),
+                hash=done['hash'],
+                commit=done['commit'],
+                images=len(targets),
+                objects=objects,
+                queries=boxes.shape[2],
+                amounts=AMOUNTS,
+                rates=rates,
+            )
+        )
     atomic_write(args.to, json.dumps(out))

@@ -4,6 +4,7 @@
 
 The folder is a finished seed of the study `components`. Its full method is trained once more (two minutes), to look at the teacher on the way; the two teachers must end as one.
 """
+
 import argparse, contextlib, json, tempfile
 from pathlib import Path
 import torch
@@ -24,68 +25,139 @@ from semidetr.train.predict import load_model
 from semidetr.train.trainer import Trainer, train_step
 
 ARMS = ('supervised', 'mean_teacher', 'shm_cqc_cpm')
-def rounded(x, digits=1): return [rounded(v, digits) for v in x] if isinstance(x, list) else round(x, digits)
 
-def through_training(run, times=5, images=3): # of a finished run
+
+def rounded(x, digits=1):
+    return [rounded(v, digits) for v in x] if isinstance(x, list) else round(x, digits)
+
+
+def through_training(run, times=5, images=3):  # of a finished run
     "The teacher's boxes on a few unlabelled images, `times` times from its start to its end"
-    done = json.loads((run/'run.json').read_text())
+    done = json.loads((run / 'run.json').read_text())
     cfg = override(from_dict(done['config']), ['run.threads=1'])
     with tempfile.TemporaryDirectory() as folder:
         again, notes = Trainer(cfg, folder, progress=False), []
-        ds, at = Subset(again.data.unlabelled, range(images)), [round(i*cfg.optim.iters/(times-1)) for i in range(times)]
+        ds, at = (
+            Subset(again.data.unlabelled, range(images)),
+            [round(i * cfg.optim.iters / (times - 1)) for i in range(times)],
+        )
+
         def note():
             found = detect(again.teacher, ds, cfg.view, nms=cfg.pseudo.nms)
-            notes.append(dict(step=again.step, found={str(i): {k: rounded(v[d['scores'] >= cfg.pseudo.threshold].tolist(), 2) for k, v in d.items()} for i, d in found.items()}))
+            notes.append(
+                dict(
+                    step=again.step,
+                    found={
+                        str(i): {
+                            k: rounded(v[d['scores'] >= cfg.pseudo.threshold].tolist(), 2)
+                            for k, v in d.items()
+                        }
+                        for i, d in found.items()
+                    },
+                )
+            )
+
         with contextlib.closing(again.steps()) as steps:
             for batches in tqdm(steps, total=cfg.optim.iters, desc='training again', leave=False):
-                if again.step in at: note()
+                if again.step in at:
+                    note()
                 train_step(again, batches)
                 again.step += 1
         note()
         first = load_model(run)[0].state_dict()
-        assert all(torch.equal(first[k], v) for k, v in again.teacher.state_dict().items()), f'{run}: trained again, the teacher is another one; was the run made with these settings and this number of threads?'
-    truth = {str(s.image_id): dict(boxes=rounded(s.boxes.tolist()), labels=s.labels.tolist()) for s in (again.data.truth[again.data.truth.index_of(i)] for i in ds.ids)}
-    return dict(hash=done['hash'], threshold=cfg.pseudo.threshold, truth=truth, notes=notes, data=cfg.data.data)
+        assert all(torch.equal(first[k], v) for k, v in again.teacher.state_dict().items()), (
+            f'{run}: trained again, the teacher is another one; was the run made with these settings and this number of threads?'
+        )
+    truth = {
+        str(s.image_id): dict(boxes=rounded(s.boxes.tolist()), labels=s.labels.tolist())
+        for s in (again.data.truth[again.data.truth.index_of(i)] for i in ds.ids)
+    }
+    return dict(
+        hash=done['hash'], threshold=cfg.pseudo.threshold, truth=truth, notes=notes, data=cfg.data.data
+    )
+
 
 @torch.no_grad()
-def decoded(run, ds): # per image: outputs of the last layer, the truth of the view, and what the last cross-attention looked at
+def decoded(
+    run, ds
+):  # per image: outputs of the last layer, the truth of the view, and what the last cross-attention looked at
     "Outputs of a run with their sampling points"
     model, cfg, _ = load_model(run)
     attention, seen = model.transformer.decoder.layers[-1].cross_attn, {}
+
     def look(module, args):
         query, reference, value, shapes = args[:4]
         B, Q, heads = *query.shape[:2], (module.n_heads, module.n_levels, module.n_points)
         weights = module.attention_weights(query).view(B, Q, module.n_heads, -1).softmax(-1)
-        seen.update(xy=sampling_locations(reference, module.sampling_offsets(query).view(B, Q, *heads, 2), shapes).reshape(B, Q, -1, 2), weights=weights.view(B, Q, -1))
+        seen.update(
+            xy=sampling_locations(
+                reference, module.sampling_offsets(query).view(B, Q, *heads, 2), shapes
+            ).reshape(B, Q, -1, 2),
+            weights=weights.view(B, Q, -1),
+        )
+
     attention.register_forward_pre_hook(look)
-    for part in EvalLoader(ds, cfg.view, 1): # one at a time: no padding
+    for part in EvalLoader(ds, cfg.view, 1):  # one at a time: no padding
         out, t = model(part['images'], part['mask']), part['targets'][0]
         a = ds.annotation(ds.index_of(t['image_id']))
-        yield t, a, cxcywh_to_xyxy(out['pred_boxes'][0]), out['pred_logits'][0].sigmoid(), out['hs'][-1, 0], seen['xy'][0], seen['weights'][0]
+        yield (
+            t,
+            a,
+            cxcywh_to_xyxy(out['pred_boxes'][0]),
+            out['pred_logits'][0].sigmoid(),
+            out['hs'][-1, 0],
+            seen['xy'][0],
+            seen['weights'][0],
+        )
 
-def on_objects(t, a, boxes): # -> (index of the query that fits each object best, IoU)
+
+def on_objects(t, a, boxes):  # -> (index of the query that fits each object best, IoU)
     w, h = t['orig_size'][1], t['orig_size'][0]
-    iou, query = box_iou(a['boxes']/torch.tensor([w, h, w, h]), boxes).max(1)
+    iou, query = box_iou(a['boxes'] / torch.tensor([w, h, w, h]), boxes).max(1)
     return query, iou
+
 
 def attention_points(run, ds, objects=2):
     "Sampling points of the queries that fit the first objects of each image, in units of the image"
     out = {}
     for t, a, boxes, scores, _, xy, weights in decoded(run, ds):
         query, _ = on_objects(t, a, boxes)
-        out[str(t['image_id'])] = [dict(box=rounded(boxes[q].tolist(), 3), score=rounded(scores[q].max().item(), 2), label=int(scores[q].argmax()), xy=rounded(xy[q].tolist(), 3), weights=rounded(weights[q].tolist(), 4)) for q in query[:objects]]
+        out[str(t['image_id'])] = [
+            dict(
+                box=rounded(boxes[q].tolist(), 3),
+                score=rounded(scores[q].max().item(), 2),
+                label=int(scores[q].argmax()),
+                xy=rounded(xy[q].tolist(), 3),
+                weights=rounded(weights[q].tolist(), 4),
+            )
+            for q in query[:objects]
+        ]
     return out
 
-def query_features(run, ds, least=.5):
+
+def query_features(run, ds, least=0.5):
     "Features of the query that fits each object, in a plane, and how well its neighbours tell its class"
     features, labels, images, objects = [], [], [], 0
     for n, (t, a, boxes, _, hs, *_) in enumerate(decoded(run, ds)):
         query, iou = on_objects(t, a, boxes)
-        keep, objects = iou >= least, objects+len(iou)
-        features.append(hs[query[keep]]); labels += a['labels'][keep].tolist(); images += [n]*int(keep.sum())
-    x, y, half = torch.cat(features).numpy(), torch.tensor(labels), torch.tensor(images) < len(ds)//2
-    told = KNeighborsClassifier(5).fit(x[half], y[half]).score(x[~half], y[~half]) # neighbours from other images
-    return dict(plane=rounded(TSNE(random_state=0, init='pca', perplexity=min(30, (len(x)-1)/3)).fit_transform(x).tolist()), labels=labels, objects=objects, told=told, asked=int((~half).sum()))
+        keep, objects = iou >= least, objects + len(iou)
+        features.append(hs[query[keep]])
+        labels += a['labels'][keep].tolist()
+        images += [n] * int(keep.sum())
+    x, y, half = torch.cat(features).numpy(), torch.tensor(labels), torch.tensor(images) < len(ds) // 2
+    told = (
+        KNeighborsClassifier(5).fit(x[half], y[half]).score(x[~half], y[~half])
+    )  # neighbours from other images
+    return dict(
+        plane=rounded(
+            TSNE(random_state=0, init='pca', perplexity=min(30, (len(x) - 1) / 3)).fit_transform(x).tolist()
+        ),
+        labels=labels,
+        objects=objects,
+        told=told,
+        asked=int((~half).sum()),
+    )
+
 
 if __name__ == '__main__':
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -94,10 +166,18 @@ if __name__ == '__main__':
     ask.add_argument('--to', type=Path, required=True)
     args = ask.parse_args()
     torch.set_num_threads(1)
-    runs, val = {a: args.seed/a for a in ARMS}, open_dataset('digits', 'val')
-    records = {a: json.loads((r/'run.json').read_text()) for a, r in runs.items()}
-    out = dict(arms={a: dict(hash=r['hash'], commit=r['commit'], iterations=r['iterations']) for a, r in records.items()}, labelled=records['supervised']['data']['labelled'], images=args.images,
-               detections={a: keep_detections(r, shown_scenes()) for a, r in runs.items()}, training=through_training(runs['shm_cqc_cpm']),
-               attention={a: attention_points(r, shown_scenes(3)) for a, r in runs.items() if a != 'mean_teacher'},
-               features={a: query_features(r, Subset(val, range(args.images))) for a, r in runs.items()})
+    runs, val = {a: args.seed / a for a in ARMS}, open_dataset('digits', 'val')
+    records = {a: json.loads((r / 'run.json').read_text()) for a, r in runs.items()}
+    out = dict(
+        arms={
+            a: dict(hash=r['hash'], commit=r['commit'], iterations=r['iterations'])
+            for a, r in records.items()
+        },
+        labelled=records['supervised']['data']['labelled'],
+        images=args.images,
+        detections={a: keep_detections(r, shown_scenes()) for a, r in runs.items()},
+        training=through_training(runs['shm_cqc_cpm']),
+        attention={a: attention_points(r, shown_scenes(3)) for a, r in runs.items() if a != 'mean_teacher'},
+        features={a: query_features(r, Subset(val, range(args.images))) for a, r in runs.items()},
+    )
     atomic_write(args.to, json.dumps(out))

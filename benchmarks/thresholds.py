@@ -1,7 +1,8 @@
 """What does a score threshold keep of each class? Precision and recall of a teacher on the unlabelled images of its run, by hidden truth.
 
-    python benchmarks/thresholds.py runs/studies/txl_semi/p1/seed0/burn_in --to nbs/ablations/results/thresholds.json
+python benchmarks/thresholds.py runs/studies/txl_semi/p1/seed0/burn_in --to nbs/ablations/results/thresholds.json
 """
+
 import argparse, json
 from pathlib import Path
 import torch
@@ -15,7 +16,8 @@ from semidetr.semi.mining import class_rates
 from semidetr.train.predict import load_model
 from semidetr.train.trainer import build_data
 
-THRESHOLDS = [.05, .1, .15, .2, .25, .3, .35, .4, .5, .6]
+THRESHOLDS = [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6]
+
 
 def counts(found, truth, threshold, cls):
     "(true positives, pseudo boxes, true boxes) of one class over all images"
@@ -23,21 +25,50 @@ def counts(found, truth, threshold, cls):
     for d in found:
         a = truth.annotation(truth.index_of(d['image_id']))
         keep, true = (d['labels'] == cls) & (d['scores'] >= threshold), (a['labels'] == cls) & ~a['ignore']
-        total += torch.tensor([int(n) for n in pseudo_quality(d['boxes'][keep], d['labels'][keep], a['boxes'][true], a['labels'][true])])
+        total += torch.tensor(
+            [
+                int(n)
+                for n in pseudo_quality(
+                    d['boxes'][keep], d['labels'][keep], a['boxes'][true], a['labels'][true]
+                )
+            ]
+        )
     return total.tolist()
+
 
 def by_class(run, images):
     "dict of a run: for each class and threshold precision and recall, boxes an image"
     model, cfg, _ = load_model(run)
     data, found = build_data(cfg.data), []
-    for part in tqdm(EvalLoader(Subset(data.unlabelled, range(min(images, len(data.unlabelled)))), cfg.view, 8), leave=False):
+    for part in tqdm(
+        EvalLoader(Subset(data.unlabelled, range(min(images, len(data.unlabelled)))), cfg.view, 8),
+        leave=False,
+    ):
         found += to_original(look(model.eval(), part, cfg.pseudo), part['targets'])
-    classes, out = {}, json.loads((Path(run)/'run.json').read_text())
+    classes, out = {}, json.loads((Path(run) / 'run.json').read_text())
     for c, name in enumerate(data.truth.classes):
         n = [counts(found, data.truth, t, c) for t in THRESHOLDS]
-        classes[name] = dict(objects=n[0][2], precision=[tp/k if k else None for tp, k, _ in n], recall=[tp/g if g else None for tp, _, g in n], boxes=[k/len(found) for _, k, _ in n])
-    labelled = {name: round(float(r)*len(data.labelled)) for name, r in zip(data.truth.classes, class_rates(data.labelled, len(data.truth.classes)))}
-    return dict(run='/'.join(Path(run).parts[-3:]), hash=out['hash'], commit=out['commit'], images=len(found), labelled_images=len(data.labelled), labelled=labelled, thresholds=THRESHOLDS, classes=classes)
+        classes[name] = dict(
+            objects=n[0][2],
+            precision=[tp / k if k else None for tp, k, _ in n],
+            recall=[tp / g if g else None for tp, _, g in n],
+            boxes=[k / len(found) for _, k, _ in n],
+        )
+    labelled = {
+        name: round(float(r) * len(data.labelled))
+        for name, r in zip(data.truth.classes, class_rates(data.labelled, len(data.truth.classes)))
+    }
+    return dict(
+        run='/'.join(Path(run).parts[-3:]),
+        hash=out['hash'],
+        commit=out['commit'],
+        images=len(found),
+        labelled_images=len(data.labelled),
+        labelled=labelled,
+        thresholds=THRESHOLDS,
+        classes=classes,
+    )
+
 
 if __name__ == '__main__':
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

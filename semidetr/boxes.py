@@ -13,14 +13,15 @@ from torchvision.ops import box_convert
 
 # %% ../nbs/01_boxes.ipynb #aa989c47
 def cxcywh_to_xyxy(
-    boxes:Tensor, # (..., 4) centre, width, height
-)->Tensor: # (..., 4) two corners, same unit
+    boxes: Tensor,  # (..., 4) centre, width, height
+) -> Tensor:  # (..., 4) two corners, same unit
     "Centre form to corner form"
     return box_convert(boxes, 'cxcywh', 'xyxy')
 
+
 def xyxy_to_cxcywh(
-    boxes:Tensor, # (..., 4) two corners
-)->Tensor: # (..., 4) centre, width, height, same unit
+    boxes: Tensor,  # (..., 4) two corners
+) -> Tensor:  # (..., 4) centre, width, height, same unit
     "Corner form to centre form"
     return box_convert(boxes, 'xyxy', 'cxcywh')
 
@@ -29,79 +30,86 @@ def _scale(boxes, size):
     h, w = (int(s) for s in size)
     return boxes.new_tensor([w, h, w, h])
 
+
 def normalize_boxes(
-    xyxy:Tensor, # (N,4) pixels
-    size, # (H, W) of the un-padded image
-)->Tensor: # (N,4) cxcywh in [0,1]
+    xyxy: Tensor,  # (N,4) pixels
+    size,  # (H, W) of the un-padded image
+) -> Tensor:  # (N,4) cxcywh in [0,1]
     "Pixels to what a detector learns (@eq-boxes-format)"
-    return xyxy_to_cxcywh(xyxy/_scale(xyxy, size))
+    return xyxy_to_cxcywh(xyxy / _scale(xyxy, size))
+
 
 def denormalize_boxes(
-    cxcywh:Tensor, # (N,4) in [0,1]
-    size, # (H, W) of the un-padded image
-)->Tensor: # (N,4) xyxy pixels
+    cxcywh: Tensor,  # (N,4) in [0,1]
+    size,  # (H, W) of the un-padded image
+) -> Tensor:  # (N,4) xyxy pixels
     "What a detector says to pixels"
-    return cxcywh_to_xyxy(cxcywh)*_scale(cxcywh, size)
+    return cxcywh_to_xyxy(cxcywh) * _scale(cxcywh, size)
 
 # %% ../nbs/01_boxes.ipynb #5bdaee21
 def inverse_sigmoid(
-    x:Tensor, # values; clipped to [0,1]
-    eps:float=1e-5, # floor of both odds terms
-)->Tensor: # logits, same shape, within +-11.52
+    x: Tensor,  # values; clipped to [0,1]
+    eps: float = 1e-5,  # floor of both odds terms
+) -> Tensor:  # logits, same shape, within +-11.52
     "Logit with a floor (@eq-boxes-logit), as in the box refinement of Deformable-DETR"
     x = x.clamp(0, 1)
-    return (x.clamp(min=eps)/(1-x).clamp(min=eps)).log()
+    return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
 
 # %% ../nbs/01_boxes.ipynb #6d0461d8
 def _area(lo, hi):
     "Area between corners (...,2); 0 where they are swapped"
-    side = (hi-lo).clamp(min=0)
-    return side[..., 0]*side[..., 1]
+    side = (hi - lo).clamp(min=0)
+    return side[..., 0] * side[..., 1]
+
 
 def _ratio(x, y):
     "x/y, and 0 where y is 0 (then x is 0 too), with a finite gradient; NaN stays NaN"
-    return x/torch.where(y == 0, torch.ones_like(y), y)
+    return x / torch.where(y == 0, torch.ones_like(y), y)
+
 
 def _overlap(a, b):
     "Intersection and union of all pairs, and the operands in float32 at least"
     dt = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     a, b = a.to(dt)[..., :, None, :], b.to(dt)[..., None, :, :]
     inter = _area(torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:]))
-    return a, b, inter, _area(a[..., :2], a[..., 2:])+_area(b[..., :2], b[..., 2:])-inter
+    return a, b, inter, _area(a[..., :2], a[..., 2:]) + _area(b[..., :2], b[..., 2:]) - inter
+
 
 def box_iou(
-    a:Tensor, # (...,N,4) xyxy
-    b:Tensor, # (...,M,4) xyxy, same unit
-)->Tensor: # (...,N,M) in [0,1]; 0 where both boxes are empty
+    a: Tensor,  # (...,N,4) xyxy
+    b: Tensor,  # (...,M,4) xyxy, same unit
+) -> Tensor:  # (...,N,M) in [0,1]; 0 where both boxes are empty
     "Intersection over union of all pairs (@eq-boxes-giou)"
     return _ratio(*_overlap(a, b)[2:])
 
 # %% ../nbs/01_boxes.ipynb #dfd4ed94
 def generalized_box_iou(
-    a:Tensor, # (...,N,4) xyxy
-    b:Tensor, # (...,M,4) xyxy, same unit
-)->Tensor: # (...,N,M) in [-1,1]
+    a: Tensor,  # (...,N,4) xyxy
+    b: Tensor,  # (...,M,4) xyxy, same unit
+) -> Tensor:  # (...,N,M) in [-1,1]
     "Generalised IoU of all pairs (@eq-boxes-giou): it still has a slope where boxes do not touch"
     a, b, inter, union = _overlap(a, b)
     hull = _area(torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:]))
-    return _ratio(inter, union)-_ratio(hull-union, hull)
+    return _ratio(inter, union) - _ratio(hull - union, hull)
 
 # %% ../nbs/01_boxes.ipynb #e26d745e
 def transform_boxes(
-    xyxy:Tensor, # (N,4) pixels of the source view
-    matrix:Tensor, # (3,3) source pixels -> target pixels
-    size, # (H, W) of the un-padded target view
-    min_side:float=1., # boxes whose shorter side is not longer than this are not kept, pixels
-): # ((N,4) xyxy pixels of the target, clamped; (N,) bool: is it still a box)
+    xyxy: Tensor,  # (N,4) pixels of the source view
+    matrix: Tensor,  # (3,3) source pixels -> target pixels
+    size,  # (H, W) of the un-padded target view
+    min_side: float = 1.0,  # boxes whose shorter side is not longer than this are not kept, pixels
+):  # ((N,4) xyxy pixels of the target, clamped; (N,) bool: is it still a box)
     "Map the four corners, take their hull, clamp it to the view (@eq-boxes-transport); NaN rows stay NaN and kept"
     h, w = (int(s) for s in size)
     m = matrix.to(device=xyxy.device, dtype=torch.float64)
     x1, y1, x2, y2 = xyxy.to(torch.float64).unbind(-1)
-    corners = torch.stack([torch.stack([x, y, torch.ones_like(x)], -1) for x, y in ((x1, y1), (x2, y1), (x1, y2), (x2, y2))], 1)
+    corners = torch.stack(
+        [torch.stack([x, y, torch.ones_like(x)], -1) for x, y in ((x1, y1), (x2, y1), (x1, y2), (x2, y2))], 1
+    )
     p = corners @ m.T
-    p = p[..., :2]/p[..., 2:]
+    p = p[..., :2] / p[..., 2:]
     lo, hi = p.amin(1), p.amax(1)
     limit = p.new_tensor([w, h])
     out = torch.cat([lo.clamp(min=0).minimum(limit), hi.clamp(min=0).minimum(limit)], -1).to(xyxy.dtype)
-    keep = ~(out[:, 2:]-out[:, :2] <= min_side).any(-1)
+    keep = ~(out[:, 2:] - out[:, :2] <= min_side).any(-1)
     return out, keep

@@ -16,57 +16,78 @@ from .core import ConfigError, DataError, suggest
 COLORS = dict(student='#1f77b4', teacher='#ff7f0e', truth='#2ca02c', mined='#ff7f0e', paper='#7f7f7f')
 STYLES = dict(student='-', teacher='-', truth='-', mined='--', paper=':')
 
+
 def _look(kind):
     "Colour and line style of a kind"
-    if kind not in COLORS: raise ConfigError(f"drawing kind '{kind}' is unknown; {suggest(kind, COLORS)}")
+    if kind not in COLORS:
+        raise ConfigError(f"drawing kind '{kind}' is unknown; {suggest(kind, COLORS)}")
     return COLORS[kind], STYLES[kind]
+
 
 def _ink(color):
     "Black or white, whichever can be read on the colour"
     r, g, b = ImageColor.getrgb(color)
-    return 'black' if .299*r+.587*g+.114*b > 140 else 'white'
+    return 'black' if 0.299 * r + 0.587 * g + 0.114 * b > 140 else 'white'
 
 # %% ../nbs/02_draw.ipynb #d747953a
 def to_pil(
-    img, # PIL image; uint8 array or tensor, HWC, CHW or HW; float array or tensor, CHW or HW
-    mean=None, std=None, # 3 numbers each: float pixels were normalised with (x-mean)/std
-)->Image.Image: # RGB
+    img,  # PIL image; uint8 array or tensor, HWC, CHW or HW; float array or tensor, CHW or HW
+    mean=None,
+    std=None,  # 3 numbers each: float pixels were normalised with (x-mean)/std
+) -> Image.Image:  # RGB
     "Any picture that this package handles, as a PIL image"
-    if isinstance(img, Image.Image): return img.convert('RGB')
+    if isinstance(img, Image.Image):
+        return img.convert('RGB')
     x = torch.as_tensor(img).detach().cpu()
-    if x.ndim == 2: x = x[None]
-    if x.ndim != 3: raise DataError(f"an image has 2 or 3 axes, this has shape {tuple(x.shape)}; draw one image of a batch at a time")
+    if x.ndim == 2:
+        x = x[None]
+    if x.ndim != 3:
+        raise DataError(
+            f"an image has 2 or 3 axes, this has shape {tuple(x.shape)}; draw one image of a batch at a time"
+        )
     chw, hwc = x.shape[0] in (1, 3), x.shape[-1] in (1, 3)
-    if hwc and not (chw and isinstance(img, torch.Tensor)): x = x.permute(2, 0, 1)
-    elif not chw: raise DataError(f"an image has 1 or 3 channels, this has shape {tuple(x.shape)}")
+    if hwc and not (chw and isinstance(img, torch.Tensor)):
+        x = x.permute(2, 0, 1)
+    elif not chw:
+        raise DataError(f"an image has 1 or 3 channels, this has shape {tuple(x.shape)}")
     if x.is_floating_point():
         x = x.float()
-        if mean is not None: x = x*torch.tensor(std)[:, None, None]+torch.tensor(mean)[:, None, None]
-        if not torch.isfinite(x).all(): raise DataError('the image holds pixels that are NaN or infinite; look at the view that made it')
-        if x.numel() and (x.min() < -.02 or x.max() > 1.02):
-            raise DataError(f'float pixels run from {x.min():.2f} to {x.max():.2f}, not from 0 to 1; pass the mean and std they were normalised with')
-        x = (x*255).round().clamp(0, 255)
+        if mean is not None:
+            x = x * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+        if not torch.isfinite(x).all():
+            raise DataError('the image holds pixels that are NaN or infinite; look at the view that made it')
+        if x.numel() and (x.min() < -0.02 or x.max() > 1.02):
+            raise DataError(
+                f'float pixels run from {x.min():.2f} to {x.max():.2f}, not from 0 to 1; pass the mean and std they were normalised with'
+            )
+        x = (x * 255).round().clamp(0, 255)
     return Image.fromarray(x.to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
 # %% ../nbs/02_draw.ipynb #fced535f
 def show_image(
-    ax, # matplotlib axes
-    img, # anything `to_pil` takes
-    mean=None, std=None, # 3 numbers each, for normalised tensors
-    title=None, # text above
+    ax,  # matplotlib axes
+    img,  # anything `to_pil` takes
+    mean=None,
+    std=None,  # 3 numbers each, for normalised tensors
+    title=None,  # text above
 ):
     "Show an image so that pixel (0,0) covers the square from 0 to 1, as boxes count"
     img = to_pil(img, mean, std)
     ax.imshow(img, extent=(0, img.width, img.height, 0), interpolation='nearest')
-    ax.set(xlim=(0, img.width), ylim=(img.height, 0)); ax.axis('off')
-    if title is not None: ax.set_title(title, fontsize=8)
+    ax.set(xlim=(0, img.width), ylim=(img.height, 0))
+    ax.axis('off')
+    if title is not None:
+        ax.set_title(title, fontsize=8)
     return ax
 
 # %% ../nbs/02_draw.ipynb #f4b2b822
 def _rows(xyxy):
     "Boxes as float64 (N,4) with ordered corners, and which of them are finite"
     x = torch.as_tensor([] if xyxy is None else xyxy).detach().cpu().double().reshape(-1, 4)
-    return torch.cat([torch.minimum(x[:, :2], x[:, 2:]), torch.maximum(x[:, :2], x[:, 2:])], 1).tolist(), torch.isfinite(x).all(1).tolist()
+    return torch.cat(
+        [torch.minimum(x[:, :2], x[:, 2:]), torch.maximum(x[:, :2], x[:, 2:])], 1
+    ).tolist(), torch.isfinite(x).all(1).tolist()
+
 
 def _caption(i, labels, scores, classes):
     "Text of box `i`: class and score, as far as they are known"
@@ -74,227 +95,315 @@ def _caption(i, labels, scores, classes):
     if labels is not None:
         c = int(labels[i])
         words.append(str(classes[c]) if classes is not None and 0 <= c < len(classes) else str(c))
-    if scores is not None: words.append(f'{float(scores[i]):.2f}')
+    if scores is not None:
+        words.append(f'{float(scores[i]):.2f}')
     return ' '.join(words)
 
 # %% ../nbs/02_draw.ipynb #1a708b7e
 def draw_boxes(
-    ax, # matplotlib axes that show the image
-    xyxy, # (N,4) pixels of that image; N may be 0
-    labels=None, # (N,) class indices
-    scores=None, # (N,)
-    classes=None, # names of the classes
-    kind:str='truth', # key of `COLORS`
-    lw:float=1.5, # line width, points
-    fontsize:float=6, # of the captions
-)->list: # the rectangles
+    ax,  # matplotlib axes that show the image
+    xyxy,  # (N,4) pixels of that image; N may be 0
+    labels=None,  # (N,) class indices
+    scores=None,  # (N,)
+    classes=None,  # names of the classes
+    kind: str = 'truth',  # key of `COLORS`
+    lw: float = 1.5,  # line width, points
+    fontsize: float = 6,  # of the captions
+) -> list:  # the rectangles
     "Draw boxes; those that are not finite are counted in red instead of dropped in silence"
     from matplotlib.patches import Rectangle
+
     color, style = _look(kind)
     boxes, finite = _rows(xyxy)
     out = []
     for i, (x1, y1, x2, y2) in enumerate(boxes):
-        if not finite[i]: continue
-        out.append(ax.add_patch(Rectangle((x1, y1), x2-x1, y2-y1, fill=False, ec=color, ls=style, lw=lw)))
+        if not finite[i]:
+            continue
+        out.append(ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=color, ls=style, lw=lw)))
         text = _caption(i, labels, scores, classes)
-        if text: ax.text(x1, y1, text, fontsize=fontsize, color=_ink(color), va='bottom', clip_on=True, bbox=dict(fc=color, ec='none', pad=.6))
-    if len(out) < len(boxes): ax.text(.02, .02, f'{len(boxes)-len(out)} not finite', color='red', fontsize=8, transform=ax.transAxes)
+        if text:
+            ax.text(
+                x1,
+                y1,
+                text,
+                fontsize=fontsize,
+                color=_ink(color),
+                va='bottom',
+                clip_on=True,
+                bbox=dict(fc=color, ec='none', pad=0.6),
+            )
+    if len(out) < len(boxes):
+        ax.text(
+            0.02, 0.02, f'{len(boxes) - len(out)} not finite', color='red', fontsize=8, transform=ax.transAxes
+        )
     return out
 
 # %% ../nbs/02_draw.ipynb #8391c30e
 def _figure(nrows, ncols, width, height):
     "A closed figure and its axes: it is shown once, where a cell ends with it"
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(max(nrows, 1), ncols, figsize=(width, max(height, 1)), dpi=80, squeeze=False, layout='constrained')
+
+    fig, axes = plt.subplots(
+        max(nrows, 1), ncols, figsize=(width, max(height, 1)), dpi=80, squeeze=False, layout='constrained'
+    )
     plt.close(fig)
-    for ax in axes.flat: ax.axis('off')
+    for ax in axes.flat:
+        ax.axis('off')
     return fig, axes
+
 
 def _item(x, labels=None, scores=None):
     "(boxes, labels, scores) of a tensor, a dict of them, a sample, or None"
-    if x is None: return None, None, None
-    if isinstance(x, dict): return x.get('boxes'), x.get('labels', labels), x.get('scores', scores)
-    if hasattr(x, 'boxes'): return x.boxes, x.labels, scores
+    if x is None:
+        return None, None, None
+    if isinstance(x, dict):
+        return x.get('boxes'), x.get('labels', labels), x.get('scores', scores)
+    if hasattr(x, 'boxes'):
+        return x.boxes, x.labels, scores
     return x, labels, scores
 
 # %% ../nbs/02_draw.ipynb #0f265c3a
 def image_grid(
-    images, # list of anything `to_pil` takes
-    boxes=None, # one entry an image: (N,4) xyxy pixels, or {'boxes','labels','scores'}, or None; or {kind: such a list}
-    labels=None, # one (N,) an image, for boxes given as tensors
-    scores=None, # one (N,) an image
-    classes=None, # names of the classes
-    kind:str='truth', # of the boxes, key of `COLORS`
-    titles=None, # one text an image
-    ncols:int=4, # images in a row
-    cell:float=1.5, # side of a cell, inches
-    mean=None, std=None, # for normalised tensors
-): # matplotlib Figure
+    images,  # list of anything `to_pil` takes
+    boxes=None,  # one entry an image: (N,4) xyxy pixels, or {'boxes','labels','scores'}, or None; or {kind: such a list}
+    labels=None,  # one (N,) an image, for boxes given as tensors
+    scores=None,  # one (N,) an image
+    classes=None,  # names of the classes
+    kind: str = 'truth',  # of the boxes, key of `COLORS`
+    titles=None,  # one text an image
+    ncols: int = 4,  # images in a row
+    cell: float = 1.5,  # side of a cell, inches
+    mean=None,
+    std=None,  # for normalised tensors
+):  # matplotlib Figure
     "Images in rows, with their boxes"
     images = list(images)
     ncols = max(1, min(ncols, len(images)))
-    nrows = -(-len(images)//ncols)
-    fig, axes = _figure(nrows, ncols, ncols*cell, nrows*(cell+.2*(titles is not None)))
+    nrows = -(-len(images) // ncols)
+    fig, axes = _figure(nrows, ncols, ncols * cell, nrows * (cell + 0.2 * (titles is not None)))
     layers = boxes if isinstance(boxes, dict) else {kind: boxes}
     for i, (ax, img) in enumerate(zip(axes.flat, images)):
         show_image(ax, img, mean, std, None if titles is None else titles[i])
         for k, rows in layers.items():
-            if rows is None: continue
-            draw_boxes(ax, *_item(rows[i], None if labels is None else labels[i], None if scores is None else scores[i]), classes, k)
+            if rows is None:
+                continue
+            draw_boxes(
+                ax,
+                *_item(rows[i], None if labels is None else labels[i], None if scores is None else scores[i]),
+                classes,
+                k,
+            )
     return fig
 
 # %% ../nbs/02_draw.ipynb #8e1edce8
 def compare(
-    images, # list of images, {image_id: image}, or list of samples (with .image, .image_id, .boxes, .labels)
-    predictions:dict, # {name of the model: detections}, detections by image id, or a list in the order of the images
-    truth=None, # the same with {'boxes','labels'}; None: that of the samples, if they are samples
-    classes=None, # names of the classes
-    threshold:float=.3, # lowest score that is drawn
-    kinds:dict=None, # {name of the model: kind}; default: the name if it is a kind, else student
-    cell:float=1.5, # side of a cell, inches
-    mean=None, std=None, # for normalised tensors
-): # matplotlib Figure
+    images,  # list of images, {image_id: image}, or list of samples (with .image, .image_id, .boxes, .labels)
+    predictions: dict,  # {name of the model: detections}, detections by image id, or a list in the order of the images
+    truth=None,  # the same with {'boxes','labels'}; None: that of the samples, if they are samples
+    classes=None,  # names of the classes
+    threshold: float = 0.3,  # lowest score that is drawn
+    kinds: dict = None,  # {name of the model: kind}; default: the name if it is a kind, else student
+    cell: float = 1.5,  # side of a cell, inches
+    mean=None,
+    std=None,  # for normalised tensors
+):  # matplotlib Figure
     "One row an image, one column a model; the truth stands first and lies, thin, under every prediction"
-    images = {getattr(s, 'image_id', i): s for i, s in enumerate(images)} if not isinstance(images, dict) else images
-    if truth is None: truth = {k: s for k, s in images.items() if hasattr(s, 'boxes')}
-    def at(rows, key): return rows.get(key) if isinstance(rows, dict) else rows[list(images).index(key)]
-    fig, axes = _figure(len(images), 1+len(predictions), (1+len(predictions))*cell, len(images)*cell+.2)
+    images = (
+        {getattr(s, 'image_id', i): s for i, s in enumerate(images)}
+        if not isinstance(images, dict)
+        else images
+    )
+    if truth is None:
+        truth = {k: s for k, s in images.items() if hasattr(s, 'boxes')}
+
+    def at(rows, key):
+        return rows.get(key) if isinstance(rows, dict) else rows[list(images).index(key)]
+
+    fig, axes = _figure(
+        len(images), 1 + len(predictions), (1 + len(predictions)) * cell, len(images) * cell + 0.2
+    )
     for i, (key, s) in enumerate(images.items()):
         t_boxes, t_labels, _ = _item(at(truth, key))
         for j, (ax, name) in enumerate(zip(axes[i], ['truth', *predictions])):
             show_image(ax, getattr(s, 'image', s), mean, std, None if i else name)
-            if j == 0: draw_boxes(ax, t_boxes, t_labels, None, classes); continue
-            draw_boxes(ax, t_boxes, lw=.8)
+            if j == 0:
+                draw_boxes(ax, t_boxes, t_labels, None, classes)
+                continue
+            draw_boxes(ax, t_boxes, lw=0.8)
             b, lab, sc = _item(at(predictions[name], key))
             if b is not None and sc is not None:
-                on = ~(torch.as_tensor(sc) < threshold) # a NaN score stays visible
-                b, lab, sc = torch.as_tensor(b)[on], None if lab is None else torch.as_tensor(lab)[on], torch.as_tensor(sc)[on]
-            draw_boxes(ax, b, lab, sc, classes, (kinds or {}).get(name, name if name in COLORS else 'student'))
+                on = ~(torch.as_tensor(sc) < threshold)  # a NaN score stays visible
+                b, lab, sc = (
+                    torch.as_tensor(b)[on],
+                    None if lab is None else torch.as_tensor(lab)[on],
+                    torch.as_tensor(sc)[on],
+                )
+            draw_boxes(
+                ax, b, lab, sc, classes, (kinds or {}).get(name, name if name in COLORS else 'student')
+            )
     return fig
 
 # %% ../nbs/02_draw.ipynb #f142a3eb
 def draw_on_image(
-    img, # PIL image, or anything `to_pil` takes
-    xyxy, # (N,4) pixels; N may be 0
-    labels=None, # (N,) class indices
-    scores=None, # (N,)
-    classes=None, # names of the classes
-    kind:str='student', # key of `COLORS`
-    width:int=None, # line width in pixels; default grows with the image
-)->Image.Image: # a new RGB image of the same size
+    img,  # PIL image, or anything `to_pil` takes
+    xyxy,  # (N,4) pixels; N may be 0
+    labels=None,  # (N,) class indices
+    scores=None,  # (N,)
+    classes=None,  # names of the classes
+    kind: str = 'student',  # key of `COLORS`
+    width: int = None,  # line width in pixels; default grows with the image
+) -> Image.Image:  # a new RGB image of the same size
     "Boxes burnt into a copy of the image, without matplotlib; what leaves the image is drawn on its border"
     color, style = _look(kind)
     img, (boxes, finite) = to_pil(img).copy(), _rows(xyxy)
-    width = width or max(1, round(min(img.size)/200))
+    width = width or max(1, round(min(img.size) / 200))
     frames, corners = np.zeros((img.height, img.width), bool), {}
     for i in (i for i, ok in enumerate(finite) if ok):
-        x1, y1, x2, y2 = (min(max(v, 0), side) for v, side in zip(boxes[i], img.size*2))
-        x1, y1 = min(int(x1), img.width-1), min(int(y1), img.height-1)
-        corners[i] = x1, y1, max(int(np.ceil(x2))-1, x1), max(int(np.ceil(y2))-1, y1) # first and last pixel that it touches
-        inside = frames[y1:corners[i][3]+1, x1:corners[i][2]+1]
+        x1, y1, x2, y2 = (min(max(v, 0), side) for v, side in zip(boxes[i], img.size * 2))
+        x1, y1 = min(int(x1), img.width - 1), min(int(y1), img.height - 1)
+        corners[i] = (
+            x1,
+            y1,
+            max(int(np.ceil(x2)) - 1, x1),
+            max(int(np.ceil(y2)) - 1, y1),
+        )  # first and last pixel that it touches
+        inside = frames[y1 : corners[i][3] + 1, x1 : corners[i][2] + 1]
         inside[:width] = inside[-width:] = inside[:, :width] = inside[:, -width:] = True
-    if style != '-': # stripes along both axes
-        frames &= np.add.outer(np.arange(img.height), np.arange(img.width))//(4*width) % 2 == 0
-    img.paste(color, mask=Image.fromarray(frames*np.uint8(255)))
-    draw, font = ImageDraw.Draw(img), ImageFont.load_default(max(9, round(min(img.size)/40)))
+    if style != '-':  # stripes along both axes
+        frames &= np.add.outer(np.arange(img.height), np.arange(img.width)) // (4 * width) % 2 == 0
+    img.paste(color, mask=Image.fromarray(frames * np.uint8(255)))
+    draw, font = ImageDraw.Draw(img), ImageFont.load_default(max(9, round(min(img.size) / 40)))
     for i, (x1, y1, _, _) in corners.items():
         text = _caption(i, labels, scores, classes)
-        if not text: continue
+        if not text:
+            continue
         w, h = draw.textbbox((0, 0), text, font=font)[2:]
-        x, y = max(0, min(x1, img.width-w)), max(0, y1-h-1)
-        draw.rectangle((x, y, x+w, y+h), fill=color); draw.text((x, y), text, fill=_ink(color), font=font)
-    if not all(finite): draw.text((1, 1), f'{finite.count(False)} not finite', fill='red', font=font)
+        x, y = max(0, min(x1, img.width - w)), max(0, y1 - h - 1)
+        draw.rectangle((x, y, x + w, y + h), fill=color)
+        draw.text((x, y), text, fill=_ink(color), font=font)
+    if not all(finite):
+        draw.text((1, 1), f'{finite.count(False)} not finite', fill='red', font=font)
     return img
 
 # %% ../nbs/02_draw.ipynb #02265d59
 def curve(
-    ax, # matplotlib axes
-    x, # (T,) steps
-    y_runs, # (R,T), one row a seed; or (T,)
-    label:str='', # name in the legend; the number of seeds is added
-    kind:str='student', # key of `COLORS`
-    color=None, # another colour, where a picture holds more curves than there are kinds
+    ax,  # matplotlib axes
+    x,  # (T,) steps
+    y_runs,  # (R,T), one row a seed; or (T,)
+    label: str = '',  # name in the legend; the number of seeds is added
+    kind: str = 'student',  # key of `COLORS`
+    color=None,  # another colour, where a picture holds more curves than there are kinds
 ):
     "Mean over the seeds as a line, one sample standard deviation as a band; a NaN leaves a gap"
     base, style = _look(kind)
     color = color or base
     runs = [np.atleast_1d(np.asarray(r, float)) for r in y_runs]
-    if runs and np.ndim(y_runs[0]) == 0: runs = [np.concatenate(runs)]
+    if runs and np.ndim(y_runs[0]) == 0:
+        runs = [np.concatenate(runs)]
     for r in runs:
-        if len(r) != len(x): raise DataError(f"curve '{label}': {len(x)} steps but a run of {len(r)} values")
+        if len(r) != len(x):
+            raise DataError(f"curve '{label}': {len(x)} steps but a run of {len(r)} values")
     mean = np.mean(runs, 0) if runs else np.full(len(x), np.nan)
-    line, = ax.plot(x, mean, style, color=color, lw=1.5, label=f'{label} (n={len(runs)})')
+    (line,) = ax.plot(x, mean, style, color=color, lw=1.5, label=f'{label} (n={len(runs)})')
     if len(runs) > 1:
         sd = np.std(runs, 0, ddof=1)
-        ax.fill_between(x, mean-sd, mean+sd, color=color, alpha=.2, lw=0)
+        ax.fill_between(x, mean - sd, mean + sd, color=color, alpha=0.2, lw=0)
     return line
 
 # %% ../nbs/02_draw.ipynb #890a3be3
 def dots(
-    ax, # matplotlib axes
-    results:dict, # {name: values of its seeds}, drawn from top to bottom
-    paper:dict=None, # {name: published value}
-    kinds:dict=None, # {name: key of `COLORS`}; default student
-    unit:str='AP', # under the axis
+    ax,  # matplotlib axes
+    results: dict,  # {name: values of its seeds}, drawn from top to bottom
+    paper: dict = None,  # {name: published value}
+    kinds: dict = None,  # {name: key of `COLORS`}; default student
+    unit: str = 'AP',  # under the axis
 ):
     "Every seed as a dot, mean and standard deviation as a bar with n, published numbers as a grey ring"
     for i, (name, values) in enumerate(results.items()):
         v, color = np.asarray(list(values), float), _look((kinds or {}).get(name, 'student'))[0]
-        if len(v): ax.errorbar(v.mean(), i, xerr=v.std(ddof=1) if len(v) > 1 else None, fmt='|', ms=12, capsize=3, color=color)
-        ax.plot(v, np.full(len(v), i), 'o', ms=4, alpha=.5, mec='none', color=color)
-        if name in (paper or {}): ax.plot(paper[name], i, 'o', mfc='none', color=COLORS['paper'])
+        if len(v):
+            ax.errorbar(
+                v.mean(),
+                i,
+                xerr=v.std(ddof=1) if len(v) > 1 else None,
+                fmt='|',
+                ms=12,
+                capsize=3,
+                color=color,
+            )
+        ax.plot(v, np.full(len(v), i), 'o', ms=4, alpha=0.5, mec='none', color=color)
+        if name in (paper or {}):
+            ax.plot(paper[name], i, 'o', mfc='none', color=COLORS['paper'])
     ax.set_yticks(range(len(results)), [f'{k} (n={len(list(v))})' for k, v in results.items()])
-    ax.set(xlabel=unit, ylim=(len(results)-.5, -.5))
+    ax.set(xlabel=unit, ylim=(len(results) - 0.5, -0.5))
     return ax
 
 # %% ../nbs/02_draw.ipynb #3877705a
 def draw_matches(
-    ax, # matplotlib axes that show the image
-    a, # (N,4) xyxy, e.g. predictions
-    b, # (M,4) xyxy, e.g. truth
-    pairs, # (index into a, index into b): two index lists, as a matcher returns them
-    weights=None, # one number a pair in [0,1]: opacity of its line
-    kinds=('student', 'truth'), # of a and of b
-)->list: # the lines
+    ax,  # matplotlib axes that show the image
+    a,  # (N,4) xyxy, e.g. predictions
+    b,  # (M,4) xyxy, e.g. truth
+    pairs,  # (index into a, index into b): two index lists, as a matcher returns them
+    weights=None,  # one number a pair in [0,1]: opacity of its line
+    kinds=('student', 'truth'),  # of a and of b
+) -> list:  # the lines
     "Join the centres of matched boxes"
-    mid = [[((r[0]+r[2])/2, (r[1]+r[3])/2) for r in _rows(x)[0]] for x in (a, b)]
-    draw_boxes(ax, a, kind=kinds[0], lw=1); draw_boxes(ax, b, kind=kinds[1], lw=1)
+    mid = [[((r[0] + r[2]) / 2, (r[1] + r[3]) / 2) for r in _rows(x)[0]] for x in (a, b)]
+    draw_boxes(ax, a, kind=kinds[0], lw=1)
+    draw_boxes(ax, b, kind=kinds[1], lw=1)
     out = []
     for n, (i, j) in enumerate(zip(*pairs[:2])):
         (x1, y1), (x2, y2) = mid[0][int(i)], mid[1][int(j)]
-        alpha = 1. if weights is None else min(max(float(weights[n]), .05), 1.)
+        alpha = 1.0 if weights is None else min(max(float(weights[n]), 0.05), 1.0)
         out += ax.plot([x1, x2], [y1, y2], '-o', color='black', lw=1.2, ms=2.5, alpha=alpha)
     return out
 
 # %% ../nbs/02_draw.ipynb #c3e04ddf
 def draw_points(
-    ax, # matplotlib axes that show the image
-    xy, # (N,2) pixels
-    weights=None, # (N,) attention weights: area of the dots
-    kind:str='student', # key of `COLORS`
-    size:float=60., # area of the heaviest dot, points squared
+    ax,  # matplotlib axes that show the image
+    xy,  # (N,2) pixels
+    weights=None,  # (N,) attention weights: area of the dots
+    kind: str = 'student',  # key of `COLORS`
+    size: float = 60.0,  # area of the heaviest dot, points squared
 ):
     "Sampling points of an attention head, as heavy as their weights"
     xy = torch.as_tensor(xy).detach().cpu().double().reshape(-1, 2).numpy()
-    w = np.ones(len(xy)) if weights is None else torch.as_tensor(weights).detach().cpu().double().reshape(-1).numpy()
-    return ax.scatter(xy[:, 0], xy[:, 1], s=size*w/max(w.max(initial=0), 1e-12), color=_look(kind)[0], edgecolor='white', lw=.5, zorder=3)
+    w = (
+        np.ones(len(xy))
+        if weights is None
+        else torch.as_tensor(weights).detach().cpu().double().reshape(-1).numpy()
+    )
+    return ax.scatter(
+        xy[:, 0],
+        xy[:, 1],
+        s=size * w / max(w.max(initial=0), 1e-12),
+        color=_look(kind)[0],
+        edgecolor='white',
+        lw=0.5,
+        zorder=3,
+    )
 
 # %% ../nbs/02_draw.ipynb #dc0b2ccc
 def draw_mixture(
-    ax, # matplotlib axes
-    values, # (N,) e.g. matching costs
-    means=(), # (K,) of the Gaussians
-    stds=(), # (K,)
-    weights=(), # (K,) sum 1
-    threshold:float=None, # drawn as a vertical line
-    bins:int=20,
+    ax,  # matplotlib axes
+    values,  # (N,) e.g. matching costs
+    means=(),  # (K,) of the Gaussians
+    stds=(),  # (K,)
+    weights=(),  # (K,) sum 1
+    threshold: float = None,  # drawn as a vertical line
+    bins: int = 20,
 ):
     "Histogram, the Gaussians fitted to it, and where the line was drawn"
     v = torch.as_tensor(values).detach().cpu().double().reshape(-1).numpy()
-    if len(v): ax.hist(v, bins=bins, density=True, color=COLORS['paper'], alpha=.4)
+    if len(v):
+        ax.hist(v, bins=bins, density=True, color=COLORS['paper'], alpha=0.4)
     marks = np.concatenate([v, np.asarray(means, float)])
     if len(marks):
-        g = np.linspace(marks.min()-1e-3, marks.max()+1e-3, 300)
-        for m, s, w in zip(means, stds, weights): ax.plot(g, w*np.exp(-.5*((g-m)/s)**2)/(s*np.sqrt(2*np.pi)), color=COLORS['student'])
-    if threshold is not None: ax.axvline(float(threshold), color=COLORS['mined'], ls=STYLES['mined'])
+        g = np.linspace(marks.min() - 1e-3, marks.max() + 1e-3, 300)
+        for m, s, w in zip(means, stds, weights):
+            ax.plot(
+                g, w * np.exp(-0.5 * ((g - m) / s) ** 2) / (s * np.sqrt(2 * np.pi)), color=COLORS['student']
+            )
+    if threshold is not None:
+        ax.axvline(float(threshold), color=COLORS['mined'], ls=STYLES['mined'])
     return ax

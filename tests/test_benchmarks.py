@@ -1,130 +1,216 @@
 "The benchmark measures what it says: same answers before timing, turns that alternate, result files that the page can read."
+
 import dataclasses, importlib.util, json, shutil, subprocess, sys, tomllib
 import pytest, torch
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT/'benchmarks'))
-import run as runner, timing # noqa: E402
-needs_theirs = pytest.mark.skipif(importlib.util.find_spec('transformers') is None, reason='transformers is missing: pip install -e .[bench]')
+sys.path.insert(0, str(ROOT / 'benchmarks'))
+import run as runner, timing  # noqa: E402
+
+needs_theirs = pytest.mark.skipif(
+    importlib.util.find_spec('transformers') is None,
+    reason='transformers is missing: pip install -e .[bench]',
+)
+
 
 def test_turns_alternate():
     said = []
-    t = timing.interleave(dict(a=lambda: said.append('a'), b=lambda: said.append('b') or dict(part=7.)), rounds=3, warm=2)
-    assert said == ['a', 'b']*5 and len(t['a']['all']) == 3 and t['b']['part'] == [7.]*3
+    t = timing.interleave(
+        dict(a=lambda: said.append('a'), b=lambda: said.append('b') or dict(part=7.0)), rounds=3, warm=2
+    )
+    assert said == ['a', 'b'] * 5 and len(t['a']['all']) == 3 and t['b']['part'] == [7.0] * 3
+
 
 def test_ratio_pairs_neighbours():
     "A slow moment that meets both leaves the ratio alone; the ratio of medians would not be 2"
-    r = timing.compare([2., 20., 4., 8.], [1., 10., 2., 4.], case='x')
-    assert r['ratio'] == [2., 2., 2.] and r['theirs_ms'] == 6000 and r['rounds'] == 4 and r['case'] == 'x'
-    assert timing.quartiles([3.]) == [3., 3., 3.] and timing.quartiles([1., 2., 3., 4., 5.]) == [2., 3., 4.]
+    r = timing.compare([2.0, 20.0, 4.0, 8.0], [1.0, 10.0, 2.0, 4.0], case='x')
+    assert r['ratio'] == [2.0, 2.0, 2.0] and r['theirs_ms'] == 6000 and r['rounds'] == 4 and r['case'] == 'x'
+    assert timing.quartiles([3.0]) == [3.0, 3.0, 3.0] and timing.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == [
+        2.0,
+        3.0,
+        4.0,
+    ]
+
 
 def test_the_collector_wakes_up_again():
     import gc
-    def fault(): raise ValueError
-    with pytest.raises(ValueError): timing.interleave(dict(a=fault), warm=0)
+
+    def fault():
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        timing.interleave(dict(a=fault), warm=0)
     assert gc.isenabled()
+
 
 def test_results_are_short():
     assert runner.plain(dict(a=[1.23456789, True, 3, None, 'x'])) == dict(a=[1.235, True, 3, None, 'x'])
+
 
 @needs_theirs
 def test_op_check_can_fail(monkeypatch):
     import op
     from semidetr.detectors import native
-    if not native.native_available(): pytest.skip('no native op')
+
+    if not native.native_available():
+        pytest.skip('no native op')
     x = op.inputs([(6, 8), (3, 4)], 2, 5)
     fs = op.forms(x)
-    for name in op.BASE: assert op.verify(x, fs, name) < (3e-2 if 'bf16' in name else 1e-5)
+    for name in op.BASE:
+        assert op.verify(x, fs, name) < (3e-2 if 'bf16' in name else 1e-5)
     leaves, f = fs['op']
-    with pytest.raises(AssertionError, match='differs'): op.verify(x, fs | {'op': (leaves, lambda *a: 1.01*f(*a))}, 'op')
+    with pytest.raises(AssertionError, match='differs'):
+        op.verify(x, fs | {'op': (leaves, lambda *a: 1.01 * f(*a))}, 'op')
+
 
 @needs_theirs
 def test_same_model_as_theirs():
     "Logits, boxes, loss and gradients, with and without padding; a wrong weight is noticed"
     import deformable_detr as dd
+
     cfg = dataclasses.replace(dd.SIZE, d_model=64, enc_layers=2, dec_layers=2, ffn=96, num_queries=12)
     theirs, ours = dd.twins('tiny', cfg, num_classes=7)
     images, targets = dd.scene(96, 2, num_classes=7, objects=3)
     mask = torch.zeros(2, 96, 96, dtype=torch.bool)
-    mask[0, :, 64:] = True; mask[1, 40:] = True
+    mask[0, :, 64:] = True
+    mask[1, 40:] = True
     for m in (None, mask):
         far = dd.agreement(theirs, ours, images, targets, m)
         assert far['outputs'] < 1e-5 and far['loss'] < 1e-5 and far['gradients'] < 1e-2, far
-    with torch.no_grad(): ours.layers[1].cross_attn.sampling_offsets.bias += .1
+    with torch.no_grad():
+        ours.layers[1].cross_attn.sampling_offsets.bias += 0.1
     assert dd.agreement(theirs, ours, images, targets)['outputs'] > 1e-4
+
 
 @needs_theirs
 def test_every_weight_has_its_place():
     import deformable_detr as dd
+
     for name, (_, _, widths, _) in dd.RESNETS.items():
         body, rest = dd.convert(dd.build_theirs(name).state_dict())
         assert dd.build_backbone(name, body).channels == list(widths[1:])
         assert not any(k.startswith('model.') for k in (*body, *rest))
 
+
 @needs_theirs
 def test_same_pairs_as_theirs():
     import matcher
     from semidetr.matching.matching import hungarian
+
     outputs, targets = matcher.batch(3, 40, seed=1)
     theirs = matcher.pairs(matcher.theirs()(outputs, targets))
-    assert theirs == matcher.pairs(hungarian(outputs, targets)) and [len(p) for p in theirs] == [len(t['labels']) for t in targets]
-    assert theirs != matcher.pairs(hungarian(outputs, targets, w_l1=0.))
+    assert theirs == matcher.pairs(hungarian(outputs, targets)) and [len(p) for p in theirs] == [
+        len(t['labels']) for t in targets
+    ]
+    assert theirs != matcher.pairs(hungarian(outputs, targets, w_l1=0.0))
+
 
 def test_thresholds_let_boxes_pass(tmp_path):
     "The teacher's step is timed with about as many pseudo boxes as a scene has objects"
     import semi
+
     run, batches = semi.make_run(tmp_path, 'digits', 'mean_teacher', batches=2)
     semi.set_thresholds(run, batches)
     step, seen = semi.stepper(run, batches)
     step(), step()
-    assert all(semi.BOXES*.5 < n < semi.BOXES*2 for n in seen), seen
-    assert [len(batches[0][k]['targets']) for k in ('labelled', 'weak', 'strong')] == [semi.LABELLED, semi.UNLABELLED, semi.UNLABELLED]
+    assert all(semi.BOXES * 0.5 < n < semi.BOXES * 2 for n in seen), seen
+    assert [len(batches[0][k]['targets']) for k in ('labelled', 'weak', 'strong')] == [
+        semi.LABELLED,
+        semi.UNLABELLED,
+        semi.UNLABELLED,
+    ]
+
 
 def test_aims_pick_one_row_each():
     "An aim that matches nothing would silently never be missed; what is not measured yet is said on the page"
-    aims = tomllib.loads((ROOT/'benchmarks'/'aims.toml').read_text())['aim']
+    aims = tomllib.loads((ROOT / 'benchmarks' / 'aims.toml').read_text())['aim']
     for aim in aims:
         assert ('at_least' in aim) != ('at_most' in aim) and aim['part'] in runner.PARTS
-        f = ROOT/'benchmarks'/'results'/f"{aim['part']}.json"
-        if not f.exists(): continue
-        found = [r for r in json.loads(f.read_text())['rows'] if all(r.get(k) == v for k, v in aim['match'].items())]
+        f = ROOT / 'benchmarks' / 'results' / f"{aim['part']}.json"
+        if not f.exists():
+            continue
+        found = [
+            r
+            for r in json.loads(f.read_text())['rows']
+            if all(r.get(k) == v for k, v in aim['match'].items())
+        ]
         assert len(found) == 1 and ('cost' if 'at_most' in aim else 'ratio') in found[0], aim['what']
+
 
 @needs_theirs
 def test_smoke(tmp_path):
-    done = subprocess.run([sys.executable, ROOT/'benchmarks'/'run.py', '--quick', '--only', 'matcher', '--out', tmp_path], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / 'benchmarks' / 'run.py', '--quick', '--only', 'matcher', '--out', tmp_path],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path/'matcher.json').read_text())
-    assert result['quick'] and result['machine']['versions']['torch'] == torch.__version__ and all(r['rounds'] == 3 for r in result['rows'])
+    result = json.loads((tmp_path / 'matcher.json').read_text())
+    assert (
+        result['quick']
+        and result['machine']['versions']['torch'] == torch.__version__
+        and all(r['rounds'] == 3 for r in result['rows'])
+    )
+
 
 @pytest.fixture(scope='module')
 def short_run(tmp_path_factory):
     "A trainer that took one step, and a function that runs a script on its folder"
     from semidetr.train.trainer import Trainer
     from test_trainer import tiny
+
     folder = tmp_path_factory.mktemp('short')
-    trainer = Trainer(tiny('optim.iters=1', 'run.test=false', method='supervised'), folder/'r', progress=False); trainer.fit()
+    trainer = Trainer(
+        tiny('optim.iters=1', 'run.test=false', method='supervised'), folder / 'r', progress=False
+    )
+    trainer.fit()
+
     def measure(script):
-        done = subprocess.run([sys.executable, ROOT/'benchmarks'/script, folder/'r', '--images', '9', '--to', folder/'out.json'], capture_output=True, text=True)
+        done = subprocess.run(
+            [
+                sys.executable,
+                ROOT / 'benchmarks' / script,
+                folder / 'r',
+                '--images',
+                '9',
+                '--to',
+                folder / 'out.json',
+            ],
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
-        return json.loads((folder/'out.json').read_text())[0]
+        return json.loads((folder / 'out.json').read_text())[0]
+
     return trainer, measure
 
-def hidden_boxes(data): return [data.truth.annotation(data.truth.index_of(i)) for i in data.unlabelled.ids[:9]]
+
+def hidden_boxes(data):
+    return [data.truth.annotation(data.truth.index_of(i)) for i in data.unlabelled.ids[:9]]
+
 
 def test_misplaced_background_of_a_run(short_run):
     "Unlabelled images with hidden truth, every way of matching; true boxes give what the function gives without the script"
     import misplaced
     from semidetr.matching.assigners import misplaced_background
     from semidetr.matching.matching import assign_o2o, pad_targets
+
     trainer, measure = short_run
     m, hidden = measure('misplaced.py'), hidden_boxes(trainer.data)
     logits, boxes, targets, cfg = misplaced.predictions(trainer.dir, 9)
     labelled = {str(i) for i in trainer.data.labelled.ids}
-    assert [len(a['labels']) for a in hidden] == [len(t['labels']) for t in targets] and not labelled & {str(i) for i in trainer.data.unlabelled.ids[:9]}
-    assert m['images'] == 9 and m['objects'] == sum(len(t['labels']) for t in targets) > 0 and len(m['rates']) == 5 and all(len(r) == len(m['amounts']) for r in m['rates'].values())
+    assert [len(a['labels']) for a in hidden] == [len(t['labels']) for t in targets] and not labelled & {
+        str(i) for i in trainer.data.unlabelled.ids[:9]
+    }
+    assert (
+        m['images'] == 9
+        and m['objects'] == sum(len(t['labels']) for t in targets) > 0
+        and len(m['rates']) == 5
+        and all(len(r) == len(m['amounts']) for r in m['rates'].values())
+    )
     truth = pad_targets(targets)
     assert m['rates']['Hungarian'][0] == misplaced_background(assign_o2o(logits, boxes, truth), boxes, truth)
+
 
 def test_objects_labelled_twice(short_run):
     "Boxes, objects, objects with a box and with several, counted box by box"
@@ -133,6 +219,7 @@ def test_objects_labelled_twice(short_run):
     from semidetr.data.datasets import Subset
     from semidetr.train.evaluation import detect
     from semidetr.train.predict import load_model
+
     trainer, _ = short_run
     model, cfg, _ = load_model(trainer.dir)
     found = detect(model, Subset(trainer.data.unlabelled, range(9)), cfg.view, nms=cfg.pseudo.nms)
@@ -142,22 +229,34 @@ def test_objects_labelled_twice(short_run):
         kept = [b for b, s in zip(d['boxes'], d['scores']) if s >= threshold]
         want['boxes'] += len(kept)
         for truth in a['boxes']:
-            n = sum(box_iou(truth[None], b[None]).item() >= .5 for b in kept)
-            want['objects'] += 1; want['covered'] += n > 0; want['several'] += n > 1
+            n = sum(box_iou(truth[None], b[None]).item() >= 0.5 for b in kept)
+            want['objects'] += 1
+            want['covered'] += n > 0
+            want['several'] += n > 1
     got = overlaps(trainer.dir, 9, threshold)
-    assert {k: got[k] for k in want} == want and 0 < got['boxes'] < len(scores) and got['hash'] == json.loads((trainer.dir/'run.json').read_text())['hash']
+    assert (
+        {k: got[k] for k in want} == want
+        and 0 < got['boxes'] < len(scores)
+        and got['hash'] == json.loads((trainer.dir / 'run.json').read_text())['hash']
+    )
+
 
 def test_the_teacher_of_a_run_is_followed_once_more(short_run, tmp_path):
     "At the start and at the end, on unlabelled scenes; a run that ends otherwise is not taken for it"
     import qualitative
+
     trainer, _ = short_run
     seen = qualitative.through_training(trainer.dir, times=2, images=2)
-    assert [n['step'] for n in seen['notes']] == [0, 1] and list(seen['truth']) == list(seen['notes'][0]['found']) == [str(i) for i in trainer.data.unlabelled.ids[:2]]
-    shutil.copytree(trainer.dir, tmp_path/'other')
-    state = torch.load(tmp_path/'other'/'last.pt', weights_only=True)
+    assert [n['step'] for n in seen['notes']] == [0, 1] and list(seen['truth']) == list(
+        seen['notes'][0]['found']
+    ) == [str(i) for i in trainer.data.unlabelled.ids[:2]]
+    shutil.copytree(trainer.dir, tmp_path / 'other')
+    state = torch.load(tmp_path / 'other' / 'last.pt', weights_only=True)
     next(v for v in state['teacher'].values() if v.is_floating_point()).add_(1)
-    torch.save(state, tmp_path/'other'/'last.pt')
-    with pytest.raises(AssertionError, match='the teacher is another one'): qualitative.through_training(tmp_path/'other', times=2, images=2)
+    torch.save(state, tmp_path / 'other' / 'last.pt')
+    with pytest.raises(AssertionError, match='the teacher is another one'):
+        qualitative.through_training(tmp_path / 'other', times=2, images=2)
+
 
 def test_points_and_features_of_queries(short_run):
     "The points that are drawn are those that the last layer reads: they give its output; one feature and one label an object"
@@ -166,6 +265,7 @@ def test_points_and_features_of_queries(short_run):
     from semidetr.data.datasets import Subset
     from semidetr.data.loader import EvalLoader
     from semidetr.train.predict import load_model
+
     trainer, _ = short_run
     ds = Subset(trainer.data.truth, range(12))
     model, cfg, _ = load_model(trainer.dir)
@@ -175,24 +275,69 @@ def test_points_and_features_of_queries(short_run):
     model(part['images'], part['mask'])
     *_, xy, weights = next(iter(qualitative.decoded(trainer.dir, ds)))
     split = (1, len(xy), layer.n_heads, layer.n_levels, layer.n_points)
-    again = layer.output_proj(ms_deform_attn(layer.value_proj(heard['value']).view(1, -1, layer.n_heads, layer.d_model//layer.n_heads), heard['shapes'], xy.view(*split, 2), weights.view(split)))
+    again = layer.output_proj(
+        ms_deform_attn(
+            layer.value_proj(heard['value']).view(1, -1, layer.n_heads, layer.d_model // layer.n_heads),
+            heard['shapes'],
+            xy.view(*split, 2),
+            weights.view(split),
+        )
+    )
     torch.testing.assert_close(again, heard['out'], rtol=1e-4, atol=1e-5)
-    points, f = qualitative.attention_points(trainer.dir, ds, 1), qualitative.query_features(trainer.dir, ds, least=0)
+    points, f = (
+        qualitative.attention_points(trainer.dir, ds, 1),
+        qualitative.query_features(trainer.dir, ds, least=0),
+    )
     objects = [len(ds.annotation(i)['labels']) for i in range(12)]
-    assert [len(q) for q in points.values()] == [min(n, 1) for n in objects] and f['objects'] == len(f['plane']) == len(f['labels']) == sum(objects) and 0 <= f['told'] <= 1 and f['asked'] == sum(objects[6:])
+    assert (
+        [len(q) for q in points.values()] == [min(n, 1) for n in objects]
+        and f['objects'] == len(f['plane']) == len(f['labels']) == sum(objects)
+        and 0 <= f['told'] <= 1
+        and f['asked'] == sum(objects[6:])
+    )
+
 
 def test_thresholds_of_a_run(short_run):
     "Precision and recall of each class as counted by hand; more boxes and no less recall with a lower threshold"
     import thresholds
+
     trainer, measure = short_run
     t, hidden = measure('thresholds.py'), hidden_boxes(trainer.data)
-    labels = torch.cat([trainer.data.labelled.annotation(i)['labels'] for i in range(len(trainer.data.labelled))])
+    labels = torch.cat(
+        [trainer.data.labelled.annotation(i)['labels'] for i in range(len(trainer.data.labelled))]
+    )
     assert list(t['labelled'].values()) == labels.bincount(minlength=len(t['labelled'])).tolist()
-    assert t['images'] == 9 and t['labelled_images'] == len(trainer.data.labelled) and t['thresholds'] == thresholds.THRESHOLDS
-    assert [c['objects'] for c in t['classes'].values()] == [sum(int((a['labels'] == c).sum()) for a in hidden) for c in range(len(trainer.data.truth.classes))]
+    assert (
+        t['images'] == 9
+        and t['labelled_images'] == len(trainer.data.labelled)
+        and t['thresholds'] == thresholds.THRESHOLDS
+    )
+    assert [c['objects'] for c in t['classes'].values()] == [
+        sum(int((a['labels'] == c).sum()) for a in hidden) for c in range(len(trainer.data.truth.classes))
+    ]
     assert all(a >= b for c in t['classes'].values() for a, b in zip(c['boxes'], c['boxes'][1:]))
-    class Truth: # two objects of class 0, one of class 1
-        def index_of(self, i): return i
-        def annotation(self, i): return dict(boxes=torch.tensor([[0., 0, 10, 10], [50, 50, 60, 60], [80, 80, 90, 90]]), labels=torch.tensor([0, 0, 1]), ignore=torch.tensor([False, False, False]))
-    found = [dict(image_id=0, boxes=torch.tensor([[0., 0, 10, 10], [20, 20, 30, 30], [80, 80, 90, 90]]), labels=torch.tensor([0, 0, 1]), scores=torch.tensor([.9, .3, .1]))]
-    assert thresholds.counts(found, Truth(), .2, 0) == [1, 2, 2] and thresholds.counts(found, Truth(), .5, 0) == [1, 1, 2] and thresholds.counts(found, Truth(), .2, 1) == [0, 0, 1]
+
+    class Truth:  # two objects of class 0, one of class 1
+        def index_of(self, i):
+            return i
+
+        def annotation(self, i):
+            return dict(
+                boxes=torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60], [80, 80, 90, 90]]),
+                labels=torch.tensor([0, 0, 1]),
+                ignore=torch.tensor([False, False, False]),
+            )
+
+    found = [
+        dict(
+            image_id=0,
+            boxes=torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [80, 80, 90, 90]]),
+            labels=torch.tensor([0, 0, 1]),
+            scores=torch.tensor([0.9, 0.3, 0.1]),
+        )
+    ]
+    assert (
+        thresholds.counts(found, Truth(), 0.2, 0) == [1, 2, 2]
+        and thresholds.counts(found, Truth(), 0.5, 0) == [1, 1, 2]
+        and thresholds.counts(found, Truth(), 0.2, 1) == [0, 0, 1]
+    )

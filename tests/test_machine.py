@@ -1,14 +1,29 @@
 "What a machine can do: cores, kept memory, the bfloat16 probe, the report"
+
 import os, subprocess, sys
 import pytest, torch
 from semidetr.train import machine as M
 
-@pytest.mark.parametrize('files,cores', [({'cpu.max': 'max 100000'}, 8), ({'cpu.max': '150000 100000'}, 2), ({'cpu.max': '10000 100000'}, 1),
-    ({'cpu/cpu.cfs_quota_us': '300000', 'cpu/cpu.cfs_period_us': '100000'}, 3), ({'cpu/cpu.cfs_quota_us': '-1', 'cpu/cpu.cfs_period_us': '100000'}, 8), ({'cpu.max': ''}, 8), ({}, 8)])
+
+@pytest.mark.parametrize(
+    'files,cores',
+    [
+        ({'cpu.max': 'max 100000'}, 8),
+        ({'cpu.max': '150000 100000'}, 2),
+        ({'cpu.max': '10000 100000'}, 1),
+        ({'cpu/cpu.cfs_quota_us': '300000', 'cpu/cpu.cfs_period_us': '100000'}, 3),
+        ({'cpu/cpu.cfs_quota_us': '-1', 'cpu/cpu.cfs_period_us': '100000'}, 8),
+        ({'cpu.max': ''}, 8),
+        ({}, 8),
+    ],
+)
 def test_usable_cores(tmp_path, monkeypatch, files, cores):
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(8)), raising=False)
-    for name, text in files.items(): (tmp_path/name).parent.mkdir(exist_ok=True); (tmp_path/name).write_text(text+'\n')
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + '\n')
     assert M.usable_cores(tmp_path) == cores
+
 
 def test_threads_fit(monkeypatch):
     said = []
@@ -19,6 +34,7 @@ def test_threads_fit(monkeypatch):
     assert M.fit_threads() == 64 and not said
     monkeypatch.delenv('OMP_NUM_THREADS')
     assert M.fit_threads() == 2 and said == [2]
+
 
 KEEP = '''
 import resource, sys, torch
@@ -32,28 +48,48 @@ before = faults()
 for _ in range(5): step()
 print(on, faults()-before)
 '''
+
+
 def kept(**env):
-    env = {k: v for k, v in os.environ.items() if not k.startswith('MALLOC_')} | dict(OMP_NUM_THREADS='1') | env
-    on, n = subprocess.run([sys.executable, '-c', KEEP], capture_output=True, text=True, check=True, env=env).stdout.split()
+    env = (
+        {k: v for k, v in os.environ.items() if not k.startswith('MALLOC_')} | dict(OMP_NUM_THREADS='1') | env
+    )
+    on, n = subprocess.run(
+        [sys.executable, '-c', KEEP], capture_output=True, text=True, check=True, env=env
+    ).stdout.split()
     return on == 'True', int(n)
+
 
 @pytest.mark.skipif(sys.platform != 'linux' or M.platform.libc_ver()[0] != 'glibc', reason='needs glibc')
 def test_memory_is_kept():
     "Tensors of 48 MB (glibc keeps nothing above 32 by itself), made five times over: no new page with the setting, all of them again without"
     (on, few), (off, many) = kept(), kept(SEMIDETR_KEEP_MEMORY='0')
-    assert on and not off and few < many/2 # the first blocks have to come from somewhere
+    assert on and not off and few < many / 2  # the first blocks have to come from somewhere
     assert not kept(MALLOC_ARENA_MAX='4')[0] and not kept(GLIBC_TUNABLES='glibc.malloc.hugetlb=0')[0]
+
 
 def test_no_glibc(monkeypatch):
     monkeypatch.setattr(sys, 'platform', 'darwin')
     assert M.keep_memory() is False
 
+
 def test_probe_leaves_the_random_state():
     state = torch.get_rng_state()
-    assert .01 < M.bf16_speed(rounds=1) < 100 and torch.equal(state, torch.get_rng_state())
+    assert 0.01 < M.bf16_speed(rounds=1) < 100 and torch.equal(state, torch.get_rng_state())
+
 
 def test_report_has_one_fact_a_line(monkeypatch):
-    monkeypatch.setattr(M, 'ops_status', lambda: dict(mode='auto', cpu=dict(ready=True, source='built', path='/x/cpu.so', reason='', isa='v4'), cuda=dict(ready=False, source='', path='', reason='no nvcc')))
+    monkeypatch.setattr(
+        M,
+        'ops_status',
+        lambda: dict(
+            mode='auto',
+            cpu=dict(ready=True, source='built', path='/x/cpu.so', reason='', isa='v4'),
+            cuda=dict(ready=False, source='', path='', reason='no nvcc'),
+        ),
+    )
     lines = list(M.environment_lines(probe=False))
-    assert all('\n' not in l for l in lines) and any('native, built, instruction set v4, /x/cpu.so' in l for l in lines)
+    assert all('\n' not in l for l in lines) and any(
+        'native, built, instruction set v4, /x/cpu.so' in l for l in lines
+    )
     assert 'no nvcc. Cure: semidetr build-ops --device cuda' in M._op_line('cuda', M.ops_status())

@@ -1,4 +1,5 @@
 """The native op: against grid_sample in float64, its operators, its loader, and the CUDA kernels run on the CPU."""
+
 import json, os, subprocess, sys, warnings
 from pathlib import Path
 import pytest, torch
@@ -6,7 +7,7 @@ from semidetr.detectors import native
 from semidetr.core import ConfigError
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE/'csrc'))
+sys.path.insert(0, str(HERE / 'csrc'))
 import oracle as O
 import sanitize
 
@@ -14,18 +15,29 @@ needs_compiler = pytest.mark.skipif(not native._compiler(), reason='no C++ compi
 PYRAMID = [(6, 9), (3, 5), (2, 2), (1, 1)]
 LIMIT = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 
+
 @pytest.fixture(scope='session')
 def library():
     "The op for all instruction sets, built once and kept in the user's cache"
-    if not native._compiler(): pytest.skip('no C++ compiler on this machine')
+    if not native._compiler():
+        pytest.skip('no C++ compiler on this machine')
     path = native.build_ops(isas=('all',))
-    if not native._has_kernel('cpu'): torch.ops.load_library(str(path))
+    if not native._has_kernel('cpu'):
+        torch.ops.load_library(str(path))
     return path
 
-@pytest.fixture
-def ops(library): return torch.ops.semidetr
 
-def both(ops): return (ops.ms_deform_attn, ops.ms_deform_attn_backward), (ops.fused_ms_deform_attn, ops.fused_ms_deform_attn_backward)
+@pytest.fixture
+def ops(library):
+    return torch.ops.semidetr
+
+
+def both(ops):
+    return (ops.ms_deform_attn, ops.ms_deform_attn_backward), (
+        ops.fused_ms_deform_attn,
+        ops.fused_ms_deform_attn_backward,
+    )
+
 
 def worst(ops, *args, **kw):
     a, b, grad = O.case(*args, **kw)
@@ -35,23 +47,32 @@ def worst(ops, *args, **kw):
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize('B,Q,M,D,shapes,P,ref_dim,mask', [
-    (2, 76, 8, 32, PYRAMID, 4, 2, True),       # packed
-    (2, 2, 8, 32, [(16, 20), (8, 10)], 4, 4, True),  # not packed
-    (1, 5, 1, 16, [(1, 1)], 1, 4, False),      # one pixel, one point
-    (1, 9, 3, 32, [(5, 7)]*5, 7, 2, True),     # 35 points: more than one block
-    (2, 40, 1, 64, PYRAMID[:2], 3, 4, True), (1, 3, 2, 80, [(20, 30)], 5, 2, False)])
+@pytest.mark.parametrize(
+    'B,Q,M,D,shapes,P,ref_dim,mask',
+    [
+        (2, 76, 8, 32, PYRAMID, 4, 2, True),  # packed
+        (2, 2, 8, 32, [(16, 20), (8, 10)], 4, 4, True),  # not packed
+        (1, 5, 1, 16, [(1, 1)], 1, 4, False),  # one pixel, one point
+        (1, 9, 3, 32, [(5, 7)] * 5, 7, 2, True),  # 35 points: more than one block
+        (2, 40, 1, 64, PYRAMID[:2], 3, 4, True),
+        (1, 3, 2, 80, [(20, 30)], 5, 2, False),
+    ],
+)
 def test_equals_grid_sample(ops, dtype, B, Q, M, D, shapes, P, ref_dim, mask):
     plain, fused = worst(ops, B, Q, M, D, shapes, P, dtype, ref_dim=ref_dim, mask=mask)
-    assert plain < LIMIT[dtype] and fused < 3*LIMIT[dtype]
+    assert plain < LIMIT[dtype] and fused < 3 * LIMIT[dtype]
+
 
 @pytest.mark.parametrize('D', [1, 6, 8, 12, 16, 20, 24, 33, 48, 64])
 def test_head_widths(ops, D):
     for dtype in (torch.float32, torch.bfloat16):
-        assert max(worst(ops, 1, 11, 2, D, PYRAMID, 4, dtype, ref_dim=4, mask=True)) < 3*LIMIT[dtype]
+        assert max(worst(ops, 1, 11, 2, D, PYRAMID, 4, dtype, ref_dim=4, mask=True)) < 3 * LIMIT[dtype]
+
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize('D,P', [(32, 4), (24, 4), (16, 7)]) # whole cache lines; the value's rows are not; neither are the points'
+@pytest.mark.parametrize(
+    'D,P', [(32, 4), (24, 4), (16, 7)]
+)  # whole cache lines; the value's rows are not; neither are the points'
 def test_large_gradients_are_the_same_bits(ops, dtype, D, P):
     "Gradients of megabytes are written past the caches: what 40 queries get must not depend on 2000 others that have no gradient"
     few = 40
@@ -59,111 +80,216 @@ def test_large_gradients_are_the_same_bits(ops, dtype, D, P):
         a, b, grad = O.case(1, 2000, 8, D, PYRAMID, P, dtype, ref_dim=ref_dim, mask=True, raw=raw)
         grad[:, few:] = 0
         for inputs, (_, backward), more in ((a, both(ops)[0], []), (b, both(ops)[1], [True])):
-            flat, rows = [n for hw in PYRAMID for n in hw], [t if t is None or t.shape[1] != 2000 else t[:, :few] for t in inputs[2:]]
-            (value, *large), (value_, *small) = (backward(g, inputs[0], flat, *r, *more) for g, r in ((grad, inputs[2:]), (grad[:, :few], rows)))
-            assert torch.equal(value, value_) and all(torch.equal(x[:, :few], y) and (x[:, few:] == 0).all() for x, y in zip(large, small))
-            assert sum(t.numel()*t.element_size() for t in large) > 1 << 20
+            flat, rows = (
+                [n for hw in PYRAMID for n in hw],
+                [t if t is None or t.shape[1] != 2000 else t[:, :few] for t in inputs[2:]],
+            )
+            (value, *large), (value_, *small) = (
+                backward(g, inputs[0], flat, *r, *more)
+                for g, r in ((grad, inputs[2:]), (grad[:, :few], rows))
+            )
+            assert torch.equal(value, value_) and all(
+                torch.equal(x[:, :few], y) and (x[:, few:] == 0).all() for x, y in zip(large, small)
+            )
+            assert sum(t.numel() * t.element_size() for t in large) > 1 << 20
+
 
 def test_large_map_and_few_queries(ops):
-    for dtype in (torch.float32, torch.float64, torch.bfloat16): assert max(worst(ops, 1, 3, 8, 32, [(64, 48)], 4, dtype, ref_dim=4, mask=True)) < 3*LIMIT[dtype]
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        assert max(worst(ops, 1, 3, 8, 32, [(64, 48)], 4, dtype, ref_dim=4, mask=True)) < 3 * LIMIT[dtype]
+
 
 def test_wide_map_keeps_precision(ops):
     assert worst(ops, 1, 50, 1, 32, [(100, 167)], 4)[0] < 1e-6
 
+
 def test_bfloat16_offsets_and_logits(ops):
-    assert worst(ops, 1, 30, 2, 32, PYRAMID, 4, torch.bfloat16, mask=True, raw=torch.bfloat16)[1] < LIMIT[torch.bfloat16]
+    assert (
+        worst(ops, 1, 30, 2, 32, PYRAMID, 4, torch.bfloat16, mask=True, raw=torch.bfloat16)[1]
+        < LIMIT[torch.bfloat16]
+    )
+
 
 def test_hand_values(library):
-    value = torch.arange(12.).view(1, 12, 1, 1)
-    at = lambda x, y: native.native_ms_deform_attn(value, [(3, 4)], torch.tensor([x, y]).view(1, 1, 1, 1, 1, 2), torch.ones(1, 1, 1, 1, 1)).item()
-    assert at(2.5/4, 1.5/3) == 6 and at(2/4, 1.5/3) == 5.5 and at(0., 1.5/3) == 2
+    value = torch.arange(12.0).view(1, 12, 1, 1)
+    at = lambda x, y: native.native_ms_deform_attn(
+        value, [(3, 4)], torch.tensor([x, y]).view(1, 1, 1, 1, 1, 2), torch.ones(1, 1, 1, 1, 1)
+    ).item()
+    assert at(2.5 / 4, 1.5 / 3) == 6 and at(2 / 4, 1.5 / 3) == 5.5 and at(0.0, 1.5 / 3) == 2
+
 
 @pytest.mark.parametrize('name', ['msda2', 'msda4'])
 def test_golden(library, name):
-    g = {k: torch.tensor(v) for k, v in json.loads((HERE/'golden'/'msda.json').read_text())[name].items() if k != 'state'} if (HERE/'golden'/'msda.json').exists() else pytest.skip('no golden file')
-    w = {k: torch.tensor(v) for k, v in json.loads((HERE/'golden'/'msda.json').read_text())[name]['state'].items()}
-    shapes, lin = [(int(h), int(v)) for h, v in g['shapes']], lambda k, x: torch.nn.functional.linear(x, w[k+'.weight'], w[k+'.bias'])
+    g = (
+        {
+            k: torch.tensor(v)
+            for k, v in json.loads((HERE / 'golden' / 'msda.json').read_text())[name].items()
+            if k != 'state'
+        }
+        if (HERE / 'golden' / 'msda.json').exists()
+        else pytest.skip('no golden file')
+    )
+    w = {
+        k: torch.tensor(v)
+        for k, v in json.loads((HERE / 'golden' / 'msda.json').read_text())[name]['state'].items()
+    }
+    shapes, lin = (
+        [(int(h), int(v)) for h, v in g['shapes']],
+        lambda k, x: torch.nn.functional.linear(x, w[k + '.weight'], w[k + '.bias']),
+    )
     q, mem, pad = g['q'], g['mem'], g['pad'].bool()
     B, Q, d = q.shape
     L = len(shapes)
     n = w['attention_weights.bias'].numel()
     M = {24: 4}.get(n, 4)
-    P = n//(M*L)
-    value = lin('value_proj', mem).view(B, -1, M, d//M)
+    P = n // (M * L)
+    value = lin('value_proj', mem).view(B, -1, M, d // M)
     ref = g['ref'] if g['ref'].dim() == 4 else g['ref'][:, :, None].expand(-1, -1, L, -1)
-    out = native.native_fused_ms_deform_attn(value, shapes, ref, lin('sampling_offsets', q).view(B, Q, M, L, P, 2), lin('attention_weights', q).view(B, Q, M, L*P), pad)
+    out = native.native_fused_ms_deform_attn(
+        value,
+        shapes,
+        ref,
+        lin('sampling_offsets', q).view(B, Q, M, L, P, 2),
+        lin('attention_weights', q).view(B, Q, M, L * P),
+        pad,
+    )
     assert torch.allclose(lin('output_proj', out), g['out'], atol=2e-6)
+
 
 def test_gradcheck(library):
     for ref_dim in (2, 4):
-        _, (value, shapes, ref, off, logits, mask), _ = O.case(1, 3, 2, 4, [(3, 4), (2, 2)], 2, torch.float64, ref_dim=ref_dim, mask=True)
+        _, (value, shapes, ref, off, logits, mask), _ = O.case(
+            1, 3, 2, 4, [(3, 4), (2, 2)], 2, torch.float64, ref_dim=ref_dim, mask=True
+        )
         leaves = [t.clone().requires_grad_() for t in (value, ref, off, logits)]
-        assert torch.autograd.gradcheck(lambda v, r, o, z: native.native_fused_ms_deform_attn(v, shapes, r, o, z, mask), leaves, eps=1e-7, atol=1e-5)
+        assert torch.autograd.gradcheck(
+            lambda v, r, o, z: native.native_fused_ms_deform_attn(v, shapes, r, o, z, mask),
+            leaves,
+            eps=1e-7,
+            atol=1e-5,
+        )
     (value, shapes, loc, w), _, _ = O.case(1, 3, 2, 4, [(3, 4), (2, 2)], 2, torch.float64)
     leaves = [t.clone().requires_grad_() for t in (value, loc, w)]
-    assert torch.autograd.gradcheck(lambda v, x, a: native.native_ms_deform_attn(v, shapes, x, a), leaves, eps=1e-7, atol=1e-5)
+    assert torch.autograd.gradcheck(
+        lambda v, x, a: native.native_ms_deform_attn(v, shapes, x, a), leaves, eps=1e-7, atol=1e-5
+    )
 
-@pytest.mark.parametrize('Q', [2, 80])   # unpacked and packed
+
+@pytest.mark.parametrize('Q', [2, 80])  # unpacked and packed
 def test_outside_is_zero_and_finite(ops, Q):
     (value, shapes, loc, w), (_, _, ref, off, logits, _), grad = O.case(1, Q, 2, 16, [(9, 7), (4, 4)], 4)
     flat = [n for hw in shapes for n in hw]
-    for bad in (float('nan'), float('inf'), -float('inf'), 1e30, -1e30, 3e9, 2., -1.):
-        x = loc.clone(); x[..., ::2, 0] = bad
+    for bad in (float('nan'), float('inf'), -float('inf'), 1e30, -1e30, 3e9, 2.0, -1.0):
+        x = loc.clone()
+        x[..., ::2, 0] = bad
         out = ops.ms_deform_attn(value, flat, x, w)
-        keep = w.clone(); keep[..., ::2] = 0
-        assert torch.equal(out, ops.ms_deform_attn(value, flat, torch.where(x == loc, x, torch.full_like(x, .5)), keep))
+        keep = w.clone()
+        keep[..., ::2] = 0
+        assert torch.equal(
+            out, ops.ms_deform_attn(value, flat, torch.where(x == loc, x, torch.full_like(x, 0.5)), keep)
+        )
         gv, gx, gw = ops.ms_deform_attn_backward(grad, value, flat, x, w)
         assert torch.isfinite(gv).all() and (gx[..., ::2, 0] == 0).all() and (gw[..., ::2] == 0).all()
-        o = off.clone(); o[..., 1, 1] = bad*1e3
-        for t in (ops.fused_ms_deform_attn(value, flat, ref, o, logits, None), *ops.fused_ms_deform_attn_backward(grad, value, flat, ref, o, logits, None, True)): assert torch.isfinite(t).all()
+        o = off.clone()
+        o[..., 1, 1] = bad * 1e3
+        for t in (
+            ops.fused_ms_deform_attn(value, flat, ref, o, logits, None),
+            *ops.fused_ms_deform_attn_backward(grad, value, flat, ref, o, logits, None, True),
+        ):
+            assert torch.isfinite(t).all()
+
 
 def test_on_the_borders(ops):
     shapes, value = [(2, 4)], torch.randn(1, 8, 1, 16, dtype=torch.float64)
-    for x in (0., .125, .25, .5, .875, 1., 1.1, 1.124, -.1249):
-        loc, w = torch.tensor([x, .4], dtype=torch.float64).view(1, 1, 1, 1, 1, 2), torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)
-        assert torch.allclose(ops.ms_deform_attn(value, [2, 4], loc, w), O.plain(value, shapes, loc, w), atol=1e-14), x
+    for x in (0.0, 0.125, 0.25, 0.5, 0.875, 1.0, 1.1, 1.124, -0.1249):
+        loc, w = (
+            torch.tensor([x, 0.4], dtype=torch.float64).view(1, 1, 1, 1, 1, 2),
+            torch.ones(1, 1, 1, 1, 1, dtype=torch.float64),
+        )
+        assert torch.allclose(
+            ops.ms_deform_attn(value, [2, 4], loc, w), O.plain(value, shapes, loc, w), atol=1e-14
+        ), x
+
 
 @pytest.mark.parametrize('Q', [2, 80])
 def test_padding_is_not_read(ops, Q):
     _, (value, shapes, *rest, mask), grad = O.case(2, Q, 2, 16, [(9, 7), (4, 4)], 4, mask=True, ref_dim=4)
     flat, other = [n for hw in shapes for n in hw], value.masked_fill(mask[..., None, None], float('nan'))
-    assert torch.equal(ops.fused_ms_deform_attn(value, flat, *rest, mask), ops.fused_ms_deform_attn(other, flat, *rest, mask))
+    assert torch.equal(
+        ops.fused_ms_deform_attn(value, flat, *rest, mask), ops.fused_ms_deform_attn(other, flat, *rest, mask)
+    )
     a, b = (ops.fused_ms_deform_attn_backward(grad, v, flat, *rest, mask, True) for v in (value, other))
     assert all(torch.equal(x, y) for x, y in zip(a, b)) and (a[0][mask] == 0).all()
+
 
 def test_nan_logits_stay_nan(ops):
     _, (value, shapes, ref, off, logits, _), _ = O.case(1, 3, 2, 16, PYRAMID, 4)
     logits[0, 1, 0, 3] = float('nan')
-    out = ops.fused_ms_deform_attn(value, [n for hw in shapes for n in hw], ref, off, logits, None).view(1, 3, 2, 16)
+    out = ops.fused_ms_deform_attn(value, [n for hw in shapes for n in hw], ref, off, logits, None).view(
+        1, 3, 2, 16
+    )
     assert out[0, 1, 0].isnan().all() and torch.isfinite(out[0, [0, 2]]).all()
+
 
 def test_large_logits(ops):
     _, (value, shapes, ref, off, logits, _), _ = O.case(1, 9, 2, 16, PYRAMID, 4)
-    for scale in (30., 300., 1e30):
-        z = logits*scale
-        assert O.error(native.native_fused_ms_deform_attn(value, shapes, ref, off, z), O.fused(value.double(), shapes, ref.double(), off.double(), z.double())) < 3e-6
+    for scale in (30.0, 300.0, 1e30):
+        z = logits * scale
+        assert (
+            O.error(
+                native.native_fused_ms_deform_attn(value, shapes, ref, off, z),
+                O.fused(value.double(), shapes, ref.double(), off.double(), z.double()),
+            )
+            < 3e-6
+        )
+
 
 def test_empty_and_strided(ops):
     (value, shapes, loc, w), (_, _, ref, off, logits, _), grad = O.case(2, 6, 2, 16, PYRAMID, 4)
     flat = [n for hw in shapes for n in hw]
     want = ops.ms_deform_attn(value, flat, loc, w)
     turned = value.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
-    assert not turned.is_contiguous() and torch.equal(ops.ms_deform_attn(turned, flat, loc.transpose(0, 1).contiguous().transpose(0, 1), w), want)
+    assert not turned.is_contiguous() and torch.equal(
+        ops.ms_deform_attn(turned, flat, loc.transpose(0, 1).contiguous().transpose(0, 1), w), want
+    )
     g = torch.ones(1, 1, 1).expand_as(want)
-    assert all(torch.equal(a, b) for a, b in zip(ops.ms_deform_attn_backward(g, turned, flat, loc, w), ops.ms_deform_attn_backward(g.contiguous(), value, flat, loc, w)))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            ops.ms_deform_attn_backward(g, turned, flat, loc, w),
+            ops.ms_deform_attn_backward(g.contiguous(), value, flat, loc, w),
+        )
+    )
     gv, gl, gw = ops.ms_deform_attn_backward(grad[:, :0], value, flat, loc[:, :0], w[:, :0])
-    assert ops.ms_deform_attn(value, flat, loc[:, :0], w[:, :0]).shape == (2, 0, 32) and (gv == 0).all() and gl.numel() == gw.numel() == 0
-    out = ops.fused_ms_deform_attn_backward(grad[:, :0], value, flat, ref[:, :0], off[:, :0], logits[:, :0], None, True)
+    assert (
+        ops.ms_deform_attn(value, flat, loc[:, :0], w[:, :0]).shape == (2, 0, 32)
+        and (gv == 0).all()
+        and gl.numel() == gw.numel() == 0
+    )
+    out = ops.fused_ms_deform_attn_backward(
+        grad[:, :0], value, flat, ref[:, :0], off[:, :0], logits[:, :0], None, True
+    )
     assert (out[0] == 0).all() and out[1].shape == (2, 0, 4, 2)
     assert ops.ms_deform_attn(value[:0], flat, loc[:0], w[:0]).shape == (0, 6, 32)
-    none = ops.fused_ms_deform_attn_backward(grad[:0], value[:0], flat, ref[:0], off[:0], logits[:0], None, True)
-    assert [len(t) for t in (*ops.ms_deform_attn_backward(grad[:0], value[:0], flat, loc[:0], w[:0]), *none)] == [0]*7
+    none = ops.fused_ms_deform_attn_backward(
+        grad[:0], value[:0], flat, ref[:0], off[:0], logits[:0], None, True
+    )
+    assert [
+        len(t) for t in (*ops.ms_deform_attn_backward(grad[:0], value[:0], flat, loc[:0], w[:0]), *none)
+    ] == [0] * 7
+
 
 def test_wrong_shapes_are_named(ops):
     (value, shapes, loc, w), _, _ = O.case(1, 3, 2, 16, PYRAMID, 4)
-    for args, words in (((value, [6, 9], loc, w), 'spatial_shapes'), ((value, [6, 9, 3, 5, 2, 2, 1, 2], loc, w), 'pixels'),
-                        ((value, [6, 9, 3, 5, 2, 2, 1, 1], loc, w[..., :3]), 'weights'), ((value, [6, 9, 3, 5, 2, 2, 1, 1], loc.double(), w), 'float32')):
-        with pytest.raises(RuntimeError, match=words): ops.ms_deform_attn(*args)
+    for args, words in (
+        ((value, [6, 9], loc, w), 'spatial_shapes'),
+        ((value, [6, 9, 3, 5, 2, 2, 1, 2], loc, w), 'pixels'),
+        ((value, [6, 9, 3, 5, 2, 2, 1, 1], loc, w[..., :3]), 'weights'),
+        ((value, [6, 9, 3, 5, 2, 2, 1, 1], loc.double(), w), 'float32'),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            ops.ms_deform_attn(*args)
+
 
 def test_same_bits_for_any_number_of_threads(ops):
     before = torch.get_num_threads()
@@ -174,10 +300,18 @@ def test_same_bits_for_any_number_of_threads(ops):
                 flat, seen = [n for hw in a[1] for n in hw], []
                 for n in (1, 2, 3, 7):
                     torch.set_num_threads(n)
-                    seen.append([ops.ms_deform_attn(a[0], flat, *a[2:]), *ops.ms_deform_attn_backward(grad, a[0], flat, *a[2:]),
-                                 ops.fused_ms_deform_attn(b[0], flat, *b[2:]), *ops.fused_ms_deform_attn_backward(grad, b[0], flat, *b[2:], True)])
+                    seen.append(
+                        [
+                            ops.ms_deform_attn(a[0], flat, *a[2:]),
+                            *ops.ms_deform_attn_backward(grad, a[0], flat, *a[2:]),
+                            ops.fused_ms_deform_attn(b[0], flat, *b[2:]),
+                            *ops.fused_ms_deform_attn_backward(grad, b[0], flat, *b[2:], True),
+                        ]
+                    )
                 assert all(torch.equal(x, y) for other in seen[1:] for x, y in zip(seen[0], other))
-    finally: torch.set_num_threads(before)
+    finally:
+        torch.set_num_threads(before)
+
 
 NARROW = '''
 import sys, ctypes; sys.path.insert(0, {here!r})
@@ -192,25 +326,39 @@ for dtype, limit in ((torch.float32, 3e-6), (torch.float64, 1e-13), (torch.bfloa
         e = O.errors((ops.ms_deform_attn, ops.ms_deform_attn_backward), a, grad, O.plain) + O.errors((ops.fused_ms_deform_attn, ops.fused_ms_deform_attn_backward), b, grad, O.fused)
         assert max(e) < limit, (dtype, D, Q, e)
 '''
+
+
 @pytest.mark.parametrize('isa', ['base', 'v3'])
 def test_narrower_instruction_sets(library, isa):
-    if isa not in ('base', native._cpu_isa()) and native._cpu_isa() != 'v4': pytest.skip(f'this CPU has no {isa}')
-    script = NARROW.format(here=str(HERE/'csrc'), lib=str(library), isa=isa)
-    done = subprocess.run([sys.executable, '-c', script], env=dict(os.environ, SEMIDETR_ISA=isa, SEMIDETR_OPS='torch'), capture_output=True, text=True)
+    if isa not in ('base', native._cpu_isa()) and native._cpu_isa() != 'v4':
+        pytest.skip(f'this CPU has no {isa}')
+    script = NARROW.format(here=str(HERE / 'csrc'), lib=str(library), isa=isa)
+    done = subprocess.run(
+        [sys.executable, '-c', script],
+        env=dict(os.environ, SEMIDETR_ISA=isa, SEMIDETR_OPS='torch'),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-1500:]
 
 
 # ---- as operators of torch -------------------------------------------------------------------------------------------
 def test_opcheck(ops):
-    (value, shapes, loc, w), (_, _, ref, off, logits, mask), grad = O.case(1, 4, 2, 16, [(3, 4), (2, 2)], 2, mask=True)
+    (value, shapes, loc, w), (_, _, ref, off, logits, mask), grad = O.case(
+        1, 4, 2, 16, [(3, 4), (2, 2)], 2, mask=True
+    )
     flat = [n for hw in shapes for n in hw]
     r = lambda *ts: [t.clone().requires_grad_() for t in ts]
     v, x, a = r(value, loc, w)
     torch.library.opcheck(ops.ms_deform_attn.default, (v, flat, x, a))
     v, rr, o, z = r(value, ref, off, logits)
-    for m in (mask, None): torch.library.opcheck(ops.fused_ms_deform_attn.default, (v, flat, rr, o, z, m))
+    for m in (mask, None):
+        torch.library.opcheck(ops.fused_ms_deform_attn.default, (v, flat, rr, o, z, m))
     torch.library.opcheck(ops.ms_deform_attn_backward.default, (grad, value, flat, loc, w))
-    torch.library.opcheck(ops.fused_ms_deform_attn_backward.default, (grad, value, flat, ref, off, logits, mask, True))
+    torch.library.opcheck(
+        ops.fused_ms_deform_attn_backward.default, (grad, value, flat, ref, off, logits, mask, True)
+    )
+
 
 def test_reference_gradient_only_on_demand(library):
     _, (value, shapes, ref, off, logits, _), _ = O.case(1, 4, 2, 16, PYRAMID, 2)
@@ -218,26 +366,40 @@ def test_reference_gradient_only_on_demand(library):
     native.native_fused_ms_deform_attn(value, shapes, ref, off, logits).sum().backward()
     assert off.grad is not None and ref.grad is None
 
+
 class Step(torch.nn.Module):
-    def __init__(self, shapes): super().__init__(); self.shapes = shapes
+    def __init__(self, shapes):
+        super().__init__()
+        self.shapes = shapes
+
     def forward(self, value, ref, off, logits):
         assert native.native_available(value.dtype, value.device)
-        return native.native_fused_ms_deform_attn(value*2, self.shapes, ref, off, logits).relu()
+        return native.native_fused_ms_deform_attn(value * 2, self.shapes, ref, off, logits).relu()
 
-@pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=[pytest.mark.slow, needs_compiler])])
+
+@pytest.mark.parametrize(
+    'backend', ['aot_eager', pytest.param('inductor', marks=[pytest.mark.slow, needs_compiler])]
+)
 def test_compile_fullgraph(library, backend):
     _, (value, shapes, *rest, _), _ = O.case(1, 4, 2, 16, [(3, 4), (2, 2)], 2)
     f, seen = Step(shapes), []
     for g in (f, torch.compile(f, fullgraph=True, backend=backend)):
         leaves = [t.clone().requires_grad_() for t in (value, *rest)]
-        out = g(*leaves); out.sum().backward()
+        out = g(*leaves)
+        out.sum().backward()
         seen.append([out, *(t.grad for t in leaves)])
-    assert all(torch.allclose(a, b, atol=1e-6) if backend == 'inductor' else torch.equal(a, b) for a, b in zip(*seen))
+    assert all(
+        torch.allclose(a, b, atol=1e-6) if backend == 'inductor' else torch.equal(a, b) for a, b in zip(*seen)
+    )
+
 
 def test_export(library):
     _, (value, shapes, *rest, _), _ = O.case(1, 4, 2, 16, [(3, 4), (2, 2)], 2)
     program = torch.export.export(Step(shapes), (value, *rest))
-    assert 'fused_ms_deform_attn' in str(program.graph) and torch.equal(program.module()(value, *rest), Step(shapes)(value, *rest))
+    assert 'fused_ms_deform_attn' in str(program.graph) and torch.equal(
+        program.module()(value, *rest), Step(shapes)(value, *rest)
+    )
+
 
 def test_autocast_spares_the_locations(library):
     (value, shapes, loc, w), (_, _, ref, off, logits, _), _ = O.case(1, 30, 2, 32, [(50, 167)], 4)
@@ -248,12 +410,16 @@ def test_autocast_spares_the_locations(library):
         assert native.native_ms_deform_attn(value.double(), shapes, loc, w).dtype == torch.float64
     assert out.dtype == fused.dtype == torch.bfloat16 and O.error(out, want) < 8e-3
     assert O.error(fused, native.native_fused_ms_deform_attn(value, shapes, ref, off, logits)) < 8e-3
-    assert O.error(native.native_ms_deform_attn(value, shapes, loc.bfloat16(), w), want) > .1 # what rounding them would do
+    assert (
+        O.error(native.native_ms_deform_attn(value, shapes, loc.bfloat16(), w), want) > 0.1
+    )  # what rounding them would do
+
 
 def test_autocast_trains(library):
     _, (value, shapes, ref, off, logits, _), _ = O.case(1, 6, 2, 16, PYRAMID, 4)
     leaves = [t.requires_grad_() for t in (value, ref, off, logits)]
-    with torch.autocast('cpu', dtype=torch.bfloat16): out = native.native_fused_ms_deform_attn(leaves[0], shapes, *leaves[1:])
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        out = native.native_fused_ms_deform_attn(leaves[0], shapes, *leaves[1:])
     out.float().sum().backward()
     assert all(t.grad.dtype == torch.float32 and torch.isfinite(t.grad).all() for t in leaves)
 
@@ -262,12 +428,16 @@ def test_autocast_trains(library):
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     "As if this process had not looked for the op yet; its cache is an empty folder"
-    monkeypatch.setattr(native, '_TRIED', {}); monkeypatch.setattr(native, '_WARNED', [])
+    monkeypatch.setattr(native, '_TRIED', {})
+    monkeypatch.setattr(native, '_WARNED', [])
     monkeypatch.setattr(native, '_has_kernel', lambda kind: False)
-    monkeypatch.delenv('SEMIDETR_OPS', raising=False); monkeypatch.delenv('CXX', raising=False)
-    monkeypatch.setenv('SEMIDETR_CACHE', str(tmp_path/'cache'))
-    monkeypatch.setattr(native.tempfile, 'gettempdir', lambda: str(tmp_path/'tmp')); (tmp_path/'tmp').mkdir()
+    monkeypatch.delenv('SEMIDETR_OPS', raising=False)
+    monkeypatch.delenv('CXX', raising=False)
+    monkeypatch.setenv('SEMIDETR_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(native.tempfile, 'gettempdir', lambda: str(tmp_path / 'tmp'))
+    (tmp_path / 'tmp').mkdir()
     return monkeypatch
+
 
 def said(f):
     with warnings.catch_warnings(record=True) as seen:
@@ -275,58 +445,99 @@ def said(f):
         value = f()
     return value, [str(w.message) for w in seen]
 
+
 def test_no_compiler_one_warning(fresh):
     fresh.setenv('PATH', '')
     ok, words = said(native.native_available)
-    assert not ok and len(words) == 1 and 'no C++ compiler' in words[0] and 'build-ops' in words[0] and '\n' not in words[0]
-    for ask in (lambda: native.native_available(torch.float16), lambda: native.native_available(device='mps')): assert said(ask) == (False, [])
+    assert (
+        not ok
+        and len(words) == 1
+        and 'no C++ compiler' in words[0]
+        and 'build-ops' in words[0]
+        and '\n' not in words[0]
+    )
+    for ask in (
+        lambda: native.native_available(torch.float16),
+        lambda: native.native_available(device='mps'),
+    ):
+        assert said(ask) == (False, [])
     assert 'no C++ compiler' in native.ops_status()['cpu']['reason']
+
 
 def test_modes(fresh):
     fresh.setenv('PATH', '')
-    fresh.setenv('SEMIDETR_OPS', 'torch'); assert said(native.native_available) == (False, []) and not native._TRIED
+    fresh.setenv('SEMIDETR_OPS', 'torch')
+    assert said(native.native_available) == (False, []) and not native._TRIED
     fresh.setenv('SEMIDETR_OPS', 'native')
-    with pytest.raises(ConfigError, match='no C\\+\\+ compiler'): native.native_available()
+    with pytest.raises(ConfigError, match='no C\\+\\+ compiler'):
+        native.native_available()
     fresh.setenv('SEMIDETR_OPS', 'fast')
-    with pytest.raises(ConfigError, match='auto, native or torch'): native.native_available()
+    with pytest.raises(ConfigError, match='auto, native or torch'):
+        native.native_available()
+
 
 def test_failed_build(fresh, tmp_path):
-    fake = tmp_path/'cc'; fake.write_text('#!/bin/sh\necho "x.cpp:1: error: no such thing" >&2\nexit 1\n'); fake.chmod(0o755)
+    fake = tmp_path / 'cc'
+    fake.write_text('#!/bin/sh\necho "x.cpp:1: error: no such thing" >&2\nexit 1\n')
+    fake.chmod(0o755)
     fresh.setenv('CXX', str(fake))
     ok, words = said(native.native_available)
     assert not ok and len(words) == 1 and 'error: no such thing' in words[0]
-    assert not list((tmp_path/'cache'/'ops').glob('*.so')) and not list((tmp_path/'cache'/'ops').glob('.build*'))
+    assert not list((tmp_path / 'cache' / 'ops').glob('*.so')) and not list(
+        (tmp_path / 'cache' / 'ops').glob('.build*')
+    )
+
 
 def test_unsupported(fresh):
     fresh.setattr(native, '_TRIED', dict(cpu=dict(ready=True, source='', path='', reason='')))
     assert native.native_available() and native.native_available(torch.bfloat16, 'cpu', 128, 16)
     ok, words = said(lambda: native.native_available(torch.float16))
     assert not ok and len(words) == 1 and 'float16' in words[0]
-    assert said(lambda: native.native_available(points=129)) == (False, []) and not native.native_available(device='meta')
+    assert said(lambda: native.native_available(points=129)) == (False, []) and not native.native_available(
+        device='meta'
+    )
+
 
 @needs_compiler
 def test_read_only_cache(fresh, tmp_path):
-    (tmp_path/'file').write_text(''); fresh.setenv('SEMIDETR_CACHE', str(tmp_path/'file'))
+    (tmp_path / 'file').write_text('')
+    fresh.setenv('SEMIDETR_CACHE', str(tmp_path / 'file'))
     fresh.setattr(native, '_compile', lambda sources, out, *a: (out.write_bytes(b'x'), out)[1])
     first, second = native.build_ops(), native.build_ops()
-    assert first == second and first.parent.parent == tmp_path/'tmp' and first.parent.stat().st_mode & 0o077 == 0
-    first.parent.chmod(0o777)                            # a folder that others can write to is not trusted
+    assert (
+        first == second
+        and first.parent.parent == tmp_path / 'tmp'
+        and first.parent.stat().st_mode & 0o077 == 0
+    )
+    first.parent.chmod(0o777)  # a folder that others can write to is not trusted
     assert native.build_ops().parent != first.parent
+
 
 @needs_compiler
 def test_damaged_library_is_built_anew(fresh, library):
     built = []
-    def compile(sources, out, *a): built.append(1); Path(out).write_bytes(b'no library' if len(built) == 1 else Path(library).read_bytes()); return out
+
+    def compile(sources, out, *a):
+        built.append(1)
+        Path(out).write_bytes(b'no library' if len(built) == 1 else Path(library).read_bytes())
+        return out
+
     fresh.setattr(native, '_compile', compile)
     fresh.setattr(native, '_has_kernel', lambda kind: len(built) == 2)
     assert native._load('cpu')['ready'] and len(built) == 2
 
+
 def test_key_follows_sources_flags_and_torch(fresh):
-    if not native._compiler(): pytest.skip('no C++ compiler on this machine')
+    if not native._compiler():
+        pytest.skip('no C++ compiler on this machine')
     key = native._plan()[3]
     assert key == native._plan()[3]
-    fresh.setattr(native, '_FLAGS', native._FLAGS + ' -DX'); assert key != native._plan()[3]
-    fresh.undo(); fresh.setattr(torch, '__version__', '2.99'); assert key != native._plan()[3]
+    fresh.setattr(native, '_FLAGS', native._FLAGS + ' -DX')
+    assert key != native._plan()[3]
+    fresh.undo()
+    fresh.setattr(torch, '__version__', '2.99')
+    assert key != native._plan()[3]
+
 
 ALONE = '''
 import shutil, sys; sys.path.insert(0, {here!r})
@@ -341,21 +552,37 @@ m = MSDeformAttn(32, 2, 2, 2)
 assert m(torch.randn(1, 5, 32), torch.rand(1, 5, 2, 2), torch.randn(1, 26, 32), shapes).isfinite().all()
 print(native.ops_status()['cpu']['ready'], native.ops_status()['cpu']['path'])
 '''
+
+
 def alone(lib, **env):
     "(what was printed, lines of stderr) of a new process that attends once through the package's one door"
     env = {k: v for k, v in dict(os.environ, **env).items() if k not in ('SEMIDETR_OPS', 'CXX')}
-    done = subprocess.run([sys.executable, '-W', 'always::RuntimeWarning', '-c', ALONE.format(here=str(HERE/'csrc'), lib=lib)], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-W',
+            'always::RuntimeWarning',
+            '-c',
+            ALONE.format(here=str(HERE / 'csrc'), lib=lib),
+        ],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-1500:]
     return done.stdout.split(), [o for o in done.stderr.splitlines() if o.strip() and not o.startswith(' ')]
 
+
 def test_process_without_a_compiler_gives_the_right_numbers_and_one_line(tmp_path):
-    (ready,), lines = alone('', PATH='', SEMIDETR_CACHE=str(tmp_path/'cache'), TMPDIR=str(tmp_path))
+    (ready,), lines = alone('', PATH='', SEMIDETR_CACHE=str(tmp_path / 'cache'), TMPDIR=str(tmp_path))
     assert ready == 'False' and len(lines) == 1 and 'no C++ compiler' in lines[0] and 'build-ops' in lines[0]
 
+
 def test_process_with_a_read_only_cache_gives_the_right_numbers_without_a_word(library, tmp_path):
-    (tmp_path/'file').write_text('')                     # not even root can make a folder in a file
-    (ready, path), lines = alone(str(library), SEMIDETR_CACHE=str(tmp_path/'file'), TMPDIR=str(tmp_path))
+    (tmp_path / 'file').write_text('')  # not even root can make a folder in a file
+    (ready, path), lines = alone(str(library), SEMIDETR_CACHE=str(tmp_path / 'file'), TMPDIR=str(tmp_path))
     assert ready == 'True' and Path(path).is_relative_to(tmp_path) and lines == []
+
 
 RACE = '''
 import sys, torch
@@ -368,39 +595,68 @@ assert native.native_available(), native._TRIED
 v, loc, w = torch.arange(12.).view(1, 12, 1, 1), torch.tensor([[2/4, 1.5/3]]).view(1, 1, 1, 1, 1, 2), torch.ones(1, 1, 1, 1, 1)
 assert float(native.native_ms_deform_attn(v, [(3, 4)], loc, w)) == 5.5
 '''
+
+
 @needs_compiler
 def test_two_processes_build_once(tmp_path):
-    env = dict(os.environ, SEMIDETR_CACHE=str(tmp_path/'cache'), SEMIDETR_OPS='native')
-    jobs = [subprocess.Popen([sys.executable, '-c', RACE.format(mark=str(tmp_path/'mark'))], env=env, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [(j.communicate()[1][-800:], j.returncode) for j in jobs] == [('', 0)]*2
-    assert (tmp_path/'mark').read_text() == 'built\n' and len(list((tmp_path/'cache'/'ops').glob('*.so'))) == 1
+    env = dict(os.environ, SEMIDETR_CACHE=str(tmp_path / 'cache'), SEMIDETR_OPS='native')
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, '-c', RACE.format(mark=str(tmp_path / 'mark'))],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    assert [(j.communicate()[1][-800:], j.returncode) for j in jobs] == [('', 0)] * 2
+    assert (tmp_path / 'mark').read_text() == 'built\n' and len(
+        list((tmp_path / 'cache' / 'ops').glob('*.so'))
+    ) == 1
 
 
 # ---- the CUDA kernels, on the CPU ------------------------------------------------------------------------------------
 @pytest.fixture(scope='session')
 def shim(tmp_path_factory):
     "Kernels, launchers and binding of csrc/msda_cuda.cu, run through tests/csrc/cuda_on_cpu.h"
-    if not native._compiler(): pytest.skip('no C++ compiler on this machine')
-    torch.ops.load_library(str(sanitize.shim(tmp_path_factory.mktemp('shim')/'shim.so', '-O1')))
+    if not native._compiler():
+        pytest.skip('no C++ compiler on this machine')
+    torch.ops.load_library(str(sanitize.shim(tmp_path_factory.mktemp('shim') / 'shim.so', '-O1')))
     return native._register('semidetr_shim')
+
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('D', [6, 7, 8, 16, 24, 32, 64])
 def test_cuda_text_equals_grid_sample(shim, dtype, D):
-    plain, fused = worst(shim, 1, 7, 3, D, [(4, 5), (2, 3), (1, 1)], 3, dtype, ref_dim=2 if D % 16 else 4, mask=True)
-    assert plain < LIMIT[dtype] and fused < 3*LIMIT[dtype]
+    plain, fused = worst(
+        shim, 1, 7, 3, D, [(4, 5), (2, 3), (1, 1)], 3, dtype, ref_dim=2 if D % 16 else 4, mask=True
+    )
+    assert plain < LIMIT[dtype] and fused < 3 * LIMIT[dtype]
+
 
 def test_cuda_text_half_offsets_bad_locations_empty(shim):
-    assert worst(shim, 1, 5, 2, 16, [(4, 5), (2, 3)], 2, torch.float16, raw=torch.float16)[1] < 4*LIMIT[torch.float16]
+    assert (
+        worst(shim, 1, 5, 2, 16, [(4, 5), (2, 3)], 2, torch.float16, raw=torch.float16)[1]
+        < 4 * LIMIT[torch.float16]
+    )
     (value, shapes, loc, w), _, grad = O.case(1, 5, 2, 16, [(4, 5), (2, 3)], 2)
     for bad in (float('nan'), float('inf'), 1e30, -1e30):
         loc[0, 1, :, :, 0] = bad
-        assert all(torch.isfinite(t).all() for t in (shim.ms_deform_attn(value, [4, 5, 2, 3], loc, w), *shim.ms_deform_attn_backward(grad, value, [4, 5, 2, 3], loc, w)))
+        assert all(
+            torch.isfinite(t).all()
+            for t in (
+                shim.ms_deform_attn(value, [4, 5, 2, 3], loc, w),
+                *shim.ms_deform_attn_backward(grad, value, [4, 5, 2, 3], loc, w),
+            )
+        )
     assert shim.ms_deform_attn(value, [4, 5, 2, 3], loc[:, :0], w[:, :0]).shape == (1, 0, 32)
 
-MUTANTS = dict(shuffle=('for (int d = G / 2; d; d /= 2) x +=', 'for (int d = G / 2; d > 1; d /= 2) x +='),
-               mask=('bool ok = p.in && u >= 0 && u < w && v >= 0 && v < h;', 'bool ok = p.in;'),
-               tail=('const bool live = item < items;', 'const bool live = true;'))
+
+MUTANTS = dict(
+    shuffle=('for (int d = G / 2; d; d /= 2) x +=', 'for (int d = G / 2; d > 1; d /= 2) x +='),
+    mask=('bool ok = p.in && u >= 0 && u < w && v >= 0 && v < h;', 'bool ok = p.in;'),
+    tail=('const bool live = item < items;', 'const bool live = true;'),
+)
 MUTANT_RUN = '''
 import sys; sys.path.insert(0, {here!r})
 import torch, oracle as O
@@ -410,32 +666,54 @@ a, b, grad = O.case(1, 3, 3, 16, [(4, 5), (2, 3)], 2)
 e = O.errors((ops.ms_deform_attn, ops.ms_deform_attn_backward), a, grad, O.plain)
 sys.exit(0 if max(e) < 1e-6 else 3)
 '''
+
+
 @pytest.mark.parametrize('mutant', ['none', *MUTANTS])
 @needs_compiler
 def test_mutants_of_the_cuda_kernel_are_caught(mutant, tmp_path):
-    src = native._package()/'csrc'
+    src = native._package() / 'csrc'
     for f in src.glob('msda_cuda.cu*'):
         text = f.read_text()
-        if mutant != 'none' and f.suffix == '.cuh': assert MUTANTS[mutant][0] in text; text = text.replace(*MUTANTS[mutant])
-        (tmp_path/f.name).write_text(text)
-    lib = sanitize.shim(tmp_path/'m.so', '-O0 -DSEMIDETR_FLOAT_ONLY', tmp_path/'msda_cuda.cu')
-    done = subprocess.run([sys.executable, '-c', MUTANT_RUN.format(here=str(HERE/'csrc'), lib=str(lib))], env=dict(os.environ, SEMIDETR_OPS='torch'), capture_output=True, text=True)
+        if mutant != 'none' and f.suffix == '.cuh':
+            assert MUTANTS[mutant][0] in text
+            text = text.replace(*MUTANTS[mutant])
+        (tmp_path / f.name).write_text(text)
+    lib = sanitize.shim(tmp_path / 'm.so', '-O0 -DSEMIDETR_FLOAT_ONLY', tmp_path / 'msda_cuda.cu')
+    done = subprocess.run(
+        [sys.executable, '-c', MUTANT_RUN.format(here=str(HERE / 'csrc'), lib=str(lib))],
+        env=dict(os.environ, SEMIDETR_OPS='torch'),
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode == 0) == (mutant == 'none'), done.stderr[-800:]
+
 
 def test_value_gradient_is_added_atomically():
     "Fibers take turns, so a race cannot show itself: the text must not add to the value's gradient in any other way"
-    text = (native._package()/'csrc'/'msda_cuda.cuh').read_text()
-    assert 'atomicAdd(p.grad_value' in text and 'grad_value[' not in text and text.count('grad_value +') == text.count('atomicAdd(p.grad_value +')
+    text = (native._package() / 'csrc' / 'msda_cuda.cuh').read_text()
+    assert (
+        'atomicAdd(p.grad_value' in text
+        and 'grad_value[' not in text
+        and text.count('grad_value +') == text.count('atomicAdd(p.grad_value +')
+    )
+
 
 @needs_compiler
-@pytest.mark.skipif(not os.environ.get('SEMIDETR_SLOW'), reason='a minute of compiling: `make ops-sanitize`, or SEMIDETR_SLOW=1')
+@pytest.mark.skipif(
+    not os.environ.get('SEMIDETR_SLOW'),
+    reason='a minute of compiling: `make ops-sanitize`, or SEMIDETR_SLOW=1',
+)
 def test_sanitizers(tmp_path):
     done = sanitize.check(*sanitize.build(tmp_path))
     assert done.returncode == 0 and 'clean' in done.stdout, done.stderr[-3000:]
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
-def gpu(test): return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU on this machine')(test))
+def gpu(test):
+    return pytest.mark.gpu(
+        pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU on this machine')(test)
+    )
+
 
 @gpu
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -446,22 +724,32 @@ def test_gpu(dtype):
         for (forward, backward), inputs, oracle in zip(both(torch.ops.semidetr), (a, b), (O.plain, O.fused)):
             up = lambda t: t.cuda() if torch.is_tensor(t) else t
             down = lambda x: tuple(t.cpu() for t in x) if isinstance(x, tuple) else x.cpu()
-            e = O.errors((lambda *x: down(forward(*map(up, x))), lambda *x: down(backward(*map(up, x)))), inputs, grad, oracle)
-            assert max(e) < 3*LIMIT[dtype], (D, e)
+            e = O.errors(
+                (lambda *x: down(forward(*map(up, x))), lambda *x: down(backward(*map(up, x)))),
+                inputs,
+                grad,
+                oracle,
+            )
+            assert max(e) < 3 * LIMIT[dtype], (D, e)
+
 
 @gpu
 def test_gpu_stream_and_device():
     (value, shapes, loc, w), _, _ = O.case(1, 50, 8, 32, PYRAMID, 4)
-    with torch.cuda.stream(torch.cuda.Stream()): out = native.native_ms_deform_attn(value.cuda(), shapes, loc.cuda(), w.cuda())
+    with torch.cuda.stream(torch.cuda.Stream()):
+        out = native.native_ms_deform_attn(value.cuda(), shapes, loc.cuda(), w.cuda())
     torch.cuda.synchronize()
     assert O.error(out.cpu(), O.plain(value, shapes, loc, w)) < 1e-6
+
 
 def test_cuda_needs_an_architecture(monkeypatch):
     "Ahead of time, on a machine without a GPU: the architecture must be named, and the library is the one that a machine with that GPU looks for"
     monkeypatch.setattr(native, '_nvcc', lambda: 'nvcc')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    with pytest.raises(ConfigError, match='no GPU is visible.*--archs 80,90'): native.build_ops('cuda')
-    with pytest.raises(ConfigError, match="'8.0' is not a CUDA architecture"): native.build_ops('cuda', archs=('8.0',))
+    with pytest.raises(ConfigError, match='no GPU is visible.*--archs 80,90'):
+        native.build_ops('cuda')
+    with pytest.raises(ConfigError, match="'8.0' is not a CUDA architecture"):
+        native.build_ops('cuda', archs=('8.0',))
     ahead = native._plan('cuda', archs=('90',))[3]
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (9, 0))

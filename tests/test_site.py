@@ -1,24 +1,41 @@
 "The site as a reader gets it: links, pictures, formulas, navigation, a phone; and what happens when it cannot be built."
+
 import html.parser, json, shutil, subprocess, sys, urllib.parse
 import nbformat, pytest
 from conftest import ROOT, copy_book
 from semidetr.core import ConfigError
-from semidetr.book.pages import CrossRefs, chapter_files, cross_references, filter_notebook, load_pages, markdown_table, read_book, stored_notebook, symbol_index, write_home
+from semidetr.book.pages import (
+    CrossRefs,
+    chapter_files,
+    cross_references,
+    filter_notebook,
+    load_pages,
+    markdown_table,
+    read_book,
+    stored_notebook,
+    symbol_index,
+    write_home,
+)
 from semidetr.book.site import build_site, figure_output, main, mathml, number_headings, resolve
 
 FILES = chapter_files(read_book(ROOT))
 RESULT = next((f for f in FILES if f.startswith('nbs/ablations/01_')), None)
 
+
 class Links(html.parser.HTMLParser):
     "Ids and links of one page"
+
     def __init__(self, text):
         super().__init__()
         self.ids, self.links = [], []
         self.feed(text)
+
     def handle_starttag(self, tag, attributes):
         a = dict(attributes)
-        if a.get('id'): self.ids.append(a['id'])
+        if a.get('id'):
+            self.ids.append(a['id'])
         self.links += [a[k] for k in ('href', 'src') if a.get(k)]
+
 
 def test_links(site):
     "Every local link leads to a file, and every #fragment to an id on it"
@@ -28,56 +45,98 @@ def test_links(site):
     for f, page in pages.items():
         for link in page.links:
             u = urllib.parse.urlsplit(link)
-            if u.scheme or u.netloc or link == '#': continue
-            target = (f.parent/urllib.parse.unquote(u.path)).resolve() if u.path else f
-            if target.is_dir(): target /= 'index.html'
+            if u.scheme or u.netloc or link == '#':
+                continue
+            target = (f.parent / urllib.parse.unquote(u.path)).resolve() if u.path else f
+            if target.is_dir():
+                target /= 'index.html'
             count += 1
-            if not target.exists(): bad.append(f'{f.name}: no file {link}')
-            elif u.fragment and target in pages and urllib.parse.unquote(u.fragment) not in pages[target].ids: bad.append(f'{f.name}: no id {link}')
-    assert bad == [] and count > 10*len(pages)
+            if not target.exists():
+                bad.append(f'{f.name}: no file {link}')
+            elif u.fragment and target in pages and urllib.parse.unquote(u.fragment) not in pages[target].ids:
+                bad.append(f'{f.name}: no id {link}')
+    assert bad == [] and count > 10 * len(pages)
+
 
 def test_nothing_from_elsewhere(site):
     "No page loads a script, a style, a picture or a font from another host"
+
     class Loads(html.parser.HTMLParser):
         found = []
+
         def handle_starttag(self, tag, attributes):
             a = dict(attributes)
-            url = a.get('src') if tag in ('script', 'img', 'iframe', 'source') else a.get('href') if tag == 'link' else None
-            if url and url.startswith(('http:', 'https:', '//')): Loads.found.append(url)
-    for f in site.rglob('*.html'): Loads().feed(f.read_text(encoding='utf-8'))
+            url = (
+                a.get('src')
+                if tag in ('script', 'img', 'iframe', 'source')
+                else a.get('href')
+                if tag == 'link'
+                else None
+            )
+            if url and url.startswith(('http:', 'https:', '//')):
+                Loads.found.append(url)
+
+    for f in site.rglob('*.html'):
+        Loads().feed(f.read_text(encoding='utf-8'))
     assert Loads.found == []
+
 
 def test_no_loose_ends(site):
     "No unresolved reference, include, formula or directive is left in the text of a page"
+
     class Text(html.parser.HTMLParser):
         depth, out = 0, ''
-        def handle_starttag(self, tag, attributes): self.depth += tag in ('code', 'pre', 'script', 'style')
-        def handle_endtag(self, tag): self.depth -= tag in ('code', 'pre', 'script', 'style')
-        def handle_data(self, data): self.out += data if self.depth == 0 else ''
+
+        def handle_starttag(self, tag, attributes):
+            self.depth += tag in ('code', 'pre', 'script', 'style')
+
+        def handle_endtag(self, tag):
+            self.depth -= tag in ('code', 'pre', 'script', 'style')
+
+        def handle_data(self, data):
+            self.out += data if self.depth == 0 else ''
+
     for f in site.rglob('*.html'):
         t = Text()
         t.feed(f.read_text(encoding='utf-8'))
-        for loose in ('?@', '@fig-', '@tbl-', '@eq-', '@sec-', '{{<', '$$', '#|', '{#', ':::'): assert loose not in t.out, (f.name, loose)
+        for loose in ('?@', '@fig-', '@tbl-', '@eq-', '@sec-', '{{<', '$$', '#|', '{#', ':::'):
+            assert loose not in t.out, (f.name, loose)
+
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
 @pytest.fixture
 def visit(browser, address):
     "Open a page, and fail at its end on errors of the page or requests to other hosts"
     opened, faults = [], []
+
     def go(path, width=1280, height=900):
         p = browser.new_page(viewport=dict(width=width, height=height))
         p.on('pageerror', lambda e: faults.append(str(e)))
         p.on('console', lambda m: m.type == 'error' and faults.append(m.text))
-        p.on('request', lambda r: None if r.url.startswith((address, 'data:', 'blob:')) else faults.append(f'outside request: {r.url}'))
+        p.on(
+            'request',
+            lambda r: (
+                None
+                if r.url.startswith((address, 'data:', 'blob:'))
+                else faults.append(f'outside request: {r.url}')
+            ),
+        )
         p.goto(f'{address}/{path}', wait_until='load')
         opened.append(p)
         return p
+
     yield go
-    for p in opened: p.close()
+    for p in opened:
+        p.close()
     assert faults == []
 
-def html_of(path): return path.rsplit('.', 1)[0] + '.html'
+
+def html_of(path):
+    return path.rsplit('.', 1)[0] + '.html'
+
+
 LOOKED_AT = ['index.html', 'nbs/01_boxes.html'] + ([html_of(RESULT)] if RESULT else [])
+
 
 @pytest.mark.parametrize('path', LOOKED_AT)
 def test_pictures_load(visit, path):
@@ -86,7 +145,10 @@ def test_pictures_load(visit, path):
     p.wait_for_function('[...document.images].every(i => i.complete)')
     widths = p.evaluate('[...document.images].map(i => i.naturalWidth)')
     assert all(w > 0 for w in widths) and (widths or path != 'nbs/01_boxes.html')
-    assert p.evaluate("[...document.querySelectorAll('main img')].every(i => i.alt.trim())"), 'a picture without a description'
+    assert p.evaluate("[...document.querySelectorAll('main img')].every(i => i.alt.trim())"), (
+        'a picture without a description'
+    )
+
 
 def test_home_page(visit):
     p = visit('index.html')
@@ -94,30 +156,43 @@ def test_home_page(visit):
     text = p.inner_text('main')
     assert 'make book' in text and 'make test' in text
 
+
 def test_formulas(visit):
     p = visit('nbs/01_boxes.html')
-    boxes = p.evaluate("[...document.querySelectorAll('math')].map(m => m.getBoundingClientRect()).map(r => r.width*r.height)")
+    boxes = p.evaluate(
+        "[...document.querySelectorAll('math')].map(m => m.getBoundingClientRect()).map(r => r.width*r.height)"
+    )
     assert boxes and min(boxes) > 0
+
 
 @pytest.mark.skipif(not RESULT, reason='the result page is not in the book yet')
 def test_result_page(visit):
     p = visit(html_of(RESULT))
     assert p.locator('main table').count() >= 1 and p.locator('main img').count() >= 1
 
+
 def test_navigation(visit):
     "From the home page through the contents to a chapter, and on to the next"
     p = visit('index.html')
-    p.locator('nav a[href*="00_core"], aside a[href*="00_core"], #quarto-sidebar a[href*="00_core"]').first.click()
+    p.locator(
+        'nav a[href*="00_core"], aside a[href*="00_core"], #quarto-sidebar a[href*="00_core"]'
+    ).first.click()
     p.wait_for_url('**/nbs/00_core.html')
     following = p.locator('.nav-page-next a, a.pagination-link[aria-label], .page-navigation a').last
     following.click()
     p.wait_for_url('**/nbs/01_boxes.html')
 
+
 def test_reference_leads_to_its_figure(visit, site):
-    page = next(f for f in sorted(site.glob('nbs/*.html')) if any(link.startswith('#fig-') for link in Links(f.read_text(encoding='utf-8')).links))
+    page = next(
+        f
+        for f in sorted(site.glob('nbs/*.html'))
+        if any(link.startswith('#fig-') for link in Links(f.read_text(encoding='utf-8')).links)
+    )
     p = visit(f'nbs/{page.name}')
     p.locator('main a[href^="#fig-"]').first.click()
     assert p.evaluate('document.querySelector(decodeURIComponent(location.hash)) !== null')
+
 
 @pytest.mark.parametrize('path', LOOKED_AT)
 def test_phone(visit, path):
@@ -125,104 +200,167 @@ def test_phone(visit, path):
     p = visit(path, width=390, height=800)
     assert p.evaluate('document.documentElement.scrollWidth <= window.innerWidth')
 
+
 # --- the parts, and what goes wrong -----------------------------------------------------------------------------------
-def build(folder, *options): return subprocess.run([sys.executable, '-m', 'semidetr.book.site', *options], cwd=folder, capture_output=True, text=True)
+def build(folder, *options):
+    return subprocess.run(
+        [sys.executable, '-m', 'semidetr.book.site', *options], cwd=folder, capture_output=True, text=True
+    )
+
 
 @pytest.fixture
 def small(tmp_path):
     "A book of a home page and one chapter"
     copy_book(tmp_path)
-    shutil.rmtree(tmp_path/'nbs')
-    (tmp_path/'nbs').mkdir()
-    nb = dict(cells=[dict(cell_type='markdown', metadata={}, id='a', source='# One {#sec-one}\n\n> Afterwards.\n\nText.')], metadata={}, nbformat=4, nbformat_minor=5)
-    (tmp_path/'nbs'/'00_one.ipynb').write_text(json.dumps(nb))
-    (tmp_path/'index.qmd').write_text('# Home {.unnumbered}\n\nSee @sec-one.\n')
-    (tmp_path/'_quarto.yml').write_text('project: {type: book, output-dir: _docs}\nbook: {title: t, chapters: [index.qmd, nbs/00_one.ipynb]}\nformat: {html: {theme: default}}\n')
+    shutil.rmtree(tmp_path / 'nbs')
+    (tmp_path / 'nbs').mkdir()
+    nb = dict(
+        cells=[
+            dict(
+                cell_type='markdown', metadata={}, id='a', source='# One {#sec-one}\n\n> Afterwards.\n\nText.'
+            )
+        ],
+        metadata={},
+        nbformat=4,
+        nbformat_minor=5,
+    )
+    (tmp_path / 'nbs' / '00_one.ipynb').write_text(json.dumps(nb))
+    (tmp_path / 'index.qmd').write_text('# Home {.unnumbered}\n\nSee @sec-one.\n')
+    (tmp_path / '_quarto.yml').write_text(
+        'project: {type: book, output-dir: _docs}\nbook: {title: t, chapters: [index.qmd, nbs/00_one.ipynb]}\nformat: {html: {theme: default}}\n'
+    )
     return tmp_path
+
 
 def test_small_book(small):
     assert build(small, '--engine', 'fallback').stdout.strip() == 'open _docs/index.html'
-    assert 'href="nbs/00_one.html#sec-one">Chapter 1</a>' in (small/'_docs'/'index.html').read_text()
+    assert 'href="nbs/00_one.html#sec-one">Chapter 1</a>' in (small / '_docs' / 'index.html').read_text()
+
 
 def test_a_page_of_text_alone(small):
     "A `.qmd` page has its number in title and contents, its label as anchor, and numbered sections, as a notebook has"
-    (small/'nbs'/'01_two.qmd').write_text('# Two {#sec-two}\n\n> Afterwards.\n\n## Half {#sec-half}\n\nSee @sec-one.\n')
-    (small/'_quarto.yml').write_text((small/'_quarto.yml').read_text().replace('00_one.ipynb]', '00_one.ipynb, nbs/01_two.qmd]'))
-    (small/'index.qmd').write_text('# Home {.unnumbered}\n\nSee @sec-two.\n')
+    (small / 'nbs' / '01_two.qmd').write_text(
+        '# Two {#sec-two}\n\n> Afterwards.\n\n## Half {#sec-half}\n\nSee @sec-one.\n'
+    )
+    (small / '_quarto.yml').write_text(
+        (small / '_quarto.yml').read_text().replace('00_one.ipynb]', '00_one.ipynb, nbs/01_two.qmd]')
+    )
+    (small / 'index.qmd').write_text('# Home {.unnumbered}\n\nSee @sec-two.\n')
     assert build(small, '--engine', 'fallback').returncode == 0
-    home, page = ((small/'_docs'/f).read_text() for f in ('index.html', 'nbs/01_two.html'))
+    home, page = ((small / '_docs' / f).read_text() for f in ('index.html', 'nbs/01_two.html'))
     assert 'href="nbs/01_two.html#sec-two">Chapter 2</a>' in home and '2 Two' in home
-    assert 'sec-two' in Links(page).ids and '2.1 Half' in page and 'href="00_one.html#sec-one">Chapter 1</a>' in page
+    assert (
+        'sec-two' in Links(page).ids
+        and '2.1 Half' in page
+        and 'href="00_one.html#sec-one">Chapter 1</a>' in page
+    )
 
-@pytest.mark.parametrize('text, message', [
-    ('See @fig-gone.', 'index.qmd: no label for @fig-gone'),
-    ('A {#sec-x}\n\n## B {#sec-one}', 'label sec-one is used twice'),
-    ('$$ \\nocommand{x} $$', 'LaTeX command \\nocommand is not known to both renderers')])
+
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        ('See @fig-gone.', 'index.qmd: no label for @fig-gone'),
+        ('A {#sec-x}\n\n## B {#sec-one}', 'label sec-one is used twice'),
+        ('$$ \\nocommand{x} $$', 'LaTeX command \\nocommand is not known to both renderers'),
+    ],
+)
 def test_a_broken_page_stops_the_build(small, text, message):
     "One message, exit code 2, and the old site stays as it was"
     build(small, '--engine', 'fallback')
-    before = (small/'_docs'/'index.html').read_bytes()
-    page = small/('index.qmd' if 'sec-x' not in text else 'nbs/01_two.qmd')
+    before = (small / '_docs' / 'index.html').read_bytes()
+    page = small / ('index.qmd' if 'sec-x' not in text else 'nbs/01_two.qmd')
     page.write_text(f'# {text}')
-    if page.name != 'index.qmd': (small/'_quarto.yml').write_text((small/'_quarto.yml').read_text().replace('00_one.ipynb]', '00_one.ipynb, nbs/01_two.qmd]'))
+    if page.name != 'index.qmd':
+        (small / '_quarto.yml').write_text(
+            (small / '_quarto.yml').read_text().replace('00_one.ipynb]', '00_one.ipynb, nbs/01_two.qmd]')
+        )
     done = build(small, '--engine', 'fallback')
     assert done.returncode == 2 and message in done.stderr and 'Traceback' not in done.stderr
-    assert (small/'_docs'/'index.html').read_bytes() == before
+    assert (small / '_docs' / 'index.html').read_bytes() == before
+
 
 def test_outside_a_checkout(tmp_path):
-    with pytest.raises(ConfigError, match='checkout'): build_site(tmp_path)
+    with pytest.raises(ConfigError, match='checkout'):
+        build_site(tmp_path)
     done = build(tmp_path) if not list(tmp_path.iterdir()) else None
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
 
+
 def test_without_the_renderer(small, monkeypatch):
     monkeypatch.setitem(sys.modules, 'smalldocs', None)
-    with pytest.raises(ConfigError, match=r'smalldocs.*\[book\]'): build_site(small, 'fallback')
+    with pytest.raises(ConfigError, match=r'smalldocs.*\[book\]'):
+        build_site(small, 'fallback')
+
 
 def test_quarto_is_chosen_where_it_is(small, monkeypatch):
     "A stand-in on the PATH shows that `auto` calls `quarto render` with this Python first on the PATH"
-    tool = small/'bin'/'quarto'
+    tool = small / 'bin' / 'quarto'
     tool.parent.mkdir()
-    tool.write_text('#!/bin/sh\necho "$@" > called\ncommand -v python > which\nmkdir -p _docs && echo quarto > _docs/index.html\n')
+    tool.write_text(
+        '#!/bin/sh\necho "$@" > called\ncommand -v python > which\nmkdir -p _docs && echo quarto > _docs/index.html\n'
+    )
     tool.chmod(0o755)
     monkeypatch.setenv('PATH', f'{tool.parent}:/usr/bin:/bin')
     build_site(small)
-    assert (small/'called').read_text().strip() == 'render'
-    assert (small/'which').read_text().strip() == f'{sys.prefix}/bin/python'
-    (small/'index.qmd').write_text('# Home\n\n@fig-gone\n')
-    with pytest.raises(ConfigError, match='@fig-gone'): build_site(small)
+    assert (small / 'called').read_text().strip() == 'render'
+    assert (small / 'which').read_text().strip() == f'{sys.prefix}/bin/python'
+    (small / 'index.qmd').write_text('# Home\n\n@fig-gone\n')
+    with pytest.raises(ConfigError, match='@fig-gone'):
+        build_site(small)
+
 
 def test_the_filter_that_quarto_calls(root):
     "Stdin to stdout, in the folder of the notebook; the same as the other renderer gets"
-    source = (root/'nbs'/'01_boxes.ipynb').read_text()
-    done = subprocess.run([sys.executable, '-m', 'semidetr.book.site', '--filter'], cwd=root/'nbs', input=source, capture_output=True, text=True)
+    source = (root / 'nbs' / '01_boxes.ipynb').read_text()
+    done = subprocess.run(
+        [sys.executable, '-m', 'semidetr.book.site', '--filter'],
+        cwd=root / 'nbs',
+        input=source,
+        capture_output=True,
+        text=True,
+    )
     page = json.loads(done.stdout)
     assert page == stored_notebook(filter_notebook(json.loads(source), symbol_index(root, FILES), 'nbs'))
     code = [''.join(c['source']) for c in page['cells'] if c['cell_type'] == 'code']
     assert any('def generalized_box_iou' in c for c in code), 'exported code is shown'
-    assert not any(line.startswith(('#| export', '#| hide', '#| default_exp')) for c in code for line in c.splitlines())
+    assert not any(
+        line.startswith(('#| export', '#| hide', '#| default_exp')) for c in code for line in c.splitlines()
+    )
+
 
 @pytest.mark.parametrize('page', [f for f in FILES if f.endswith('.ipynb')])
 def test_what_the_filter_writes_is_a_notebook(root, page):
     "Every line of a source keeps its newline, and nbformat accepts the whole: Quarto loses the newlines of a source that is one string"
-    nb = stored_notebook(filter_notebook(json.loads((root/page).read_text(encoding='utf-8')), {}, ''))
+    nb = stored_notebook(filter_notebook(json.loads((root / page).read_text(encoding='utf-8')), {}, ''))
     nbformat.validate(nb)
     for c in nb['cells']:
         assert isinstance(c['source'], list) and all(line.endswith('\n') for line in c['source'][:-1])
-        fences = [line for line in c['source'] if line.startswith(':::')] if c['cell_type'] == 'markdown' else []
+        fences = (
+            [line for line in c['source'] if line.startswith(':::')] if c['cell_type'] == 'markdown' else []
+        )
         assert len(fences) % 2 == 0, 'a box that is not closed'
-        shown = ''.join(''.join(v) for o in c.get('outputs', []) for k, v in o.get('data', {}).items() if k.startswith('text/'))
+        shown = ''.join(
+            ''.join(v)
+            for o in c.get('outputs', [])
+            for k, v in o.get('data', {}).items()
+            if k.startswith('text/')
+        )
         assert shown.count(':::') % 2 == 0, 'an output that opens a box and does not close it'
+
 
 def test_mathml():
     assert mathml('x_i').startswith('<math') and 'display="block"' in mathml('x', display=True)
     assert 'IoU</mo>' in mathml(r'\operatorname{IoU}'), 'a name is one word, not a product of letters'
     assert 'arg&#x02009;min</mo>' in mathml(r'\operatorname{arg\,min}_x f')
     for unknown in (r'\argmin_x f', r'\nocommand{x}'):
-        with pytest.raises(ValueError, match='not known'): mathml(unknown)
+        with pytest.raises(ValueError, match='not known'):
+            mathml(unknown)
+
 
 def test_figure_caption_is_html_and_alt_is_escaped():
     out = figure_output('AAAA', 'A *b* `c`', 'a "quoted" <alt>')['data']['text/html']
     assert '<em>b</em>' in out and '<code>c</code>' in out and 'alt="a &quot;quoted&quot; &lt;alt&gt;"' in out
+
 
 def test_titles_of_callouts_are_no_sections():
     text = '# A {#sec-a}\n## One {#sec-one}\n\n::: {.callout-note}\n## Title\n:::\n\n## Two {#sec-two}\n'
@@ -232,23 +370,43 @@ def test_titles_of_callouts_are_no_sections():
     lines = number_headings(text, 3, [0, 0]).splitlines()
     assert lines[1].startswith('## 3.1 One') and '## Title' in lines and lines[-1].startswith('## 3.2 Two')
 
+
 def test_table_captions_may_hold_code_and_code_may_hold_captions():
     text = ': Of `a` and @tbl-b {#tbl-a}\n\n: Other {#tbl-b}\n\n```\n: none {#tbl-c}\n```\n'
     refs = CrossRefs()
     refs.scan('a.qmd', [('markdown', text)], 3)
-    assert resolve(refs, text, 'a.qmd').splitlines()[::2] == [': Table 3.1: Of `a` and [Table 3.2](#tbl-b) {#tbl-a}', ': Table 3.2: Other {#tbl-b}', '```', '```']
+    assert resolve(refs, text, 'a.qmd').splitlines()[::2] == [
+        ': Table 3.1: Of `a` and [Table 3.2](#tbl-b) {#tbl-a}',
+        ': Table 3.2: Other {#tbl-b}',
+        '```',
+        '```',
+    ]
+
 
 def test_appendices_have_letters(tmp_path):
-    for name in ('index', 'one', 'more', 'last'): (tmp_path/f'{name}.qmd').write_text(f'# {name} {{#sec-{name}}}\n\n## Part {{#sec-{name}-part}}\n')
-    labels = cross_references(load_pages(tmp_path, ['index.qmd', 'one.qmd', 'more.qmd', 'last.qmd'], ['more.qmd', 'last.qmd'])).labels
-    assert [labels[f'sec-{k}'][1] for k in ('one', 'one-part', 'more', 'last', 'last-part')] == ['Chapter 1', 'Section 1.1', 'Appendix A', 'Appendix B', 'Section B.1']
+    for name in ('index', 'one', 'more', 'last'):
+        (tmp_path / f'{name}.qmd').write_text(f'# {name} {{#sec-{name}}}\n\n## Part {{#sec-{name}-part}}\n')
+    labels = cross_references(
+        load_pages(tmp_path, ['index.qmd', 'one.qmd', 'more.qmd', 'last.qmd'], ['more.qmd', 'last.qmd'])
+    ).labels
+    assert [labels[f'sec-{k}'][1] for k in ('one', 'one-part', 'more', 'last', 'last-part')] == [
+        'Chapter 1',
+        'Section 1.1',
+        'Appendix A',
+        'Appendix B',
+        'Section B.1',
+    ]
+
 
 def test_home_include(tmp_path):
     table = markdown_table(['a', 'b'], [[1, 2.5]])
     assert table == '| a | b |\n| :--- | ---: |\n| 1 | 2.5 |'
-    write_home(tmp_path/'deep'/'_home.md', 'x.png', 'Caption.', 'say "hi"', table, 'Table.')
-    text = (tmp_path/'deep'/'_home.md').read_text()
-    assert '![Caption.](x.png){#fig-home fig-alt="say \'hi\'"}' in text and text.rstrip().endswith(': Table. {#tbl-home}')
+    write_home(tmp_path / 'deep' / '_home.md', 'x.png', 'Caption.', 'say "hi"', table, 'Table.')
+    text = (tmp_path / 'deep' / '_home.md').read_text()
+    assert '![Caption.](x.png){#fig-home fig-alt="say \'hi\'"}' in text and text.rstrip().endswith(
+        ': Table. {#tbl-home}'
+    )
+
 
 def test_main_reports_faults_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -1,76 +1,158 @@
 "Averaging, pseudo labels, transport: spec items 25, 33, 36, 39"
+
 import pytest, torch
 from torch import nn
-from semidetr.semi.teacher import (EmaConfig, ema_decay, fixed_threshold, keep_boxes, make_teacher, mean_std,
-                              PseudoConfig, teacher_detections, transport, update_teacher)
+from semidetr.semi.teacher import (
+    EmaConfig,
+    ema_decay,
+    fixed_threshold,
+    keep_boxes,
+    make_teacher,
+    mean_std,
+    PseudoConfig,
+    teacher_detections,
+    transport,
+    update_teacher,
+)
 
-@pytest.mark.parametrize('t,m', [(0, 0.), (1, .5), (9, .9), (998, .998999), (999, .999), (100_000, .999)])
-def test_decay_values(t, m): assert abs(ema_decay(t)-m) < 1e-6
+
+@pytest.mark.parametrize(
+    't,m', [(0, 0.0), (1, 0.5), (9, 0.9), (998, 0.998999), (999, 0.999), (100_000, 0.999)]
+)
+def test_decay_values(t, m):
+    assert abs(ema_decay(t) - m) < 1e-6
+
 
 def test_decay_of_a_teacher_that_was_trained_before():
     "No ramp by itself; `start` says how far along the ramp the first teacher is, and 0 is the ramp from its beginning"
-    assert [ema_decay(t, EmaConfig(.99), True) for t in (0, 5, 500)] == [.99]*3
-    assert [ema_decay(t, EmaConfig(.99, start=0), True) for t in (0, 1, 9, 500)] == [ema_decay(t, EmaConfig(.99)) for t in (0, 1, 9, 500)] == [0, .5, .9, .99]
-    assert [ema_decay(t, EmaConfig(.99, start=9), known) for known in (True, False) for t in (0, 1)] == [.9, 1-1/11]*2
+    assert [ema_decay(t, EmaConfig(0.99), True) for t in (0, 5, 500)] == [0.99] * 3
+    assert (
+        [ema_decay(t, EmaConfig(0.99, start=0), True) for t in (0, 1, 9, 500)]
+        == [ema_decay(t, EmaConfig(0.99)) for t in (0, 1, 9, 500)]
+        == [0, 0.5, 0.9, 0.99]
+    )
+    assert [ema_decay(t, EmaConfig(0.99, start=9), known) for known in (True, False) for t in (0, 1)] == [
+        0.9,
+        1 - 1 / 11,
+    ] * 2
 
-def test_decay_warmup_follows_longer(): assert ema_decay(10, EmaConfig(warmup=9)) == pytest.approx(.5)
+
+def test_decay_warmup_follows_longer():
+    assert ema_decay(10, EmaConfig(warmup=9)) == pytest.approx(0.5)
+
 
 def test_mean_of_students_until_999():
     torch.manual_seed(0)
-    student = nn.Linear(3, 2); teacher = make_teacher(student); total = torch.zeros(2, 3, dtype=torch.float64); worst = 0
+    student = nn.Linear(3, 2)
+    teacher = make_teacher(student)
+    total = torch.zeros(2, 3, dtype=torch.float64)
+    worst = 0
     for t in range(999):
-        with torch.no_grad(): student.weight.copy_(torch.randn(2, 3))
-        total += student.weight.double(); update_teacher(teacher, student, ema_decay(t))
-        worst = max(worst, float((teacher.weight.double()-total/(t+1)).abs().max()))
+        with torch.no_grad():
+            student.weight.copy_(torch.randn(2, 3))
+        total += student.weight.double()
+        update_teacher(teacher, student, ema_decay(t))
+        worst = max(worst, float((teacher.weight.double() - total / (t + 1)).abs().max()))
     assert worst < 1e-5
 
+
 def test_teacher_is_frozen_and_buffers_follow():
-    student = nn.BatchNorm1d(2); teacher = make_teacher(student)
+    student = nn.BatchNorm1d(2)
+    teacher = make_teacher(student)
     assert not any(p.requires_grad for p in teacher.parameters()) and not teacher.training
-    student(torch.randn(8, 2)); update_teacher(teacher, student, .9)
+    student(torch.randn(8, 2))
+    update_teacher(teacher, student, 0.9)
     assert torch.equal(teacher.running_mean, student.running_mean)
 
-@pytest.mark.parametrize('scores,kept', [([.9, .1, .1, .1], [0]), ([.9, .8], []), ([.9], []), ([], [])])
-def test_mean_std(scores, kept): assert mean_std(torch.tensor(scores)).nonzero().flatten().tolist() == kept
 
-def test_mean_std_of_18_good_and_18_bad_boxes_keeps_none(): # spec section 8, small images
-    assert mean_std(torch.tensor([.9]*18+[.05]*18)).sum() == 0
+@pytest.mark.parametrize(
+    'scores,kept', [([0.9, 0.1, 0.1, 0.1], [0]), ([0.9, 0.8], []), ([0.9], []), ([], [])]
+)
+def test_mean_std(scores, kept):
+    assert mean_std(torch.tensor(scores)).nonzero().flatten().tolist() == kept
 
-def outputs(boxes, logits): return dict(pred_boxes=torch.tensor([boxes]), pred_logits=torch.tensor([logits]))
+
+def test_mean_std_of_18_good_and_18_bad_boxes_keeps_none():  # spec section 8, small images
+    assert mean_std(torch.tensor([0.9] * 18 + [0.05] * 18)).sum() == 0
+
+
+def outputs(boxes, logits):
+    return dict(pred_boxes=torch.tensor([boxes]), pred_logits=torch.tensor([logits]))
+
 
 def test_suppression_is_per_class():
-    near = [[.5, .5, .4, .4], [.505, .5, .4, .4]]
-    same = teacher_detections(outputs(near, [[3., -9.], [2., -9.]]), [dict(size=(100, 100))])
-    other = teacher_detections(outputs(near, [[3., -9.], [-9., 2.]]), [dict(size=(100, 100))])
-    assert [len(d['boxes']) for d in same+other] == [1, 2]
+    near = [[0.5, 0.5, 0.4, 0.4], [0.505, 0.5, 0.4, 0.4]]
+    same = teacher_detections(outputs(near, [[3.0, -9.0], [2.0, -9.0]]), [dict(size=(100, 100))])
+    other = teacher_detections(outputs(near, [[3.0, -9.0], [-9.0, 2.0]]), [dict(size=(100, 100))])
+    assert [len(d['boxes']) for d in same + other] == [1, 2]
 
-@pytest.mark.parametrize('iou,kept', [(1., [1, 0]), (.99, [1, 0]), (.6, [1])])
+
+@pytest.mark.parametrize('iou,kept', [(1.0, [1, 0]), (0.99, [1, 0]), (0.6, [1])])
 def test_one_box_a_place(iou, kept):
     "Boxes of two classes with an IoU of .975: the higher score stays where `cross_nms` is below that"
-    near = [[.5, .5, .4, .4], [.505, .5, .4, .4]]
-    found = teacher_detections(outputs(near, [[2., -9.], [-9., 3.]]), [dict(size=(100, 100))], PseudoConfig(cross_nms=iou))[0]
-    assert found['labels'].tolist() == kept and found['scores'].tolist() == sorted(found['scores'].tolist(), reverse=True) and len(found['boxes']) == len(kept)
+    near = [[0.5, 0.5, 0.4, 0.4], [0.505, 0.5, 0.4, 0.4]]
+    found = teacher_detections(
+        outputs(near, [[2.0, -9.0], [-9.0, 3.0]]), [dict(size=(100, 100))], PseudoConfig(cross_nms=iou)
+    )[0]
+    assert (
+        found['labels'].tolist() == kept
+        and found['scores'].tolist() == sorted(found['scores'].tolist(), reverse=True)
+        and len(found['boxes']) == len(kept)
+    )
+
 
 def test_one_box_a_place_of_nothing():
-    assert len(teacher_detections(outputs([[.5, .5, .4, .4]], [[-9., -9.]]), [dict(size=(100, 100))], PseudoConfig(cross_nms=.5))[0]['boxes']) == 0
+    assert (
+        len(
+            teacher_detections(
+                outputs([[0.5, 0.5, 0.4, 0.4]], [[-9.0, -9.0]]),
+                [dict(size=(100, 100))],
+                PseudoConfig(cross_nms=0.5),
+            )[0]['boxes']
+        )
+        == 0
+    )
 
-def view(m, size=(100, 100)): return dict(matrix=torch.tensor(m, dtype=torch.float64), size=size, image_id=0)
-EYE = [[1., 0, 0], [0, 1, 0], [0, 0, 1]]
 
-@pytest.mark.parametrize('m,want', [([[-1., 0, 100], [0, 1, 0], [0, 0, 1]], [70, 20, 90, 40]), ([[0., -1, 100], [1, 0, 0], [0, 0, 1]], [60, 10, 80, 30])])
+def view(m, size=(100, 100)):
+    return dict(matrix=torch.tensor(m, dtype=torch.float64), size=size, image_id=0)
+
+
+EYE = [[1.0, 0, 0], [0, 1, 0], [0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    'm,want',
+    [
+        ([[-1.0, 0, 100], [0, 1, 0], [0, 0, 1]], [70, 20, 90, 40]),
+        ([[0.0, -1, 100], [1, 0, 0], [0, 0, 1]], [60, 10, 80, 30]),
+    ],
+)
 def test_transport_values(m, want):
-    det = [dict(boxes=torch.tensor([[10., 20, 30, 40]]), labels=torch.tensor([1]), scores=torch.tensor([.5]))]
+    det = [
+        dict(boxes=torch.tensor([[10.0, 20, 30, 40]]), labels=torch.tensor([1]), scores=torch.tensor([0.5]))
+    ]
     t = transport(det, [view(EYE)], [view(m)])[0]
-    cx, cy, w, h = (t['boxes'][0]*100).tolist()
-    assert [cx-w/2, cy-h/2, cx+w/2, cy+h/2] == pytest.approx(want, abs=1e-4) and t['source'].tolist() == [0]
+    cx, cy, w, h = (t['boxes'][0] * 100).tolist()
+    assert [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2] == pytest.approx(want, abs=1e-4) and t[
+        'source'
+    ].tolist() == [0]
+
 
 def test_transport_drops_what_left_and_keeps_order():
-    det = [dict(boxes=torch.tensor([[60., 20, 90, 40], [0, 0, 20, 20]]), labels=torch.tensor([1, 2]), scores=torch.tensor([.5, .6]))]
-    t = transport(det, [view(EYE)], [view([[1., 0, 50], [0, 1, 0], [0, 0, 1]])])[0]
+    det = [
+        dict(
+            boxes=torch.tensor([[60.0, 20, 90, 40], [0, 0, 20, 20]]),
+            labels=torch.tensor([1, 2]),
+            scores=torch.tensor([0.5, 0.6]),
+        )
+    ]
+    t = transport(det, [view(EYE)], [view([[1.0, 0, 50], [0, 1, 0], [0, 0, 1]])])[0]
     assert t['labels'].tolist() == [2] and t['source'].tolist() == [1]
     empty = [dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long), scores=torch.zeros(0))]
     assert transport(empty, [view(EYE)], [view(EYE)])[0]['boxes'].shape == (0, 4)
 
+
 def test_keep_boxes_and_threshold():
-    d = [dict(boxes=torch.zeros(3, 4), scores=torch.tensor([.5, .4, .39]))]
-    assert keep_boxes(d, [fixed_threshold(d[0]['scores'])])[0]['scores'].tolist() == pytest.approx([.5, .4])
+    d = [dict(boxes=torch.zeros(3, 4), scores=torch.tensor([0.5, 0.4, 0.39]))]
+    assert keep_boxes(d, [fixed_threshold(d[0]['scores'])])[0]['scores'].tolist() == pytest.approx([0.5, 0.4])

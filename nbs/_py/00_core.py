@@ -1,7 +1,8 @@
 # %% [markdown]
 # # Core {#sec-core}
 #
-# > Make a run that can be repeated, stopped and resumed: errors that name their cure, files that are never half written, chance that is the same on every machine, and sums over processes that vanish on one.
+# > Make a run that can be repeated, stopped and resumed: errors that name their cure, files that are never
+# > half written, chance that is the same on every machine, and sums over processes that vanish on one.
 
 # %%
 #| default_exp core
@@ -31,67 +32,85 @@ from semidetr.draw import COLORS
 # %% [markdown]
 # ## Why
 #
-# The numbers of semi-supervised detection are hard to repeat: a result hangs on which 1 % of the images was labelled, on the order of the
-# batches and on where a run was resumed. Three habits cure most of it. What must be the same everywhere (which images are labelled, the seed
-# of a view) is a *hash* and no draw. What is drawn comes from generators whose state is part of the checkpoint. And what is written is
-# written whole. This chapter holds these habits, and nothing about detection.
+# The numbers of semi-supervised detection are hard to repeat: a result hangs on which 1 % of the images was
+# labelled, on the order of the batches and on where a run was resumed. Three habits cure most of it. What
+# must be the same everywhere (which images are labelled, the seed of a view) is a *hash* and no draw. What is
+# drawn comes from generators whose state is part of the checkpoint. And what is written is written whole.
+# This chapter holds these habits, and nothing about detection.
 
 # %% [markdown]
 # ## Errors that name the cure
 #
-# A fault that the user can cure is a `SemiDETRError`: the command line prints its message in one line and leaves with exit code 2. Everything
-# else is a fault of the package and keeps its traceback.
+# A fault that the user can cure is a `SemiDETRError`: the command line prints its message in one line and
+# leaves with exit code 2. Everything else is a fault of the package and keeps its traceback.
 
 # %%
 #| export
 class SemiDETRError(Exception):
     "Base of the errors that a user can cure: the message names the file, the item and the cure, in one line"
 
+
 class DataError(SemiDETRError):
     "Something in a data set: an image, a box, an annotation file, a split"
+
 
 class ConfigError(SemiDETRError):
     "Something in a configuration: an unknown key, a value out of range"
 
+
 def suggest(
-    word:str, # what was written
-    known, # iterable of what may be written
-)->str: # sentence to append to an error message
+    word: str,  # what was written
+    known,  # iterable of what may be written
+) -> str:  # sentence to append to an error message
     "The nearest known word, or the list of them all"
     known = sorted(map(str, known))
-    near = difflib.get_close_matches(str(word), known, n=1, cutoff=.6)
+    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
 
+
 def need(
-    module:str, # one that comes with an extra of this package
-    user:str, # what needs it, for the message
-    extra:str='book',
-): # the module
+    module: str,  # one that comes with an extra of this package
+    user: str,  # what needs it, for the message
+    extra: str = 'book',
+):  # the module
     "Import it; `ConfigError` says what to install"
-    try: return import_module(module)
-    except ImportError as e: raise ConfigError(f"{user} needs '{e.name}', which comes with the extra [{extra}]: in a checkout of the project run `pip install -e .[{extra}]`") from None
+    try:
+        return import_module(module)
+    except ImportError as e:
+        raise ConfigError(
+            f"{user} needs '{e.name}', which comes with the extra [{extra}]: in a checkout of the project run `pip install -e .[{extra}]`"
+        ) from None
+
 
 def in_range(
-    group:str, # name of the group of settings, for the message
-    cfg, # has the fields
-    **ranges, # field -> smallest legal number, or (smallest, largest)
+    group: str,  # name of the group of settings, for the message
+    cfg,  # has the fields
+    **ranges,  # field -> smallest legal number, or (smallest, largest)
 ):
     "`ConfigError` unless each named field of `cfg` is None or lies in its range; nan never does"
     for name, r in ranges.items():
         low, high = r if isinstance(r, tuple) else (r, math.inf)
         if (v := getattr(cfg, name)) is not None and not low <= v <= high:
-            raise ConfigError(f'{group}.{name}={v} must '+(f'be at least {low}' if high == math.inf else f'lie between {low} and {high}'))
+            raise ConfigError(
+                f'{group}.{name}={v} must '
+                + (f'be at least {low}' if high == math.inf else f'lie between {low} and {high}')
+            )
 
 
 # %% [markdown]
-# A slip of the pen is answered by the word that was meant, a guess by the list, an impossible number by its range:
+# A slip of the pen is answered by the word that was meant, a guess by the list, an impossible number by its
+# range:
 
 # %%
 assert suggest('trheshold', ['threshold', 'decay']) == "did you mean 'threshold'?"
-try: raise ConfigError(f"unknown key 'speed'; {suggest('speed', ['threshold', 'decay'])}")
-except SemiDETRError as e: message = str(e)
-try: in_range('photo', SimpleNamespace(side=96, zoom=3), side=1, zoom=(0, 1))
-except SemiDETRError as e: bound = str(e)
+try:
+    raise ConfigError(f"unknown key 'speed'; {suggest('speed', ['threshold', 'decay'])}")
+except SemiDETRError as e:
+    message = str(e)
+try:
+    in_range('photo', SimpleNamespace(side=96, zoom=3), side=1, zoom=(0, 1))
+except SemiDETRError as e:
+    bound = str(e)
 assert bound == 'photo.zoom=3 must lie between 0 and 1'
 message, bound
 
@@ -99,14 +118,15 @@ message, bound
 # %% [markdown]
 # ## Files that are whole
 #
-# A run is stopped at any moment, and a page may read a result while it is written. So every file is written beside its target, flushed to the disk and
-# then renamed onto it: within one folder a rename either happened or did not.
+# A run is stopped at any moment, and a page may read a result while it is written. So every file is written
+# beside its target, flushed to the disk and then renamed onto it: within one folder a rename either happened
+# or did not.
 
 # %%
 #| export
 def atomic_write(
-    path, # file to write; missing folders are made
-    data:str|bytes, # its whole content; text is written as UTF-8
+    path,  # file to write; missing folders are made
+    data: str | bytes,  # its whole content; text is written as UTF-8
 ):
     "Write a file so that a reader, or a crash, sees the old content or the new one and nothing between"
     path = Path(path)
@@ -115,20 +135,25 @@ def atomic_write(
     try:
         with open(tmp, 'wb') as f:
             f.write(data.encode() if isinstance(data, str) else data)
-            f.flush(); os.fsync(f.fileno())
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 # %% [markdown]
-# A write that fails half way (here: the content is of the wrong type) leaves the old file, and nothing beside it:
+# A write that fails half way (here: the content is of the wrong type) leaves the old file, and nothing beside
+# it:
 
 # %%
 with tempfile.TemporaryDirectory() as d:
-    target = Path(d)/'runs'/'run.json'
+    target = Path(d) / 'runs' / 'run.json'
     atomic_write(target, '{"AP": 30.5}')
-    try: atomic_write(target, 30.5)
-    except TypeError: pass
+    try:
+        atomic_write(target, 30.5)
+    except TypeError:
+        pass
     left = {p.name: p.read_text() for p in target.parent.iterdir()}
 assert left == {'run.json': '{"AP": 30.5}'}
 left
@@ -141,30 +166,37 @@ left
 #
 # $$ h(p_1,\dots,p_n) = \left\lfloor \tfrac12\, \mathrm{SHA256}_{64}\big(r(p_1)\,|\,\dots\,|\,r(p_n)\big) \right\rfloor \in [0, 2^{63}) $$ {#eq-core-hash}
 #
-# where $r(p)$ is the text that Python prints for $p$, the bar is a separator that no printed text contains, and $\mathrm{SHA256}_{64}$ are the first 64 bits of
-# the digest. Python's own `hash` changes with the process; a generator changes with whatever drew from it before; $h$ changes with nothing but its parts.
-# A thing whose text is not stable (an object that prints its address, a tensor that prints rounded) is refused.
+# where $r(p)$ is the text that Python prints for $p$, the bar is a separator that no printed text contains,
+# and $\mathrm{SHA256}_{64}$ are the first 64 bits of the digest. Python's own `hash` changes with the
+# process; a generator changes with whatever drew from it before; $h$ changes with nothing but its parts. A
+# thing whose text is not stable (an object that prints its address, a tensor that prints rounded) is refused.
 
 # %%
 #| export
 def _stable_repr(p):
     "Text of a part; the same with NumPy 1 and 2, refused where it would not be stable"
-    if isinstance(p, np.generic): p = p.item()
-    if isinstance(p, (tuple, list)): return f"({','.join(map(_stable_repr, p))})"
+    if isinstance(p, np.generic):
+        p = p.item()
+    if isinstance(p, (tuple, list)):
+        return f"({','.join(map(_stable_repr, p))})"
     if isinstance(p, (Tensor, np.ndarray)) or ' at 0x' in repr(p):
-        raise TypeError(f'stable_hash cannot hash a {type(p).__name__}: its text is not the same everywhere; pass ints, floats, strings or tuples of them')
+        raise TypeError(
+            f'stable_hash cannot hash a {type(p).__name__}: its text is not the same everywhere; pass ints, floats, strings or tuples of them'
+        )
     return repr(p)
 
+
 def stable_hash(
-    *parts, # ints, floats, strings, or tuples of them
-)->int: # in [0, 2**63)
+    *parts,  # ints, floats, strings, or tuples of them
+) -> int:  # in [0, 2**63)
     "A hash that does not change with the machine, the Python version or the process (@eq-core-hash)"
     text = '\x1f'.join(map(_stable_repr, parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big') >> 1
 
 
 # %% [markdown]
-# The number below is the same on every computer; the tests keep it. The type counts: image `7` and image `'7'` are two images.
+# The number below is the same on every computer; the tests keep it. The type counts: image `7` and image
+# `'7'` are two images.
 
 # %%
 assert stable_hash('fold', 0) == stable_hash('fold', np.int64(0)) < 2**63
@@ -172,8 +204,9 @@ assert stable_hash(7) != stable_hash('7') and stable_hash('a', 'b') != stable_ha
 stable_hash('fold', 0)
 
 # %% [markdown]
-# What it is for: rank the images by $h(\text{seed}, \text{fold}, \text{id})$ and label the first $p$ percent. The order does not depend on how many are taken, so that the 1 % is
-# inside the 5 % and that inside the 10 %; another fold is another order; and an image that joins the data set moves no other past its neighbour.
+# What it is for: rank the images by $h(\text{seed}, \text{fold}, \text{id})$ and label the first $p$ percent.
+# The order does not depend on how many are taken, so that the 1 % is inside the 5 % and that inside the 10 %;
+# another fold is another order; and an image that joins the data set moves no other past its neighbour.
 
 # %%
 #| label: fig-core-hash
@@ -184,46 +217,67 @@ chosen = {}
 for fold in range(3):
     order = sorted(range(200), key=lambda i: stable_hash(0, fold, i))
     for k, percent in enumerate((1, 5, 10)):
-        chosen[fold, percent] = set(order[:200*percent//100])
-        ax.plot(sorted(chosen[fold, percent]), [4*fold+k]*len(chosen[fold, percent]), '|', ms=9, mew=2, color=COLORS['truth'], alpha=1-.3*k)
-ax.set(xlabel='image id', yticks=[4*f+k for f in range(3) for k in range(3)]); ax.invert_yaxis()
+        chosen[fold, percent] = set(order[: 200 * percent // 100])
+        ax.plot(
+            sorted(chosen[fold, percent]),
+            [4 * fold + k] * len(chosen[fold, percent]),
+            '|',
+            ms=9,
+            mew=2,
+            color=COLORS['truth'],
+            alpha=1 - 0.3 * k,
+        )
+ax.set(xlabel='image id', yticks=[4 * f + k for f in range(3) for k in range(3)])
+ax.invert_yaxis()
 ax.set_yticklabels([f'fold {f}, {p} %' for f in range(3) for p in (1, 5, 10)], fontsize=7)
-for fold in range(3): assert chosen[fold, 1] <= chosen[fold, 5] <= chosen[fold, 10]
+for fold in range(3):
+    assert chosen[fold, 1] <= chosen[fold, 5] <= chosen[fold, 10]
 assert chosen[0, 10] != chosen[1, 10]
 
 
 # %% [markdown]
 # ## Chance that can be continued
 #
-# The rest (dropout, the noise of denoising queries, initial weights) is drawn. A resumed run must draw what the uninterrupted one would have drawn.
+# The rest (dropout, the noise of denoising queries, initial weights) is drawn. A resumed run must draw what
+# the uninterrupted one would have drawn.
 
 # %%
 #| export
 def seed_everything(
-    seed:int, # any non-negative int; seeds Python, NumPy and torch (all devices)
+    seed: int,  # any non-negative int; seeds Python, NumPy and torch (all devices)
 ):
     "Seed every generator that the package draws from"
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
-def rng_state()->dict: # picklable
+
+def rng_state() -> dict:  # picklable
     "Snapshot of all generators of this process"
     state = dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state())
-    if torch.cuda.is_available(): state['cuda'] = torch.cuda.get_rng_state_all()
+    if torch.cuda.is_available():
+        state['cuda'] = torch.cuda.get_rng_state_all()
     return state
 
+
 def set_rng_state(
-    state:dict, # from `rng_state`
+    state: dict,  # from `rng_state`
 ):
     "Put all generators back where the snapshot found them"
-    random.setstate(state['python']); np.random.set_state(state['numpy']); torch.set_rng_state(state['torch'].cpu())
-    if 'cuda' in state and torch.cuda.is_available(): torch.cuda.set_rng_state_all([s.cpu() for s in state['cuda']])
+    random.setstate(state['python'])
+    np.random.set_state(state['numpy'])
+    torch.set_rng_state(state['torch'].cpu())
+    if 'cuda' in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state['cuda']])
 
 
 # %% [markdown]
 # Draw, take a snapshot, draw on; go back (through a file, as a checkpoint does) and draw again:
 
 # %%
-def draws(): return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+def draws():
+    return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
 
 seed_everything(0)
 before = draws()
@@ -241,24 +295,34 @@ again
 # %%
 #| export
 def pick_device(
-    name:str='auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
-)->torch.device:
+    name: str = 'auto',  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
+) -> torch.device:
     "The device to run on; `auto` takes a GPU where there is one; `ConfigError` where it is not there"
-    if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
-    try: dev = torch.device(name)
-    except RuntimeError: raise ConfigError(f"device '{name}' is not one that torch knows; use auto, cpu, cuda or cuda:N") from None
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    try:
+        dev = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(
+            f"device '{name}' is not one that torch knows; use auto, cpu, cuda or cuda:N"
+        ) from None
     if dev.type == 'cuda':
-        if not torch.cuda.is_available(): raise ConfigError(f"device '{name}' was asked for, but torch sees no GPU; use --device cpu")
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device '{name}' was asked for, but torch sees no GPU; use --device cpu")
         dev = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)) if dev.index is None else dev.index)
         if dev.index >= torch.cuda.device_count():
-            raise ConfigError(f"device '{dev}' was asked for, but torch sees {torch.cuda.device_count()} GPU(s); count from cuda:0")
+            raise ConfigError(
+                f"device '{dev}' was asked for, but torch sees {torch.cuda.device_count()} GPU(s); count from cuda:0"
+            )
         torch.cuda.set_device(dev)
     return dev
 
 
 # %%
-try: pick_device('gpu')
-except ConfigError as e: answer = str(e)
+try:
+    pick_device('gpu')
+except ConfigError as e:
+    answer = str(e)
 assert pick_device('cpu').type == 'cpu' and pick_device().type in ('cpu', 'cuda')
 answer
 
@@ -266,27 +330,33 @@ answer
 # %% [markdown]
 # ## One process or many
 #
-# A launcher may start $W$ processes, one a device, that each see their own images. Every function below is the identity where it runs alone, so that no
-# other chapter asks how many there are.
+# A launcher may start $W$ processes, one a device, that each see their own images. Every function below is
+# the identity where it runs alone, so that no other chapter asks how many there are.
 
 # %%
 #| export
-def _distributed(): return dist.is_available() and dist.is_initialized()
+def _distributed():
+    return dist.is_available() and dist.is_initialized()
+
 
 def start_processes():
     "Join the process group that torchrun describes; nothing to do for a single process"
-    if int(os.environ.get('WORLD_SIZE', 1)) == 1 or dist.is_initialized(): return
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1 or dist.is_initialized():
+        return
     dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
 
-def world_size()->int:
+
+def world_size() -> int:
     "Number of processes that train together; 1 without torch.distributed"
     return dist.get_world_size() if _distributed() else 1
 
-def rank()->int:
+
+def rank() -> int:
     "Number of this process among them"
     return dist.get_rank() if _distributed() else 0
 
-def is_main()->bool:
+
+def is_main() -> bool:
     "True in the one process that writes files"
     return rank() == 0
 
@@ -297,71 +367,81 @@ world_size(), rank(), is_main()
 
 
 # %% [markdown]
-# Losses are divided by the number of boxes, and must be divided by the *same* number on every process, or an image would weigh more for having
-# poor neighbours. With $x_w$ the count on process $w$,
+# Losses are divided by the number of boxes, and must be divided by the *same* number on every process, or an
+# image would weigh more for having poor neighbours. With $x_w$ the count on process $w$,
 #
 # $$ \bar x = \frac1W \sum_{w=0}^{W-1} x_w $$ {#eq-core-mean}
 #
-# is that number: gradients are averaged over the $W$ processes afterwards, so that together they are divided by the total $W\bar x$.
+# is that number: gradients are averaged over the $W$ processes afterwards, so that together they are divided
+# by the total $W\bar x$.
 
 # %%
 #| export
 def all_reduce_mean(
-    x:Tensor, # any shape; the same on every process
-)->Tensor: # mean over the processes, detached
+    x: Tensor,  # any shape; the same on every process
+) -> Tensor:  # mean over the processes, detached
     "Mean over all processes (@eq-core-mean); the identity on one"
-    if world_size() == 1: return x.detach()
+    if world_size() == 1:
+        return x.detach()
     x = x.detach().clone()
     dist.all_reduce(x)
-    return x/world_size()
+    return x / world_size()
 
 
 # %%
-assert all_reduce_mean(torch.tensor([3.])).item() == 3
-all_reduce_mean(torch.tensor([3.], requires_grad=True))
+assert all_reduce_mean(torch.tensor([3.0])).item() == 3
+all_reduce_mean(torch.tensor([3.0], requires_grad=True))
 
 
 # %% [markdown]
-# Cost-based mining fits a mixture to the matching costs of *all* processes, and each has another number of them, perhaps none. So lengths travel first, then
-# rows padded to the longest, and the padding is cut again. What arrives is the same on every process and in the order of the ranks.
+# Cost-based mining fits a mixture to the matching costs of *all* processes, and each has another number of
+# them, perhaps none. So lengths travel first, then rows padded to the longest, and the padding is cut again.
+# What arrives is the same on every process and in the order of the ranks.
 
 # %%
 #| export
 def all_gather_cat(
-    x:Tensor, # (n, ...); n may differ from process to process and may be 0
-)->Tensor: # (sum of n, ...), in the order of the ranks, detached
+    x: Tensor,  # (n, ...); n may differ from process to process and may be 0
+) -> Tensor:  # (sum of n, ...), in the order of the ranks, detached
     "Rows of all processes; the identity on one"
     x = x.detach()
-    if world_size() == 1: return x
+    if world_size() == 1:
+        return x
     n = torch.tensor([len(x)], device=x.device)
     counts = [torch.zeros_like(n) for _ in range(world_size())]
     dist.all_gather(counts, n)
     counts = [int(c) for c in counts]
-    if max(counts) == 0: return x
-    padded = x.new_zeros((max(counts), *x.shape[1:])); padded[:len(x)] = x
+    if max(counts) == 0:
+        return x
+    padded = x.new_zeros((max(counts), *x.shape[1:]))
+    padded[: len(x)] = x
     parts = [torch.zeros_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([p[:c] for p, c in zip(parts, counts)])
 
 
 # %% [markdown]
-# Alone it gives back its rows, also when there are none. (The tests run it in two real processes with lengths 3 and 0.)
+# Alone it gives back its rows, also when there are none. (The tests run it in two real processes with lengths
+# 3 and 0.)
 
 # %%
 assert all_gather_cat(torch.zeros(0, 4)).shape == (0, 4)
-all_gather_cat(torch.tensor([[1., 2.], [3., 4.]]))
+all_gather_cat(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
 
 # %% [markdown]
 # ## Summary
 #
 # * A fault that a user can cure is a `DataError` or a `ConfigError`, one line, with the cure in it.
 # * `atomic_write` leaves the old file or the new one.
-# * What must be the same everywhere is a `stable_hash` of what it depends on; percents of a hashed order are nested.
+# * What must be the same everywhere is a `stable_hash` of what it depends on; percents of a hashed order are
+#   nested.
 # * What is drawn can be continued: `rng_state` goes into every checkpoint.
 # * `all_reduce_mean` and `all_gather_cat` do nothing on one process, so that no other chapter asks.
 #
 # ## Exercises
 #
-# 1. Rank the images by `random.Random(seed).shuffle` instead of by hash. What happens to the 1 % when ten images join the data set?
-# 2. Two processes see 1 and 9 boxes. What is the loss gradient of one box on each if every process divides by its own count? And with @eq-core-mean?
+# 1. Rank the images by `random.Random(seed).shuffle` instead of by hash. What happens to the 1 % when ten
+#    images join the data set?
+# 2. Two processes see 1 and 9 boxes. What is the loss gradient of one box on each if every process divides by
+#    its own count? And with @eq-core-mean?
 # 3. Why must the temporary file of `atomic_write` lie in the folder of its target and not in `/tmp`?

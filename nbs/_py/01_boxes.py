@@ -20,36 +20,39 @@ from semidetr.draw import COLORS, draw_boxes
 # %% [markdown]
 # ## Why
 #
-# Teacher and student see the same image in two views: other sizes, flipped, sheared, rotated. A pseudo label is worth something only if it lies where the
-# object *is* in the student's view; a box that is mapped wrongly teaches the detector to look beside the object, and the loss falls all the same. So each view
-# records a matrix, and this chapter moves boxes by it. The rest is the small print that goes wrong most often: which format, which unit, and what a
-# box of no size or a box that is not a number does to the formulas.
+# Teacher and student see the same image in two views: other sizes, flipped, sheared, rotated. A pseudo label
+# is worth something only if it lies where the object *is* in the student's view; a box that is mapped wrongly
+# teaches the detector to look beside the object, and the loss falls all the same. So each view records a
+# matrix, and this chapter moves boxes by it. The rest is the small print that goes wrong most often: which
+# format, which unit, and what a box of no size or a box that is not a number does to the formulas.
 
 # %% [markdown]
 # ## Two formats
 #
-# `xyxy` $=(x_1,y_1,x_2,y_2)$ are two corners in pixels of the image or view that is named. Coordinates count edges, not centres, of pixels: the first pixel
-# covers $[0,1]\times[0,1]$, and a view of size $(H,W)$ ends at $x=W$, $y=H$. `cxcywh` $=(c_x,c_y,w,h)$ are centre and sides as a part of the size of the un-padded view:
+# `xyxy` $=(x_1,y_1,x_2,y_2)$ are two corners in pixels of the image or view that is named. Coordinates count
+# edges, not centres, of pixels: the first pixel covers $[0,1]\times[0,1]$, and a view of size $(H,W)$ ends at
+# $x=W$, $y=H$. `cxcywh` $=(c_x,c_y,w,h)$ are centre and sides as a part of the size of the un-padded view:
 #
 # $$ c_x = \frac{x_1+x_2}{2W}, \quad c_y = \frac{y_1+y_2}{2H}, \quad w = \frac{x_2-x_1}{W}, \quad h = \frac{y_2-y_1}{H} $$ {#eq-boxes-format}
 
 # %%
 #| export
 def cxcywh_to_xyxy(
-    boxes:Tensor, # (..., 4) centre, width, height
-)->Tensor: # (..., 4) two corners, same unit
+    boxes: Tensor,  # (..., 4) centre, width, height
+) -> Tensor:  # (..., 4) two corners, same unit
     "Centre form to corner form"
     return box_convert(boxes, 'cxcywh', 'xyxy')
 
+
 def xyxy_to_cxcywh(
-    boxes:Tensor, # (..., 4) two corners
-)->Tensor: # (..., 4) centre, width, height, same unit
+    boxes: Tensor,  # (..., 4) two corners
+) -> Tensor:  # (..., 4) centre, width, height, same unit
     "Corner form to centre form"
     return box_convert(boxes, 'xyxy', 'cxcywh')
 
 
 # %%
-corner_box = torch.tensor([[10., 20., 30., 40.]])
+corner_box = torch.tensor([[10.0, 20.0, 30.0, 40.0]])
 assert torch.equal(cxcywh_to_xyxy(xyxy_to_cxcywh(corner_box)), corner_box)
 xyxy_to_cxcywh(corner_box)
 
@@ -60,19 +63,21 @@ def _scale(boxes, size):
     h, w = (int(s) for s in size)
     return boxes.new_tensor([w, h, w, h])
 
+
 def normalize_boxes(
-    xyxy:Tensor, # (N,4) pixels
-    size, # (H, W) of the un-padded image
-)->Tensor: # (N,4) cxcywh in [0,1]
+    xyxy: Tensor,  # (N,4) pixels
+    size,  # (H, W) of the un-padded image
+) -> Tensor:  # (N,4) cxcywh in [0,1]
     "Pixels to what a detector learns (@eq-boxes-format)"
-    return xyxy_to_cxcywh(xyxy/_scale(xyxy, size))
+    return xyxy_to_cxcywh(xyxy / _scale(xyxy, size))
+
 
 def denormalize_boxes(
-    cxcywh:Tensor, # (N,4) in [0,1]
-    size, # (H, W) of the un-padded image
-)->Tensor: # (N,4) xyxy pixels
+    cxcywh: Tensor,  # (N,4) in [0,1]
+    size,  # (H, W) of the un-padded image
+) -> Tensor:  # (N,4) xyxy pixels
     "What a detector says to pixels"
-    return cxcywh_to_xyxy(cxcywh)*_scale(cxcywh, size)
+    return cxcywh_to_xyxy(cxcywh) * _scale(cxcywh, size)
 
 
 # %% [markdown]
@@ -88,7 +93,8 @@ relative
 # %% [markdown]
 # ## Logits of coordinates
 #
-# A decoder layer does not predict a box but a step from the box before it, taken where no coordinate can leave $[0,1]$: $b' = \sigma(\Delta + \sigma^{-1}(b))$, with
+# A decoder layer does not predict a box but a step from the box before it, taken where no coordinate can
+# leave $[0,1]$: $b' = \sigma(\Delta + \sigma^{-1}(b))$, with
 #
 # $$ \sigma^{-1}(x) = \log \frac{\max(x, \epsilon)}{\max(1-x, \epsilon)} $$ {#eq-boxes-logit}
 #
@@ -97,17 +103,17 @@ relative
 # %%
 #| export
 def inverse_sigmoid(
-    x:Tensor, # values; clipped to [0,1]
-    eps:float=1e-5, # floor of both odds terms
-)->Tensor: # logits, same shape, within +-11.52
+    x: Tensor,  # values; clipped to [0,1]
+    eps: float = 1e-5,  # floor of both odds terms
+) -> Tensor:  # logits, same shape, within +-11.52
     "Logit with a floor (@eq-boxes-logit), as in the box refinement of Deformable-DETR"
     x = x.clamp(0, 1)
-    return (x.clamp(min=eps)/(1-x).clamp(min=eps)).log()
+    return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
 
 
 # %%
-odds = inverse_sigmoid(torch.tensor([0., .25, .5, 1., 1.5]))
-assert odds.isfinite().all() and torch.allclose(odds[1:3].sigmoid(), torch.tensor([.25, .5]))
+odds = inverse_sigmoid(torch.tensor([0.0, 0.25, 0.5, 1.0, 1.5]))
+assert odds.isfinite().all() and torch.allclose(odds[1:3].sigmoid(), torch.tensor([0.25, 0.5]))
 odds
 
 
@@ -118,11 +124,11 @@ odds
 #
 # $$ \mathrm{IoU} = \frac{|A\cap B|}{|A\cup B|}, \qquad \mathrm{GIoU} = \mathrm{IoU} - \frac{|C|-|A\cup B|}{|C|} $$ {#eq-boxes-giou}
 #
-# IoU is 0 and flat where boxes do not touch; GIoU goes on falling to $-1$ as they part, so that a prediction far off still feels where to go. Three rules
-# make the formulas safe at the border:
+# IoU is 0 and flat where boxes do not touch; GIoU goes on falling to $-1$ as they part, so that a prediction
+# far off still feels where to go. Three rules make the formulas safe at the border:
 #
-# * a box of no area (also one whose corners are swapped) has area 0; where a denominator is 0, both boxes are empty and the quotient is 0,
-#   with a finite gradient;
+# * a box of no area (also one whose corners are swapped) has area 0; where a denominator is 0, both boxes are
+#   empty and the quotient is 0, with a finite gradient;
 # * a NaN stays a NaN: a broken prediction must be seen, not be taken for a bad one;
 # * the maths is done in float32 at least: in half precision the area of a box of 300 pixels overflows.
 
@@ -130,36 +136,42 @@ odds
 #| export
 def _area(lo, hi):
     "Area between corners (...,2); 0 where they are swapped"
-    side = (hi-lo).clamp(min=0)
-    return side[..., 0]*side[..., 1]
+    side = (hi - lo).clamp(min=0)
+    return side[..., 0] * side[..., 1]
+
 
 def _ratio(x, y):
     "x/y, and 0 where y is 0 (then x is 0 too), with a finite gradient; NaN stays NaN"
-    return x/torch.where(y == 0, torch.ones_like(y), y)
+    return x / torch.where(y == 0, torch.ones_like(y), y)
+
 
 def _overlap(a, b):
     "Intersection and union of all pairs, and the operands in float32 at least"
     dt = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     a, b = a.to(dt)[..., :, None, :], b.to(dt)[..., None, :, :]
     inter = _area(torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:]))
-    return a, b, inter, _area(a[..., :2], a[..., 2:])+_area(b[..., :2], b[..., 2:])-inter
+    return a, b, inter, _area(a[..., :2], a[..., 2:]) + _area(b[..., :2], b[..., 2:]) - inter
+
 
 def box_iou(
-    a:Tensor, # (...,N,4) xyxy
-    b:Tensor, # (...,M,4) xyxy, same unit
-)->Tensor: # (...,N,M) in [0,1]; 0 where both boxes are empty
+    a: Tensor,  # (...,N,4) xyxy
+    b: Tensor,  # (...,M,4) xyxy, same unit
+) -> Tensor:  # (...,N,M) in [0,1]; 0 where both boxes are empty
     "Intersection over union of all pairs (@eq-boxes-giou)"
     return _ratio(*_overlap(a, b)[2:])
 
 
 # %% [markdown]
-# Two boxes of 4 squares that share 2: $2/6$. A box with itself: 1. Two empty boxes: 0. A box that is not a number: NaN.
+# Two boxes of 4 squares that share 2: $2/6$. A box with itself: 1. Two empty boxes: 0. A box that is not a
+# number: NaN.
 
 # %%
-unit_a = torch.tensor([[0., 0., 2., 2.]])
-unit_b = torch.tensor([[1., 0., 3., 2.], [0., 0., 2., 2.], [5., 5., 5., 5.], [float('nan'), 0., 2., 2.]])
+unit_a = torch.tensor([[0.0, 0.0, 2.0, 2.0]])
+unit_b = torch.tensor(
+    [[1.0, 0.0, 3.0, 2.0], [0.0, 0.0, 2.0, 2.0], [5.0, 5.0, 5.0, 5.0], [float('nan'), 0.0, 2.0, 2.0]]
+)
 ious = box_iou(unit_a, unit_b)
-assert torch.allclose(ious[0, :3], torch.tensor([2/6, 1., 0.])) and ious[0, 3].isnan()
+assert torch.allclose(ious[0, :3], torch.tensor([2 / 6, 1.0, 0.0])) and ious[0, 3].isnan()
 assert box_iou(unit_b[2:3], unit_b[2:3]).item() == 0 and box_iou(torch.zeros(0, 4), unit_b).shape == (0, 4)
 ious
 
@@ -167,35 +179,42 @@ ious
 # %%
 #| export
 def generalized_box_iou(
-    a:Tensor, # (...,N,4) xyxy
-    b:Tensor, # (...,M,4) xyxy, same unit
-)->Tensor: # (...,N,M) in [-1,1]
+    a: Tensor,  # (...,N,4) xyxy
+    b: Tensor,  # (...,M,4) xyxy, same unit
+) -> Tensor:  # (...,N,M) in [-1,1]
     "Generalised IoU of all pairs (@eq-boxes-giou): it still has a slope where boxes do not touch"
     a, b, inter, union = _overlap(a, b)
     hull = _area(torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:]))
-    return _ratio(inter, union)-_ratio(hull-union, hull)
+    return _ratio(inter, union) - _ratio(hull - union, hull)
 
 
 # %% [markdown]
-# Leading axes are carried along: for $N$ *pairs* instead of all $N\times M$ call it with `a[:, None]` and `b[:, None]`. A box of side 2 slides past a fixed one.
+# Leading axes are carried along: for $N$ *pairs* instead of all $N\times M$ call it with `a[:, None]` and
+# `b[:, None]`. A box of side 2 slides past a fixed one.
 
 # %%
 #| label: fig-boxes-giou
 #| fig-cap: "Once the boxes part (shift 2), IoU is flat at 0 and GIoU still falls: it can pull a box home from afar."
 #| fig-alt: "Two curves over the shift from 0 to 8: IoU falls from 1 to 0 at shift 2 and stays 0; GIoU falls from 1 through 0 at shift 2 to minus 0.6 at shift 8."
 shift = torch.linspace(0, 8, 81)
-moved = unit_a+shift[:, None]*torch.tensor([1., 0., 1., 0.])
+moved = unit_a + shift[:, None] * torch.tensor([1.0, 0.0, 1.0, 0.0])
 fig_giou, ax_giou = plt.subplots(figsize=(4.5, 2.4), dpi=80)
 ax_giou.plot(shift, box_iou(moved, unit_a)[:, 0], color='black', ls='--', label='IoU')
 ax_giou.plot(shift, generalized_box_iou(moved, unit_a)[:, 0], color='black', label='GIoU')
-ax_giou.set(xlabel='shift (boxes have side 2)'); ax_giou.axhline(0, color='black', lw=.5); ax_giou.legend()
-assert torch.allclose(generalized_box_iou(moved[[40, 80]], unit_a)[:, 0], torch.tensor([(4-8)/12+2/6-2/6+0., (8-20)/20]), atol=1e-6)
+ax_giou.set(xlabel='shift (boxes have side 2)')
+ax_giou.axhline(0, color='black', lw=0.5)
+ax_giou.legend()
+assert torch.allclose(
+    generalized_box_iou(moved[[40, 80]], unit_a)[:, 0],
+    torch.tensor([(4 - 8) / 12 + 2 / 6 - 2 / 6 + 0.0, (8 - 20) / 20]),
+    atol=1e-6,
+)
 
 # %% [markdown]
 # And the slope is there also for an empty prediction:
 
 # %%
-dot = torch.tensor([[5., 5., 5., 5.]], requires_grad=True)
+dot = torch.tensor([[5.0, 5.0, 5.0, 5.0]], requires_grad=True)
 generalized_box_iou(dot, unit_a).sum().backward()
 assert dot.grad.isfinite().all() and dot.grad.abs().sum() > 0
 dot.grad
@@ -204,77 +223,94 @@ dot.grad
 # %% [markdown]
 # ## From view to view
 #
-# Every view keeps a matrix $M$ that takes homogeneous pixels $(x,y,1)$ of the original image to pixels of the view; operations multiply from the left. With $M_t$ and
-# $M_s$ those of the teacher's (weak) and of the student's (strong) view, a pseudo box travels by
+# Every view keeps a matrix $M$ that takes homogeneous pixels $(x,y,1)$ of the original image to pixels of the
+# view; operations multiply from the left. With $M_t$ and $M_s$ those of the teacher's (weak) and of the
+# student's (strong) view, a pseudo box travels by
 #
 # $$ M = M_s M_t^{-1}, \qquad b' = \mathrm{clamp}\Big(\mathrm{hull}\big\{ M(x_i, y_j, 1)^\top : i,j\in\{1,2\} \big\}\Big) $$ {#eq-boxes-transport}
 #
-# In words: all four corners are mapped, the axis-parallel hull is taken around them and clamped to $[0,W]\times[0,H]$ of the un-padded target.
+# In words: all four corners are mapped, the axis-parallel hull is taken around them and clamped to
+# $[0,W]\times[0,H]$ of the un-padded target.
 #
-# **Paper vs. code.** A box that leaves the view collapses to a line on its border. The reference implementation keeps such boxes as pseudo labels; `transform_boxes` returns every row *and* a
-# mask of those that are still boxes, and leaves the choice to the caller.
+# **Paper vs. code.** A box that leaves the view collapses to a line on its border. The reference
+# implementation keeps such boxes as pseudo labels; `transform_boxes` returns every row *and* a mask of those
+# that are still boxes, and leaves the choice to the caller.
 
 # %%
 #| export
 def transform_boxes(
-    xyxy:Tensor, # (N,4) pixels of the source view
-    matrix:Tensor, # (3,3) source pixels -> target pixels
-    size, # (H, W) of the un-padded target view
-    min_side:float=1., # boxes whose shorter side is not longer than this are not kept, pixels
-): # ((N,4) xyxy pixels of the target, clamped; (N,) bool: is it still a box)
+    xyxy: Tensor,  # (N,4) pixels of the source view
+    matrix: Tensor,  # (3,3) source pixels -> target pixels
+    size,  # (H, W) of the un-padded target view
+    min_side: float = 1.0,  # boxes whose shorter side is not longer than this are not kept, pixels
+):  # ((N,4) xyxy pixels of the target, clamped; (N,) bool: is it still a box)
     "Map the four corners, take their hull, clamp it to the view (@eq-boxes-transport); NaN rows stay NaN and kept"
     h, w = (int(s) for s in size)
     m = matrix.to(device=xyxy.device, dtype=torch.float64)
     x1, y1, x2, y2 = xyxy.to(torch.float64).unbind(-1)
-    corners = torch.stack([torch.stack([x, y, torch.ones_like(x)], -1) for x, y in ((x1, y1), (x2, y1), (x1, y2), (x2, y2))], 1)
+    corners = torch.stack(
+        [torch.stack([x, y, torch.ones_like(x)], -1) for x, y in ((x1, y1), (x2, y1), (x1, y2), (x2, y2))], 1
+    )
     p = corners @ m.T
-    p = p[..., :2]/p[..., 2:]
+    p = p[..., :2] / p[..., 2:]
     lo, hi = p.amin(1), p.amax(1)
     limit = p.new_tensor([w, h])
     out = torch.cat([lo.clamp(min=0).minimum(limit), hi.clamp(min=0).minimum(limit)], -1).to(xyxy.dtype)
-    keep = ~(out[:, 2:]-out[:, :2] <= min_side).any(-1)
+    keep = ~(out[:, 2:] - out[:, :2] <= min_side).any(-1)
     return out, keep
 
 
 # %% [markdown]
-# Three maps of a view of 100 x 100 that can be checked in the head: a flip $x\mapsto W-x$, a quarter turn $(x,y)\mapsto(100-y,x)$, and a shift by 500 that pushes
-# the box out: it collapses onto the right border, and its mask says so.
+# Three maps of a view of 100 x 100 that can be checked in the head: a flip $x\mapsto W-x$, a quarter turn
+# $(x,y)\mapsto(100-y,x)$, and a shift by 500 that pushes the box out: it collapses onto the right border, and
+# its mask says so.
 
 # %%
-maps = dict(flip=torch.tensor([[-1., 0, 100], [0, 1, 0], [0, 0, 1]]), turn=torch.tensor([[0., -1, 100], [1, 0, 0], [0, 0, 1]]), shift=torch.tensor([[1., 0, 500], [0, 1, 0], [0, 0, 1]]))
+maps = dict(
+    flip=torch.tensor([[-1.0, 0, 100], [0, 1, 0], [0, 0, 1]]),
+    turn=torch.tensor([[0.0, -1, 100], [1, 0, 0], [0, 0, 1]]),
+    shift=torch.tensor([[1.0, 0, 500], [0, 1, 0], [0, 0, 1]]),
+)
 mapped = {name: transform_boxes(corner_box, m, (100, 100)) for name, m in maps.items()}
-assert mapped['flip'][0].tolist() == [[70., 20., 90., 40.]] and mapped['turn'][0].tolist() == [[60., 10., 80., 30.]]
-assert mapped['shift'][0].tolist() == [[100., 20., 100., 40.]] and not mapped['shift'][1].any()
+assert mapped['flip'][0].tolist() == [[70.0, 20.0, 90.0, 40.0]] and mapped['turn'][0].tolist() == [
+    [60.0, 10.0, 80.0, 30.0]
+]
+assert mapped['shift'][0].tolist() == [[100.0, 20.0, 100.0, 40.0]] and not mapped['shift'][1].any()
 {name: (box.tolist(), keep.tolist()) for name, (box, keep) in mapped.items()}
 
 # %% [markdown]
-# Flip, scale and shift can be undone. A rotation cannot: the hull of a turned box is larger, and turning it back adds once more.
+# Flip, scale and shift can be undone. A rotation cannot: the hull of a turned box is larger, and turning it
+# back adds once more.
 
 # %%
 #| label: fig-boxes-hull
 #| fig-cap: "A box (green) turned by 25 degrees needs a larger hull (orange); turned back it contains the original but does not equal it (dashed)."
 #| fig-alt: "Left, a green box in a frame. Middle, the same box turned, with an orange upright box around it. Right, the green box with a larger dashed box around it."
-angle = torch.deg2rad(torch.tensor(25., dtype=torch.float64))
+angle = torch.deg2rad(torch.tensor(25.0, dtype=torch.float64))
 to_centre, c, s = torch.eye(3, dtype=torch.float64), angle.cos(), angle.sin()
 to_centre[:2, 2] = -50
 turn = to_centre.inverse() @ torch.tensor([[c, -s, 0], [s, c, 0], [0, 0, 1]], dtype=torch.float64) @ to_centre
-box = torch.tensor([[25., 40., 70., 65.]])
+box = torch.tensor([[25.0, 40.0, 70.0, 65.0]])
 there, _ = transform_boxes(box, turn, (100, 100))
 back, _ = transform_boxes(there, turn.inverse(), (100, 100))
-outline = torch.tensor([[25., 70, 70, 25, 25], [40, 40, 65, 65, 40], [1, 1, 1, 1, 1]], dtype=torch.float64)
+outline = torch.tensor([[25.0, 70, 70, 25, 25], [40, 40, 65, 65, 40], [1, 1, 1, 1, 1]], dtype=torch.float64)
 fig_hull, axes = plt.subplots(1, 3, figsize=(5.4, 1.9), dpi=80)
-for ax, name in zip(axes, ('the box', 'turned', 'turned back')): ax.set(xlim=(0, 100), ylim=(100, 0), xticks=[], yticks=[], aspect='equal', title=name)
+for ax, name in zip(axes, ('the box', 'turned', 'turned back')):
+    ax.set(xlim=(0, 100), ylim=(100, 0), xticks=[], yticks=[], aspect='equal', title=name)
 draw_boxes(axes[0], box)
-axes[1].plot(*(turn @ outline)[:2], color=COLORS['truth']); draw_boxes(axes[1], there, kind='teacher')
-draw_boxes(axes[2], box); draw_boxes(axes[2], back, kind='mined')
+axes[1].plot(*(turn @ outline)[:2], color=COLORS['truth'])
+draw_boxes(axes[1], there, kind='teacher')
+draw_boxes(axes[2], box)
+draw_boxes(axes[2], back, kind='mined')
 assert (back[:, :2] <= box[:, :2]).all() and (back[:, 2:] >= box[:, 2:]).all()
 
 # %% [markdown]
-# How much looser? The IoU of the box with its copy that was turned there and back. The price of the strong view's rotations is paid here, not in the detector:
+# How much looser? The IoU of the box with its copy that was turned there and back. The price of the strong
+# view's rotations is paid here, not in the detector:
 
 # %%
 loss_of_turning = box_iou(box, back).item()
-assert .25 < loss_of_turning < .35
+assert 0.25 < loss_of_turning < 0.35
 round(loss_of_turning, 3)
 
 # %% [markdown]
@@ -296,6 +332,8 @@ nothing, kept
 #
 # ## Exercises
 #
-# 1. Map only two corners, $(x_1,y_1)$ and $(x_2,y_2)$. For which of flip, scale, shift, turn, shear does this give the right hull?
+# 1. Map only two corners, $(x_1,y_1)$ and $(x_2,y_2)$. For which of flip, scale, shift, turn, shear does this
+#    give the right hull?
 # 2. By how much does the hull of a square grow at 30 degrees? Derive it and check it with `transform_boxes`.
-# 3. Replace `_ratio` by plain division and give the detector a box of no size and a truth of no size at the same place. Which loss term turns NaN first: the value or the gradient?
+# 3. Replace `_ratio` by plain division and give the detector a box of no size and a truth of no size at the
+#    same place. Which loss term turns NaN first: the value or the gradient?

@@ -19,30 +19,37 @@ import matplotlib.pyplot as plt
 # %% [markdown]
 # ## Why
 #
-# A semi-supervised detector goes wrong in ways that a loss curve does not show: the teacher calls a shadow an object, the student copies it, and both losses fall. One look at twelve
-# images shows it, if the picture tells at once *who said* a box: the data set, the teacher or the student. So all pictures of this book, of the commands and of the reports
-# are made by the functions of this chapter, and a colour means the same everywhere.
+# A semi-supervised detector goes wrong in ways that a loss curve does not show: the teacher calls a shadow an
+# object, the student copies it, and both losses fall. One look at twelve images shows it, if the picture
+# tells at once *who said* a box: the data set, the teacher or the student. So all pictures of this book, of
+# the commands and of the reports are made by the functions of this chapter, and a colour means the same
+# everywhere.
 
 # %% [markdown]
 # ## One colour code
 #
-# **Colour is who says it, line is how it came about.** The student is blue, the teacher orange, the truth green. A mined box is the teacher's word as well, so it is orange, but *dashed*: it was not
-# confident enough by its score and was won back by its matching cost. Numbers printed in papers are grey and dotted, so that nobody takes them for ours.
+# **Colour is who says it, line is how it came about.** The student is blue, the teacher orange, the truth
+# green. A mined box is the teacher's word as well, so it is orange, but *dashed*: it was not confident enough
+# by its score and was won back by its matching cost. Numbers printed in papers are grey and dotted, so that
+# nobody takes them for ours.
 
 # %%
 #| export
 COLORS = dict(student='#1f77b4', teacher='#ff7f0e', truth='#2ca02c', mined='#ff7f0e', paper='#7f7f7f')
 STYLES = dict(student='-', teacher='-', truth='-', mined='--', paper=':')
 
+
 def _look(kind):
     "Colour and line style of a kind"
-    if kind not in COLORS: raise ConfigError(f"drawing kind '{kind}' is unknown; {suggest(kind, COLORS)}")
+    if kind not in COLORS:
+        raise ConfigError(f"drawing kind '{kind}' is unknown; {suggest(kind, COLORS)}")
     return COLORS[kind], STYLES[kind]
+
 
 def _ink(color):
     "Black or white, whichever can be read on the colour"
     r, g, b = ImageColor.getrgb(color)
-    return 'black' if .299*r+.587*g+.114*b > 140 else 'white'
+    return 'black' if 0.299 * r + 0.587 * g + 0.114 * b > 140 else 'white'
 
 
 # %%
@@ -50,73 +57,99 @@ def _ink(color):
 #| fig-cap: "Colour is who says it, line is how it came about."
 #| fig-alt: "Five horizontal lines: student blue, teacher orange, truth green, mined orange dashed, paper grey dotted."
 fig_colors, ax_colors = plt.subplots(figsize=(3.5, 1.3), dpi=80)
-for height, kind in enumerate(COLORS): ax_colors.plot([0, 1], [-height, -height], color=COLORS[kind], ls=STYLES[kind], lw=2)
-ax_colors.set_yticks(-np.arange(len(COLORS)), list(COLORS)); ax_colors.set_xticks([])
+for height, kind in enumerate(COLORS):
+    ax_colors.plot([0, 1], [-height, -height], color=COLORS[kind], ls=STYLES[kind], lw=2)
+ax_colors.set_yticks(-np.arange(len(COLORS)), list(COLORS))
+ax_colors.set_xticks([])
 assert COLORS['mined'] == COLORS['teacher'] and STYLES['mined'] != STYLES['teacher']
 
 
 # %% [markdown]
 # ## Any image
 #
-# Images come as PIL pictures from a file, as `uint8` arrays, and as the normalised tensors that a detector eats, $x = (v-\mu)/\sigma$ with $v\in[0,1]$ the pixel. The last cannot be drawn without
-# $\mu$ and $\sigma$, and a picture in false colours hides faults of the augmentation: so a float image that leaves $[0,1]$ is refused until it is told how it was normalised, and so
-# is one that holds a NaN.
+# Images come as PIL pictures from a file, as `uint8` arrays, and as the normalised tensors that a detector
+# eats, $x = (v-\mu)/\sigma$ with $v\in[0,1]$ the pixel. The last cannot be drawn without $\mu$ and $\sigma$,
+# and a picture in false colours hides faults of the augmentation: so a float image that leaves $[0,1]$ is
+# refused until it is told how it was normalised, and so is one that holds a NaN.
 
 # %%
 #| export
 def to_pil(
-    img, # PIL image; uint8 array or tensor, HWC, CHW or HW; float array or tensor, CHW or HW
-    mean=None, std=None, # 3 numbers each: float pixels were normalised with (x-mean)/std
-)->Image.Image: # RGB
+    img,  # PIL image; uint8 array or tensor, HWC, CHW or HW; float array or tensor, CHW or HW
+    mean=None,
+    std=None,  # 3 numbers each: float pixels were normalised with (x-mean)/std
+) -> Image.Image:  # RGB
     "Any picture that this package handles, as a PIL image"
-    if isinstance(img, Image.Image): return img.convert('RGB')
+    if isinstance(img, Image.Image):
+        return img.convert('RGB')
     x = torch.as_tensor(img).detach().cpu()
-    if x.ndim == 2: x = x[None]
-    if x.ndim != 3: raise DataError(f"an image has 2 or 3 axes, this has shape {tuple(x.shape)}; draw one image of a batch at a time")
+    if x.ndim == 2:
+        x = x[None]
+    if x.ndim != 3:
+        raise DataError(
+            f"an image has 2 or 3 axes, this has shape {tuple(x.shape)}; draw one image of a batch at a time"
+        )
     chw, hwc = x.shape[0] in (1, 3), x.shape[-1] in (1, 3)
-    if hwc and not (chw and isinstance(img, torch.Tensor)): x = x.permute(2, 0, 1)
-    elif not chw: raise DataError(f"an image has 1 or 3 channels, this has shape {tuple(x.shape)}")
+    if hwc and not (chw and isinstance(img, torch.Tensor)):
+        x = x.permute(2, 0, 1)
+    elif not chw:
+        raise DataError(f"an image has 1 or 3 channels, this has shape {tuple(x.shape)}")
     if x.is_floating_point():
         x = x.float()
-        if mean is not None: x = x*torch.tensor(std)[:, None, None]+torch.tensor(mean)[:, None, None]
-        if not torch.isfinite(x).all(): raise DataError('the image holds pixels that are NaN or infinite; look at the view that made it')
-        if x.numel() and (x.min() < -.02 or x.max() > 1.02):
-            raise DataError(f'float pixels run from {x.min():.2f} to {x.max():.2f}, not from 0 to 1; pass the mean and std they were normalised with')
-        x = (x*255).round().clamp(0, 255)
+        if mean is not None:
+            x = x * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+        if not torch.isfinite(x).all():
+            raise DataError('the image holds pixels that are NaN or infinite; look at the view that made it')
+        if x.numel() and (x.min() < -0.02 or x.max() > 1.02):
+            raise DataError(
+                f'float pixels run from {x.min():.2f} to {x.max():.2f}, not from 0 to 1; pass the mean and std they were normalised with'
+            )
+        x = (x * 255).round().clamp(0, 255)
     return Image.fromarray(x.to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
 
 # %%
 rows, columns = np.mgrid[:60, :80]
-toy = np.stack([3*columns, 4*rows, 128+0*rows], -1).astype(np.uint8)
+toy = np.stack([3 * columns, 4 * rows, 128 + 0 * rows], -1).astype(np.uint8)
 toy[10:40, 15:45], toy[35:55, 50:75] = (250, 220, 60), (60, 40, 120)
-toy_boxes, toy_labels, toy_classes = torch.tensor([[15., 10, 45, 40], [50, 35, 75, 55]]), torch.tensor([0, 1]), ['sun', 'box']
-normalised = (torch.tensor(toy).permute(2, 0, 1)/255-.5)/.25
-for same in (Image.fromarray(toy), torch.tensor(toy), torch.tensor(toy).permute(2, 0, 1)): assert (np.asarray(to_pil(same)) == toy).all()
-assert (np.asarray(to_pil(normalised, mean=(.5,)*3, std=(.25,)*3)) == toy).all()
-try: to_pil(normalised)
-except DataError as e: refusal = str(e)
+toy_boxes, toy_labels, toy_classes = (
+    torch.tensor([[15.0, 10, 45, 40], [50, 35, 75, 55]]),
+    torch.tensor([0, 1]),
+    ['sun', 'box'],
+)
+normalised = (torch.tensor(toy).permute(2, 0, 1) / 255 - 0.5) / 0.25
+for same in (Image.fromarray(toy), torch.tensor(toy), torch.tensor(toy).permute(2, 0, 1)):
+    assert (np.asarray(to_pil(same)) == toy).all()
+assert (np.asarray(to_pil(normalised, mean=(0.5,) * 3, std=(0.25,) * 3)) == toy).all()
+try:
+    to_pil(normalised)
+except DataError as e:
+    refusal = str(e)
 refusal
 
 
 # %%
 #| export
 def show_image(
-    ax, # matplotlib axes
-    img, # anything `to_pil` takes
-    mean=None, std=None, # 3 numbers each, for normalised tensors
-    title=None, # text above
+    ax,  # matplotlib axes
+    img,  # anything `to_pil` takes
+    mean=None,
+    std=None,  # 3 numbers each, for normalised tensors
+    title=None,  # text above
 ):
     "Show an image so that pixel (0,0) covers the square from 0 to 1, as boxes count"
     img = to_pil(img, mean, std)
     ax.imshow(img, extent=(0, img.width, img.height, 0), interpolation='nearest')
-    ax.set(xlim=(0, img.width), ylim=(img.height, 0)); ax.axis('off')
-    if title is not None: ax.set_title(title, fontsize=8)
+    ax.set(xlim=(0, img.width), ylim=(img.height, 0))
+    ax.axis('off')
+    if title is not None:
+        ax.set_title(title, fontsize=8)
     return ax
 
 
 # %% [markdown]
-# Boxes count edges: a box that fills the image runs from $(0,0)$ to $(W,H)$. `imshow` alone would put the centre of the first pixel at 0 and every box half a pixel off.
+# Boxes count edges: a box that fills the image runs from $(0,0)$ to $(W,H)$. `imshow` alone would put the
+# centre of the first pixel at 0 and every box half a pixel off.
 
 # %%
 #| label: fig-draw-show
@@ -130,15 +163,19 @@ assert (*ax_show.get_xlim(), *ax_show.get_ylim()) == (0, 80, 60, 0)
 # %% [markdown]
 # ## Boxes
 #
-# Captions hold class and score as far as they are known. A box that is not finite cannot be drawn, but it is counted in red: a picture must not look healthy when the detector is not. A box whose
-# corners are swapped (a fault that the check of a data set wants to show) is drawn as if they were not.
+# Captions hold class and score as far as they are known. A box that is not finite cannot be drawn, but it is
+# counted in red: a picture must not look healthy when the detector is not. A box whose corners are swapped (a
+# fault that the check of a data set wants to show) is drawn as if they were not.
 
 # %%
 #| export
 def _rows(xyxy):
     "Boxes as float64 (N,4) with ordered corners, and which of them are finite"
     x = torch.as_tensor([] if xyxy is None else xyxy).detach().cpu().double().reshape(-1, 4)
-    return torch.cat([torch.minimum(x[:, :2], x[:, 2:]), torch.maximum(x[:, :2], x[:, 2:])], 1).tolist(), torch.isfinite(x).all(1).tolist()
+    return torch.cat(
+        [torch.minimum(x[:, :2], x[:, 2:]), torch.maximum(x[:, :2], x[:, 2:])], 1
+    ).tolist(), torch.isfinite(x).all(1).tolist()
+
 
 def _caption(i, labels, scores, classes):
     "Text of box `i`: class and score, as far as they are known"
@@ -146,39 +183,55 @@ def _caption(i, labels, scores, classes):
     if labels is not None:
         c = int(labels[i])
         words.append(str(classes[c]) if classes is not None and 0 <= c < len(classes) else str(c))
-    if scores is not None: words.append(f'{float(scores[i]):.2f}')
+    if scores is not None:
+        words.append(f'{float(scores[i]):.2f}')
     return ' '.join(words)
 
 
 # %%
 ordered, is_finite = _rows([[45, 40, 15, 10], [0, 0, float('nan'), 9]])
 assert ordered[0] == [15, 10, 45, 40] and is_finite == [True, False] and _rows(None) == ([], [])
-_caption(0, toy_labels, [.9], toy_classes), _caption(1, toy_labels, None, None)
+_caption(0, toy_labels, [0.9], toy_classes), _caption(1, toy_labels, None, None)
 
 
 # %%
 #| export
 def draw_boxes(
-    ax, # matplotlib axes that show the image
-    xyxy, # (N,4) pixels of that image; N may be 0
-    labels=None, # (N,) class indices
-    scores=None, # (N,)
-    classes=None, # names of the classes
-    kind:str='truth', # key of `COLORS`
-    lw:float=1.5, # line width, points
-    fontsize:float=6, # of the captions
-)->list: # the rectangles
+    ax,  # matplotlib axes that show the image
+    xyxy,  # (N,4) pixels of that image; N may be 0
+    labels=None,  # (N,) class indices
+    scores=None,  # (N,)
+    classes=None,  # names of the classes
+    kind: str = 'truth',  # key of `COLORS`
+    lw: float = 1.5,  # line width, points
+    fontsize: float = 6,  # of the captions
+) -> list:  # the rectangles
     "Draw boxes; those that are not finite are counted in red instead of dropped in silence"
     from matplotlib.patches import Rectangle
+
     color, style = _look(kind)
     boxes, finite = _rows(xyxy)
     out = []
     for i, (x1, y1, x2, y2) in enumerate(boxes):
-        if not finite[i]: continue
-        out.append(ax.add_patch(Rectangle((x1, y1), x2-x1, y2-y1, fill=False, ec=color, ls=style, lw=lw)))
+        if not finite[i]:
+            continue
+        out.append(ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=color, ls=style, lw=lw)))
         text = _caption(i, labels, scores, classes)
-        if text: ax.text(x1, y1, text, fontsize=fontsize, color=_ink(color), va='bottom', clip_on=True, bbox=dict(fc=color, ec='none', pad=.6))
-    if len(out) < len(boxes): ax.text(.02, .02, f'{len(boxes)-len(out)} not finite', color='red', fontsize=8, transform=ax.transAxes)
+        if text:
+            ax.text(
+                x1,
+                y1,
+                text,
+                fontsize=fontsize,
+                color=_ink(color),
+                va='bottom',
+                clip_on=True,
+                bbox=dict(fc=color, ec='none', pad=0.6),
+            )
+    if len(out) < len(boxes):
+        ax.text(
+            0.02, 0.02, f'{len(boxes) - len(out)} not finite', color='red', fontsize=8, transform=ax.transAxes
+        )
     return out
 
 
@@ -189,31 +242,47 @@ def draw_boxes(
 fig_boxes, ax_boxes = plt.subplots(figsize=(3.6, 2.7), dpi=80)
 show_image(ax_boxes, toy)
 drawn_truth = draw_boxes(ax_boxes, toy_boxes)
-drawn_mined = draw_boxes(ax_boxes, [[47., 33, 77, 57]], kind='mined')
-drawn = draw_boxes(ax_boxes, torch.tensor([[13., 12, 44, 43], [52, 37, 72, 56], [0, 0, float('nan'), 9]]), [0, 1, 1], [.9, .6, .5], toy_classes, 'student')
+drawn_mined = draw_boxes(ax_boxes, [[47.0, 33, 77, 57]], kind='mined')
+drawn = draw_boxes(
+    ax_boxes,
+    torch.tensor([[13.0, 12, 44, 43], [52, 37, 72, 56], [0, 0, float('nan'), 9]]),
+    [0, 1, 1],
+    [0.9, 0.6, 0.5],
+    toy_classes,
+    'student',
+)
 assert len(drawn_truth) == 2 and len(drawn) == 2 and draw_boxes(ax_boxes, torch.zeros(0, 4)) == []
 
 
 # %% [markdown]
 # ## Many images
 #
-# A grid for a look at a batch. `boxes` is one entry an image, or several such lists by kind, laid over each other.
+# A grid for a look at a batch. `boxes` is one entry an image, or several such lists by kind, laid over each
+# other.
 
 # %%
 #| export
 def _figure(nrows, ncols, width, height):
     "A closed figure and its axes: it is shown once, where a cell ends with it"
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(max(nrows, 1), ncols, figsize=(width, max(height, 1)), dpi=80, squeeze=False, layout='constrained')
+
+    fig, axes = plt.subplots(
+        max(nrows, 1), ncols, figsize=(width, max(height, 1)), dpi=80, squeeze=False, layout='constrained'
+    )
     plt.close(fig)
-    for ax in axes.flat: ax.axis('off')
+    for ax in axes.flat:
+        ax.axis('off')
     return fig, axes
+
 
 def _item(x, labels=None, scores=None):
     "(boxes, labels, scores) of a tensor, a dict of them, a sample, or None"
-    if x is None: return None, None, None
-    if isinstance(x, dict): return x.get('boxes'), x.get('labels', labels), x.get('scores', scores)
-    if hasattr(x, 'boxes'): return x.boxes, x.labels, scores
+    if x is None:
+        return None, None, None
+    if isinstance(x, dict):
+        return x.get('boxes'), x.get('labels', labels), x.get('scores', scores)
+    if hasattr(x, 'boxes'):
+        return x.boxes, x.labels, scores
     return x, labels, scores
 
 
@@ -225,28 +294,35 @@ _item({'boxes': toy_boxes, 'labels': toy_labels})
 # %%
 #| export
 def image_grid(
-    images, # list of anything `to_pil` takes
-    boxes=None, # one entry an image: (N,4) xyxy pixels, or {'boxes','labels','scores'}, or None; or {kind: such a list}
-    labels=None, # one (N,) an image, for boxes given as tensors
-    scores=None, # one (N,) an image
-    classes=None, # names of the classes
-    kind:str='truth', # of the boxes, key of `COLORS`
-    titles=None, # one text an image
-    ncols:int=4, # images in a row
-    cell:float=1.5, # side of a cell, inches
-    mean=None, std=None, # for normalised tensors
-): # matplotlib Figure
+    images,  # list of anything `to_pil` takes
+    boxes=None,  # one entry an image: (N,4) xyxy pixels, or {'boxes','labels','scores'}, or None; or {kind: such a list}
+    labels=None,  # one (N,) an image, for boxes given as tensors
+    scores=None,  # one (N,) an image
+    classes=None,  # names of the classes
+    kind: str = 'truth',  # of the boxes, key of `COLORS`
+    titles=None,  # one text an image
+    ncols: int = 4,  # images in a row
+    cell: float = 1.5,  # side of a cell, inches
+    mean=None,
+    std=None,  # for normalised tensors
+):  # matplotlib Figure
     "Images in rows, with their boxes"
     images = list(images)
     ncols = max(1, min(ncols, len(images)))
-    nrows = -(-len(images)//ncols)
-    fig, axes = _figure(nrows, ncols, ncols*cell, nrows*(cell+.2*(titles is not None)))
+    nrows = -(-len(images) // ncols)
+    fig, axes = _figure(nrows, ncols, ncols * cell, nrows * (cell + 0.2 * (titles is not None)))
     layers = boxes if isinstance(boxes, dict) else {kind: boxes}
     for i, (ax, img) in enumerate(zip(axes.flat, images)):
         show_image(ax, img, mean, std, None if titles is None else titles[i])
         for k, rows in layers.items():
-            if rows is None: continue
-            draw_boxes(ax, *_item(rows[i], None if labels is None else labels[i], None if scores is None else scores[i]), classes, k)
+            if rows is None:
+                continue
+            draw_boxes(
+                ax,
+                *_item(rows[i], None if labels is None else labels[i], None if scores is None else scores[i]),
+                classes,
+                k,
+            )
     return fig
 
 
@@ -254,41 +330,67 @@ def image_grid(
 #| label: fig-draw-grid
 #| fig-cap: "An image without boxes is as normal as one with two."
 #| fig-alt: "Three toy images in a row, titled two, one and none, with two, one and no green boxes; the first has a blue box too."
-image_grid([toy, toy[:, ::-1].copy(), toy], {'truth': [toy_boxes, torch.tensor([[35., 10, 65, 40]]), None], 'student': [[[12., 12, 44, 43]], None, None]}, titles=['two', 'one', 'none'])
+image_grid(
+    [toy, toy[:, ::-1].copy(), toy],
+    {
+        'truth': [toy_boxes, torch.tensor([[35.0, 10, 65, 40]]), None],
+        'student': [[[12.0, 12, 44, 43]], None, None],
+    },
+    titles=['two', 'one', 'none'],
+)
 
 
 # %% [markdown]
-# The question of every report is how models differ on the *same* images. The truth stands in the first column and lies, thin, under every prediction, so that a miss shows as a green
-# box with nothing over it.
+# The question of every report is how models differ on the *same* images. The truth stands in the first column
+# and lies, thin, under every prediction, so that a miss shows as a green box with nothing over it.
 
 # %%
 #| export
 def compare(
-    images, # list of images, {image_id: image}, or list of samples (with .image, .image_id, .boxes, .labels)
-    predictions:dict, # {name of the model: detections}, detections by image id, or a list in the order of the images
-    truth=None, # the same with {'boxes','labels'}; None: that of the samples, if they are samples
-    classes=None, # names of the classes
-    threshold:float=.3, # lowest score that is drawn
-    kinds:dict=None, # {name of the model: kind}; default: the name if it is a kind, else student
-    cell:float=1.5, # side of a cell, inches
-    mean=None, std=None, # for normalised tensors
-): # matplotlib Figure
+    images,  # list of images, {image_id: image}, or list of samples (with .image, .image_id, .boxes, .labels)
+    predictions: dict,  # {name of the model: detections}, detections by image id, or a list in the order of the images
+    truth=None,  # the same with {'boxes','labels'}; None: that of the samples, if they are samples
+    classes=None,  # names of the classes
+    threshold: float = 0.3,  # lowest score that is drawn
+    kinds: dict = None,  # {name of the model: kind}; default: the name if it is a kind, else student
+    cell: float = 1.5,  # side of a cell, inches
+    mean=None,
+    std=None,  # for normalised tensors
+):  # matplotlib Figure
     "One row an image, one column a model; the truth stands first and lies, thin, under every prediction"
-    images = {getattr(s, 'image_id', i): s for i, s in enumerate(images)} if not isinstance(images, dict) else images
-    if truth is None: truth = {k: s for k, s in images.items() if hasattr(s, 'boxes')}
-    def at(rows, key): return rows.get(key) if isinstance(rows, dict) else rows[list(images).index(key)]
-    fig, axes = _figure(len(images), 1+len(predictions), (1+len(predictions))*cell, len(images)*cell+.2)
+    images = (
+        {getattr(s, 'image_id', i): s for i, s in enumerate(images)}
+        if not isinstance(images, dict)
+        else images
+    )
+    if truth is None:
+        truth = {k: s for k, s in images.items() if hasattr(s, 'boxes')}
+
+    def at(rows, key):
+        return rows.get(key) if isinstance(rows, dict) else rows[list(images).index(key)]
+
+    fig, axes = _figure(
+        len(images), 1 + len(predictions), (1 + len(predictions)) * cell, len(images) * cell + 0.2
+    )
     for i, (key, s) in enumerate(images.items()):
         t_boxes, t_labels, _ = _item(at(truth, key))
         for j, (ax, name) in enumerate(zip(axes[i], ['truth', *predictions])):
             show_image(ax, getattr(s, 'image', s), mean, std, None if i else name)
-            if j == 0: draw_boxes(ax, t_boxes, t_labels, None, classes); continue
-            draw_boxes(ax, t_boxes, lw=.8)
+            if j == 0:
+                draw_boxes(ax, t_boxes, t_labels, None, classes)
+                continue
+            draw_boxes(ax, t_boxes, lw=0.8)
             b, lab, sc = _item(at(predictions[name], key))
             if b is not None and sc is not None:
-                on = ~(torch.as_tensor(sc) < threshold) # a NaN score stays visible
-                b, lab, sc = torch.as_tensor(b)[on], None if lab is None else torch.as_tensor(lab)[on], torch.as_tensor(sc)[on]
-            draw_boxes(ax, b, lab, sc, classes, (kinds or {}).get(name, name if name in COLORS else 'student'))
+                on = ~(torch.as_tensor(sc) < threshold)  # a NaN score stays visible
+                b, lab, sc = (
+                    torch.as_tensor(b)[on],
+                    None if lab is None else torch.as_tensor(lab)[on],
+                    torch.as_tensor(sc)[on],
+                )
+            draw_boxes(
+                ax, b, lab, sc, classes, (kinds or {}).get(name, name if name in COLORS else 'student')
+            )
     return fig
 
 
@@ -296,51 +398,71 @@ def compare(
 #| label: fig-draw-compare
 #| fig-cap: "The supervised model misses the box, the student finds both; what scores below the threshold is not drawn."
 #| fig-alt: "One row of three toy images: truth with two green boxes; supervised with one blue box; student with two blue boxes."
-one = {'boxes': torch.tensor([[14., 9, 43, 42]]), 'labels': torch.tensor([0]), 'scores': torch.tensor([.8])}
-two = {'boxes': torch.tensor([[14., 11, 46, 41], [49, 36, 74, 54], [0, 0, 9, 9]]), 'labels': torch.tensor([0, 1, 1]), 'scores': torch.tensor([.9, .7, .1])}
-table = compare({7: toy}, {'supervised': {7: one}, 'student': {7: two}}, {7: {'boxes': toy_boxes, 'labels': toy_labels}}, toy_classes)
-assert [len(panel.patches) for panel in table.axes] == [2, 2+1, 2+2] and [panel.get_title() for panel in table.axes] == ['truth', 'supervised', 'student']
+one = {'boxes': torch.tensor([[14.0, 9, 43, 42]]), 'labels': torch.tensor([0]), 'scores': torch.tensor([0.8])}
+two = {
+    'boxes': torch.tensor([[14.0, 11, 46, 41], [49, 36, 74, 54], [0, 0, 9, 9]]),
+    'labels': torch.tensor([0, 1, 1]),
+    'scores': torch.tensor([0.9, 0.7, 0.1]),
+}
+table = compare(
+    {7: toy},
+    {'supervised': {7: one}, 'student': {7: two}},
+    {7: {'boxes': toy_boxes, 'labels': toy_labels}},
+    toy_classes,
+)
+assert [len(panel.patches) for panel in table.axes] == [2, 2 + 1, 2 + 2] and [
+    panel.get_title() for panel in table.axes
+] == ['truth', 'supervised', 'student']
 table
 
 
 # %% [markdown]
 # ## Without a figure
 #
-# The prediction command and the check of a data set write images, and need neither axes nor margins. The frame lies on the first and the last pixel that the box touches.
+# The prediction command and the check of a data set write images, and need neither axes nor margins. The
+# frame lies on the first and the last pixel that the box touches.
 
 # %%
 #| export
 def draw_on_image(
-    img, # PIL image, or anything `to_pil` takes
-    xyxy, # (N,4) pixels; N may be 0
-    labels=None, # (N,) class indices
-    scores=None, # (N,)
-    classes=None, # names of the classes
-    kind:str='student', # key of `COLORS`
-    width:int=None, # line width in pixels; default grows with the image
-)->Image.Image: # a new RGB image of the same size
+    img,  # PIL image, or anything `to_pil` takes
+    xyxy,  # (N,4) pixels; N may be 0
+    labels=None,  # (N,) class indices
+    scores=None,  # (N,)
+    classes=None,  # names of the classes
+    kind: str = 'student',  # key of `COLORS`
+    width: int = None,  # line width in pixels; default grows with the image
+) -> Image.Image:  # a new RGB image of the same size
     "Boxes burnt into a copy of the image, without matplotlib; what leaves the image is drawn on its border"
     color, style = _look(kind)
     img, (boxes, finite) = to_pil(img).copy(), _rows(xyxy)
-    width = width or max(1, round(min(img.size)/200))
+    width = width or max(1, round(min(img.size) / 200))
     frames, corners = np.zeros((img.height, img.width), bool), {}
     for i in (i for i, ok in enumerate(finite) if ok):
-        x1, y1, x2, y2 = (min(max(v, 0), side) for v, side in zip(boxes[i], img.size*2))
-        x1, y1 = min(int(x1), img.width-1), min(int(y1), img.height-1)
-        corners[i] = x1, y1, max(int(np.ceil(x2))-1, x1), max(int(np.ceil(y2))-1, y1) # first and last pixel that it touches
-        inside = frames[y1:corners[i][3]+1, x1:corners[i][2]+1]
+        x1, y1, x2, y2 = (min(max(v, 0), side) for v, side in zip(boxes[i], img.size * 2))
+        x1, y1 = min(int(x1), img.width - 1), min(int(y1), img.height - 1)
+        corners[i] = (
+            x1,
+            y1,
+            max(int(np.ceil(x2)) - 1, x1),
+            max(int(np.ceil(y2)) - 1, y1),
+        )  # first and last pixel that it touches
+        inside = frames[y1 : corners[i][3] + 1, x1 : corners[i][2] + 1]
         inside[:width] = inside[-width:] = inside[:, :width] = inside[:, -width:] = True
-    if style != '-': # stripes along both axes
-        frames &= np.add.outer(np.arange(img.height), np.arange(img.width))//(4*width) % 2 == 0
-    img.paste(color, mask=Image.fromarray(frames*np.uint8(255)))
-    draw, font = ImageDraw.Draw(img), ImageFont.load_default(max(9, round(min(img.size)/40)))
+    if style != '-':  # stripes along both axes
+        frames &= np.add.outer(np.arange(img.height), np.arange(img.width)) // (4 * width) % 2 == 0
+    img.paste(color, mask=Image.fromarray(frames * np.uint8(255)))
+    draw, font = ImageDraw.Draw(img), ImageFont.load_default(max(9, round(min(img.size) / 40)))
     for i, (x1, y1, _, _) in corners.items():
         text = _caption(i, labels, scores, classes)
-        if not text: continue
+        if not text:
+            continue
         w, h = draw.textbbox((0, 0), text, font=font)[2:]
-        x, y = max(0, min(x1, img.width-w)), max(0, y1-h-1)
-        draw.rectangle((x, y, x+w, y+h), fill=color); draw.text((x, y), text, fill=_ink(color), font=font)
-    if not all(finite): draw.text((1, 1), f'{finite.count(False)} not finite', fill='red', font=font)
+        x, y = max(0, min(x1, img.width - w)), max(0, y1 - h - 1)
+        draw.rectangle((x, y, x + w, y + h), fill=color)
+        draw.text((x, y), text, fill=_ink(color), font=font)
+    if not all(finite):
+        draw.text((1, 1), f'{finite.count(False)} not finite', fill='red', font=font)
     return img
 
 
@@ -349,9 +471,22 @@ def draw_on_image(
 #| fig-cap: "Mined boxes burnt into the pixels of an image three times as large, with class and score."
 #| fig-alt: "The toy image with two dashed orange frames and the captions sun 0.90 and box 0.40."
 burnt = draw_on_image(toy, toy_boxes, kind='teacher')
-assert burnt.size == (80, 60) and burnt.getpixel((15, 10)) == burnt.getpixel((44, 39)) == ImageColor.getrgb(COLORS['teacher'])
-assert burnt.getpixel((45, 40)) == tuple(toy[40, 45]) and draw_on_image(toy, torch.zeros(0, 4)).tobytes() == to_pil(toy).tobytes()
-draw_on_image(Image.fromarray(toy).resize((240, 180)), 3*toy_boxes, toy_labels, [.9, .4], toy_classes, 'mined', width=2)
+assert burnt.size == (80, 60) and burnt.getpixel((15, 10)) == burnt.getpixel((44, 39)) == ImageColor.getrgb(
+    COLORS['teacher']
+)
+assert (
+    burnt.getpixel((45, 40)) == tuple(toy[40, 45])
+    and draw_on_image(toy, torch.zeros(0, 4)).tobytes() == to_pil(toy).tobytes()
+)
+draw_on_image(
+    Image.fromarray(toy).resize((240, 180)),
+    3 * toy_boxes,
+    toy_labels,
+    [0.9, 0.4],
+    toy_classes,
+    'mined',
+    width=2,
+)
 
 
 # %% [markdown]
@@ -361,30 +496,33 @@ draw_on_image(Image.fromarray(toy).resize((240, 180)), 3*toy_boxes, toy_labels, 
 #
 # $$ \bar y = \frac1R\sum_{r=1}^{R} y_r, \qquad s = \sqrt{\frac{1}{R-1}\sum_{r=1}^{R}(y_r-\bar y)^2} $$ {#eq-draw-spread}
 #
-# as line and band, and $n=R$ in its legend. $s$ is the spread of runs, not the error of the mean (that is $s/\sqrt R$). For one run there is no band, and a NaN in any run leaves a gap.
+# as line and band, and $n=R$ in its legend. $s$ is the spread of runs, not the error of the mean (that is
+# $s/\sqrt R$). For one run there is no band, and a NaN in any run leaves a gap.
 
 # %%
 #| export
 def curve(
-    ax, # matplotlib axes
-    x, # (T,) steps
-    y_runs, # (R,T), one row a seed; or (T,)
-    label:str='', # name in the legend; the number of seeds is added
-    kind:str='student', # key of `COLORS`
-    color=None, # another colour, where a picture holds more curves than there are kinds
+    ax,  # matplotlib axes
+    x,  # (T,) steps
+    y_runs,  # (R,T), one row a seed; or (T,)
+    label: str = '',  # name in the legend; the number of seeds is added
+    kind: str = 'student',  # key of `COLORS`
+    color=None,  # another colour, where a picture holds more curves than there are kinds
 ):
     "Mean over the seeds as a line, one sample standard deviation as a band; a NaN leaves a gap"
     base, style = _look(kind)
     color = color or base
     runs = [np.atleast_1d(np.asarray(r, float)) for r in y_runs]
-    if runs and np.ndim(y_runs[0]) == 0: runs = [np.concatenate(runs)]
+    if runs and np.ndim(y_runs[0]) == 0:
+        runs = [np.concatenate(runs)]
     for r in runs:
-        if len(r) != len(x): raise DataError(f"curve '{label}': {len(x)} steps but a run of {len(r)} values")
+        if len(r) != len(x):
+            raise DataError(f"curve '{label}': {len(x)} steps but a run of {len(r)} values")
     mean = np.mean(runs, 0) if runs else np.full(len(x), np.nan)
-    line, = ax.plot(x, mean, style, color=color, lw=1.5, label=f'{label} (n={len(runs)})')
+    (line,) = ax.plot(x, mean, style, color=color, lw=1.5, label=f'{label} (n={len(runs)})')
     if len(runs) > 1:
         sd = np.std(runs, 0, ddof=1)
-        ax.fill_between(x, mean-sd, mean+sd, color=color, alpha=.2, lw=0)
+        ax.fill_between(x, mean - sd, mean + sd, color=color, alpha=0.2, lw=0)
     return line
 
 
@@ -393,35 +531,53 @@ def curve(
 #| fig-cap: "Three seeds a curve. The bands overlap until step 55: up to there nobody may say that one is better."
 #| fig-alt: "Two rising curves with bands; the orange one ends above the blue one."
 steps = np.arange(0, 101, 5)
-toy_runs = {kind: [top*(1-np.exp(-steps/40))+2*np.sin(steps/30+3*seed) for seed in range(3)] for kind, top in (('student', 30), ('teacher', 36))}
+toy_runs = {
+    kind: [top * (1 - np.exp(-steps / 40)) + 2 * np.sin(steps / 30 + 3 * seed) for seed in range(3)]
+    for kind, top in (('student', 30), ('teacher', 36))
+}
 fig_curve, ax_curve = plt.subplots(figsize=(4.5, 2.6), dpi=80)
 lines = [curve(ax_curve, steps, y, kind, kind) for kind, y in toy_runs.items()]
-ax_curve.set(xlabel='step', ylabel='AP'); ax_curve.legend()
-bands = [(np.mean(y, 0)-s, np.mean(y, 0)+s) for y in toy_runs.values() for s in [np.std(y, 0, ddof=1)]]
+ax_curve.set(xlabel='step', ylabel='AP')
+ax_curve.legend()
+bands = [(np.mean(y, 0) - s, np.mean(y, 0) + s) for y in toy_runs.values() for s in [np.std(y, 0, ddof=1)]]
 assert steps[bands[0][1] >= bands[1][0]].max() == 55
-assert np.allclose(lines[0].get_ydata(), np.mean(toy_runs['student'], 0)) and lines[0].get_label() == 'student (n=3)'
+assert (
+    np.allclose(lines[0].get_ydata(), np.mean(toy_runs['student'], 0))
+    and lines[0].get_label() == 'student (n=3)'
+)
 
 
 # %% [markdown]
-# The results of a study, next to what a paper prints. Every seed is a dot, so that a mean cannot hide that one of three runs failed.
+# The results of a study, next to what a paper prints. Every seed is a dot, so that a mean cannot hide that
+# one of three runs failed.
 
 # %%
 #| export
 def dots(
-    ax, # matplotlib axes
-    results:dict, # {name: values of its seeds}, drawn from top to bottom
-    paper:dict=None, # {name: published value}
-    kinds:dict=None, # {name: key of `COLORS`}; default student
-    unit:str='AP', # under the axis
+    ax,  # matplotlib axes
+    results: dict,  # {name: values of its seeds}, drawn from top to bottom
+    paper: dict = None,  # {name: published value}
+    kinds: dict = None,  # {name: key of `COLORS`}; default student
+    unit: str = 'AP',  # under the axis
 ):
     "Every seed as a dot, mean and standard deviation as a bar with n, published numbers as a grey ring"
     for i, (name, values) in enumerate(results.items()):
         v, color = np.asarray(list(values), float), _look((kinds or {}).get(name, 'student'))[0]
-        if len(v): ax.errorbar(v.mean(), i, xerr=v.std(ddof=1) if len(v) > 1 else None, fmt='|', ms=12, capsize=3, color=color)
-        ax.plot(v, np.full(len(v), i), 'o', ms=4, alpha=.5, mec='none', color=color)
-        if name in (paper or {}): ax.plot(paper[name], i, 'o', mfc='none', color=COLORS['paper'])
+        if len(v):
+            ax.errorbar(
+                v.mean(),
+                i,
+                xerr=v.std(ddof=1) if len(v) > 1 else None,
+                fmt='|',
+                ms=12,
+                capsize=3,
+                color=color,
+            )
+        ax.plot(v, np.full(len(v), i), 'o', ms=4, alpha=0.5, mec='none', color=color)
+        if name in (paper or {}):
+            ax.plot(paper[name], i, 'o', mfc='none', color=COLORS['paper'])
     ax.set_yticks(range(len(results)), [f'{k} (n={len(list(v))})' for k, v in results.items()])
-    ax.set(xlabel=unit, ylim=(len(results)-.5, -.5))
+    ax.set(xlabel=unit, ylim=(len(results) - 0.5, -0.5))
     return ax
 
 
@@ -430,33 +586,43 @@ def dots(
 #| fig-cap: "Toy numbers: each seed, mean and standard deviation, and a published value as a grey ring."
 #| fig-alt: "Three rows with dots, a bar with caps, and for the last row a grey ring."
 fig_dots, ax_dots = plt.subplots(figsize=(4.5, 1.8), dpi=80, layout='constrained')
-dots(ax_dots, {'supervised': [20.1, 21.0, 19.2], 'mean teacher': [24.5, 25.5, 21.], 'Semi-DETR': [27.0]}, paper={'Semi-DETR': 30.5}, kinds={'mean teacher': 'teacher'})
-assert [t.get_text() for t in ax_dots.get_yticklabels()] == ['supervised (n=3)', 'mean teacher (n=3)', 'Semi-DETR (n=1)']
+dots(
+    ax_dots,
+    {'supervised': [20.1, 21.0, 19.2], 'mean teacher': [24.5, 25.5, 21.0], 'Semi-DETR': [27.0]},
+    paper={'Semi-DETR': 30.5},
+    kinds={'mean teacher': 'teacher'},
+)
+assert [t.get_text() for t in ax_dots.get_yticklabels()] == [
+    'supervised (n=3)',
+    'mean teacher (n=3)',
+    'Semi-DETR (n=1)',
+]
 
 
 # %% [markdown]
 # ## Matches, sampling points, mixtures
 #
-# Three pictures that later chapters need more than once: who was matched to whom (@sec-matching), where an attention head looks (@sec-attention), and how a mixture divides matching costs
-# when pseudo boxes are mined.
+# Three pictures that later chapters need more than once: who was matched to whom (@sec-matching), where an
+# attention head looks (@sec-attention), and how a mixture divides matching costs when pseudo boxes are mined.
 
 # %%
 #| export
 def draw_matches(
-    ax, # matplotlib axes that show the image
-    a, # (N,4) xyxy, e.g. predictions
-    b, # (M,4) xyxy, e.g. truth
-    pairs, # (index into a, index into b): two index lists, as a matcher returns them
-    weights=None, # one number a pair in [0,1]: opacity of its line
-    kinds=('student', 'truth'), # of a and of b
-)->list: # the lines
+    ax,  # matplotlib axes that show the image
+    a,  # (N,4) xyxy, e.g. predictions
+    b,  # (M,4) xyxy, e.g. truth
+    pairs,  # (index into a, index into b): two index lists, as a matcher returns them
+    weights=None,  # one number a pair in [0,1]: opacity of its line
+    kinds=('student', 'truth'),  # of a and of b
+) -> list:  # the lines
     "Join the centres of matched boxes"
-    mid = [[((r[0]+r[2])/2, (r[1]+r[3])/2) for r in _rows(x)[0]] for x in (a, b)]
-    draw_boxes(ax, a, kind=kinds[0], lw=1); draw_boxes(ax, b, kind=kinds[1], lw=1)
+    mid = [[((r[0] + r[2]) / 2, (r[1] + r[3]) / 2) for r in _rows(x)[0]] for x in (a, b)]
+    draw_boxes(ax, a, kind=kinds[0], lw=1)
+    draw_boxes(ax, b, kind=kinds[1], lw=1)
     out = []
     for n, (i, j) in enumerate(zip(*pairs[:2])):
         (x1, y1), (x2, y2) = mid[0][int(i)], mid[1][int(j)]
-        alpha = 1. if weights is None else min(max(float(weights[n]), .05), 1.)
+        alpha = 1.0 if weights is None else min(max(float(weights[n]), 0.05), 1.0)
         out += ax.plot([x1, x2], [y1, y2], '-o', color='black', lw=1.2, ms=2.5, alpha=alpha)
     return out
 
@@ -467,23 +633,40 @@ def draw_matches(
 #| fig-alt: "Three blue boxes and two green ones on the toy image; black lines join the centres of two pairs."
 fig_match, ax_match = plt.subplots(figsize=(3, 2.2), dpi=80)
 show_image(ax_match, toy)
-joins = draw_matches(ax_match, torch.tensor([[3., 20, 30, 45], [40, 20, 70, 40], [60, 2, 70, 12]]), toy_boxes, ([0, 1], [0, 1]))
-assert len(joins) == 2 and joins[0].get_xydata().tolist() == [[16.5, 32.5], [30., 25.]]
+joins = draw_matches(
+    ax_match,
+    torch.tensor([[3.0, 20, 30, 45], [40, 20, 70, 40], [60, 2, 70, 12]]),
+    toy_boxes,
+    ([0, 1], [0, 1]),
+)
+assert len(joins) == 2 and joins[0].get_xydata().tolist() == [[16.5, 32.5], [30.0, 25.0]]
 
 
 # %%
 #| export
 def draw_points(
-    ax, # matplotlib axes that show the image
-    xy, # (N,2) pixels
-    weights=None, # (N,) attention weights: area of the dots
-    kind:str='student', # key of `COLORS`
-    size:float=60., # area of the heaviest dot, points squared
+    ax,  # matplotlib axes that show the image
+    xy,  # (N,2) pixels
+    weights=None,  # (N,) attention weights: area of the dots
+    kind: str = 'student',  # key of `COLORS`
+    size: float = 60.0,  # area of the heaviest dot, points squared
 ):
     "Sampling points of an attention head, as heavy as their weights"
     xy = torch.as_tensor(xy).detach().cpu().double().reshape(-1, 2).numpy()
-    w = np.ones(len(xy)) if weights is None else torch.as_tensor(weights).detach().cpu().double().reshape(-1).numpy()
-    return ax.scatter(xy[:, 0], xy[:, 1], s=size*w/max(w.max(initial=0), 1e-12), color=_look(kind)[0], edgecolor='white', lw=.5, zorder=3)
+    w = (
+        np.ones(len(xy))
+        if weights is None
+        else torch.as_tensor(weights).detach().cpu().double().reshape(-1).numpy()
+    )
+    return ax.scatter(
+        xy[:, 0],
+        xy[:, 1],
+        s=size * w / max(w.max(initial=0), 1e-12),
+        color=_look(kind)[0],
+        edgecolor='white',
+        lw=0.5,
+        zorder=3,
+    )
 
 
 # %%
@@ -492,29 +675,34 @@ def draw_points(
 #| fig-alt: "Four blue dots of different size on the toy image, the largest in the middle of the yellow square."
 fig_points, ax_points = plt.subplots(figsize=(3, 2.2), dpi=80)
 show_image(ax_points, toy)
-spots = draw_points(ax_points, [[30., 25], [20, 15], [40, 15], [62, 45]], [.5, .25, .2, .05])
+spots = draw_points(ax_points, [[30.0, 25], [20, 15], [40, 15], [62, 45]], [0.5, 0.25, 0.2, 0.05])
 assert np.allclose(spots.get_sizes(), [60, 30, 24, 6])
 
 
 # %%
 #| export
 def draw_mixture(
-    ax, # matplotlib axes
-    values, # (N,) e.g. matching costs
-    means=(), # (K,) of the Gaussians
-    stds=(), # (K,)
-    weights=(), # (K,) sum 1
-    threshold:float=None, # drawn as a vertical line
-    bins:int=20,
+    ax,  # matplotlib axes
+    values,  # (N,) e.g. matching costs
+    means=(),  # (K,) of the Gaussians
+    stds=(),  # (K,)
+    weights=(),  # (K,) sum 1
+    threshold: float = None,  # drawn as a vertical line
+    bins: int = 20,
 ):
     "Histogram, the Gaussians fitted to it, and where the line was drawn"
     v = torch.as_tensor(values).detach().cpu().double().reshape(-1).numpy()
-    if len(v): ax.hist(v, bins=bins, density=True, color=COLORS['paper'], alpha=.4)
+    if len(v):
+        ax.hist(v, bins=bins, density=True, color=COLORS['paper'], alpha=0.4)
     marks = np.concatenate([v, np.asarray(means, float)])
     if len(marks):
-        g = np.linspace(marks.min()-1e-3, marks.max()+1e-3, 300)
-        for m, s, w in zip(means, stds, weights): ax.plot(g, w*np.exp(-.5*((g-m)/s)**2)/(s*np.sqrt(2*np.pi)), color=COLORS['student'])
-    if threshold is not None: ax.axvline(float(threshold), color=COLORS['mined'], ls=STYLES['mined'])
+        g = np.linspace(marks.min() - 1e-3, marks.max() + 1e-3, 300)
+        for m, s, w in zip(means, stds, weights):
+            ax.plot(
+                g, w * np.exp(-0.5 * ((g - m) / s) ** 2) / (s * np.sqrt(2 * np.pi)), color=COLORS['student']
+            )
+    if threshold is not None:
+        ax.axvline(float(threshold), color=COLORS['mined'], ls=STYLES['mined'])
     return ax
 
 
@@ -522,23 +710,35 @@ def draw_mixture(
 #| label: fig-draw-mixture
 #| fig-cap: "Costs of ten confident and six doubtful boxes, two Gaussians, and a threshold between them (toy numbers)."
 #| fig-alt: "A grey histogram with two humps, two blue bell curves over them and a dashed orange vertical line between."
-costs = np.concatenate([np.linspace(-4.4, -3.6, 10), np.linspace(-1.5, .5, 6)])
+costs = np.concatenate([np.linspace(-4.4, -3.6, 10), np.linspace(-1.5, 0.5, 6)])
 fig_mix, ax_mix = plt.subplots(figsize=(4, 2.2), dpi=80)
-draw_mixture(ax_mix, costs, [costs[:10].mean(), costs[10:].mean()], [costs[:10].std(), costs[10:].std()], [10/16, 6/16], threshold=-3.6)
+draw_mixture(
+    ax_mix,
+    costs,
+    [costs[:10].mean(), costs[10:].mean()],
+    [costs[:10].std(), costs[10:].std()],
+    [10 / 16, 6 / 16],
+    threshold=-3.6,
+)
 ax_mix.set(xlabel='matching cost')
 assert len(ax_mix.lines) == 3
 
 # %% [markdown]
 # ## Summary
 #
-# * Blue is the student, orange the teacher, green the truth; dashed is mined, grey dotted is a paper's number.
+# * Blue is the student, orange the teacher, green the truth; dashed is mined, grey dotted is a paper's
+#   number.
 # * `show_image` and `to_pil` take every kind of image, and refuse one whose normalisation they were not told.
-# * `draw_boxes`, `image_grid` and `compare` are for figures; `draw_on_image` writes pixels without matplotlib.
+# * `draw_boxes`, `image_grid` and `compare` are for figures; `draw_on_image` writes pixels without
+#   matplotlib.
 # * `curve` and `dots` show the mean, the spread over seeds and $n$.
 # * What is not finite is counted in red and never left out in silence.
 #
 # ## Exercises
 #
-# 1. Draw a batch of strong views with their boxes by `image_grid`. Which of the four geometric operations do you recognise?
-# 2. `dots` draws the standard deviation of the seeds. With three seeds, how far apart must two means be before you would bet on the better one?
-# 3. Give `compare` the detections of student and teacher of one checkpoint and set `threshold` to .05. What do the low scores have in common?
+# 1. Draw a batch of strong views with their boxes by `image_grid`. Which of the four geometric operations do
+#    you recognise?
+# 2. `dots` draws the standard deviation of the seeds. With three seeds, how far apart must two means be
+#    before you would bet on the better one?
+# 3. Give `compare` the detections of student and teacher of one checkpoint and set `threshold` to .05. What
+#    do the low scores have in common?

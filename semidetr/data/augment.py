@@ -23,180 +23,256 @@ from ..core import ConfigError, stable_hash, suggest
 @dataclass(frozen=True)
 class ViewConfig:
     "Sizes and strengths of the views; the defaults are the paper's setting for COCO"
-    short_sides:tuple = tuple(range(480, 801, 32)) # training: the short side is one of these, pixels
-    max_side:int = 1333 # the long side never exceeds this
-    min_side:int = 32 # no side is made shorter than this: a very long image is stretched instead
-    eval_short:int = 800 # short side in evaluation
-    mean:tuple = (.485, .456, .406) # of RGB in [0,1]; the backbone says which
-    std:tuple = (.229, .224, .225)
-    flip:float = .5 # probability of a horizontal flip
-    fill:int = 125 # grey of uncovered and erased pixels
-    translate:float = .1 # at most this share of the side
-    rotate:float = 30. # at most, degrees
-    shear:float = 30. # at most, "degrees" through tanh
-    erase_patches:tuple = (1, 4) # fewest and most erased patches; (0, 0) = none
-    erase_side:float = .2 # a patch is at most this share of either side
-    min_box:float = 1. # boxes whose shorter side is not above this after the transform are dropped, pixels
-    pad_multiple:int = 1 # batches are padded to a multiple of this
+
+    short_sides: tuple = tuple(range(480, 801, 32))  # training: the short side is one of these, pixels
+    max_side: int = 1333  # the long side never exceeds this
+    min_side: int = 32  # no side is made shorter than this: a very long image is stretched instead
+    eval_short: int = 800  # short side in evaluation
+    mean: tuple = (0.485, 0.456, 0.406)  # of RGB in [0,1]; the backbone says which
+    std: tuple = (0.229, 0.224, 0.225)
+    flip: float = 0.5  # probability of a horizontal flip
+    fill: int = 125  # grey of uncovered and erased pixels
+    translate: float = 0.1  # at most this share of the side
+    rotate: float = 30.0  # at most, degrees
+    shear: float = 30.0  # at most, "degrees" through tanh
+    erase_patches: tuple = (1, 4)  # fewest and most erased patches; (0, 0) = none
+    erase_side: float = 0.2  # a patch is at most this share of either side
+    min_box: float = 1.0  # boxes whose shorter side is not above this after the transform are dropped, pixels
+    pad_multiple: int = 1  # batches are padded to a multiple of this
 
     def __post_init__(self):
-        for k in ('short_sides', 'mean', 'std', 'erase_patches'): object.__setattr__(self, k, tuple(getattr(self, k)))
-        if not self.short_sides: raise ConfigError('short_sides is empty; name at least one training size')
+        for k in ('short_sides', 'mean', 'std', 'erase_patches'):
+            object.__setattr__(self, k, tuple(getattr(self, k)))
+        if not self.short_sides:
+            raise ConfigError('short_sides is empty; name at least one training size')
         small = min(*self.short_sides, self.eval_short)
-        if small < self.min_side: raise ConfigError(f'a short side of {small} is below min_side={self.min_side}; raise it, or lower min_side')
+        if small < self.min_side:
+            raise ConfigError(
+                f'a short side of {small} is below min_side={self.min_side}; raise it, or lower min_side'
+            )
         if self.max_side < max(*self.short_sides, self.eval_short):
             raise ConfigError(f'max_side={self.max_side} is below the largest short side; raise max_side')
-        if not 0 <= self.flip <= 1 or not 0 <= self.fill <= 255: raise ConfigError('flip is a probability and fill is a grey in 0..255')
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0: raise ConfigError('mean and std are three numbers each, std above 0')
+        if not 0 <= self.flip <= 1 or not 0 <= self.fill <= 255:
+            raise ConfigError('flip is a probability and fill is a grey in 0..255')
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ConfigError('mean and std are three numbers each, std above 0')
         if not 0 <= self.erase_patches[0] <= self.erase_patches[1] or not 0 <= self.erase_side < 1:
             raise ConfigError('erase_patches is (fewest, most) and erase_side a share below 1')
-        if self.pad_multiple < 1 or self.min_side < 1: raise ConfigError('pad_multiple and min_side are at least 1')
+        if self.pad_multiple < 1 or self.min_side < 1:
+            raise ConfigError('pad_multiple and min_side are at least 1')
 
 # %% ../../nbs/data/05_augment.ipynb #7a6caf9c
 def scaled_views(
-    eval_short:int, # short side in evaluation, pixels
-    smallest:float=.6, # smallest training short side, as a share of it
-    steps:int=11, # number of training sizes
-    **other, # any field of `ViewConfig`
-)->ViewConfig:
+    eval_short: int,  # short side in evaluation, pixels
+    smallest: float = 0.6,  # smallest training short side, as a share of it
+    steps: int = 11,  # number of training sizes
+    **other,  # any field of `ViewConfig`
+) -> ViewConfig:
     "The sizes of the COCO setting, scaled to smaller images"
-    low = round(eval_short*smallest)
-    sides = sorted({round(low+(eval_short-low)*k/max(1, steps-1)) for k in range(steps)}) if steps > 1 else [eval_short]
-    return ViewConfig(**{**dict(short_sides=sides, eval_short=eval_short, max_side=math.ceil(eval_short*5/3)), **other})
+    low = round(eval_short * smallest)
+    sides = (
+        sorted({round(low + (eval_short - low) * k / max(1, steps - 1)) for k in range(steps)})
+        if steps > 1
+        else [eval_short]
+    )
+    return ViewConfig(
+        **{**dict(short_sides=sides, eval_short=eval_short, max_side=math.ceil(eval_short * 5 / 3)), **other}
+    )
 
 # %% ../../nbs/data/05_augment.ipynb #e9526156
-COLOR_OPS = ('identity', 'autocontrast', 'equalize', 'solarize', 'color', 'contrast', 'brightness', 'sharpness', 'posterize')
+COLOR_OPS = (
+    'identity',
+    'autocontrast',
+    'equalize',
+    'solarize',
+    'color',
+    'contrast',
+    'brightness',
+    'sharpness',
+    'posterize',
+)
 GEOMETRIC_OPS = ('translate_x', 'translate_y', 'rotate', 'shear')
 VIEW_KINDS = ('labelled', 'weak', 'strong', 'eval')
 
+
 def color_value(
-    name:str, # one of COLOR_OPS
-    mu:int, # magnitude, 1..9
-): # threshold (solarize), bits (posterize), factor (color, contrast, brightness, sharpness), or None
+    name: str,  # one of COLOR_OPS
+    mu: int,  # magnitude, 1..9
+):  # threshold (solarize), bits (posterize), factor (color, contrast, brightness, sharpness), or None
     "What a magnitude means for a colour operation"
-    if name == 'solarize': return min(int(25.6*mu), 255)
-    if name == 'posterize': return 4-int(.4*mu)
-    return .18*mu+.1 if name in ('color', 'contrast', 'brightness', 'sharpness') else None
+    if name == 'solarize':
+        return min(int(25.6 * mu), 255)
+    if name == 'posterize':
+        return 4 - int(0.4 * mu)
+    return 0.18 * mu + 0.1 if name in ('color', 'contrast', 'brightness', 'sharpness') else None
 
 # %% ../../nbs/data/05_augment.ipynb #2c81cd70
 def _geometric(r, cfg):
     "One geometric operation and its amount, relative to the image size"
-    name = GEOMETRIC_OPS[int(r()*4)]
-    if name == 'rotate': return name, (2*r()-1)*cfg.rotate
-    if name != 'shear': return name, (2*r()-1)*cfg.translate
-    x, y = (math.radians((2*r()-1)*cfg.shear) for _ in range(2))
+    name = GEOMETRIC_OPS[int(r() * 4)]
+    if name == 'rotate':
+        return name, (2 * r() - 1) * cfg.rotate
+    if name != 'shear':
+        return name, (2 * r() - 1) * cfg.translate
+    x, y = (math.radians((2 * r() - 1) * cfg.shear) for _ in range(2))
     return name, (math.tanh(-x), math.tanh(y))
 
+
 def draw_ops(
-    kind:str, # 'labelled', 'weak', 'strong' or 'eval'
-    seed:int, # the same seed gives the same operations; different kinds are independent
-    cfg:ViewConfig,
-)->tuple: # of (name, value)
+    kind: str,  # 'labelled', 'weak', 'strong' or 'eval'
+    seed: int,  # the same seed gives the same operations; different kinds are independent
+    cfg: ViewConfig,
+) -> tuple:  # of (name, value)
     "Decide what happens to an image, without the image"
-    if kind not in VIEW_KINDS: raise ConfigError(f"view '{kind}' is unknown; {suggest(kind, VIEW_KINDS)}")
-    if kind == 'eval': return (('resize', cfg.eval_short),)
-    r = random.Random(stable_hash(kind, int(seed))).random # only random(): its sequence is fixed across Python versions
-    ops = [('resize', cfg.short_sides[int(r()*len(cfg.short_sides))])]
-    if r() < cfg.flip: ops.append(('flip', None))
-    if kind == 'weak': return tuple(ops)
-    color = COLOR_OPS[int(r()*9)], 1+int(r()*9)
-    if kind == 'labelled': return (*ops, color)
+    if kind not in VIEW_KINDS:
+        raise ConfigError(f"view '{kind}' is unknown; {suggest(kind, VIEW_KINDS)}")
+    if kind == 'eval':
+        return (('resize', cfg.eval_short),)
+    r = random.Random(
+        stable_hash(kind, int(seed))
+    ).random  # only random(): its sequence is fixed across Python versions
+    ops = [('resize', cfg.short_sides[int(r() * len(cfg.short_sides))])]
+    if r() < cfg.flip:
+        ops.append(('flip', None))
+    if kind == 'weak':
+        return tuple(ops)
+    color = COLOR_OPS[int(r() * 9)], 1 + int(r() * 9)
+    if kind == 'labelled':
+        return (*ops, color)
     pair = [color, _geometric(r, cfg)]
-    if r() < .5: pair.reverse()
+    if r() < 0.5:
+        pair.reverse()
     low, high = cfg.erase_patches
-    patches = tuple((r()*cfg.erase_side, r(), r()) for _ in range(low+int(r()*(high-low+1))))
+    patches = tuple((r() * cfg.erase_side, r(), r()) for _ in range(low + int(r() * (high - low + 1))))
     return (*ops, *pair, *([('erase', patches)] if patches else []))
 
 # %% ../../nbs/data/05_augment.ipynb #812d4f68
 def resize_to(
-    size, # (H, W) of the image
-    short:int, # wanted short side
-    cfg:ViewConfig,
-): # (H, W)
+    size,  # (H, W) of the image
+    short: int,  # wanted short side
+    cfg: ViewConfig,
+):  # (H, W)
     "Size that keeps the ratio, with the short side as wanted, the long side within max_side, no side below min_side"
     h, w = size
-    s = min(short/min(h, w), cfg.max_side/max(h, w))
-    return max(cfg.min_side, int(h*s+.5)), max(cfg.min_side, int(w*s+.5))
+    s = min(short / min(h, w), cfg.max_side / max(h, w))
+    return max(cfg.min_side, int(h * s + 0.5)), max(cfg.min_side, int(w * s + 0.5))
+
 
 def op_matrix(
-    name:str, # operation
-    value, # its drawn value
-    size, # (H, W) of the image it is applied to
-    cfg:ViewConfig,
-)->np.ndarray: # (3,3) float64, pixels before -> pixels after
+    name: str,  # operation
+    value,  # its drawn value
+    size,  # (H, W) of the image it is applied to
+    cfg: ViewConfig,
+) -> np.ndarray:  # (3,3) float64, pixels before -> pixels after
     "The matrix of one operation"
     (h, w), m = size, np.eye(3)
-    if name == 'resize': nh, nw = resize_to(size, value, cfg); m[0, 0], m[1, 1] = nw/w, nh/h
-    elif name == 'flip': m[0] = -1, 0, w
-    elif name == 'translate_x': m[0, 2] = value*w
-    elif name == 'translate_y': m[1, 2] = value*h
-    elif name == 'shear': a, b = value; m[0, 1], m[1] = a, (b, 1+a*b, 0)
+    if name == 'resize':
+        nh, nw = resize_to(size, value, cfg)
+        m[0, 0], m[1, 1] = nw / w, nh / h
+    elif name == 'flip':
+        m[0] = -1, 0, w
+    elif name == 'translate_x':
+        m[0, 2] = value * w
+    elif name == 'translate_y':
+        m[1, 2] = value * h
+    elif name == 'shear':
+        a, b = value
+        m[0, 1], m[1] = a, (b, 1 + a * b, 0)
     elif name == 'rotate':
         c, s = math.cos(math.radians(value)), math.sin(math.radians(value))
-        m[:2] = (c, -s, w/2-c*w/2+s*h/2), (s, c, h/2-s*w/2-c*h/2)
+        m[:2] = (c, -s, w / 2 - c * w / 2 + s * h / 2), (s, c, h / 2 - s * w / 2 - c * h / 2)
     return m
 
 # %% ../../nbs/data/05_augment.ipynb #34d74943
-_COLOR = dict(autocontrast=lambda x, v: F.autocontrast(x), equalize=lambda x, v: F.equalize(x), solarize=F.solarize,
-    color=F.adjust_saturation, contrast=F.adjust_contrast, brightness=F.adjust_brightness, sharpness=F.adjust_sharpness, posterize=F.posterize)
+_COLOR = dict(
+    autocontrast=lambda x, v: F.autocontrast(x),
+    equalize=lambda x, v: F.equalize(x),
+    solarize=F.solarize,
+    color=F.adjust_saturation,
+    contrast=F.adjust_contrast,
+    brightness=F.adjust_brightness,
+    sharpness=F.adjust_sharpness,
+    posterize=F.posterize,
+)
 
-def _pil(x): return x if isinstance(x, Image.Image) else Image.fromarray(x.permute(1, 2, 0).contiguous().numpy())
-def _tensor(x): return x if isinstance(x, Tensor) else F.pil_to_tensor(x)
+
+def _pil(x):
+    return x if isinstance(x, Image.Image) else Image.fromarray(x.permute(1, 2, 0).contiguous().numpy())
+
+
+def _tensor(x):
+    return x if isinstance(x, Tensor) else F.pil_to_tensor(x)
+
 
 def _warp(image, matrix, fill):
     "Move the content of an image by a matrix; the canvas stays"
     back = np.linalg.inv(matrix)[:2].ravel().tolist()
-    return image.transform(image.size, Image.Transform.AFFINE, back, Image.Resampling.BILINEAR, fillcolor=(fill,)*3)
+    return image.transform(
+        image.size, Image.Transform.AFFINE, back, Image.Resampling.BILINEAR, fillcolor=(fill,) * 3
+    )
+
 
 def _erase(x, patches, fill):
     "Overwrite patches (share of either side, relative position) with grey"
     h, w = x.shape[-2:]
     for r, v, u in patches:
-        ph, pw = int(r*h), int(r*w)
-        top, left = int(v*(h-ph+1)), int(u*(w-pw+1))
-        x[:, top:top+ph, left:left+pw] = fill
+        ph, pw = int(r * h), int(r * w)
+        top, left = int(v * (h - ph + 1)), int(u * (w - pw + 1))
+        x[:, top : top + ph, left : left + pw] = fill
     return x
 
+
 def apply_op(
-    image, # PIL image or uint8 tensor (3,H,W)
-    name:str, value, # operation, as drawn
-    cfg:ViewConfig,
-): # PIL image or uint8 tensor
+    image,  # PIL image or uint8 tensor (3,H,W)
+    name: str,
+    value,  # operation, as drawn
+    cfg: ViewConfig,
+):  # PIL image or uint8 tensor
     "Do one operation to the pixels"
-    if name == 'identity': return image
-    if name in _COLOR: return _COLOR[name](_pil(image), color_value(name, value))
-    if name in GEOMETRIC_OPS: return _warp(_pil(image), op_matrix(name, value, F.get_size(image), cfg), cfg.fill)
-    if name == 'resize': return F.resize(_tensor(image), list(resize_to(F.get_size(image), value, cfg)), antialias=True)
+    if name == 'identity':
+        return image
+    if name in _COLOR:
+        return _COLOR[name](_pil(image), color_value(name, value))
+    if name in GEOMETRIC_OPS:
+        return _warp(_pil(image), op_matrix(name, value, F.get_size(image), cfg), cfg.fill)
+    if name == 'resize':
+        return F.resize(_tensor(image), list(resize_to(F.get_size(image), value, cfg)), antialias=True)
     return F.horizontal_flip(_tensor(image)) if name == 'flip' else _erase(_tensor(image), value, cfg.fill)
 
 # %% ../../nbs/data/05_augment.ipynb #8728464c
 @dataclass
 class View:
     "An image as a network sees it, with the way there"
-    image:Tensor # (3,H,W) float32, normalised; uint8 when raw
-    boxes:Tensor # (N,4) xyxy pixels of the view
-    labels:Tensor # (N,) int64
-    matrix:Tensor # (3,3) float64, original pixels -> view pixels
-    size:tuple # (H, W) of the view
-    image_id:int|str
-    orig_size:tuple # (H, W) of the original image
-    ops:tuple = () # (name, value) in the order they were done
+
+    image: Tensor  # (3,H,W) float32, normalised; uint8 when raw
+    boxes: Tensor  # (N,4) xyxy pixels of the view
+    labels: Tensor  # (N,) int64
+    matrix: Tensor  # (3,3) float64, original pixels -> view pixels
+    size: tuple  # (H, W) of the view
+    image_id: int | str
+    orig_size: tuple  # (H, W) of the original image
+    ops: tuple = ()  # (name, value) in the order they were done
+
 
 def normalize_image(
-    image:Tensor, # (..., 3, H, W) uint8
-    cfg:ViewConfig,
-)->Tensor: # float32, the same shape
+    image: Tensor,  # (..., 3, H, W) uint8
+    cfg: ViewConfig,
+) -> Tensor:  # float32, the same shape
     "8-bit pixels to what the backbone expects"
-    mean, std = (torch.tensor(v, dtype=torch.float32, device=image.device)[:, None, None] for v in (cfg.mean, cfg.std))
-    return image.to(torch.float32, memory_format=torch.contiguous_format).mul_(1/(255*std)).sub_(mean/std)
+    mean, std = (
+        torch.tensor(v, dtype=torch.float32, device=image.device)[:, None, None] for v in (cfg.mean, cfg.std)
+    )
+    return (
+        image.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / (255 * std)).sub_(mean / std)
+    )
 
 # %% ../../nbs/data/05_augment.ipynb #33ed919a
 def render(
-    sample, # has image (PIL, RGB), boxes (N,4) xyxy, labels (N,), ignore (N,) bool, image_id
-    ops, # from `draw_ops`
-    cfg:ViewConfig,
-    raw:bool=False, # leave the image as uint8, to be normalised later
-)->View:
+    sample,  # has image (PIL, RGB), boxes (N,4) xyxy, labels (N,), ignore (N,) bool, image_id
+    ops,  # from `draw_ops`
+    cfg: ViewConfig,
+    raw: bool = False,  # leave the image as uint8, to be normalised later
+) -> View:
     "Do the operations to a sample and its boxes; boxes marked ignore never reach a view"
     image = sample.image if sample.image.mode == 'RGB' else sample.image.convert('RGB')
     orig, matrix = tuple(F.get_size(image)), np.eye(3)
@@ -206,28 +282,41 @@ def render(
     image, matrix = _tensor(image), torch.from_numpy(matrix)
     size, real = tuple(image.shape[-2:]), ~sample.ignore
     boxes, keep = transform_boxes(sample.boxes[real], matrix, size, min_side=cfg.min_box)
-    return View(image if raw else normalize_image(image, cfg), boxes[keep], sample.labels[real][keep], matrix, size, sample.image_id, orig, tuple(ops))
+    return View(
+        image if raw else normalize_image(image, cfg),
+        boxes[keep],
+        sample.labels[real][keep],
+        matrix,
+        size,
+        sample.image_id,
+        orig,
+        tuple(ops),
+    )
 
-def labelled_view(sample, cfg:ViewConfig, seed:int, raw:bool=False)->View:
+
+def labelled_view(sample, cfg: ViewConfig, seed: int, raw: bool = False) -> View:
     "Resize, flip, one colour operation: for images whose labels are used"
     return render(sample, draw_ops('labelled', seed, cfg), cfg, raw)
 
-def weak_view(sample, cfg:ViewConfig, seed:int, raw:bool=False)->View:
+
+def weak_view(sample, cfg: ViewConfig, seed: int, raw: bool = False) -> View:
     "Resize and flip: what the teacher sees"
     return render(sample, draw_ops('weak', seed, cfg), cfg, raw)
 
-def strong_view(sample, cfg:ViewConfig, seed:int, raw:bool=False)->View:
+
+def strong_view(sample, cfg: ViewConfig, seed: int, raw: bool = False) -> View:
     "Resize, flip, colour, geometry, erasing: what the student sees"
     return render(sample, draw_ops('strong', seed, cfg), cfg, raw)
 
-def eval_view(sample, cfg:ViewConfig, raw:bool=False)->View:
+
+def eval_view(sample, cfg: ViewConfig, raw: bool = False) -> View:
     "Resize only"
     return render(sample, draw_ops('eval', 0, cfg), cfg, raw)
 
 # %% ../../nbs/data/05_augment.ipynb #64dbe036
 def between_views(
-    source:Tensor, # (3,3) original -> source view
-    target:Tensor, # (3,3) original -> target view
-)->Tensor: # (3,3) float64, source view pixels -> target view pixels
+    source: Tensor,  # (3,3) original -> source view
+    target: Tensor,  # (3,3) original -> target view
+) -> Tensor:  # (3,3) float64, source view pixels -> target view pixels
     "The way from one view of an image to another (@eq-augment-transport)"
     return target.double() @ torch.linalg.inv(source.double())

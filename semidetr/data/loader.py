@@ -14,7 +14,14 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from .augment import ViewConfig, eval_view, labelled_view, normalize_image, strong_view, weak_view
+from semidetr.data.augment import (
+    ViewConfig,
+    eval_view,
+    labelled_view,
+    normalize_image,
+    strong_view,
+    weak_view,
+)
 from ..boxes import normalize_boxes
 from ..core import ConfigError, DataError, SemiDETRError, stable_hash
 
@@ -22,85 +29,106 @@ from ..core import ConfigError, DataError, SemiDETRError, stable_hash
 def _random(*parts):
     "NumPy's legacy generator, whose sequence is frozen, seeded by a hash"
     h = stable_hash(*parts)
-    return np.random.RandomState([h & 0xffffffff, h >> 32])
+    return np.random.RandomState([h & 0xFFFFFFFF, h >> 32])
+
 
 @lru_cache(maxsize=8)
-def _permutation(seed, pool, n, epoch): return _random(seed, 'order', pool, epoch).permutation(n)
+def _permutation(seed, pool, n, epoch):
+    return _random(seed, 'order', pool, epoch).permutation(n)
+
 
 def draw_index(
-    seed:int,
-    pool:str, # name of the pool: pools are shuffled independently
-    n:int, # its size
-    k:int, # draw number, 0, 1, 2, ...
-)->int: # in [0, n)
+    seed: int,
+    pool: str,  # name of the pool: pools are shuffled independently
+    n: int,  # its size
+    k: int,  # draw number, 0, 1, 2, ...
+) -> int:  # in [0, n)
     "The image that draw number `k` takes from a pool (@eq-loader-draw)"
-    return int(_permutation(seed, pool, n, k//n)[k % n])
+    return int(_permutation(seed, pool, n, k // n)[k % n])
 
 # %% ../../nbs/data/06_loader.ipynb #fbe304b5
-_BLOCK = 1024 # steps
+_BLOCK = 1024  # steps
+
 
 @lru_cache(maxsize=4)
 def labelled_counts(
-    seed:int,
-    block:int, # number of a block of 1024 steps
-    n:int, # images a batch
-    p:float, # labelled share
-    world:int=1, # processes
-)->np.ndarray: # (1024, world) int
+    seed: int,
+    block: int,  # number of a block of 1024 steps
+    n: int,  # images a batch
+    p: float,  # labelled share
+    world: int = 1,  # processes
+) -> np.ndarray:  # (1024, world) int
     "Labelled images in each batch of a block (@eq-loader-binomial)"
-    return _random(seed, 'ratio', block).binomial(n, p, (_BLOCK, world)).clip(1, n-1)
+    return _random(seed, 'ratio', block).binomial(n, p, (_BLOCK, world)).clip(1, n - 1)
+
 
 @lru_cache(maxsize=None)
-def _block_total(*key): return int(labelled_counts(*key).sum())
+def _block_total(*key):
+    return int(labelled_counts(*key).sum())
+
 
 def plan_draws(
-    t:int, # step
-    n_labelled:int, n_unlabelled:int, # images a batch and process
-    ratio:str='fixed', # or 'binomial'
-    seed:int=0, rank:int=0, world:int=1,
-): # (range of labelled draw numbers, range of unlabelled draw numbers)
+    t: int,  # step
+    n_labelled: int,
+    n_unlabelled: int,  # images a batch and process
+    ratio: str = 'fixed',  # or 'binomial'
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+):  # (range of labelled draw numbers, range of unlabelled draw numbers)
     "The draws of one process at one step: disjoint over steps and processes, without gaps"
-    n, turn = n_labelled+n_unlabelled, t*world+rank
+    n, turn = n_labelled + n_unlabelled, t * world + rank
     if ratio == 'fixed' or n_unlabelled == 0:
-        return range(turn*n_labelled, (turn+1)*n_labelled), range(turn*n_unlabelled, (turn+1)*n_unlabelled)
+        return range(turn * n_labelled, (turn + 1) * n_labelled), range(
+            turn * n_unlabelled, (turn + 1) * n_unlabelled
+        )
     block, row = divmod(t, _BLOCK)
-    key = n, n_labelled/n, world
+    key = n, n_labelled / n, world
     here = labelled_counts(seed, block, *key)
-    start = sum(_block_total(seed, b, *key) for b in range(block))+int(here[:row].sum()+here[row, :rank].sum())
+    start = sum(_block_total(seed, b, *key) for b in range(block)) + int(
+        here[:row].sum() + here[row, :rank].sum()
+    )
     count = int(here[row, rank])
-    rest = turn*n-start
-    return range(start, start+count), range(rest, rest+n-count)
+    rest = turn * n - start
+    return range(start, start + count), range(rest, rest + n - count)
 
 # %% ../../nbs/data/06_loader.ipynb #5a1f6132
 def _stack(views, multiple):
     "Images of several sizes in one tensor, zeros at the right and bottom"
-    h, w = (-(-max(v.size[k] for v in views)//multiple)*multiple for k in (0, 1))
+    h, w = (-(-max(v.size[k] for v in views) // multiple) * multiple for k in (0, 1))
     out = views[0].image.new_zeros((len(views), 3, h, w))
-    for o, v in zip(out, views): o[:, :v.size[0], :v.size[1]] = v.image
+    for o, v in zip(out, views):
+        o[:, : v.size[0], : v.size[1]] = v.image
     return out
+
 
 def _target(view, truth):
     "What is known of a view beside its pixels"
     known = dict(image_id=view.image_id, orig_size=view.orig_size, size=view.size, matrix=view.matrix)
     return dict(labels=view.labels, boxes=normalize_boxes(view.boxes, view.size), **known) if truth else known
 
+
 def _finish(images, targets, cfg=None):
     "Add the mask; normalise 8-bit images if a `ViewConfig` is given"
     mask = torch.ones((len(images), *images.shape[-2:]), dtype=torch.bool)
-    if cfg is not None: images = normalize_image(images, cfg)
+    if cfg is not None:
+        images = normalize_image(images, cfg)
     for m, x, t in zip(mask, images, targets):
         h, w = t['size']
         m[:h, :w] = False
-        if cfg is not None: x[:, h:], x[:, :, w:] = 0, 0
+        if cfg is not None:
+            x[:, h:], x[:, :, w:] = 0, 0
     return dict(images=images, mask=mask, targets=targets)
 
+
 def collate(
-    views, # list of `View`
-    multiple:int=1, # the padded size is a multiple of this
-    truth:bool=True, # with boxes and labels
-)->dict: # images (B,3,H,W), mask (B,H,W) True = padding, targets: list of dict
+    views,  # list of `View`
+    multiple: int = 1,  # the padded size is a multiple of this
+    truth: bool = True,  # with boxes and labels
+) -> dict:  # images (B,3,H,W), mask (B,H,W) True = padding, targets: list of dict
     "Views to one part of a batch"
-    if not views: raise DataError('a batch needs at least one view')
+    if not views:
+        raise DataError('a batch needs at least one view')
     return _finish(_stack(views, multiple), [_target(v, truth) for v in views])
 
 # %% ../../nbs/data/06_loader.ipynb #2b826ecf
@@ -108,63 +136,116 @@ def _to(x, kind):
     "Tensors to arrays or back, in the targets of a part"
     return [{k: kind(v) if isinstance(v, (torch.Tensor, np.ndarray)) else v for k, v in t.items()} for t in x]
 
+
 class _Work:
     "Map-style data set over batch numbers: what a worker does"
-    def __init__(self, make): self.make = make # batch number -> {part name: (views, truth)}
+
+    def __init__(self, make):
+        self.make = make  # batch number -> {part name: (views, truth)}
+
     def __getitem__(self, t):
-        try: return {k: (_stack(v, m), _to([_target(x, truth) for x in v], torch.Tensor.numpy)) for k, (v, m, truth) in self.make(t).items()}
-        except SemiDETRError as e: return type(e)(str(e))
+        try:
+            return {
+                k: (_stack(v, m), _to([_target(x, truth) for x in v], torch.Tensor.numpy))
+                for k, (v, m, truth) in self.make(t).items()
+            }
+        except SemiDETRError as e:
+            return type(e)(str(e))
+
 
 def _land(payload, cfg):
     "What a worker sent, as a batch; its error, as an exception here"
-    if isinstance(payload, Exception): raise payload
-    return {k: _finish(images, _to(targets, torch.from_numpy), cfg) for k, (images, targets) in payload.items()}
+    if isinstance(payload, Exception):
+        raise payload
+    return {
+        k: _finish(images, _to(targets, torch.from_numpy), cfg) for k, (images, targets) in payload.items()
+    }
 
-def _as_is(x): return x # else the DataLoader makes a shared tensor of every small array
+
+def _as_is(x):
+    return x  # else the DataLoader makes a shared tensor of every small array
+
 
 def _worker_start(_):
     "Ctrl-C is for the training process, which then ends its workers"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+
 def _workers(work, steps, num_workers, persistent):
     "A DataLoader over batch numbers that draws nothing from the global generators"
     method = 'fork' if 'fork' in multiprocessing.get_all_start_methods() else 'spawn'
-    return DataLoader(work, batch_size=None, sampler=steps, collate_fn=_as_is, num_workers=num_workers, persistent_workers=persistent,
-        prefetch_factor=2, worker_init_fn=_worker_start, generator=torch.Generator().manual_seed(0), multiprocessing_context=method)
+    return DataLoader(
+        work,
+        batch_size=None,
+        sampler=steps,
+        collate_fn=_as_is,
+        num_workers=num_workers,
+        persistent_workers=persistent,
+        prefetch_factor=2,
+        worker_init_fn=_worker_start,
+        generator=torch.Generator().manual_seed(0),
+        multiprocessing_context=method,
+    )
+
 
 def _next(it):
     "Next payload; a dead worker is an error with a cure"
-    try: return next(it)
+    try:
+        return next(it)
     except RuntimeError as e:
-        if 'DataLoader worker' not in str(e) or 'Traceback' in str(e): raise
-        raise SemiDETRError(f'{str(e).splitlines()[0].rstrip(".")}; memory or shared memory ran out: use num_workers=0, fewer or smaller images') from None
+        if 'DataLoader worker' not in str(e) or 'Traceback' in str(e):
+            raise
+        raise SemiDETRError(
+            f'{str(e).splitlines()[0].rstrip(".")}; memory or shared memory ran out: use num_workers=0, fewer or smaller images'
+        ) from None
 
 # %% ../../nbs/data/06_loader.ipynb #0549ff5a
 def _with_boxes(ds):
     "Positions of images that have a box to learn from"
     return [i for i in range(len(ds)) if not all(ds.annotation(i)['ignore'])]
 
+
 def _blind(sample):
     "A sample without its truth"
     return replace(sample, boxes=sample.boxes[:0], labels=sample.labels[:0], ignore=sample.ignore[:0])
 
+
 class _Batches:
     "Batch number -> views; everything that a worker needs, and picklable"
+
     def __init__(self, labelled, unlabelled, kept, plan, view, seed):
-        self.labelled, self.unlabelled, self.kept, self.plan, self.view, self.seed = labelled, unlabelled, kept, plan, view, seed
+        self.labelled, self.unlabelled, self.kept, self.plan, self.view, self.seed = (
+            labelled,
+            unlabelled,
+            kept,
+            plan,
+            view,
+            seed,
+        )
 
     def draws(self, t):
         "(draw number, position in the data set) of both pools"
         first, second = plan_draws(t, **self.plan)
-        return ([(k, self.kept[draw_index(self.seed, 'labelled', len(self.kept), k)]) for k in first],
-                [(k, draw_index(self.seed, 'unlabelled', len(self.unlabelled), k)) for k in second])
+        return (
+            [(k, self.kept[draw_index(self.seed, 'labelled', len(self.kept), k)]) for k in first],
+            [(k, draw_index(self.seed, 'unlabelled', len(self.unlabelled), k)) for k in second],
+        )
 
     def __call__(self, t):
         first, second = self.draws(t)
         view, seed, m = self.view, self.seed, self.view.pad_multiple
         out = {}
-        if first: out['labelled'] = [labelled_view(self.labelled[i], view, stable_hash(seed, 'labelled', k), raw=True) for k, i in first], m, True
-        if not second: return out
+        if first:
+            out['labelled'] = (
+                [
+                    labelled_view(self.labelled[i], view, stable_hash(seed, 'labelled', k), raw=True)
+                    for k, i in first
+                ],
+                m,
+                True,
+            )
+        if not second:
+            return out
         blind = [(k, _blind(self.unlabelled[i])) for k, i in second]
         for kind, make in (('weak', weak_view), ('strong', strong_view)):
             out[kind] = [make(s, view, stable_hash(seed, kind, k), raw=True) for k, s in blind], m, False
@@ -173,37 +254,49 @@ class _Batches:
 # %% ../../nbs/data/06_loader.ipynb #e64dd65d
 class _From:
     "Step numbers from a loader's current step on"
-    def __init__(self, loader): self.loader = loader
-    def __iter__(self): return itertools.count(self.loader.step)
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        return itertools.count(self.loader.step)
 
 # %% ../../nbs/data/06_loader.ipynb #f02018de
 class _Stream:
     "Batches of consecutive steps, made here or by workers; its only state is the next step"
+
     def __init__(self, make, view, num_workers, start):
         self._make, self.view, self.num_workers, self.step = make, view, num_workers, start
         self._loader = self._iter = None
 
-    def batch(self, t:int)->dict:
+    def batch(self, t: int) -> dict:
         "Make batch `t` here and now; the state is left alone"
         return _land(_Work(self._make)[t], self.view)
 
-    def __iter__(self): return self
+    def __iter__(self):
+        return self
 
-    def __next__(self)->dict:
-        if self.num_workers == 0: out = self.batch(self.step)
+    def __next__(self) -> dict:
+        if self.num_workers == 0:
+            out = self.batch(self.step)
         else:
-            if self._loader is None: self._loader = _workers(_Work(self._make), _From(self), self.num_workers, True)
-            if self._iter is None: self._iter = iter(self._loader)
-            try: out = _land(_next(self._iter), self.view)
-            except BaseException: self.close(); raise
+            if self._loader is None:
+                self._loader = _workers(_Work(self._make), _From(self), self.num_workers, True)
+            if self._iter is None:
+                self._iter = iter(self._loader)
+            try:
+                out = _land(_next(self._iter), self.view)
+            except BaseException:
+                self.close()
+                raise
         self.step += 1
         return out
 
-    def state_dict(self)->dict:
+    def state_dict(self) -> dict:
         "The step whose batch comes next"
         return dict(step=self.step)
 
-    def load_state_dict(self, state:dict):
+    def load_state_dict(self, state: dict):
         "Continue with the batch of the step in `state`"
         self.step, self._iter = int(state['step']), None
 
@@ -211,64 +304,101 @@ class _Stream:
         "End the workers; the next batch starts them again"
         self._iter = self._loader = None
 
-    def __enter__(self): return self
-    def __exit__(self, *_): self.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
 # %% ../../nbs/data/06_loader.ipynb #ce7b83b7
 def _check(labelled, unlabelled, n_labelled, n_unlabelled, ratio, num_workers):
-    if ratio not in ('fixed', 'binomial'): raise ConfigError(f"ratio '{ratio}' is unknown; known: binomial, fixed")
-    if n_labelled < 1 or n_unlabelled < 0: raise ConfigError(f'a batch needs at least one labelled image and no negative number (n_labelled={n_labelled}, n_unlabelled={n_unlabelled})')
-    if num_workers < 0: raise ConfigError(f'num_workers={num_workers} is negative')
-    if not len(labelled): raise DataError(f'{labelled.name}: the labelled data set is empty')
+    if ratio not in ('fixed', 'binomial'):
+        raise ConfigError(f"ratio '{ratio}' is unknown; known: binomial, fixed")
+    if n_labelled < 1 or n_unlabelled < 0:
+        raise ConfigError(
+            f'a batch needs at least one labelled image and no negative number (n_labelled={n_labelled}, n_unlabelled={n_unlabelled})'
+        )
+    if num_workers < 0:
+        raise ConfigError(f'num_workers={num_workers} is negative')
+    if not len(labelled):
+        raise DataError(f'{labelled.name}: the labelled data set is empty')
     if n_unlabelled and (unlabelled is None or not len(unlabelled)):
-        raise DataError(f'n_unlabelled={n_unlabelled}, but there are no unlabelled images; give some, or set n_unlabelled=0')
+        raise DataError(
+            f'n_unlabelled={n_unlabelled}, but there are no unlabelled images; give some, or set n_unlabelled=0'
+        )
+
 
 class SemiLoader(_Stream):
     "Endless batches of labelled and unlabelled images; batch `t` is a pure function of `(seed, t)`"
-    def __init__(self,
-        labelled, # data set with boxes
-        unlabelled=None, # any data set, boxes or not: they are never shown
-        n_labelled:int=4, n_unlabelled:int=0, # images a batch, in this process
-        view:ViewConfig=ViewConfig(),
-        seed:int=0,
-        ratio:str='fixed', # or 'binomial': the published sampler
-        num_workers:int=2, # processes; 0 = in the training process
-        rank:int=0, world:int=1, # this process among those that train together
-        start:int=0, # first step
-        keep_empty:bool=False, # also draw labelled images without a box
+
+    def __init__(
+        self,
+        labelled,  # data set with boxes
+        unlabelled=None,  # any data set, boxes or not: they are never shown
+        n_labelled: int = 4,
+        n_unlabelled: int = 0,  # images a batch, in this process
+        view: ViewConfig = ViewConfig(),
+        seed: int = 0,
+        ratio: str = 'fixed',  # or 'binomial': the published sampler
+        num_workers: int = 2,  # processes; 0 = in the training process
+        rank: int = 0,
+        world: int = 1,  # this process among those that train together
+        start: int = 0,  # first step
+        keep_empty: bool = False,  # also draw labelled images without a box
     ):
         _check(labelled, unlabelled, n_labelled, n_unlabelled, ratio, num_workers)
         kept = list(range(len(labelled))) if keep_empty else _with_boxes(labelled)
-        if not kept: raise DataError(f'{labelled.name}: no labelled image has a box; check the annotations with `semidetr doctor`')
-        plan = dict(n_labelled=n_labelled, n_unlabelled=n_unlabelled, ratio=ratio, seed=seed, rank=rank, world=world)
+        if not kept:
+            raise DataError(
+                f'{labelled.name}: no labelled image has a box; check the annotations with `semidetr doctor`'
+            )
+        plan = dict(
+            n_labelled=n_labelled, n_unlabelled=n_unlabelled, ratio=ratio, seed=seed, rank=rank, world=world
+        )
         super().__init__(_Batches(labelled, unlabelled, kept, plan, view, seed), view, num_workers, start)
 
-    def draws(self, t:int):
+    def draws(self, t: int):
         "(draw number, position in the data set) of step `t`, for the labelled and the unlabelled pool"
         return self._make.draws(t)
 
 # %% ../../nbs/data/06_loader.ipynb #7ec9c1dd
 class EvalLoader:
     "One pass over a data set in order, without augmentation; yields parts as `collate` makes them"
-    def __init__(self,
-        ds, # data set; if it has boxes, the targets have them too
-        view:ViewConfig=ViewConfig(),
-        batch_size:int=8,
-        num_workers:int=0,
-        rank:int=0, world:int=1, # this process takes every world-th image
+
+    def __init__(
+        self,
+        ds,  # data set; if it has boxes, the targets have them too
+        view: ViewConfig = ViewConfig(),
+        batch_size: int = 8,
+        num_workers: int = 0,
+        rank: int = 0,
+        world: int = 1,  # this process takes every world-th image
     ):
-        if batch_size < 1: raise ConfigError(f'batch_size={batch_size} is below 1')
+        if batch_size < 1:
+            raise ConfigError(f'batch_size={batch_size} is below 1')
         self.ds, self.view, self.batch_size, self.num_workers = ds, view, batch_size, num_workers
         self.indices = range(rank, len(ds), world)
 
-    def __len__(self): return -(-len(self.indices)//self.batch_size)
+    def __len__(self):
+        return -(-len(self.indices) // self.batch_size)
 
     def _views(self, t):
         "Views of batch `t`"
-        chosen = self.indices[t*self.batch_size:(t+1)*self.batch_size]
-        return dict(part=([eval_view(self.ds[i], self.view, raw=True) for i in chosen], self.view.pad_multiple, getattr(self.ds, 'has_boxes', True)))
+        chosen = self.indices[t * self.batch_size : (t + 1) * self.batch_size]
+        return dict(
+            part=(
+                [eval_view(self.ds[i], self.view, raw=True) for i in chosen],
+                self.view.pad_multiple,
+                getattr(self.ds, 'has_boxes', True),
+            )
+        )
 
     def __iter__(self):
         work, steps = _Work(self._views), range(len(self))
-        it = iter(_workers(work, steps, self.num_workers, False)) if self.num_workers and len(self) else map(work.__getitem__, steps)
-        for _ in steps: yield _land(_next(it), self.view)['part']
+        it = (
+            iter(_workers(work, steps, self.num_workers, False))
+            if self.num_workers and len(self)
+            else map(work.__getitem__, steps)
+        )
+        for _ in steps:
+            yield _land(_next(it), self.view)['part']

@@ -23,86 +23,132 @@ from .transformer import MLP, Encoded, Transformer, TransformerConfig, predict_b
 @dataclass(frozen=True)
 class DetectorConfig:
     "All that fixes the shape of a detector"
-    num_classes:int # C; 0 in a configuration means: as many as the data have
-    backbone:BackboneConfig = BackboneConfig()
-    transformer:TransformerConfig = TransformerConfig()
-    denoising:DenoisingConfig = DenoisingConfig()
-    look_forward_twice:bool = True # the box of a layer also trains the layer before (DINO)
-    prior:float = .01 # probability that a fresh class head gives to every class
+
+    num_classes: int  # C; 0 in a configuration means: as many as the data have
+    backbone: BackboneConfig = BackboneConfig()
+    transformer: TransformerConfig = TransformerConfig()
+    denoising: DenoisingConfig = DenoisingConfig()
+    look_forward_twice: bool = True  # the box of a layer also trains the layer before (DINO)
+    prior: float = 0.01  # probability that a fresh class head gives to every class
 
     def __post_init__(self):
-        if self.num_classes < 0: raise ConfigError(f'num_classes={self.num_classes} must not be negative')
-        if not 0 < self.prior < 1: raise ConfigError(f'prior={self.prior} must lie between 0 and 1')
+        if self.num_classes < 0:
+            raise ConfigError(f'num_classes={self.num_classes} must not be negative')
+        if not 0 < self.prior < 1:
+            raise ConfigError(f'prior={self.prior} must lie between 0 and 1')
 
 # %% ../../nbs/detectors/06_detector.ipynb #7190d714
 def detector_small(
-    num_classes:int, # C
-)->DetectorConfig:
+    num_classes: int,  # C
+) -> DetectorConfig:
     "Trains on a few CPU cores: EfficientNet-Lite0 at strides 8, 16 and one more level; 1+3 layers of width 128"
-    return DetectorConfig(num_classes, BackboneConfig('efficientnet_lite0', out_strides=(8, 16)),
-        TransformerConfig(d_model=128, n_levels=3, enc_layers=1, dec_layers=3, ffn=512, num_queries=100, query_content='memory', position_unit='image'),
-        DenoisingConfig(num=40))
+    return DetectorConfig(
+        num_classes,
+        BackboneConfig('efficientnet_lite0', out_strides=(8, 16)),
+        TransformerConfig(
+            d_model=128,
+            n_levels=3,
+            enc_layers=1,
+            dec_layers=3,
+            ffn=512,
+            num_queries=100,
+            query_content='memory',
+            position_unit='image',
+        ),
+        DenoisingConfig(num=40),
+    )
+
 
 def dino_r50(
-    num_classes:int, # C
-)->DetectorConfig:
+    num_classes: int,  # C
+) -> DetectorConfig:
     "The paper's DINO: ResNet-50 at strides 8, 16, 32 and one more level; 6+6 layers of width 256, 900 queries"
-    return DetectorConfig(num_classes, BackboneConfig('resnet50', out_strides=(8, 16, 32)), TransformerConfig(), DenoisingConfig(label_rows=82))
+    return DetectorConfig(
+        num_classes,
+        BackboneConfig('resnet50', out_strides=(8, 16, 32)),
+        TransformerConfig(),
+        DenoisingConfig(label_rows=82),
+    )
 
 # %% ../../nbs/detectors/06_detector.ipynb #8a6ef00a
 def make_heads(
-    d_model:int, # d
-    num_classes:int, # C
-    prior:float=.01, # pi
-)->tuple: # (class head (..., d) -> (..., C), box head (..., d) -> (..., 4))
+    d_model: int,  # d
+    num_classes: int,  # C
+    prior: float = 0.01,  # pi
+) -> tuple:  # (class head (..., d) -> (..., C), box head (..., d) -> (..., 4))
     "Heads that start at the prior (@eq-detector-prior) and at a correction of zero"
     class_head, box_head = nn.Linear(d_model, num_classes), MLP(d_model, d_model, 4, 3)
-    nn.init.constant_(class_head.bias, -math.log((1-prior)/prior))
-    for p in box_head.layers[-1].parameters(): nn.init.zeros_(p)
+    nn.init.constant_(class_head.bias, -math.log((1 - prior) / prior))
+    for p in box_head.layers[-1].parameters():
+        nn.init.zeros_(p)
     return class_head, box_head
 
+
 def level_masks(
-    mask:Tensor, # (B,H,W) bool, True=padding; or None
-    features, # L maps (B,d,h,w)
-): # L masks (B,h,w), or None if nothing is padded
+    mask: Tensor,  # (B,H,W) bool, True=padding; or None
+    features,  # L maps (B,d,h,w)
+):  # L masks (B,h,w), or None if nothing is padded
     "The padding as each level sees it"
-    if mask is None or not mask.any(): return None
+    if mask is None or not mask.any():
+        return None
     return [resize_mask(mask, f.shape[-2:]) for f in features]
 
 # %% ../../nbs/detectors/06_detector.ipynb #43f76732
 def collect_outputs(
-    encoded:Encoded,
-    hs:Tensor, # (layers,B,P+Q,d)
-    cls:Tensor, # (layers,B,P+Q,C) logits
-    box:Tensor, # (layers,B,P+Q,4) cxcywh
-    extras=(), # `ExtraQueries` that were sent along, P in all
-    slices=None, # name -> slice of the P extra slots
-    states=(), # per layer (content, pos), each (B,P+Q,d)
-    seen=None, # outputs that hold the matching queries already; then there are P slots in all
-)->dict: # outputs
+    encoded: Encoded,
+    hs: Tensor,  # (layers,B,P+Q,d)
+    cls: Tensor,  # (layers,B,P+Q,C) logits
+    box: Tensor,  # (layers,B,P+Q,4) cxcywh
+    extras=(),  # `ExtraQueries` that were sent along, P in all
+    slices=None,  # name -> slice of the P extra slots
+    states=(),  # per layer (content, pos), each (B,P+Q,d)
+    seen=None,  # outputs that hold the matching queries already; then there are P slots in all
+) -> dict:  # outputs
     "Sort what the decoder said by who was asked"
-    extra = {e.name: dict(pred_logits=cls[:, :, s], pred_boxes=box[:, :, s], hs=hs[:, :, s], meta=e.meta)
-             for e in extras for s in [slices[e.name]]}
-    if seen is not None: return {**seen, 'extra': {**seen['extra'], **extra}}
+    extra = {
+        e.name: dict(pred_logits=cls[:, :, s], pred_boxes=box[:, :, s], hs=hs[:, :, s], meta=e.meta)
+        for e in extras
+        for s in [slices[e.name]]
+    }
+    if seen is not None:
+        return {**seen, 'extra': {**seen['extra'], **extra}}
     P = sum(e.content.shape[1] for e in extras)
     layers = [dict(pred_logits=c[:, P:], pred_boxes=b[:, P:]) for c, b in zip(cls, box)]
-    return dict(**layers[-1], aux_outputs=layers[:-1], hs=hs[:, :, P:], extra=extra, states=[(x[:, P:], p[:, P:]) for x, p in states],
-                enc_outputs=dict(pred_logits=encoded.enc_logits, pred_boxes=encoded.enc_boxes))
+    return dict(
+        **layers[-1],
+        aux_outputs=layers[:-1],
+        hs=hs[:, :, P:],
+        extra=extra,
+        states=[(x[:, P:], p[:, P:]) for x, p in states],
+        enc_outputs=dict(pred_logits=encoded.enc_logits, pred_boxes=encoded.enc_boxes),
+    )
+
 
 def _with_extras(encoded, extras, alone=False):
     "(content, boxes in [0,1], mask, slices) of extra and matching queries together, or of the extra ones alone"
     content, logits, blocked, slices = combine_extras(extras, encoded.content.shape[1])
     queries, references = encoded.content, encoded.reference_logits
-    if alone: queries, references, blocked = content.to(queries.dtype), logits.to(references.dtype), blocked[:content.shape[1]]
-    elif slices: queries, references = torch.cat([content.to(queries.dtype), queries], 1), torch.cat([logits.to(references.dtype), references], 1)
+    if alone:
+        queries, references, blocked = (
+            content.to(queries.dtype),
+            logits.to(references.dtype),
+            blocked[: content.shape[1]],
+        )
+    elif slices:
+        queries, references = (
+            torch.cat([content.to(queries.dtype), queries], 1),
+            torch.cat([logits.to(references.dtype), references], 1),
+        )
     return queries, references.sigmoid(), blocked, slices
 
 # %% ../../nbs/detectors/06_detector.ipynb #cb3272f8
 class Detector(nn.Module):
     "A detection transformer with query selection, box refinement and room for extra queries (DINO)"
-    def __init__(self, cfg:DetectorConfig):
+
+    def __init__(self, cfg: DetectorConfig):
         super().__init__()
-        if cfg.num_classes < 1: raise ConfigError('num_classes must be at least 1 to build a detector; take it from the data')
+        if cfg.num_classes < 1:
+            raise ConfigError('num_classes must be at least 1 to build a detector; take it from the data')
         self.cfg, t, d = cfg, cfg.transformer, cfg.transformer.d_model
         self.backbone = build_backbone(cfg.backbone)
         self.input_proj = InputProj(self.backbone.channels, d, t.n_levels)
@@ -111,34 +157,54 @@ class Detector(nn.Module):
         self.enc_class_head, self.enc_box_head = copy.deepcopy(self.class_head), copy.deepcopy(self.box_head)
         self.label_enc = nn.Embedding(max(cfg.denoising.label_rows, cfg.num_classes), d)
 
-    def encode(self,
-        images:Tensor, # (B,3,H,W) normalised, zero padded at the right and the bottom
-        mask:Tensor=None, # (B,H,W) bool, True=padding; None: nothing is padded
-    )->Encoded:
+    def encode(
+        self,
+        images: Tensor,  # (B,3,H,W) normalised, zero padded at the right and the bottom
+        mask: Tensor = None,  # (B,H,W) bool, True=padding; None: nothing is padded
+    ) -> Encoded:
         "Everything up to the proposals; needed once for any number of `decode`"
         features = self.input_proj(self.backbone(images))
-        return self.transformer.encode(features, level_masks(mask, features), self.enc_class_head, self.enc_box_head)
+        return self.transformer.encode(
+            features, level_masks(mask, features), self.enc_class_head, self.enc_box_head
+        )
 
-    def decode(self,
-        encoded:Encoded,
-        extras=(), # `ExtraQueries` to send along, in this order, in front of the matching queries
-        seen:dict=None, # outputs of `decode(encoded)`: only the extras go through, and the outputs are those of one common pass
-    )->dict: # outputs
+    def decode(
+        self,
+        encoded: Encoded,
+        extras=(),  # `ExtraQueries` to send along, in this order, in front of the matching queries
+        seen: dict = None,  # outputs of `decode(encoded)`: only the extras go through, and the outputs are those of one common pass
+    ) -> dict:  # outputs
         "Queries through the decoder and the heads"
-        if seen is not None and not extras: return seen
+        if seen is not None and not extras:
+            return seen
         queries, references, blocked, slices = _with_extras(encoded, extras, seen is not None)
         ratios = None if encoded.valid_ratios is None else encoded.valid_ratios.to(references.dtype)
-        hs, references, states = self.transformer.decoder(queries, references, encoded.memory, encoded.shapes, self.box_head,
-                                                  encoded.padding_mask, ratios, blocked, None if seen is None else seen['states'])
-        cls, box = self.class_head(hs), predict_boxes(references, self.box_head(hs), self.cfg.look_forward_twice)
-        if self.training and 'denoising' not in slices: cls = cls+0*self.label_enc.weight.sum() # every parameter gets a gradient
+        hs, references, states = self.transformer.decoder(
+            queries,
+            references,
+            encoded.memory,
+            encoded.shapes,
+            self.box_head,
+            encoded.padding_mask,
+            ratios,
+            blocked,
+            None if seen is None else seen['states'],
+        )
+        cls, box = (
+            self.class_head(hs),
+            predict_boxes(references, self.box_head(hs), self.cfg.look_forward_twice),
+        )
+        if self.training and 'denoising' not in slices:
+            cls = cls + 0 * self.label_enc.weight.sum()  # every parameter gets a gradient
         return collect_outputs(encoded, hs, cls, box, extras, slices, states, seen)
 
-    def forward(self, images:Tensor, mask:Tensor=None, targets:list=None)->dict:
+    def forward(self, images: Tensor, mask: Tensor = None, targets: list = None) -> dict:
         "Encode and decode; in training with `targets`, denoising queries made of them go along"
-        return self.decode(self.encode(images, mask), self.denoise(targets) if self.training and targets is not None else [])
+        return self.decode(
+            self.encode(images, mask), self.denoise(targets) if self.training and targets is not None else []
+        )
 
-    def denoise(self, targets:list)->list: # of `ExtraQueries`; empty where no image has a box
+    def denoise(self, targets: list) -> list:  # of `ExtraQueries`; empty where no image has a box
         "Denoising queries made of boxes, for `decode`"
         dn = denoising_queries(targets, self.label_enc, self.cfg.num_classes, self.cfg.denoising)
         return [] if dn is None else [dn]
@@ -146,19 +212,27 @@ class Detector(nn.Module):
 # %% ../../nbs/detectors/06_detector.ipynb #717e80f4
 @torch.no_grad()
 def post_process(
-    outputs:dict, # pred_logits (B,Q,C), pred_boxes (B,Q,4) cxcywh
-    sizes, # per image (H, W) of the pixels to report boxes in
-    top_k:int=300, # most detections an image
-    nms:float=None, # IoU of a per-class suppression before the cut (official stage 1: .6); None: no suppression
-    score_threshold:float=0., # scores must be larger; use .01 with `nms`, or all Q x C pairs go into it
-)->list: # per image dict(scores (K,) descending, labels (K,), boxes (K,4) xyxy pixels, inside the image)
+    outputs: dict,  # pred_logits (B,Q,C), pred_boxes (B,Q,4) cxcywh
+    sizes,  # per image (H, W) of the pixels to report boxes in
+    top_k: int = 300,  # most detections an image
+    nms: float = None,  # IoU of a per-class suppression before the cut (official stage 1: .6); None: no suppression
+    score_threshold: float = 0.0,  # scores must be larger; use .01 with `nms`, or all Q x C pairs go into it
+) -> list:  # per image dict(scores (K,) descending, labels (K,), boxes (K,4) xyxy pixels, inside the image)
     "The best pairs of query and class"
-    logits, boxes = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (outputs['pred_logits'], outputs['pred_boxes']))
-    scores, boxes, C, out = logits.sigmoid().flatten(1), cxcywh_to_xyxy(boxes).clamp(0, 1), logits.shape[-1], []
+    logits, boxes = (
+        x.to(torch.promote_types(x.dtype, torch.float32))
+        for x in (outputs['pred_logits'], outputs['pred_boxes'])
+    )
+    scores, boxes, C, out = (
+        logits.sigmoid().flatten(1),
+        cxcywh_to_xyxy(boxes).clamp(0, 1),
+        logits.shape[-1],
+        [],
+    )
     for s, b, (h, w) in zip(scores, boxes, sizes):
         s, order = s.sort(descending=True) if nms is not None else s.topk(min(top_k, len(s)))
         s, order = s[s > score_threshold], order[s > score_threshold]
-        b, labels = b[order//C]*b.new_tensor([w, h, w, h]), order % C
+        b, labels = b[order // C] * b.new_tensor([w, h, w, h]), order % C
         if nms is not None:
             keep = batched_nms(b, s, labels, nms)[:top_k]
             s, b, labels = s[keep], b[keep], labels[keep]

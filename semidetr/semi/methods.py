@@ -12,112 +12,145 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from ..boxes import transform_boxes
-from .consistency import (ConsistencyConfig, Projector, consistency_active, cross_view_extras, cross_view_losses,
-                                  hungarian_consistency, pair_boxes, pick_boxes)
+from semidetr.semi.consistency import (
+    ConsistencyConfig,
+    Projector,
+    consistency_active,
+    cross_view_extras,
+    cross_view_losses,
+    hungarian_consistency,
+    pair_boxes,
+    pick_boxes,
+)
 from ..core import ConfigError, suggest
 from ..matching.losses import CriterionConfig, set_criterion
 from ..matching.matching import stage_of
-from .mining import ClassRates, CostMemory, MiningConfig, class_rates, gather_costs, initial_boxes, matched_costs, mine, mining_threshold
+from semidetr.semi.mining import (
+    ClassRates,
+    CostMemory,
+    MiningConfig,
+    class_rates,
+    gather_costs,
+    initial_boxes,
+    matched_costs,
+    mine,
+    mining_threshold,
+)
 from .teacher import PseudoConfig, fixed_threshold, keep_boxes, teacher_detections, transport
 
 # %% ../../nbs/semi/03_methods.ipynb #487811b1
 @dataclass(frozen=True)
 class MethodConfig:
     "Which method, and when its parts act; iterations count from 0"
-    name:str = 'supervised' # 'supervised', 'mean_teacher' or 'semi_detr'
-    burn_in_iters:int = 0 # supervised iterations before the unsupervised losses (official: 0)
-    T1:int = 0 # first iteration of one-to-one matching; one-to-many before it (COCO-Partial: 60k of 120k; Full: 120k of 240k in the code, 180k in the paper)
-    unsup_weight:float = 4. # w_u (paper: 4 for COCO-Partial, 2 for COCO-Full)
-    unsup_ramp:int = 0 # iterations over which w_u grows from 0 after the burn-in (official: 0)
-    unsup_cdn:str = 'stage2' # denoising queries made of pseudo labels: 'stage2' (code), 'always', 'never'
+
+    name: str = 'supervised'  # 'supervised', 'mean_teacher' or 'semi_detr'
+    burn_in_iters: int = 0  # supervised iterations before the unsupervised losses (official: 0)
+    T1: int = 0  # first iteration of one-to-one matching; one-to-many before it (COCO-Partial: 60k of 120k; Full: 120k of 240k in the code, 180k in the paper)
+    unsup_weight: float = 4.0  # w_u (paper: 4 for COCO-Partial, 2 for COCO-Full)
+    unsup_ramp: int = 0  # iterations over which w_u grows from 0 after the burn-in (official: 0)
+    unsup_cdn: str = 'stage2'  # denoising queries made of pseudo labels: 'stage2' (code), 'always', 'never'
 
     def __post_init__(self):
-        if self.name not in METHODS: raise ConfigError(f"method.name='{self.name}' is unknown; {suggest(self.name, METHODS)}")
+        if self.name not in METHODS:
+            raise ConfigError(f"method.name='{self.name}' is unknown; {suggest(self.name, METHODS)}")
         if self.unsup_cdn not in ('stage2', 'always', 'never'):
             raise ConfigError(f"method.unsup_cdn='{self.unsup_cdn}' is unknown; known: always, never, stage2")
+
 
 @dataclass(frozen=True)
 class StepConfig:
     "All that a method needs to know"
-    method:MethodConfig = None
-    criterion:CriterionConfig = CriterionConfig()
-    pseudo:PseudoConfig = PseudoConfig()
-    mining:MiningConfig = MiningConfig()
-    consistency:ConsistencyConfig = ConsistencyConfig()
-    parts:nn.Module = None # what the method trains or remembers beside the two networks (`method_parts`)
+
+    method: MethodConfig = None
+    criterion: CriterionConfig = CriterionConfig()
+    pseudo: PseudoConfig = PseudoConfig()
+    mining: MiningConfig = MiningConfig()
+    consistency: ConsistencyConfig = ConsistencyConfig()
+    parts: nn.Module = None  # what the method trains or remembers beside the two networks (`method_parts`)
 
 # %% ../../nbs/semi/03_methods.ipynb #215f6b96
 def supervised(
-    student, # Detector in training mode
-    teacher, # not used
-    batch:dict, # needs `labelled`
-    step:int, # iteration t
-    cfg:StepConfig,
-): # (losses: dict of scalars whose keys start with loss_, stats: dict)
+    student,  # Detector in training mode
+    teacher,  # not used
+    batch: dict,  # needs `labelled`
+    step: int,  # iteration t
+    cfg: StepConfig,
+):  # (losses: dict of scalars whose keys start with loss_, stats: dict)
     "Losses of the labelled images alone (@eq-methods-sup)"
     part = batch['labelled']
     outputs = student(part['images'], part['mask'], part['targets'])
     losses = set_criterion(outputs, part['targets'], stage_of(step, cfg.method.T1), cfg.criterion)
-    return losses, dict(labelled_boxes=sum(len(t['labels']) for t in part['targets'])/max(1, len(part['targets'])))
+    return losses, dict(
+        labelled_boxes=sum(len(t['labels']) for t in part['targets']) / max(1, len(part['targets']))
+    )
 
 # %% ../../nbs/semi/03_methods.ipynb #813851db
 def unsup_weight(
-    step:int, # iteration t
-    cfg:MethodConfig,
-)->float: # factor of every unsupervised loss
+    step: int,  # iteration t
+    cfg: MethodConfig,
+) -> float:  # factor of every unsupervised loss
     "w_u after the burn-in, over a linear ramp if one is asked for"
-    since = step-cfg.burn_in_iters
-    if since < 0: return 0.
-    return cfg.unsup_weight*min(1., (since+1)/(cfg.unsup_ramp+1))
+    since = step - cfg.burn_in_iters
+    if since < 0:
+        return 0.0
+    return cfg.unsup_weight * min(1.0, (since + 1) / (cfg.unsup_ramp + 1))
+
 
 def to_original(
-    detections:list, # per image, pixels of a view
-    targets:list, # of that view
-)->list: # per image: image_id, boxes in pixels of the file, labels, scores
+    detections: list,  # per image, pixels of a view
+    targets: list,  # of that view
+) -> list:  # per image: image_id, boxes in pixels of the file, labels, scores
     "Take boxes back to the pixels of the image file, where the hidden truth lives"
     out = []
     for d, t in zip(detections, targets):
-        boxes, _ = transform_boxes(d['boxes'], torch.linalg.inv(t['matrix'].double()), t['orig_size'], 0.)
-        out.append(dict(image_id=t['image_id'], boxes=boxes.cpu(), labels=d['labels'].cpu(), scores=d['scores'].cpu()))
+        boxes, _ = transform_boxes(d['boxes'], torch.linalg.inv(t['matrix'].double()), t['orig_size'], 0.0)
+        out.append(
+            dict(
+                image_id=t['image_id'], boxes=boxes.cpu(), labels=d['labels'].cpu(), scores=d['scores'].cpu()
+            )
+        )
     return out
 
 # %% ../../nbs/semi/03_methods.ipynb #13d4eaa2
 def weighted(
-    losses:dict, # name -> scalar
-    weight:float,
-    prefix:str, # goes behind `loss_`
-)->dict: # renamed and scaled
+    losses: dict,  # name -> scalar
+    weight: float,
+    prefix: str,  # goes behind `loss_`
+) -> dict:  # renamed and scaled
     "`loss_cls` becomes `loss_<prefix>_cls`, times `weight`"
-    return {f"loss_{prefix}_{k.removeprefix('loss_')}": v*weight for k, v in losses.items()}
+    return {f"loss_{prefix}_{k.removeprefix('loss_')}": v * weight for k, v in losses.items()}
+
 
 @torch.no_grad()
 def look(
     teacher,
-    part:dict, # the weak views
-    cfg:PseudoConfig,
-)->list: # per image detections of `teacher_detections`
+    part: dict,  # the weak views
+    cfg: PseudoConfig,
+) -> list:  # per image detections of `teacher_detections`
     "What the teacher sees"
     return teacher_detections(teacher(part['images'], part['mask']), part['targets'], cfg)
 
 # %% ../../nbs/semi/03_methods.ipynb #8dd5e78a
 def has_denoising(
-    stage:str, # 'o2m' or 'o2o'
-    cfg:MethodConfig,
-)->bool:
+    stage: str,  # 'o2m' or 'o2o'
+    cfg: MethodConfig,
+) -> bool:
     "Do pseudo labels make denoising queries? In the published code: in the second stage"
     return cfg.unsup_cdn == 'always' or (cfg.unsup_cdn == 'stage2' and stage == 'o2o')
 
+
 def mean_teacher(
-    student, # Detector in training mode
-    teacher, # its average, in eval mode
-    batch:dict, # `labelled`, and `weak` and `strong` when there are unlabelled images
-    step:int, # iteration t
-    cfg:StepConfig,
-): # (losses, stats)
+    student,  # Detector in training mode
+    teacher,  # its average, in eval mode
+    batch: dict,  # `labelled`, and `weak` and `strong` when there are unlabelled images
+    step: int,  # iteration t
+    cfg: StepConfig,
+):  # (losses, stats)
     "Labelled losses plus w_u times the same losses on the teacher's boxes (@eq-methods-mt)"
     losses, stats = supervised(student, teacher, batch, step, cfg)
     weight = unsup_weight(step, cfg.method)
-    if 'weak' not in batch or weight == 0: return losses, stats
+    if 'weak' not in batch or weight == 0:
+        return losses, stats
     weak, strong = batch['weak'], batch['strong']
     seen = look(teacher, weak, cfg.pseudo)
     pseudo = keep_boxes(seen, [fixed_threshold(d['scores'], cfg.pseudo.threshold) for d in seen])
@@ -126,61 +159,72 @@ def mean_teacher(
     cdn = has_denoising(stage, cfg.method)
     outputs = student(strong['images'], strong['mask'], targets if cdn else None)
     losses |= weighted(set_criterion(outputs, targets, stage, cfg.criterion, denoising=cdn), weight, 'unsup')
-    return losses, stats | pseudo_stats(seen, pseudo, targets) | dict(pseudo=to_original(pseudo, weak['targets']))
+    return losses, stats | pseudo_stats(seen, pseudo, targets) | dict(
+        pseudo=to_original(pseudo, weak['targets'])
+    )
 
 # %% ../../nbs/semi/03_methods.ipynb #137cc6c5
 def pseudo_stats(
-    seen:list, # the teacher's detections
-    pseudo:list, # those that passed the filter; in `semi_detr` only those that lie in the strong view as well
-    targets:list, # those that are left in the strong view
-)->dict: # plain numbers
+    seen: list,  # the teacher's detections
+    pseudo: list,  # those that passed the filter; in `semi_detr` only those that lie in the strong view as well
+    targets: list,  # those that are left in the strong view
+) -> dict:  # plain numbers
     "How much the teacher said and how sure it was"
     n = max(1, len(seen))
     scores = torch.cat([p['scores'] for p in pseudo]) if pseudo else torch.zeros(0)
-    return dict(pseudo_boxes=sum(len(p['scores']) for p in pseudo)/n,
-                strong_boxes=sum(len(t['labels']) for t in targets)/n,
-                pseudo_score=float(scores.mean()) if len(scores) else 0.,
-                empty_images=sum(len(p['scores']) == 0 for p in pseudo)/n,
-                top_score=sum(float(d['scores'].max()) if len(d['scores']) else 0. for d in seen)/n)
-
-
+    return dict(
+        pseudo_boxes=sum(len(p['scores']) for p in pseudo) / n,
+        strong_boxes=sum(len(t['labels']) for t in targets) / n,
+        pseudo_score=float(scores.mean()) if len(scores) else 0.0,
+        empty_images=sum(len(p['scores']) == 0 for p in pseudo) / n,
+        top_score=sum(float(d['scores'].max()) if len(d['scores']) else 0.0 for d in seen) / n,
+    )
 
 # %% ../../nbs/semi/03_methods.ipynb #ceb9e2b4
 def method_parts(
-    cfg, # Config, with `detector`, `method`, `mining`, `consistency`
-    labelled=None, # data set that tells how often classes occur; needed by the filter 'class_rate'
-)->nn.Module: # an empty module for methods that need nothing
+    cfg,  # Config, with `detector`, `method`, `mining`, `consistency`
+    labelled=None,  # data set that tells how often classes occur; needed by the filter 'class_rate'
+) -> nn.Module:  # an empty module for methods that need nothing
     "What a method trains or remembers beside student and teacher; one instance, never averaged, part of the checkpoint"
     parts = nn.Module()
-    if cfg.method.name != 'semi_detr': return parts
-    if 'class_rate' in (cfg.mining.sup_filter, cfg.mining.con_filter): parts.rates = ClassRates(class_rates(labelled, cfg.detector.num_classes), cfg.mining.rate_window)
-    if cfg.mining.memory: parts.memory = CostMemory(cfg.mining.memory)
-    if (c := cfg.consistency).asks: parts.projector = Projector(cfg.detector.transformer.d_model, c.hidden, c.projector)
+    if cfg.method.name != 'semi_detr':
+        return parts
+    if 'class_rate' in (cfg.mining.sup_filter, cfg.mining.con_filter):
+        parts.rates = ClassRates(class_rates(labelled, cfg.detector.num_classes), cfg.mining.rate_window)
+    if cfg.mining.memory:
+        parts.memory = CostMemory(cfg.mining.memory)
+    if (c := cfg.consistency).asks:
+        parts.projector = Projector(cfg.detector.transformer.d_model, c.hidden, c.projector)
     return parts
 
+
 def select(
-    targets:list, # per image dict with `boxes`, `labels`, `scores` of the same length, among others
-    masks:list, # per image (K,) bool
-)->list:
+    targets: list,  # per image dict with `boxes`, `labels`, `scores` of the same length, among others
+    masks: list,  # per image (K,) bool
+) -> list:
     "Fewer boxes, everything else as it was"
     return [{**t, **{k: t[k][m] for k in ('boxes', 'labels', 'scores')}} for t, m in zip(targets, masks)]
 
 # %% ../../nbs/semi/03_methods.ipynb #2e3cd2c9
 @torch.no_grad()
 def mine_pseudo_labels(
-    taught:dict, # outputs of the teacher on the weak view
-    outputs:dict, # of the student's matching queries on the strong view
-    weak:list, strong:list, # targets of the two views
-    cfg:StepConfig,
-)->dict: # seen: all detections; weak: B^0 in the weak view; strong: the same boxes as targets; sup, con: masks; costs, tau, mixture
+    taught: dict,  # outputs of the teacher on the weak view
+    outputs: dict,  # of the student's matching queries on the strong view
+    weak: list,
+    strong: list,  # targets of the two views
+    cfg: StepConfig,
+) -> dict:  # seen: all detections; weak: B^0 in the weak view; strong: the same boxes as targets; sup, con: masks; costs, tau, mixture
     "From the teacher's detections to B^sup and B^con (@sec-mining)"
     seen = teacher_detections(taught, weak, cfg.pseudo)
     first = keep_boxes(seen, initial_boxes(seen, cfg.mining, cfg.pseudo.threshold))
     moved = transport(first, weak, strong, cfg.pseudo.min_side)
-    first = [{k: v[m['source']] for k, v in d.items()} for d, m in zip(first, moved)] # what the student can see at all
+    first = [
+        {k: v[m['source']] for k, v in d.items()} for d, m in zip(first, moved)
+    ]  # what the student can see at all
     costs = matched_costs(outputs, moved, cfg.criterion)
     pooled = gather_costs(costs)
-    if hasattr(cfg.parts, 'memory'): pooled = cfg.parts.memory.add(pooled)
+    if hasattr(cfg.parts, 'memory'):
+        pooled = cfg.parts.memory.add(pooled)
     tau, mixture = mining_threshold(pooled, cfg.mining.solver)
     least = cfg.parts.rates.add(seen) if hasattr(cfg.parts, 'rates') else None
     sup, con = mine(first, costs, tau, cfg.mining, cfg.pseudo.threshold, least)
@@ -188,71 +232,91 @@ def mine_pseudo_labels(
 
 # %% ../../nbs/semi/03_methods.ipynb #9a1b0c49
 def encode_decode(
-    detector, # student or teacher
-    part:dict, # images of one view
-)->tuple: # (Encoded, outputs)
+    detector,  # student or teacher
+    part: dict,  # images of one view
+) -> tuple:  # (Encoded, outputs)
     "Both halves of a detector, without extra queries"
     encoded = detector.encode(part['images'], part['mask'])
     return encoded, detector.decode(encoded)
 
+
 def ask_both(
-    student, teacher, # detectors
-    ours, theirs, # (Encoded, outputs) of the student's strong and the teacher's weak view
-    mined:dict, # of `mine_pseudo_labels`
-    extras:list, # other extra queries of the student's decoder
-    batch:dict,
-    cfg:StepConfig,
-): # (the student's outputs with all extra queries, consistency losses)
+    student,
+    teacher,  # detectors
+    ours,
+    theirs,  # (Encoded, outputs) of the student's strong and the teacher's weak view
+    mined: dict,  # of `mine_pseudo_labels`
+    extras: list,  # other extra queries of the student's decoder
+    batch: dict,
+    cfg: StepConfig,
+):  # (the student's outputs with all extra queries, consistency losses)
     "Both decoders answer the cross-view queries (@eq-consistency-loss); the student's other extra queries go along"
     c, weak, strong = cfg.consistency, batch['weak'], batch['strong']
     if c.correspondence == 'hungarian':
-        return student.decode(ours[0], extras, ours[1]), hungarian_consistency(ours[1], theirs[1], weak['targets'], strong['targets'], c)
+        return student.decode(ours[0], extras, ours[1]), hungarian_consistency(
+            ours[1], theirs[1], weak['targets'], strong['targets'], c
+        )
     con, sup = (keep_boxes(mined['weak'], mined[k]) for k in ('con', 'sup'))
     picked = pick_boxes(con, sup, [t['size'] for t in weak['targets']], c, proposals=mined['seen'])
     pairs = pair_boxes(picked, weak['targets'], strong['targets'], c, cfg.pseudo.min_side)
     frames = weak['images'].shape[-2:], strong['images'].shape[-2:]
     asked, same = cross_view_extras(cfg.parts.projector, theirs[0], ours[0], pairs, frames, c)
     outputs = student.decode(ours[0], [*asked, *extras], ours[1])
-    with torch.no_grad(): answers = teacher.decode(theirs[0], same, theirs[1])
+    with torch.no_grad():
+        answers = teacher.decode(theirs[0], same, theirs[1])
     return outputs, cross_view_losses(outputs, answers, c)
 
 # %% ../../nbs/semi/03_methods.ipynb #be9fa308
 def semi_detr(
-    student, # detector in training mode
-    teacher, # its average, in eval mode
-    batch:dict, # `labelled`, and `weak` and `strong` when there are unlabelled images
-    step:int, # iteration t
-    cfg:StepConfig,
-): # (losses, stats)
+    student,  # detector in training mode
+    teacher,  # its average, in eval mode
+    batch: dict,  # `labelled`, and `weak` and `strong` when there are unlabelled images
+    step: int,  # iteration t
+    cfg: StepConfig,
+):  # (losses, stats)
     "Labelled losses plus w_u times detection losses on B^sup and consistency losses on B^con (@eq-methods-semi)"
     losses, stats = supervised(student, teacher, batch, step, cfg)
     weight = unsup_weight(step, cfg.method)
-    if 'weak' not in batch or weight == 0: return losses, stats
+    if 'weak' not in batch or weight == 0:
+        return losses, stats
     weak, strong, stage = batch['weak'], batch['strong'], stage_of(step, cfg.method.T1)
-    with torch.no_grad(): theirs = encode_decode(teacher, weak)
+    with torch.no_grad():
+        theirs = encode_decode(teacher, weak)
     ours = encode_decode(student, strong)
     mined = mine_pseudo_labels(theirs[1], ours[1], weak['targets'], strong['targets'], cfg)
     targets, cdn = select(mined['strong'], mined['sup']), has_denoising(stage, cfg.method)
     extras = student.denoise(targets) if cdn else []
-    if consistency_active(step, cfg.method.T1, c := cfg.consistency) and (c.asks or c.correspondence == 'hungarian'):
+    if consistency_active(step, cfg.method.T1, c := cfg.consistency) and (
+        c.asks or c.correspondence == 'hungarian'
+    ):
         outputs, con = ask_both(student, teacher, ours, theirs, mined, extras, batch, cfg)
-    else: outputs, con = student.decode(ours[0], extras, ours[1]), {}
-    losses |= weighted({**set_criterion(outputs, targets, stage, cfg.criterion, cdn, stats), **con}, weight, 'unsup')
-    if con: stats['loss_con'] = sum(v.item() for v in con.values())
+    else:
+        outputs, con = student.decode(ours[0], extras, ours[1]), {}
+    losses |= weighted(
+        {**set_criterion(outputs, targets, stage, cfg.criterion, cdn, stats), **con}, weight, 'unsup'
+    )
+    if con:
+        stats['loss_con'] = sum(v.item() for v in con.values())
     return losses, stats | mining_stats(mined, targets, weak['targets'])
 
 # %% ../../nbs/semi/03_methods.ipynb #cce9c538
 @torch.no_grad()
 def mining_stats(
-    mined:dict, # of `mine_pseudo_labels`
-    targets:list, # B^sup in the strong view
-    weak:list, # targets of the weak views
-)->dict: # plain numbers, and `pseudo`, `mined` and `initial` for the health monitor
+    mined: dict,  # of `mine_pseudo_labels`
+    targets: list,  # B^sup in the strong view
+    weak: list,  # targets of the weak views
+) -> dict:  # plain numbers, and `pseudo`, `mined` and `initial` for the health monitor
     "What mining did in one step"
     sup, con = (keep_boxes(mined['weak'], mined[k]) for k in ('sup', 'con'))
     n, mean = max(1, len(con)), mined['mixture'].means.tolist()
-    out = pseudo_stats(mined['seen'], sup, targets) | dict(initial_boxes=sum(map(len, mined['costs']))/n, con_boxes=sum(len(c['scores']) for c in con)/n)
-    if any(map(len, mined['costs'])): out |= dict(cost_threshold=float(mined['tau']), cost_mean_low=mean[0], cost_mean_high=mean[1])
-    return out | dict(pseudo=to_original(sup, weak), mined=to_original(con, weak), initial=to_original(mined['weak'], weak))
+    out = pseudo_stats(mined['seen'], sup, targets) | dict(
+        initial_boxes=sum(map(len, mined['costs'])) / n, con_boxes=sum(len(c['scores']) for c in con) / n
+    )
+    if any(map(len, mined['costs'])):
+        out |= dict(cost_threshold=float(mined['tau']), cost_mean_low=mean[0], cost_mean_high=mean[1])
+    return out | dict(
+        pseudo=to_original(sup, weak), mined=to_original(con, weak), initial=to_original(mined['weak'], weak)
+    )
+
 
 METHODS = dict(supervised=supervised, mean_teacher=mean_teacher, semi_detr=semi_detr)

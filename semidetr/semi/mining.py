@@ -21,71 +21,101 @@ from .teacher import fixed_threshold, mean_std
 @dataclass(frozen=True)
 class MiningConfig:
     "Which of the teacher's boxes train the student, and which only its consistency; the defaults are those of the published code"
-    con_filter:str = 'cpm' # B^con: 'cpm' (mined), 'score' (the same as B^sup), 'mean_std', 'top_k', 'per_class', 'class_rate', 'all'
-    sup_filter:str = 'score' # B^sup, out of B^0: 'score' (threshold of the pseudo labels), 'mean_std', 'top_k', 'per_class', 'class_rate', 'all', 'cpm' (hurts, says the paper)
-    init:str = 'mean_std' # B^0: 'mean_std' (code), 'score' (paper), 'all'
-    union:bool = True # B^con includes B^sup (code); False: the filter's boxes alone (paper)
-    top_k:int = 10 # boxes an image that 'top_k' keeps
-    quantile:float = .5 # 'per_class' drops this share of the boxes of each class in an image
-    class_thresholds:tuple[float, ...] = () # 'per_class' with these: one score a class instead of a share
-    rate_window:int = 20 # 'class_rate': iterations whose scores set the thresholds
-    memory:int = 0 # costs of so many past iterations join the fit; 0 = this batch alone (code)
-    solver:str = 'torch' # who fits the mixture: 'torch' (on the device) or 'sklearn' (reference)
+
+    con_filter: str = 'cpm'  # B^con: 'cpm' (mined), 'score' (the same as B^sup), 'mean_std', 'top_k', 'per_class', 'class_rate', 'all'
+    sup_filter: str = 'score'  # B^sup, out of B^0: 'score' (threshold of the pseudo labels), 'mean_std', 'top_k', 'per_class', 'class_rate', 'all', 'cpm' (hurts, says the paper)
+    init: str = 'mean_std'  # B^0: 'mean_std' (code), 'score' (paper), 'all'
+    union: bool = True  # B^con includes B^sup (code); False: the filter's boxes alone (paper)
+    top_k: int = 10  # boxes an image that 'top_k' keeps
+    quantile: float = 0.5  # 'per_class' drops this share of the boxes of each class in an image
+    class_thresholds: tuple[float, ...] = ()  # 'per_class' with these: one score a class instead of a share
+    rate_window: int = 20  # 'class_rate': iterations whose scores set the thresholds
+    memory: int = 0  # costs of so many past iterations join the fit; 0 = this batch alone (code)
+    solver: str = 'torch'  # who fits the mixture: 'torch' (on the device) or 'sklearn' (reference)
 
     def __post_init__(self):
-        known = dict(con_filter=(*FILTERS, 'cpm', 'class_rate'), sup_filter=(*FILTERS, 'cpm', 'class_rate'), init=('mean_std', 'score', 'all'), solver=('torch', 'sklearn'))
+        known = dict(
+            con_filter=(*FILTERS, 'cpm', 'class_rate'),
+            sup_filter=(*FILTERS, 'cpm', 'class_rate'),
+            init=('mean_std', 'score', 'all'),
+            solver=('torch', 'sklearn'),
+        )
         for key, words in known.items():
-            if getattr(self, key) not in words: raise ConfigError(f"mining.{key}='{getattr(self, key)}' is unknown; {suggest(getattr(self, key), words)}")
-        if self.memory < 0 or self.top_k < 1: raise ConfigError(f'mining.memory={self.memory} must be at least 0 and mining.top_k={self.top_k} at least 1')
-        if self.rate_window < 1: raise ConfigError(f'mining.rate_window={self.rate_window} must be at least 1')
-        if not 0 <= self.quantile <= 1: raise ConfigError(f'mining.quantile={self.quantile} must lie between 0 and 1')
+            if getattr(self, key) not in words:
+                raise ConfigError(
+                    f"mining.{key}='{getattr(self, key)}' is unknown; {suggest(getattr(self, key), words)}"
+                )
+        if self.memory < 0 or self.top_k < 1:
+            raise ConfigError(
+                f'mining.memory={self.memory} must be at least 0 and mining.top_k={self.top_k} at least 1'
+            )
+        if self.rate_window < 1:
+            raise ConfigError(f'mining.rate_window={self.rate_window} must be at least 1')
+        if not 0 <= self.quantile <= 1:
+            raise ConfigError(f'mining.quantile={self.quantile} must lie between 0 and 1')
 
 # %% ../../nbs/semi/01_mining.ipynb #a87fa709
-def _top_k(scores, k): return torch.zeros_like(scores, dtype=torch.bool).index_fill(0, scores.topk(min(k, len(scores))).indices, True)
+def _top_k(scores, k):
+    return torch.zeros_like(scores, dtype=torch.bool).index_fill(
+        0, scores.topk(min(k, len(scores))).indices, True
+    )
+
 
 def _per_class(scores, labels, cfg, threshold):
     "A score for each class, or the best share of each class of the image"
     if cfg.class_thresholds:
-        least = scores.new_tensor([*cfg.class_thresholds, threshold]) # classes without a number: `threshold`
+        least = scores.new_tensor([*cfg.class_thresholds, threshold])  # classes without a number: `threshold`
         return scores >= least[labels.clamp(max=len(cfg.class_thresholds))]
     same = labels[:, None] == labels
     better = (same & (scores > scores[:, None])).sum(1)
-    return better < ((1-cfg.quantile)*same.sum(1)).ceil()
+    return better < ((1 - cfg.quantile) * same.sum(1)).ceil()
 
-FILTERS = dict( # name -> filter(scores (K,), labels (K,), cfg, threshold) -> (K,) bool, for one image
+
+FILTERS = dict(  # name -> filter(scores (K,), labels (K,), cfg, threshold) -> (K,) bool, for one image
     score=lambda scores, labels, cfg, threshold: fixed_threshold(scores, threshold),
-    mean_std=lambda scores, labels, cfg, threshold: torch.ones_like(scores, dtype=torch.bool) if cfg.init == 'mean_std' else mean_std(scores),
+    mean_std=lambda scores, labels, cfg, threshold: (
+        torch.ones_like(scores, dtype=torch.bool) if cfg.init == 'mean_std' else mean_std(scores)
+    ),
     top_k=lambda scores, labels, cfg, threshold: _top_k(scores, cfg.top_k),
     per_class=_per_class,
-    all=lambda scores, labels, cfg, threshold: torch.ones_like(scores, dtype=torch.bool))
+    all=lambda scores, labels, cfg, threshold: torch.ones_like(scores, dtype=torch.bool),
+)
 
 # %% ../../nbs/semi/01_mining.ipynb #d900c5b0
 @torch.no_grad()
 def initial_boxes(
-    detections:list, # per image dict(scores (K,), boxes (K,4) xyxy of the weak view), after NMS
-    cfg:MiningConfig=MiningConfig(), # `init`
-    threshold:float=.4, # score for init='score'
-)->list: # per image (K,) bool
+    detections: list,  # per image dict(scores (K,), boxes (K,4) xyxy of the weak view), after NMS
+    cfg: MiningConfig = MiningConfig(),  # `init`
+    threshold: float = 0.4,  # score for init='score'
+) -> list:  # per image (K,) bool
     "B^0, the boxes that get a cost: those that stand out of the scores of their own image, and have an area"
+
     def passes(scores):
-        if cfg.init == 'mean_std': return mean_std(scores)
+        if cfg.init == 'mean_std':
+            return mean_std(scores)
         return fixed_threshold(scores, threshold if cfg.init == 'score' else -math.inf)
+
     return [passes(d['scores']) & (d['boxes'][:, 2:] > d['boxes'][:, :2]).all(1) for d in detections]
 
 # %% ../../nbs/semi/01_mining.ipynb #df5b6fab
 @torch.no_grad()
 def matched_costs(
-    outputs:dict, # `pred_logits` (B,Q,C) and `pred_boxes` (B,Q,4) of the student's last layer on the strong view
-    targets:list, # per image dict(labels (K,), boxes (K,4) cxcywh of the strong view): B^0 after transport
-    criterion:CriterionConfig=CriterionConfig(), # weights of the cost
-)->list: # per image (K,) float32, one cost a box; inf where there were fewer queries than boxes
+    outputs: dict,  # `pred_logits` (B,Q,C) and `pred_boxes` (B,Q,4) of the student's last layer on the strong view
+    targets: list,  # per image dict(labels (K,), boxes (K,4) cxcywh of the strong view): B^0 after transport
+    criterion: CriterionConfig = CriterionConfig(),  # weights of the cost
+) -> list:  # per image (K,) float32, one cost a box; inf where there were fewer queries than boxes
     "What the best assignment to the student's predictions costs each box (@eq-matching-cost)"
-    found = hungarian(outputs, targets, with_cost=True, w_cls=criterion.w_cls, w_l1=criterion.w_l1, w_giou=criterion.w_giou)
-    return [c.new_full((len(t['labels']),), math.inf).scatter(0, i, c) for t, (_, i, c) in zip(targets, found)]
+    found = hungarian(
+        outputs, targets, with_cost=True, w_cls=criterion.w_cls, w_l1=criterion.w_l1, w_giou=criterion.w_giou
+    )
+    return [
+        c.new_full((len(t['labels']),), math.inf).scatter(0, i, c) for t, (_, i, c) in zip(targets, found)
+    ]
+
 
 def gather_costs(
-    costs:list, # per image (K,)
-)->Tensor: # (n,) finite costs of all processes, in the order of the ranks
+    costs: list,  # per image (K,)
+) -> Tensor:  # (n,) finite costs of all processes, in the order of the ranks
     "The costs of the whole batch, over all processes; every process must call it, with or without boxes"
     mine = torch.cat(costs) if costs else torch.zeros(0)
     return all_gather_cat(mine[mine.isfinite()])
@@ -94,166 +124,226 @@ def gather_costs(
 @dataclass
 class Mixture:
     "Two Gaussians on the line; component 0 started at the smallest value. All tensors (...,2) float64"
-    weights:Tensor
-    means:Tensor
-    variances:Tensor
+
+    weights: Tensor
+    means: Tensor
+    variances: Tensor
+
 
 def log_joint(
-    x:Tensor, # (...,n)
-    mixture:Mixture,
-)->Tensor: # (...,n,2)
+    x: Tensor,  # (...,n)
+    mixture: Mixture,
+) -> Tensor:  # (...,n,2)
     "Logarithm of weight times density of each component"
     w, mu, var = (v[..., None, :] for v in (mixture.weights, mixture.means, mixture.variances))
-    return w.log()-.5*(math.log(2*math.pi)+var.log()+(x[..., None]-mu)**2/var)
+    return w.log() - 0.5 * (math.log(2 * math.pi) + var.log() + (x[..., None] - mu) ** 2 / var)
 
 # %% ../../nbs/semi/01_mining.ipynb #27adea3a
 def _m_step(x, r, reg):
     "Mixture of data (...,n) with responsibilities (...,n,2)"
-    n = r.sum(-2)+10*torch.finfo(x.dtype).eps
-    mu = (r*x[..., None]).sum(-2)/n
-    var = (r*(x[..., None]-mu[..., None, :])**2).sum(-2)/n+reg
-    return Mixture(n/n.sum(-1, keepdim=True), mu, var)
+    n = r.sum(-2) + 10 * torch.finfo(x.dtype).eps
+    mu = (r * x[..., None]).sum(-2) / n
+    var = (r * (x[..., None] - mu[..., None, :]) ** 2).sum(-2) / n + reg
+    return Mixture(n / n.sum(-1, keepdim=True), mu, var)
+
 
 @torch.no_grad()
 def fit_mixture(
-    costs:Tensor, # (...,n); leading dimensions are fitted side by side
-    mask:Tensor|None=None, # (...,n) bool, False = not there
-    reg:float=1e-5, # added to the variances
-    max_iter:int=100, tol:float=1e-3, # stop when the mean log-likelihood changes by less
-)->Mixture: # (...,2); NaN where there is no cost
+    costs: Tensor,  # (...,n); leading dimensions are fitted side by side
+    mask: Tensor | None = None,  # (...,n) bool, False = not there
+    reg: float = 1e-5,  # added to the variances
+    max_iter: int = 100,
+    tol: float = 1e-3,  # stop when the mean log-likelihood changes by less
+) -> Mixture:  # (...,2); NaN where there is no cost
     "EM from (minimum, maximum), unit variances and equal weights, in float64 on the device of the costs"
     x = costs.double()
     mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
-    n, x = mask.sum(-1), torch.where(mask, x, 0.)
-    ends = [f(torch.where(mask, x, s*math.inf), -1).values if x.shape[-1] else x.sum(-1)*math.nan for f, s in ((torch.min, 1), (torch.max, -1))]
-    mix = Mixture(*(torch.stack(v, -1) for v in ([x.new_full(n.shape, .5)]*2, ends, [x.new_ones(n.shape)]*2)))
+    n, x = mask.sum(-1), torch.where(mask, x, 0.0)
+    ends = [
+        f(torch.where(mask, x, s * math.inf), -1).values if x.shape[-1] else x.sum(-1) * math.nan
+        for f, s in ((torch.min, 1), (torch.max, -1))
+    ]
+    mix = Mixture(
+        *(torch.stack(v, -1) for v in ([x.new_full(n.shape, 0.5)] * 2, ends, [x.new_ones(n.shape)] * 2))
+    )
     bound, done = x.new_full(n.shape, -math.inf), n == 0
     for _ in range(max_iter):
         joint = log_joint(x, mix)
         total = joint.logsumexp(-1)
-        new = _m_step(x, (joint-total[..., None]).exp()*mask[..., None], reg)
-        mix = Mixture(*(torch.where(done[..., None], a, b) for a, b in ((mix.weights, new.weights), (mix.means, new.means), (mix.variances, new.variances))))
-        level = (total*mask).sum(-1)/n
-        done, bound = done | ((level-bound).abs() < tol), level
-        if done.all(): break
+        new = _m_step(x, (joint - total[..., None]).exp() * mask[..., None], reg)
+        mix = Mixture(
+            *(
+                torch.where(done[..., None], a, b)
+                for a, b in (
+                    (mix.weights, new.weights),
+                    (mix.means, new.means),
+                    (mix.variances, new.variances),
+                )
+            )
+        )
+        level = (total * mask).sum(-1) / n
+        done, bound = done | ((level - bound).abs() < tol), level
+        if done.all():
+            break
     empty = (n == 0)[..., None]
     return Mixture(*(v.masked_fill(empty, math.nan) for v in (mix.weights, mix.means, mix.variances)))
 
 # %% ../../nbs/semi/01_mining.ipynb #153c4c3e
 @torch.no_grad()
 def fit_mixture_sklearn(
-    costs:Tensor, # (n,)
-)->Mixture: # (2,)
+    costs: Tensor,  # (n,)
+) -> Mixture:  # (2,)
     "The same fit by scikit-learn, on the host: the reference"
-    if len(costs) < 2: return fit_mixture(costs) # scikit-learn asks for two samples
+    if len(costs) < 2:
+        return fit_mixture(costs)  # scikit-learn asks for two samples
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
+
     x = costs.detach().double().cpu().numpy()[:, None]
-    model = GaussianMixture(2, covariance_type='diag', reg_covar=1e-5, weights_init=[.5, .5],
-                            means_init=[[x.min()], [x.max()]], precisions_init=[[1.], [1.]])
+    model = GaussianMixture(
+        2,
+        covariance_type='diag',
+        reg_covar=1e-5,
+        weights_init=[0.5, 0.5],
+        means_init=[[x.min()], [x.max()]],
+        precisions_init=[[1.0], [1.0]],
+    )
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', ConvergenceWarning)
         model.fit(x)
-    return Mixture(*(torch.from_numpy(v.reshape(2)).to(costs.device) for v in (model.weights_, model.means_, model.covariances_)))
+    return Mixture(
+        *(
+            torch.from_numpy(v.reshape(2)).to(costs.device)
+            for v in (model.weights_, model.means_, model.covariances_)
+        )
+    )
 
 # %% ../../nbs/semi/01_mining.ipynb #fc2988f8
 @torch.no_grad()
 def mining_threshold(
-    costs, # (n,) tensor or list of numbers; what is not finite is left out
-    solver:str='torch', # 'torch' or 'sklearn'
-): # (cost threshold: 0-d tensor, one of the costs, or 0 without any; Mixture)
+    costs,  # (n,) tensor or list of numbers; what is not finite is left out
+    solver: str = 'torch',  # 'torch' or 'sklearn'
+):  # (cost threshold: 0-d tensor, one of the costs, or 0 without any; Mixture)
     "The cost with the highest likelihood in the cluster of low costs (@eq-mining-threshold)"
     x = costs.detach().flatten() if isinstance(costs, Tensor) else torch.tensor(costs, dtype=torch.float64)
     x = x[x.isfinite()].sort().values
     mix = (fit_mixture if solver == 'torch' else fit_mixture_sklearn)(x)
-    if not len(x): return x.new_zeros(()), mix
+    if not len(x):
+        return x.new_zeros(()), mix
     joint = log_joint(x.double(), mix)
-    low = joint[:, 0] >= joint[:, 1]-1e-9 # what is smaller is rounding; a tie is component 0, as in scikit-learn
-    score = joint.logsumexp(-1).masked_fill(~(low | ~low.any()), -math.inf) # nobody in component 0: component 1
-    likely = score >= score.max()-1e-9 # equally likely: the larger cost
+    low = (
+        joint[:, 0] >= joint[:, 1] - 1e-9
+    )  # what is smaller is rounding; a tie is component 0, as in scikit-learn
+    score = joint.logsumexp(-1).masked_fill(
+        ~(low | ~low.any()), -math.inf
+    )  # nobody in component 0: component 1
+    likely = score >= score.max() - 1e-9  # equally likely: the larger cost
     return x[torch.where(likely, x, -math.inf).argmax()], mix
 
 # %% ../../nbs/semi/01_mining.ipynb #d439dcd4
 @torch.no_grad()
 def mine(
-    detections:list, # per image dict(scores (K,), labels (K,), ...): B^0
-    costs:list, # per image (K,) of `matched_costs`
-    tau, # cost threshold of `mining_threshold`
-    cfg:MiningConfig=MiningConfig(), # the filters
-    threshold:float=.4, # score of a trusted box
-    least=None, # (C,) score from which a class is kept by 'class_rate', of `ClassRates`
-): # (B^sup, B^con), each per image (K,) bool
+    detections: list,  # per image dict(scores (K,), labels (K,), ...): B^0
+    costs: list,  # per image (K,) of `matched_costs`
+    tau,  # cost threshold of `mining_threshold`
+    cfg: MiningConfig = MiningConfig(),  # the filters
+    threshold: float = 0.4,  # score of a trusted box
+    least=None,  # (C,) score from which a class is kept by 'class_rate', of `ClassRates`
+):  # (B^sup, B^con), each per image (K,) bool
     "Which boxes train classes and boxes, and which only the consistency between views"
+
     def chosen(name):
-        if name == 'class_rate': return [d['scores'] >= least[d['labels']] for d in detections]
-        return [c <= tau if name == 'cpm' else FILTERS[name](d['scores'], d['labels'], cfg, threshold) for d, c in zip(detections, costs)]
+        if name == 'class_rate':
+            return [d['scores'] >= least[d['labels']] for d in detections]
+        return [
+            c <= tau if name == 'cpm' else FILTERS[name](d['scores'], d['labels'], cfg, threshold)
+            for d, c in zip(detections, costs)
+        ]
+
     sup = chosen(cfg.sup_filter)
     con = sup if cfg.con_filter == 'score' else chosen(cfg.con_filter)
     return sup, [a | b for a, b in zip(sup, con)] if cfg.union else con
 
 # %% ../../nbs/semi/01_mining.ipynb #e62a74f6
 def class_rates(
-    labelled, # data set
-    num_classes:int,
-)->Tensor: # (C,) boxes an image, without those to be ignored
+    labelled,  # data set
+    num_classes: int,
+) -> Tensor:  # (C,) boxes an image, without those to be ignored
     "How often each class occurs where labels are known"
     counts = torch.zeros(num_classes)
     for i in range(len(labelled)):
         a = labelled.annotation(i)
         counts += a['labels'][~a['ignore']].bincount(minlength=num_classes)
-    return counts/max(1, len(labelled))
+    return counts / max(1, len(labelled))
+
 
 class ClassRates(nn.Module):
     "Thresholds that follow the scores: each class keeps as many boxes an image as the labels have (@eq-mining-rate)"
-    def __init__(self,
-        rates:Tensor, # (C,) of `class_rates`
-        window:int=20, # iterations whose scores count
-        width:int=256, # scores kept of a class in an iteration
+
+    def __init__(
+        self,
+        rates: Tensor,  # (C,) of `class_rates`
+        window: int = 20,  # iterations whose scores count
+        width: int = 256,  # scores kept of a class in an iteration
     ):
         super().__init__()
         self.register_buffer('rates', rates.float())
-        self.register_buffer('scores', torch.full((window, len(rates), width), -math.inf)) # oldest first
+        self.register_buffer('scores', torch.full((window, len(rates), width), -math.inf))  # oldest first
         self.register_buffer('images', torch.zeros(window, dtype=torch.long))
 
     @torch.no_grad()
-    def add(self,
-        detections:list, # per image dict(scores (K,), labels (K,)): everything the teacher said
-    )->Tensor: # (C,) least score of each class; inf for a class without labels, -inf while fewer scores than asked for were seen
+    def add(
+        self,
+        detections: list,  # per image dict(scores (K,), labels (K,)): everything the teacher said
+    ) -> Tensor:  # (C,) least score of each class; inf for a class without labels, -inf while fewer scores than asked for were seen
         "Take in an iteration of all processes, give the thresholds; every process must call it"
-        scores, labels = (all_gather_cat(torch.cat([d[k] for d in detections]).to(self.rates.device)) for k in ('scores', 'labels'))
+        scores, labels = (
+            all_gather_cat(torch.cat([d[k] for d in detections]).to(self.rates.device))
+            for k in ('scores', 'labels')
+        )
         new = scores.new_full(self.scores.shape[1:], -math.inf, dtype=self.scores.dtype)
         for c in labels.unique().tolist():
-            best = scores[labels == c].sort(descending=True).values[:new.shape[1]]
-            new[c, :len(best)] = best.to(new)
+            best = scores[labels == c].sort(descending=True).values[: new.shape[1]]
+            new[c, : len(best)] = best.to(new)
         self.scores.copy_(torch.cat([self.scores[1:], new[None]]))
-        self.images.copy_(torch.cat([self.images[1:], all_gather_cat(self.images.new_tensor([len(detections)])).sum()[None]]))
+        self.images.copy_(
+            torch.cat(
+                [self.images[1:], all_gather_cat(self.images.new_tensor([len(detections)])).sum()[None]]
+            )
+        )
         ranked = self.scores.transpose(0, 1).flatten(1).sort(1, descending=True).values
-        n = (self.rates*self.images.sum()).round().long().clamp(1, ranked.shape[1])
-        return torch.where(self.rates > 0, ranked.gather(1, n[:, None]-1)[:, 0], math.inf)
+        n = (self.rates * self.images.sum()).round().long().clamp(1, ranked.shape[1])
+        return torch.where(self.rates > 0, ranked.gather(1, n[:, None] - 1)[:, 0], math.inf)
 
 # %% ../../nbs/semi/01_mining.ipynb #66bcd8d0
 class CostMemory(nn.Module):
     "The costs of the last iterations, in buffers of fixed size: saved, restored and moved with the network"
-    def __init__(self,
-        memory:int=0, # iterations that are remembered; 0 = none
-        width:int=1024, # costs kept of each; of more, as many are taken at equal steps of the sorted list
+
+    def __init__(
+        self,
+        memory: int = 0,  # iterations that are remembered; 0 = none
+        width: int = 1024,  # costs kept of each; of more, as many are taken at equal steps of the sorted list
     ):
         super().__init__()
         self.memory, self.width = memory, width
-        self.register_buffer('costs', torch.zeros(memory, width if memory else 0)) # oldest first
+        self.register_buffer('costs', torch.zeros(memory, width if memory else 0))  # oldest first
         self.register_buffer('counts', torch.zeros(memory, dtype=torch.long))
 
     @torch.no_grad()
-    def add(self,
-        costs:Tensor, # (n,) of this iteration; n may be 0
-    )->Tensor: # (m,) remembered costs, oldest first, then those of this iteration
+    def add(
+        self,
+        costs: Tensor,  # (n,) of this iteration; n may be 0
+    ) -> Tensor:  # (m,) remembered costs, oldest first, then those of this iteration
         "Pool this iteration's costs with those before it, and remember them"
-        if not self.memory: return costs
+        if not self.memory:
+            return costs
         there = torch.arange(self.width, device=self.counts.device) < self.counts[:, None]
         pooled = torch.cat([self.costs[there].to(costs), costs])
         row = costs.to(self.costs)
-        if len(row) > self.width: row = row.sort().values[torch.linspace(0, len(row)-1, self.width).round().long().to(row.device)]
+        if len(row) > self.width:
+            row = row.sort().values[torch.linspace(0, len(row) - 1, self.width).round().long().to(row.device)]
         new, count = self.costs.new_zeros(1, self.width), self.counts.new_tensor([len(row)])
-        new[0, :len(row)] = row
-        self.costs.copy_(torch.cat([self.costs[1:], new])); self.counts.copy_(torch.cat([self.counts[1:], count]))
+        new[0, : len(row)] = row
+        self.costs.copy_(torch.cat([self.costs[1:], new]))
+        self.counts.copy_(torch.cat([self.counts[1:], count]))
         return pooled

@@ -32,31 +32,37 @@ from ..detectors.transformer import TransformerConfig
 def _one_of(group, cfg, **known):
     "ConfigError unless each named field of `cfg` has one of its known values"
     for name, values in known.items():
-        if (v := getattr(cfg, name)) not in values: raise ConfigError(f"{group}.{name}='{v}' is unknown; {suggest(v, values)}")
+        if (v := getattr(cfg, name)) not in values:
+            raise ConfigError(f"{group}.{name}='{v}' is unknown; {suggest(v, values)}")
+
 
 @dataclass(frozen=True)
 class DataConfig:
     "Which images: `data` and its labelled part, `unlabelled` for more images, `val` for the reported numbers"
-    data:str = 'digits' # see `open_dataset`
-    unlabelled:str = '' # another data set or a folder of images, next to the unlabelled part of `data`
-    val:str = '' # test split; empty: the `val` split of `data`
-    percent:float = 0. # percent of the training images that keep their labels; 0: use `count`
-    count:int = 0 # number of labelled images; 0 with percent 0: all
-    fold:int = 0 # which draw of the labelled images
-    split_seed:int = 0
-    split_file:str = '' # a split written by `semidetr split`, instead of percent, count and fold
-    dev:int = 100 # images held out of training to choose settings on
-    cover_classes:bool = False # make sure that each class has a labelled image
 
-    def __post_init__(self): in_range('data', self, percent=(0, 100), count=0, fold=0, dev=0)
+    data: str = 'digits'  # see `open_dataset`
+    unlabelled: str = ''  # another data set or a folder of images, next to the unlabelled part of `data`
+    val: str = ''  # test split; empty: the `val` split of `data`
+    percent: float = 0.0  # percent of the training images that keep their labels; 0: use `count`
+    count: int = 0  # number of labelled images; 0 with percent 0: all
+    fold: int = 0  # which draw of the labelled images
+    split_seed: int = 0
+    split_file: str = ''  # a split written by `semidetr split`, instead of percent, count and fold
+    dev: int = 100  # images held out of training to choose settings on
+    cover_classes: bool = False  # make sure that each class has a labelled image
+
+    def __post_init__(self):
+        in_range('data', self, percent=(0, 100), count=0, fold=0, dev=0)
+
 
 @dataclass(frozen=True)
 class LoaderConfig:
     "How many images of each kind make one batch on one process"
-    n_labelled:int = 1 # paper: 5 images on a GPU, 1 : 4
-    n_unlabelled:int = 4
-    ratio:str = 'binomial' # 'binomial' (code: the numbers vary around the ratio) or 'fixed'
-    num_workers:int = 2
+
+    n_labelled: int = 1  # paper: 5 images on a GPU, 1 : 4
+    n_unlabelled: int = 4
+    ratio: str = 'binomial'  # 'binomial' (code: the numbers vary around the ratio) or 'fixed'
+    num_workers: int = 2
 
     def __post_init__(self):
         _one_of('loader', self, ratio=('binomial', 'fixed'))
@@ -66,162 +72,228 @@ class LoaderConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     "AdamW; a constant rate, as the published code has it for COCO-Partial and VOC; iterations are optimiser steps"
-    iters:int = 120_000
-    lr:float = 1e-4
-    backbone_mult:float = .1 # learning rate of the backbone relative to lr
-    weight_decay:float = 1e-4
-    clip:float = .1 # largest L2 norm of the gradient; 0: any
-    schedule:str = 'constant' # 'constant', 'cosine' (to 0 at the end), or 'step' (x0.1 at each of `steps`)
-    steps:tuple[int, ...] = ()
-    warmup:int = 0 # iterations of linear warm-up
-    accumulate:int = 1 # batches averaged into one step; processes x accumulate = 8 gives the paper's 8 x 5 images
+
+    iters: int = 120_000
+    lr: float = 1e-4
+    backbone_mult: float = 0.1  # learning rate of the backbone relative to lr
+    weight_decay: float = 1e-4
+    clip: float = 0.1  # largest L2 norm of the gradient; 0: any
+    schedule: str = 'constant'  # 'constant', 'cosine' (to 0 at the end), or 'step' (x0.1 at each of `steps`)
+    steps: tuple[int, ...] = ()
+    warmup: int = 0  # iterations of linear warm-up
+    accumulate: int = (
+        1  # batches averaged into one step; processes x accumulate = 8 gives the paper's 8 x 5 images
+    )
 
     def __post_init__(self):
         _one_of('optim', self, schedule=('constant', 'cosine', 'step'))
         in_range('optim', self, iters=1, backbone_mult=0, weight_decay=0, clip=0, warmup=0, accumulate=1)
-        if not 0 < self.lr < math.inf: raise ConfigError(f'optim.lr={self.lr} must be above 0 and finite')
+        if not 0 < self.lr < math.inf:
+            raise ConfigError(f'optim.lr={self.lr} must be above 0 and finite')
+
 
 @dataclass(frozen=True)
 class RunConfig:
     "Where, how exactly and how talkatively a run runs"
-    seed:int = 0
-    device:str = 'auto'
-    amp:str = 'off' # 'off', 'bf16', 'fp16', or 'auto': what is fastest on this machine (@sec-machine)
-    threads:int = 0 # CPU threads; 0: torch's choice
-    init:str = '' # checkpoint whose weights start this run (a burn-in shared by several runs)
-    init_from:str = 'teacher' # which of its two networks
-    eval_every:int = 0 # iterations between evaluations on the development part; 0: only at the end
-    test:bool = True # evaluate on the test split at the end; switch it off while choosing settings
-    eval_nms:float = 0. # IoU of per-class suppression when evaluating; 0: none (DETR needs none)
-    checkpoint_every:int = 500
-    log_every:int = 20
-    health_window:int = 200 # iterations without pseudo labels before the warning
+
+    seed: int = 0
+    device: str = 'auto'
+    amp: str = 'off'  # 'off', 'bf16', 'fp16', or 'auto': what is fastest on this machine (@sec-machine)
+    threads: int = 0  # CPU threads; 0: torch's choice
+    init: str = ''  # checkpoint whose weights start this run (a burn-in shared by several runs)
+    init_from: str = 'teacher'  # which of its two networks
+    eval_every: int = 0  # iterations between evaluations on the development part; 0: only at the end
+    test: bool = True  # evaluate on the test split at the end; switch it off while choosing settings
+    eval_nms: float = 0.0  # IoU of per-class suppression when evaluating; 0: none (DETR needs none)
+    checkpoint_every: int = 500
+    log_every: int = 20
+    health_window: int = 200  # iterations without pseudo labels before the warning
 
     def __post_init__(self):
         _one_of('run', self, amp=('off', 'bf16', 'fp16', 'auto'), init_from=('teacher', 'student'))
-        in_range('run', self, threads=0, eval_every=0, eval_nms=(0, 1), checkpoint_every=1, log_every=1, health_window=1)
+        in_range(
+            'run',
+            self,
+            threads=0,
+            eval_every=0,
+            eval_nms=(0, 1),
+            checkpoint_every=1,
+            log_every=1,
+            health_window=1,
+        )
 
 # %% ../../nbs/train/00_config.ipynb #6786500c
 @dataclass(frozen=True)
 class Config:
     "All choices of a run"
-    data:DataConfig = DataConfig()
-    view:ViewConfig = ViewConfig()
-    loader:LoaderConfig = LoaderConfig()
-    detector:DetectorConfig = field(default_factory=lambda: DetectorConfig(num_classes=0)) # 0 classes: taken from the data
-    criterion:CriterionConfig = CriterionConfig()
-    method:MethodConfig = MethodConfig()
-    pseudo:PseudoConfig = PseudoConfig()
-    mining:MiningConfig = MiningConfig()
-    consistency:ConsistencyConfig = ConsistencyConfig()
-    ema:EmaConfig = EmaConfig()
-    optim:OptimConfig = OptimConfig()
-    run:RunConfig = RunConfig()
+
+    data: DataConfig = DataConfig()
+    view: ViewConfig = ViewConfig()
+    loader: LoaderConfig = LoaderConfig()
+    detector: DetectorConfig = field(
+        default_factory=lambda: DetectorConfig(num_classes=0)
+    )  # 0 classes: taken from the data
+    criterion: CriterionConfig = CriterionConfig()
+    method: MethodConfig = MethodConfig()
+    pseudo: PseudoConfig = PseudoConfig()
+    mining: MiningConfig = MiningConfig()
+    consistency: ConsistencyConfig = ConsistencyConfig()
+    ema: EmaConfig = EmaConfig()
+    optim: OptimConfig = OptimConfig()
+    run: RunConfig = RunConfig()
 
 # %% ../../nbs/train/00_config.ipynb #833be84b
 def to_dict(
-    cfg, # a frozen dataclass, nested
-)->dict: # of plain values; tuples become lists
+    cfg,  # a frozen dataclass, nested
+) -> dict:  # of plain values; tuples become lists
     "A configuration as plain values"
+
     def plain(v):
-        if isinstance(v, dict): return {k: plain(x) for k, x in v.items()}
+        if isinstance(v, dict):
+            return {k: plain(x) for k, x in v.items()}
         return [plain(x) for x in v] if isinstance(v, (list, tuple)) else v
+
     return plain(dataclasses.asdict(cfg))
+
 
 def _coerce(value, kind, where):
     "`value` as `kind`, or a ConfigError that names `where`"
     origin = typing.get_origin(kind)
     if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in typing.get_args(kind): return None
-        kind = next(k for k in typing.get_args(kind) if k is not type(None)); origin = typing.get_origin(kind)
+        if value is None and type(None) in typing.get_args(kind):
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        origin = typing.get_origin(kind)
     if (origin or kind) is tuple:
-        if not isinstance(value, (list, tuple)): value = (value,)
+        if not isinstance(value, (list, tuple)):
+            value = (value,)
         args = [a for a in typing.get_args(kind) if a is not Ellipsis]
-        return tuple(_coerce(v, args[min(i, len(args)-1)], where) if args else v for i, v in enumerate(value))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool): return float(value)
-    if kind in (int, float, str, bool) and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+        return tuple(
+            _coerce(v, args[min(i, len(args) - 1)], where) if args else v for i, v in enumerate(value)
+        )
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind in (int, float, str, bool) and (
+        not isinstance(value, kind) or (kind is int and isinstance(value, bool))
+    ):
         raise ConfigError(f'{where}={value!r} must be {kind.__name__}')
     return value
 
 # %% ../../nbs/train/00_config.ipynb #c1cdbcf2
 def from_dict(
-    values:dict, # nested plain values; keys that are left out keep the default of `base`
-    base=None, # configuration to change; the defaults of `Config` if None
-    where:str='', # prefix of the error messages
-): # a configuration of the same class as `base`
+    values: dict,  # nested plain values; keys that are left out keep the default of `base`
+    base=None,  # configuration to change; the defaults of `Config` if None
+    where: str = '',  # prefix of the error messages
+):  # a configuration of the same class as `base`
     "A configuration from plain values; unknown keys and wrong types are errors"
     base = Config() if base is None else base
     hints = typing.get_type_hints(type(base))
     new = {}
     for k, v in values.items():
         name = f'{where}{k}'
-        if k not in hints: raise ConfigError(f"unknown setting '{name}'; {suggest(k, hints)}")
+        if k not in hints:
+            raise ConfigError(f"unknown setting '{name}'; {suggest(k, hints)}")
         old = getattr(base, k)
         if dataclasses.is_dataclass(old):
-            if not isinstance(v, dict): raise ConfigError(f"'{name}' is a group of settings: give {name}.{next(iter(typing.get_type_hints(type(old))))}=...")
+            if not isinstance(v, dict):
+                raise ConfigError(
+                    f"'{name}' is a group of settings: give {name}.{next(iter(typing.get_type_hints(type(old))))}=..."
+                )
             new[k] = from_dict(v, old, f'{name}.')
-        else: new[k] = _coerce(v, hints[k], name)
+        else:
+            new[k] = _coerce(v, hints[k], name)
     return dataclasses.replace(base, **new)
 
 # %% ../../nbs/train/00_config.ipynb #4d05a65d
-def _parse(text:str):
+def _parse(text: str):
     "`3`, `1e-3`, `true`, `[1,2]`, `'x'` as Python values; anything else is a string"
-    try: return json.loads(text)
-    except json.JSONDecodeError: pass
-    try: return float(text)
-    except ValueError: pass
-    try: return tomllib.loads(f'v={text}')['v']
-    except tomllib.TOMLDecodeError: return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        return tomllib.loads(f'v={text}')['v']
+    except tomllib.TOMLDecodeError:
+        return text
+
 
 def override(
-    cfg, # Config
-    items, # strings `group.field=value`
-): # Config
+    cfg,  # Config
+    items,  # strings `group.field=value`
+):  # Config
     "Change single settings by name, as on the command line: `optim.lr=1e-3`"
     for item in items:
         key, eq, text = item.partition('=')
-        if not eq: raise ConfigError(f"'{item}' is not of the form group.field=value, e.g. optim.lr=1e-3")
+        if not eq:
+            raise ConfigError(f"'{item}' is not of the form group.field=value, e.g. optim.lr=1e-3")
         value, path = _parse(text), key.strip().split('.')
         old = cfg
-        for p in path[:-1]: old = getattr(old, p, None)
-        if isinstance(getattr(old, path[-1], None), str) and not isinstance(value, str): value = text
-        for p in reversed(path): value = {p: value}
+        for p in path[:-1]:
+            old = getattr(old, p, None)
+        if isinstance(getattr(old, path[-1], None), str) and not isinstance(value, str):
+            value = text
+        for p in reversed(path):
+            value = {p: value}
         cfg = from_dict(value, cfg)
     return cfg
 
 # %% ../../nbs/train/00_config.ipynb #56fc15ff
 def load_config(
-    path, # .toml or .json
-    base=None, # Config that the file changes
-): # Config
+    path,  # .toml or .json
+    base=None,  # Config that the file changes
+):  # Config
     "Read a configuration file; it needs to hold only what differs from `base`"
     path = Path(path)
-    if not path.is_file(): raise ConfigError(f'{path}: no such configuration file')
-    try: values = json.loads(path.read_text()) if path.suffix == '.json' else tomllib.loads(path.read_text())
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as e: raise ConfigError(f'{path}: {e}') from None
-    try: return from_dict(values, base)
-    except ConfigError as e: raise ConfigError(f'{path}: {e}') from None
+    if not path.is_file():
+        raise ConfigError(f'{path}: no such configuration file')
+    try:
+        values = json.loads(path.read_text()) if path.suffix == '.json' else tomllib.loads(path.read_text())
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as e:
+        raise ConfigError(f'{path}: {e}') from None
+    try:
+        return from_dict(values, base)
+    except ConfigError as e:
+        raise ConfigError(f'{path}: {e}') from None
+
 
 def differences(
-    a:dict, b:dict, # nested plain values
-    where:str='',
-)->list: # 'group.field: old -> new'
+    a: dict,
+    b: dict,  # nested plain values
+    where: str = '',
+) -> list:  # 'group.field: old -> new'
     "What differs between two configurations"
     out = []
     for k in a:
-        if isinstance(a[k], dict): out += differences(a[k], b[k], f'{where}{k}.')
-        elif a[k] != b[k]: out.append(f'{where}{k}: {a[k]} -> {b[k]}')
+        if isinstance(a[k], dict):
+            out += differences(a[k], b[k], f'{where}{k}.')
+        elif a[k] != b[k]:
+            out.append(f'{where}{k}: {a[k]} -> {b[k]}')
     return out
 
-YOUNG = { # settings younger than the first records -> do they leave a run as it was before there was such a setting?
+
+YOUNG = {  # settings younger than the first records -> do they leave a run as it was before there was such a setting?
     'pseudo.cross_nms': lambda c: c.pseudo.cross_nms >= 1,
     'mining.rate_window': lambda c: 'class_rate' not in (c.mining.sup_filter, c.mining.con_filter),
-    'ema.start': lambda c: c.ema.start == 0 or (c.ema.start < 0 and not c.run.init)}
+    'ema.start': lambda c: c.ema.start == 0 or (c.ema.start < 0 and not c.run.init),
+}
+
 
 def config_hash(
-    cfg, # Config
-    ignore=('run.device', 'run.threads', 'run.log_every', 'run.checkpoint_every', 'loader.num_workers', 'detector.num_classes', 'run.test'),
-)->str: # 12 hex digits
+    cfg,  # Config
+    ignore=(
+        'run.device',
+        'run.threads',
+        'run.log_every',
+        'run.checkpoint_every',
+        'loader.num_workers',
+        'detector.num_classes',
+        'run.test',
+    ),
+) -> str:  # 12 hex digits
     "Name of a configuration: equal for equal choices; settings that cannot change a number do not count, nor do those of `YOUNG` that keep to what was done before"
     values = to_dict(cfg)
     for name in (*ignore, *(name for name, unchanged in YOUNG.items() if unchanged(cfg))):
@@ -230,41 +302,85 @@ def config_hash(
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 # %% ../../nbs/train/00_config.ipynb #698dcff9
-def _digits()->Config:
+def _digits() -> Config:
     "Built-in scenes of 96 px: minutes on one core"
-    return Config(data=DataConfig(data='digits', count=20, dev=100), loader=LoaderConfig(4, 8, 'fixed', 1), detector=detector_small(0),
-        view=ViewConfig(short_sides=(80, 88, 96, 104, 112), eval_short=96, max_side=160, flip=0., # a mirrored digit is another one
-                         mean=(.5,)*3, std=(.5,)*3),
-        criterion=CriterionConfig(k=6, cls_loss='varifocal'), ema=EmaConfig(decay=.99), consistency=ConsistencyConfig(hidden=256),
-        method=MethodConfig(unsup_weight=1., burn_in_iters=400, T1=250),
-        optim=OptimConfig(iters=800, lr=1e-3, backbone_mult=.2, clip=1.), run=RunConfig(threads=1))
+    return Config(
+        data=DataConfig(data='digits', count=20, dev=100),
+        loader=LoaderConfig(4, 8, 'fixed', 1),
+        detector=detector_small(0),
+        view=ViewConfig(
+            short_sides=(80, 88, 96, 104, 112),
+            eval_short=96,
+            max_side=160,
+            flip=0.0,  # a mirrored digit is another one
+            mean=(0.5,) * 3,
+            std=(0.5,) * 3,
+        ),
+        criterion=CriterionConfig(k=6, cls_loss='varifocal'),
+        ema=EmaConfig(decay=0.99),
+        consistency=ConsistencyConfig(hidden=256),
+        method=MethodConfig(unsup_weight=1.0, burn_in_iters=400, T1=250),
+        optim=OptimConfig(iters=800, lr=1e-3, backbone_mult=0.2, clip=1.0),
+        run=RunConfig(threads=1),
+    )
 
-def _small()->Config:
+
+def _small() -> Config:
     "Your own images on a laptop: about 208 px, EfficientNet-Lite0, half an hour on one core"
     base = _digits()
-    big = dataclasses.replace(base.detector, transformer=dataclasses.replace(base.detector.transformer, num_queries=300))
-    return dataclasses.replace(base, data=DataConfig(data=''), detector=big, criterion=dataclasses.replace(base.criterion, k=4),
-        view=dataclasses.replace(base.view, short_sides=(176, 192, 208, 224), eval_short=208, max_side=360, flip=.5),
+    big = dataclasses.replace(
+        base.detector, transformer=dataclasses.replace(base.detector.transformer, num_queries=300)
+    )
+    return dataclasses.replace(
+        base,
+        data=DataConfig(data=''),
+        detector=big,
+        criterion=dataclasses.replace(base.criterion, k=4),
+        view=dataclasses.replace(
+            base.view, short_sides=(176, 192, 208, 224), eval_short=208, max_side=360, flip=0.5
+        ),
         method=dataclasses.replace(base.method, burn_in_iters=500, T1=500),
-        optim=dataclasses.replace(base.optim, iters=1200, schedule='cosine'))
+        optim=dataclasses.replace(base.optim, iters=1200, schedule='cosine'),
+    )
 
 # %% ../../nbs/train/00_config.ipynb #8951f2c9
-def _coco(percent, unsup_weight=4., iters=120_000, T1=60_000, **data)->Config:
+def _coco(percent, unsup_weight=4.0, iters=120_000, T1=60_000, **data) -> Config:
     "The paper's settings: DINO, ResNet-50, 8 processes of 5 images"
-    return Config(data=DataConfig(data='', percent=percent, dev=0, **data), detector=dino_r50(0), loader=LoaderConfig(1, 4, 'binomial', 4),
-        method=MethodConfig('semi_detr', unsup_weight=unsup_weight, T1=T1), optim=OptimConfig(iters=iters), run=RunConfig(checkpoint_every=4000, log_every=50))
+    return Config(
+        data=DataConfig(data='', percent=percent, dev=0, **data),
+        detector=dino_r50(0),
+        loader=LoaderConfig(1, 4, 'binomial', 4),
+        method=MethodConfig('semi_detr', unsup_weight=unsup_weight, T1=T1),
+        optim=OptimConfig(iters=iters),
+        run=RunConfig(checkpoint_every=4000, log_every=50),
+    )
 
-def _coco_full()->Config:
+
+def _coco_full() -> Config:
     "COCO-Full: all of train2017 labelled, unlabeled2017 without labels, 8 processes of 8 images"
-    cfg = _coco(0., 2., 240_000, 120_000)
-    return dataclasses.replace(cfg, loader=LoaderConfig(4, 4, 'binomial', 4), optim=OptimConfig(iters=240_000, schedule='step', steps=(120_000, 160_000)))
+    cfg = _coco(0.0, 2.0, 240_000, 120_000)
+    return dataclasses.replace(
+        cfg,
+        loader=LoaderConfig(4, 4, 'binomial', 4),
+        optim=OptimConfig(iters=240_000, schedule='step', steps=(120_000, 160_000)),
+    )
 
-PRESETS = {'digits': _digits, 'small': _small, 'coco-1': lambda: _coco(1.), 'coco-5': lambda: _coco(5.), 'coco-10': lambda: _coco(10.),
-           'coco-full': _coco_full, 'voc': lambda: _coco(0., 4., 80_000, 40_000)}
+
+PRESETS = {
+    'digits': _digits,
+    'small': _small,
+    'coco-1': lambda: _coco(1.0),
+    'coco-5': lambda: _coco(5.0),
+    'coco-10': lambda: _coco(10.0),
+    'coco-full': _coco_full,
+    'voc': lambda: _coco(0.0, 4.0, 80_000, 40_000),
+}
+
 
 def preset(
-    name:str, # see `PRESETS`
-)->Config:
+    name: str,  # see `PRESETS`
+) -> Config:
     "A configuration by name"
-    if name not in PRESETS: raise ConfigError(f"preset '{name}' is unknown; {suggest(name, PRESETS)}")
+    if name not in PRESETS:
+        raise ConfigError(f"preset '{name}' is unknown; {suggest(name, PRESETS)}")
     return PRESETS[name]()

@@ -19,27 +19,31 @@ from .metrics import evaluate
 
 # %% ../../nbs/train/05_evaluation.ipynb #dc401f6e
 def to_device(
-    part, # nested dicts and lists of tensors
+    part,  # nested dicts and lists of tensors
     device,
 ):
     "Move every tensor of a batch"
-    if isinstance(part, torch.Tensor): return part.to(device, non_blocking=True)
-    if isinstance(part, dict): return {k: to_device(v, device) for k, v in part.items()}
-    if isinstance(part, list): return [to_device(v, device) for v in part]
+    if isinstance(part, torch.Tensor):
+        return part.to(device, non_blocking=True)
+    if isinstance(part, dict):
+        return {k: to_device(v, device) for k, v in part.items()}
+    if isinstance(part, list):
+        return [to_device(v, device) for v in part]
     return part
+
 
 @torch.no_grad()
 def detect(
-    model, # Detector
-    ds, # DetectionDataset
-    view, # ViewConfig
+    model,  # Detector
+    ds,  # DetectionDataset
+    view,  # ViewConfig
     device='cpu',
-    batch_size:int=8,
-    nms=None, # IoU of per-class suppression; None: none
-    top_k:int=300,
-    progress:str='', # text of the bar; '' for no bar
-    num_workers:int=0,
-)->dict: # image_id -> dict(scores, labels, boxes xyxy in pixels of the file)
+    batch_size: int = 8,
+    nms=None,  # IoU of per-class suppression; None: none
+    top_k: int = 300,
+    progress: str = '',  # text of the bar; '' for no bar
+    num_workers: int = 0,
+) -> dict:  # image_id -> dict(scores, labels, boxes xyxy in pixels of the file)
     "Detections of a whole data set"
     training = model.training
     model.eval()
@@ -48,12 +52,22 @@ def detect(
         loader = EvalLoader(ds, view, batch_size, num_workers)
         for part in tqdm(loader, desc=progress, disable=not progress, leave=False):
             part = to_device(part, device)
-            found = post_process(model(part['images'], part['mask']), [t['size'] for t in part['targets']], top_k=top_k, nms=nms, score_threshold=0. if nms is None else .01)
+            found = post_process(
+                model(part['images'], part['mask']),
+                [t['size'] for t in part['targets']],
+                top_k=top_k,
+                nms=nms,
+                score_threshold=0.0 if nms is None else 0.01,
+            )
             for t, d in zip(part['targets'], found):
-                h, w = t['size']; oh, ow = t['orig_size']
-                scale = torch.tensor([ow/w, oh/h, ow/w, oh/h], device=d['boxes'].device)
-                out[t['image_id']] = dict(scores=d['scores'].cpu(), labels=d['labels'].cpu(), boxes=(d['boxes']*scale).cpu())
-    finally: model.train(training)
+                h, w = t['size']
+                oh, ow = t['orig_size']
+                scale = torch.tensor([ow / w, oh / h, ow / w, oh / h], device=d['boxes'].device)
+                out[t['image_id']] = dict(
+                    scores=d['scores'].cpu(), labels=d['labels'].cpu(), boxes=(d['boxes'] * scale).cpu()
+                )
+    finally:
+        model.train(training)
     return out
 
 # %% ../../nbs/train/05_evaluation.ipynb #976f2055
@@ -61,14 +75,17 @@ def detect(
 def same_rng():
     "What runs inside leaves the random state as it found it (starting worker processes draws a number)"
     state = rng_state()
-    try: yield
-    finally: set_rng_state(state)
+    try:
+        yield
+    finally:
+        set_rng_state(state)
+
 
 def suppress(
-    found:dict, # of `detect`
-    iou:float=.6, # of two boxes of one class, of which the lower score goes
-    least:float=.01, # score
-)->dict: # the same with fewer detections
+    found: dict,  # of `detect`
+    iou: float = 0.6,  # of two boxes of one class, of which the lower score goes
+    least: float = 0.01,  # score
+) -> dict:  # the same with fewer detections
     "Per-class suppression of the detections that are there. (The published code suppresses before it cuts to `top_k` in its first stage: `detect(nms=.6)`)"
     out = {}
     for i, d in found.items():
@@ -77,23 +94,26 @@ def suppress(
         out[i] = {k: v[keep] for k, v in d.items()}
     return out
 
+
 def evaluate_model(
-    model, # Detector
-    ds, # DetectionDataset with boxes
-    view, # ViewConfig
+    model,  # Detector
+    ds,  # DetectionDataset with boxes
+    view,  # ViewConfig
     device='cpu',
-    nms=None, # IoU; None: no suppression
-    progress:str='',
-    num_workers:int=0,
-    both:bool=False, # count again with `suppress`: adds AP_nms and AP50_nms
-)->dict: # of `evaluate`
+    nms=None,  # IoU; None: no suppression
+    progress: str = '',
+    num_workers: int = 0,
+    both: bool = False,  # count again with `suppress`: adds AP_nms and AP50_nms
+) -> dict:  # of `evaluate`
     "COCO metrics of one network; several processes share the images"
     part = Subset(ds, range(rank(), len(ds), world_size())) if world_size() > 1 else ds
-    with same_rng(): found = detect(model, part, view, device, nms=nms, progress=progress, num_workers=num_workers)
+    with same_rng():
+        found = detect(model, part, view, device, nms=nms, progress=progress, num_workers=num_workers)
     if world_size() > 1:
-        parts = [None]*world_size()
+        parts = [None] * world_size()
         dist.all_gather_object(parts, found)
         found = {k: v for p in parts for k, v in p.items()}
     result = evaluate(ds, found)
-    if both: result |= {f'{k}_nms': v for k, v in evaluate(ds, suppress(found), brief=True).items()}
+    if both:
+        result |= {f'{k}_nms': v for k, v in evaluate(ds, suppress(found), brief=True).items()}
     return result

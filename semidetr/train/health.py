@@ -10,51 +10,87 @@ from collections import deque
 from .metrics import pseudo_quality
 
 # %% ../../nbs/train/06_health.ipynb #ff840f22
-FIELDS = ('pseudo_boxes', 'labelled_boxes', 'pseudo_score', 'empty_images', 'top_score', 'tp', 'n_pred', 'n_gt', 'mined_tp', 'mined', 'initial_tp', 'initial')
+FIELDS = (
+    'pseudo_boxes',
+    'labelled_boxes',
+    'pseudo_score',
+    'empty_images',
+    'top_score',
+    'tp',
+    'n_pred',
+    'n_gt',
+    'mined_tp',
+    'mined',
+    'initial_tp',
+    'initial',
+)
+
 
 def truth_counts(
-    pseudo:list, # per image: image_id, boxes (K,4) xyxy in pixels of the file, labels (K,)
-    truth, # data set that knows the boxes, or None
-)->tuple: # (true positives, pseudo boxes, true boxes)
+    pseudo: list,  # per image: image_id, boxes (K,4) xyxy in pixels of the file, labels (K,)
+    truth,  # data set that knows the boxes, or None
+) -> tuple:  # (true positives, pseudo boxes, true boxes)
     "Compare pseudo boxes with the truth of their images (@eq-health); zeros where the truth is not known"
     total = [0, 0, 0]
     for p in pseudo if getattr(truth, 'has_boxes', False) else ():
         a = truth.annotation(truth.index_of(p['image_id']))
         ok = ~a['ignore']
         counts = pseudo_quality(p['boxes'], p['labels'], a['boxes'][ok], a['labels'][ok])
-        total = [t+int(c) for t, c in zip(total, counts)]
+        total = [t + int(c) for t, c in zip(total, counts)]
     return tuple(total)
 
 # %% ../../nbs/train/06_health.ipynb #e3e13ef2
 class HealthMonitor:
     "Pseudo labels of the last `window` steps against labelled images and, where it is known, hidden truth"
-    def __init__(self,
-        truth=None, # data set that knows the boxes of the unlabelled images
-        window:int=200, # steps
-    ): self.truth, self.window, self.warned, self.rows = truth, window, False, deque(maxlen=window)
 
-    def add(self,
-        stats:dict, # of a method (@sec-methods)
-    )->str|None: # a warning, at most once a run
+    def __init__(
+        self,
+        truth=None,  # data set that knows the boxes of the unlabelled images
+        window: int = 200,  # steps
+    ):
+        self.truth, self.window, self.warned, self.rows = truth, window, False, deque(maxlen=window)
+
+    def add(
+        self,
+        stats: dict,  # of a method (@sec-methods)
+    ) -> str | None:  # a warning, at most once a run
         "Count one step"
-        if 'pseudo' not in stats: return None
-        self.rows.append([*(stats[k] for k in FIELDS[:5]), *truth_counts(stats['pseudo'], self.truth),
-                          *(n for k in ('mined', 'initial') for n in truth_counts(stats.get(k, ()), self.truth)[:2])])
-        if self.warned or len(self.rows) < self.window or any(r[0] for r in self.rows): return None
+        if 'pseudo' not in stats:
+            return None
+        self.rows.append(
+            [
+                *(stats[k] for k in FIELDS[:5]),
+                *truth_counts(stats['pseudo'], self.truth),
+                *(n for k in ('mined', 'initial') for n in truth_counts(stats.get(k, ()), self.truth)[:2]),
+            ]
+        )
+        if self.warned or len(self.rows) < self.window or any(r[0] for r in self.rows):
+            return None
         self.warned = True
-        return (f'no pseudo label in {self.window} iterations (best score of the teacher: {self.rows[-1][4]:.2f}): the unlabelled images teach '
-                'nothing. Lower pseudo.threshold, lengthen method.burn_in_iters, or check that both data sets show the same things.')
+        return (
+            f'no pseudo label in {self.window} iterations (best score of the teacher: {self.rows[-1][4]:.2f}): the unlabelled images teach '
+            'nothing. Lower pseudo.threshold, lengthen method.burn_in_iters, or check that both data sets show the same things.'
+        )
 
-    def summary(self)->dict: # means over the window; precision and recall where the truth is known
+    def summary(self) -> dict:  # means over the window; precision and recall where the truth is known
         "What goes into the log"
-        if not self.rows: return {}
-        out = {k: sum(r[i] for r in self.rows)/len(self.rows) for i, k in enumerate(FIELDS[:4])}
+        if not self.rows:
+            return {}
+        out = {k: sum(r[i] for r in self.rows) / len(self.rows) for i, k in enumerate(FIELDS[:4])}
         tp, n_pred, n_gt, *others = (sum(r[i] for r in self.rows) for i in range(5, len(FIELDS)))
-        share = lambda part, whole: part/whole if whole else float('nan') # no boxes, or scenes that are truly empty
-        if n_gt or n_pred: out |= dict(pseudo_precision=share(tp, n_pred), pseudo_recall=share(tp, n_gt))
+        share = lambda part, whole: (
+            part / whole if whole else float('nan')
+        )  # no boxes, or scenes that are truly empty
+        if n_gt or n_pred:
+            out |= dict(pseudo_precision=share(tp, n_pred), pseudo_recall=share(tp, n_gt))
         for name, tp, n in zip(('mined', 'initial'), others[::2], others[1::2]):
-            if n: out |= {f'{name}_precision': tp/n, f'{name}_recall': share(tp, n_gt)}
+            if n:
+                out |= {f'{name}_precision': tp / n, f'{name}_recall': share(tp, n_gt)}
         return out
 
-    def state_dict(self)->dict: return dict(rows=[list(r) for r in self.rows], warned=self.warned)
-    def load_state_dict(self, state:dict): self.rows.extend(state['rows']); self.warned = state['warned']
+    def state_dict(self) -> dict:
+        return dict(rows=[list(r) for r in self.rows], warned=self.warned)
+
+    def load_state_dict(self, state: dict):
+        self.rows.extend(state['rows'])
+        self.warned = state['warned']

@@ -25,158 +25,221 @@ from ..data.files import load_image, read_folder, reason
 
 # %% ../../nbs/train/08_predict.ipynb #05d3abed
 def load_model(
-    path, # folder of a run, or its .pt file
-    which:str='teacher', # or 'student'
+    path,  # folder of a run, or its .pt file
+    which: str = 'teacher',  # or 'student'
     device='cpu',
-): # (Detector in eval mode, Config, class names)
+):  # (Detector in eval mode, Config, class names)
     "The detector of a run, without needing the files its backbone was started from"
-    if which not in ('teacher', 'student'): raise ConfigError(f"'{which}' is not a network of a run; known: student, teacher")
+    if which not in ('teacher', 'student'):
+        raise ConfigError(f"'{which}' is not a network of a run; known: student, teacher")
     state = load_checkpoint(path)
     if lost := [k for k in ('config', 'classes', which) if k not in state]:
-        raise DataError(f"{path}: this checkpoint holds no '{lost[0]}'; give the folder of a run, or its last.pt")
-    try: cfg = from_dict(state['config'])
-    except ConfigError as e: raise DataError(f'{path}: {e}; written by another version of semidetr') from None
-    bare = dataclasses.replace(cfg.detector, backbone=dataclasses.replace(cfg.detector.backbone, weights='none'))
+        raise DataError(
+            f"{path}: this checkpoint holds no '{lost[0]}'; give the folder of a run, or its last.pt"
+        )
+    try:
+        cfg = from_dict(state['config'])
+    except ConfigError as e:
+        raise DataError(f'{path}: {e}; written by another version of semidetr') from None
+    bare = dataclasses.replace(
+        cfg.detector, backbone=dataclasses.replace(cfg.detector.backbone, weights='none')
+    )
     model = Detector(bare)
     load_weights(model, state[which], path)
     return model.to(device).eval().requires_grad_(False), cfg, list(state['classes'])
 
 # %% ../../nbs/train/08_predict.ipynb #1cd96c9f
 def as_sample(
-    image, # path, PIL image (taken as it is), or (H,W,3) uint8 array
-)->Sample: # without boxes
+    image,  # path, PIL image (taken as it is), or (H,W,3) uint8 array
+) -> Sample:  # without boxes
     "An image of any kind, ready for a view; DataError if it is none"
     path = str(image) if isinstance(image, (str, Path)) else None
     if path:
-        try: image = load_image(path)
-        except Exception as e: raise DataError(f'{path}: cannot be read as an image ({reason(e)}); restore it or leave it out') from None
+        try:
+            image = load_image(path)
+        except Exception as e:
+            raise DataError(
+                f'{path}: cannot be read as an image ({reason(e)}); restore it or leave it out'
+            ) from None
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3: raise DataError(f'an array must be uint8 of shape (H, W, 3), not {image.dtype} {image.shape}')
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise DataError(f'an array must be uint8 of shape (H, W, 3), not {image.dtype} {image.shape}')
         image = Image.fromarray(image)
-    if not isinstance(image, Image.Image): raise DataError(f'{type(image).__name__} is not an image; give a path, a PIL image or a uint8 array')
-    return Sample(image.convert('RGB'), path or 'image', torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool), path)
+    if not isinstance(image, Image.Image):
+        raise DataError(f'{type(image).__name__} is not an image; give a path, a PIL image or a uint8 array')
+    return Sample(
+        image.convert('RGB'),
+        path or 'image',
+        torch.zeros(0, 4),
+        torch.zeros(0, dtype=torch.long),
+        torch.zeros(0, dtype=torch.bool),
+        path,
+    )
 
 # %% ../../nbs/train/08_predict.ipynb #a53c5ec3
 class Predictor:
     "Detect objects in images: `Predictor('runs/mine')('photo.jpg')`"
-    def __init__(self,
-        path, # folder of a run, or its .pt file
-        device:str='auto',
-        threshold:float=.3, # least score of a detection
-        nms:float=None, # IoU of per-class suppression; None: none, as DETR is meant to be used
-        which:str='teacher', # or 'student'
+
+    def __init__(
+        self,
+        path,  # folder of a run, or its .pt file
+        device: str = 'auto',
+        threshold: float = 0.3,  # least score of a detection
+        nms: float = None,  # IoU of per-class suppression; None: none, as DETR is meant to be used
+        which: str = 'teacher',  # or 'student'
     ):
-        if not 0 <= threshold <= 1: raise ConfigError(f'threshold={threshold} is outside [0, 1]; scores are probabilities')
-        if nms is not None and not 0 < nms <= 1: raise ConfigError(f'nms={nms} is outside (0, 1]; it is an IoU')
+        if not 0 <= threshold <= 1:
+            raise ConfigError(f'threshold={threshold} is outside [0, 1]; scores are probabilities')
+        if nms is not None and not 0 < nms <= 1:
+            raise ConfigError(f'nms={nms} is outside (0, 1]; it is an IoU')
         self.device = pick_device(device)
         self.model, self.cfg, self.classes = load_model(path, which, self.device)
         self.threshold, self.nms = threshold, nms
 
-    def _same_size(self, views): # views of one size -> detections in pixels of the files
+    def _same_size(self, views):  # views of one size -> detections in pixels of the files
         part = collate(views, self.cfg.view.pad_multiple)
-        with torch.inference_mode(): out = self.model(part['images'].to(self.device), part['mask'].to(self.device))
+        with torch.inference_mode():
+            out = self.model(part['images'].to(self.device), part['mask'].to(self.device))
         found = post_process(out, [v.orig_size for v in views], nms=self.nms, score_threshold=self.threshold)
-        return [{k: v.cpu().clone() for k, v in f.items()} | dict(names=[self.classes[i] for i in f['labels'].tolist()]) for f in found]
+        return [
+            {k: v.cpu().clone() for k, v in f.items()}
+            | dict(names=[self.classes[i] for i in f['labels'].tolist()])
+            for f in found
+        ]
 
-    def __call__(self,
-        image, # path, PIL image, (H,W,3) uint8 array, or a list of these
-        batch:int=8, # most images at a time
-    ): # dict(boxes (K,4) xyxy pixels, labels (K,), scores (K,) descending, names), or a list of these
+    def __call__(
+        self,
+        image,  # path, PIL image, (H,W,3) uint8 array, or a list of these
+        batch: int = 8,  # most images at a time
+    ):  # dict(boxes (K,4) xyxy pixels, labels (K,), scores (K,) descending, names), or a list of these
         "Detections of one image or of several, in pixels of the files (@eq-predict-pixels)"
-        if not isinstance(image, (list, tuple)): return self([image])[0]
+        if not isinstance(image, (list, tuple)):
+            return self([image])[0]
         views, sizes, out = [eval_view(as_sample(i), self.cfg.view) for i in image], {}, {}
-        for n, v in enumerate(views): sizes.setdefault(v.size, []).append(n)
-        groups = [g[i:i+batch] for g in sizes.values() for i in range(0, len(g), batch)]
-        for g in groups: out |= dict(zip(g, self._same_size([views[n] for n in g])))
+        for n, v in enumerate(views):
+            sizes.setdefault(v.size, []).append(n)
+        groups = [g[i : i + batch] for g in sizes.values() for i in range(0, len(g), batch)]
+        for g in groups:
+            out |= dict(zip(g, self._same_size([views[n] for n in g])))
         return [out[n] for n in range(len(views))]
 
-    def draw(self,
-        image, # as for a call, one image
-        found:dict=None, # its detections; None: detect them
-    )->Image.Image:
+    def draw(
+        self,
+        image,  # as for a call, one image
+        found: dict = None,  # its detections; None: detect them
+    ) -> Image.Image:
         "The image with its detections"
         image = as_sample(image).image
         found = self(image) if found is None else found
-        return draw_on_image(image, found['boxes'], found['labels'], found['scores'], self.classes, kind='teacher')
+        return draw_on_image(
+            image, found['boxes'], found['labels'], found['scores'], self.classes, kind='teacher'
+        )
 
 # %% ../../nbs/train/08_predict.ipynb #09422793
 def to_coco(
-    found:dict, # of `Predictor`
-    image_id, # file name, or the id in a COCO file
-    category_ids=None, # label -> id; None: label + 1
-)->list: # of dicts in COCO's result format, boxes xywh pixels
+    found: dict,  # of `Predictor`
+    image_id,  # file name, or the id in a COCO file
+    category_ids=None,  # label -> id; None: label + 1
+) -> list:  # of dicts in COCO's result format, boxes xywh pixels
     "Detections of one image as COCO results"
     boxes = found['boxes'].clone()
     boxes[:, 2:] -= boxes[:, :2]
-    ids = [c+1 if category_ids is None else category_ids[c] for c in found['labels'].tolist()]
-    return [dict(image_id=image_id, category_id=c, category=n, bbox=[round(x, 2) for x in b], score=round(float(s), 4))
-            for b, c, s, n in zip(boxes.tolist(), ids, found['scores'], found['names'])]
+    ids = [c + 1 if category_ids is None else category_ids[c] for c in found['labels'].tolist()]
+    return [
+        dict(
+            image_id=image_id,
+            category_id=c,
+            category=n,
+            bbox=[round(x, 2) for x in b],
+            score=round(float(s), 4),
+        )
+        for b, c, s, n in zip(boxes.tolist(), ids, found['scores'], found['names'])
+    ]
+
 
 def coco_ids(
-    files, # paths below `folder`
-    folder, # of the images
-    path, # COCO annotation file that names them
-    classes:list, # of the run
-): # (file -> image id, label -> category id)
+    files,  # paths below `folder`
+    folder,  # of the images
+    path,  # COCO annotation file that names them
+    classes: list,  # of the run
+):  # (file -> image id, label -> category id)
     "The numbers that an annotation file gives to images and classes"
     ds = CocoDataset(path, folder)
     known = {Path(f).name: i for f, i in zip(ds.files, ds.ids)} | dict(zip(ds.files, ds.ids))
     ids = {f: known.get(f, known.get(Path(f).name)) for f in files}
     for f, i in ids.items():
-        if i is None: raise DataError(f'{path}: does not name the image {f}; leave the file out, or the image')
+        if i is None:
+            raise DataError(f'{path}: does not name the image {f}; leave the file out, or the image')
     for c in classes:
-        if c not in ds.classes: raise DataError(f"{path}: does not have the class '{c}' of the run; it has {', '.join(ds.classes[:10])}")
+        if c not in ds.classes:
+            raise DataError(
+                f"{path}: does not have the class '{c}' of the run; it has {', '.join(ds.classes[:10])}"
+            )
     return ids, [ds.cat_ids[ds.classes.index(c)] for c in classes]
 
 # %% ../../nbs/train/08_predict.ipynb #64098a07
-def _sources(source, out): # -> (folder, {path below it, also the image id}) of what is to be looked at
+def _sources(source, out):  # -> (folder, {path below it, also the image id}) of what is to be looked at
     source = Path(source)
-    if not source.exists(): raise DataError(f'{source}: no such image or folder')
-    if source.is_file(): return source.parent, [source.name]
+    if not source.exists():
+        raise DataError(f'{source}: no such image or folder')
+    if source.is_file():
+        return source.parent, [source.name]
     inside = Path(out).resolve()
     files = [im['file_name'] for im in read_folder(source).data['images']]
-    if inside != source.resolve(): files = [f for f in files if inside not in (source/f).resolve().parents]
-    if not files: raise DataError(f'{source}: no image but those in the output folder {out}')
+    if inside != source.resolve():
+        files = [f for f in files if inside not in (source / f).resolve().parents]
+    if not files:
+        raise DataError(f'{source}: no image but those in the output folder {out}')
     return source, files
 
-def _pictures(files, folder, out): # file -> picture to write, none of them a source
+
+def _pictures(files, folder, out):  # file -> picture to write, none of them a source
     stems = [Path(f).with_suffix('').as_posix() for f in files]
-    paths = {f: Path(out)/f"{s if stems.count(s) == 1 else f}.png" for f, s in zip(files, stems)}
+    paths = {f: Path(out) / f"{s if stems.count(s) == 1 else f}.png" for f, s in zip(files, stems)}
     for p in paths.values():
-        if any(p.resolve() == (folder/f).resolve() for f in {p.name, *files} if (folder/f).exists()): raise ConfigError(f'{p}: the picture would overwrite an image; choose another output folder')
+        if any(p.resolve() == (folder / f).resolve() for f in {p.name, *files} if (folder / f).exists()):
+            raise ConfigError(f'{p}: the picture would overwrite an image; choose another output folder')
     return paths
 
-def _readable(files, folder, broken): # [(file, image)] of what can be decoded; the rest goes to `broken`
+
+def _readable(files, folder, broken):  # [(file, image)] of what can be decoded; the rest goes to `broken`
     out = []
     for f in files:
-        try: out.append((f, as_sample(folder/f).image))
-        except DataError as e: broken.append(str(e))
+        try:
+            out.append((f, as_sample(folder / f).image))
+        except DataError as e:
+            broken.append(str(e))
     return out
 
 # %% ../../nbs/train/08_predict.ipynb #f9e3728d
 def predict_folder(
-    predictor:Predictor,
-    source, # image or folder of images, subfolders too
-    out, # folder for pictures and detections.json
-    draw:bool=True,
-    ids=None, # COCO annotation file whose image and category ids to use; None: file names, label + 1
-    batch:int=8, # most images at a time
-    progress=lambda x: x, # wraps the list of batches
-): # (COCO results of all images, one line for each file that could not be read)
+    predictor: Predictor,
+    source,  # image or folder of images, subfolders too
+    out,  # folder for pictures and detections.json
+    draw: bool = True,
+    ids=None,  # COCO annotation file whose image and category ids to use; None: file names, label + 1
+    batch: int = 8,  # most images at a time
+    progress=lambda x: x,  # wraps the list of batches
+):  # (COCO results of all images, one line for each file that could not be read)
     "Detect in every image; pictures and one JSON file are written"
     out, broken, results, done = Path(out), [], [], 0
     folder, files = _sources(source, out)
     names, cats = coco_ids(files, folder, ids, predictor.classes) if ids else (dict(zip(files, files)), None)
     pictures = _pictures(files, folder, out) if draw else {}
-    for some in progress([files[i:i+batch] for i in range(0, len(files), batch)]):
+    for some in progress([files[i : i + batch] for i in range(0, len(files), batch)]):
         pairs = _readable(some, folder, broken)
         done += len(pairs)
         for (f, image), found in zip(pairs, predictor([i for _, i in pairs], batch)):
             results += to_coco(found, names[f], cats)
-            if not draw: continue
+            if not draw:
+                continue
             png = io.BytesIO()
             predictor.draw(image, found).save(png, 'PNG')
             atomic_write(pictures[f], png.getvalue())
-    if not done: raise DataError(broken[0]+(f' (and {len(broken)-1} more; no image of {source} can be read)' if len(broken) > 1 else ''))
-    atomic_write(out/'detections.json', json.dumps(results))
+    if not done:
+        raise DataError(
+            broken[0]
+            + (f' (and {len(broken) - 1} more; no image of {source} can be read)' if len(broken) > 1 else '')
+        )
+    atomic_write(out / 'detections.json', json.dumps(results))
     return results, broken

@@ -1,11 +1,19 @@
 # %% [markdown]
 # # Real images: blood cells {#sec-abl-txl}
 #
-# > A detection transformer on 850 photographs of blood, with all, a tenth and a twentieth of the labels, and with a teacher for the rest.
+# > A detection transformer on 850 photographs of blood, with all, a tenth and a twentieth of the labels, and
+# > with a teacher for the rest.
 #
-# The data set txl_pbc holds three classes of blood cells, 17.6 boxes an image, and one rare and small class, the platelets. Everything was chosen on a development part of 100 training images; the 244 test images were read once, for this page. The detector is the small one (@sec-detector): EfficientNet-Lite0 with ImageNet weights, one encoder and three decoder layers of width 128, 300 queries.
+# The data set txl_pbc holds three classes of blood cells, 17.6 boxes an image, and one rare and small class,
+# the platelets. Everything was chosen on a development part of 100 training images; the 244 test images were
+# read once, for this page. The detector is the small one (@sec-detector): EfficientNet-Lite0 with ImageNet
+# weights, one encoder and three decoder layers of width 128, 300 queries.
 #
-# All supervised runs have the same length, eight images an iteration, one-to-many matching for the first five eighths and one-to-one for the rest, so that most duplicates go. The mean teacher starts from the averaged network of the supervised run with 5 % and is compared with a supervised continuation from the same weights: 250 iterations of twelve images each. The run with every label was continued as well, for 600 iterations of eight images, to see how far it had been from its plateau.
+# All supervised runs have the same length, eight images an iteration, one-to-many matching for the first five
+# eighths and one-to-one for the rest, so that most duplicates go. The mean teacher starts from the averaged
+# network of the supervised run with 5 % and is compared with a supervised continuation from the same weights:
+# 250 iterations of twelve images each. The run with every label was continued as well, for 600 iterations of
+# eight images, to see how far it had been from its plateau.
 
 # %%
 #| hide
@@ -19,8 +27,14 @@ from semidetr.lab.report import markdown_table
 # %%
 #| hide
 records = {f.stem: json.loads(f.read_text()) for f in sorted(Path('results/txl_pbc').glob('*.json'))}
-ORDER = [('supervised_100', 'supervised, 100 %'), ('supervised_100_longer', 'supervised, 100 %, continued'), ('supervised_10', 'supervised, 10 %'), ('supervised_5', 'supervised, 5 %'),
-         ('supervised_5_longer', 'supervised, 5 %, continued'), ('mean_teacher_5', 'mean teacher, 5 %')]
+ORDER = [
+    ('supervised_100', 'supervised, 100 %'),
+    ('supervised_100_longer', 'supervised, 100 %, continued'),
+    ('supervised_10', 'supervised, 10 %'),
+    ('supervised_5', 'supervised, 5 %'),
+    ('supervised_5_longer', 'supervised, 5 %, continued'),
+    ('mean_teacher_5', 'mean teacher, 5 %'),
+]
 rows = [(title, records[key]) for key, title in ORDER]
 
 # %% [markdown]
@@ -33,7 +47,17 @@ rows = [(title, records[key]) for key, title in ORDER]
 cells = []
 for title, r in rows:
     m = r['metrics']['val']['teacher']
-    cells.append([title, r['data']['labelled'], f"{m['AP']:.1f}", f"{m['AP50']:.1f}", *(f"{c['AP']:.1f}" for c in m['per_class'].values()), r['iterations'], f"{r['cpu_seconds']/60:.0f}"])
+    cells.append(
+        [
+            title,
+            r['data']['labelled'],
+            f"{m['AP']:.1f}",
+            f"{m['AP50']:.1f}",
+            *(f"{c['AP']:.1f}" for c in m['per_class'].values()),
+            r['iterations'],
+            f"{r['cpu_seconds'] / 60:.0f}",
+        ]
+    )
 classes = rows[0][1]['data']['classes']
 markdown(markdown_table(['run', 'labelled', 'AP', 'AP50', *classes, 'iterations', 'CPU-min'], cells))
 
@@ -41,13 +65,15 @@ markdown(markdown_table(['run', 'labelled', 'AP', 'AP50', *classes, 'iterations'
 #| echo: false
 ap = {key: records[key]['metrics']['val']['teacher']['AP'] for key, _ in ORDER}
 assert ap['supervised_100'] >= 50 and ap['supervised_10'] >= 40 and ap['supervised_5'] >= 35
-assert all(r['cpu_seconds'] <= 30*60 for r in records.values())
-gain = ap['mean_teacher_5']-ap['supervised_5_longer']
+assert all(r['cpu_seconds'] <= 30 * 60 for r in records.values())
+gain = ap['mean_teacher_5'] - ap['supervised_5_longer']
 word = 'adds' if gain > 0 else 'loses'
 trained = ', '.join(f"{r['hash']} ({r['commit']})" for _, r in rows)
-markdown(f"**With every label the detector reaches {ap['supervised_100']:.1f} AP, with a tenth {ap['supervised_10']:.1f}, with a twentieth {ap['supervised_5']:.1f}. "
-         f"Going on from there, the mean teacher {word} {abs(gain):.1f} AP against going on with the labels alone.** One seed; "
-         f"configurations (commits): {trained}.")
+markdown(
+    f"**With every label the detector reaches {ap['supervised_100']:.1f} AP, with a tenth {ap['supervised_10']:.1f}, with a twentieth {ap['supervised_5']:.1f}. "
+    f"Going on from there, the mean teacher {word} {abs(gain):.1f} AP against going on with the labels alone.** One seed; "
+    f"configurations (commits): {trained}."
+)
 
 # %%
 #| label: fig-abl-txl-curves
@@ -55,28 +81,47 @@ markdown(f"**With every label the detector reaches {ap['supervised_100']:.1f} AP
 #| fig-alt: "AP over iterations for all runs"
 #| echo: false
 fig, ax = plt.subplots(figsize=(5.5, 3), dpi=80)
-start = dict(supervised_100_longer='supervised_100', supervised_5_longer='supervised_5', mean_teacher_5='supervised_5')
-for (key, title), color in zip(ORDER, (COLORS['truth'], COLORS['truth'], 'grey', COLORS['student'], COLORS['student'], COLORS['teacher'])):
+start = dict(
+    supervised_100_longer='supervised_100', supervised_5_longer='supervised_5', mean_teacher_5='supervised_5'
+)
+for (key, title), color in zip(
+    ORDER, (COLORS['truth'], COLORS['truth'], 'grey', COLORS['student'], COLORS['student'], COLORS['teacher'])
+):
     r, shift = records[key], records[start[key]]['iterations'] if key in start else 0
-    points = [(h['step']+shift, h['teacher']['AP']) for h in r['history']]
-    if points and points[-1][0] < r['iterations']+shift: points.append((r['iterations']+shift, r['metrics']['dev']['teacher']['AP']))
-    ax.plot(*zip(*points), '--' if shift and key != 'mean_teacher_5' else '-', marker='.', color=color, label=title)
-ax.set(xlabel='iteration', ylabel='AP, development part'); ax.legend(fontsize=7); plt.show()
+    points = [(h['step'] + shift, h['teacher']['AP']) for h in r['history']]
+    if points and points[-1][0] < r['iterations'] + shift:
+        points.append((r['iterations'] + shift, r['metrics']['dev']['teacher']['AP']))
+    ax.plot(
+        *zip(*points),
+        '--' if shift and key != 'mean_teacher_5' else '-',
+        marker='.',
+        color=color,
+        label=title,
+    )
+ax.set(xlabel='iteration', ylabel='AP, development part')
+ax.legend(fontsize=7)
+plt.show()
 
 # %% [markdown]
 # ## The same in plain PyTorch
 #
-# All of these runs use the native attention op (@sec-native). It rounds differently from plain PyTorch, and training multiplies rounding; so one continuation was trained again with `SEMIDETR_OPS=torch`.
+# All of these runs use the native attention op (@sec-native). It rounds differently from plain PyTorch, and
+# training multiplies rounding; so one continuation was trained again with `SEMIDETR_OPS=torch`.
 
 # %%
 #| echo: false
-native, plain = (records[k]['metrics']['val']['teacher'] for k in ('supervised_5_longer', 'supervised_5_longer_plain'))
-markdown(f"Continued with 5 % of the labels: {native['AP']:.1f} AP ({native['AP50']:.1f} AP50) with the op, {plain['AP']:.1f} ({plain['AP50']:.1f}) without, a difference of {abs(plain['AP']-native['AP']):.1f} AP. How much time the op saves is on the page @sec-speed.")
+native, plain = (
+    records[k]['metrics']['val']['teacher'] for k in ('supervised_5_longer', 'supervised_5_longer_plain')
+)
+markdown(
+    f"Continued with 5 % of the labels: {native['AP']:.1f} AP ({native['AP50']:.1f} AP50) with the op, {plain['AP']:.1f} ({plain['AP50']:.1f}) without, a difference of {abs(plain['AP'] - native['AP']):.1f} AP. How much time the op saves is on the page @sec-speed."
+)
 
 # %% [markdown]
 # ## The teacher's labels
 #
-# Boxes of the unlabelled images are known here and hidden from the method; the monitor (@sec-health) compares.
+# Boxes of the unlabelled images are known here and hidden from the method; the monitor (@sec-health)
+# compares.
 
 # %%
 #| label: fig-abl-txl-health
@@ -87,14 +132,19 @@ c = records['mean_teacher_5']['curve']
 fig, ax = plt.subplots(figsize=(5.5, 2.8), dpi=80)
 ax.plot(c['step'], c['pseudo_precision'], color=COLORS['teacher'], label='precision')
 ax.plot(c['step'], c['pseudo_recall'], color=COLORS['student'], label='recall')
-ax.set(xlabel='iteration', ylim=(0, 1)); ax.legend(); plt.show()
+ax.set(xlabel='iteration', ylim=(0, 1))
+ax.legend()
+plt.show()
 
 # %% [markdown]
 # ## What holds it back
 #
-# - The rare class: platelets are one box in thirty-four, small, and blurred at this input size. They have the largest difference between AP and AP50.
-# - Input size: images are shown at a short side of 208 pixels, two thirds of what the files have, to fit a run into minutes of one core.
-# - Length: the curves have flattened but not stopped rising; every image of the 100 % run is seen fewer than ten times, and its continuation still gains several points.
+# - The rare class: platelets are one box in thirty-four, small, and blurred at this input size. They have the
+#   largest difference between AP and AP50.
+# - Input size: images are shown at a short side of 208 pixels, two thirds of what the files have, to fit a
+#   run into minutes of one core.
+# - Length: the curves have flattened but not stopped rising; every image of the 100 % run is seen fewer than
+#   ten times, and its continuation still gains several points.
 #
 # ## Repeat it
 #
@@ -111,7 +161,12 @@ ax.set(xlabel='iteration', ylim=(0, 1)); ax.legend(); plt.show()
 #
 # ## Summary
 #
-# - At the same length, forty-two labelled images train a detection transformer on these cells to within a few points of the one that has every label. Going on opens the gap: every label is worth more in 600 further iterations than forty-two are in 250.
+# - At the same length, forty-two labelled images train a detection transformer on these cells to within a few
+#   points of the one that has every label. Going on opens the gap: every label is worth more in 600 further
+#   iterations than forty-two are in 250.
 # - One-to-many matching first and one-to-one later: fast learning, then fewer duplicates.
-# - The teacher's labels are precise and nearly complete here, and yet add nothing in 250 iterations. A likely reason: the network is still learning from its own labels, of which the supervised continuation sees three times as many an iteration. This run also has the ramp and the cold start that @sec-abl-txl-semi found out about; today's command starts past them.
+# - The teacher's labels are precise and nearly complete here, and yet add nothing in 250 iterations. A likely
+#   reason: the network is still learning from its own labels, of which the supervised continuation sees three
+#   times as many an iteration. This run also has the ramp and the cold start that @sec-abl-txl-semi found out
+#   about; today's command starts past them.
 # - Platelets, input size and length are what is left to gain.

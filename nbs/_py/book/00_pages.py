@@ -1,10 +1,13 @@
 # %% [markdown]
 # # The pages: from notebooks to a book {#sec-pages}
 #
-# > After this chapter you can say what of a notebook reaches its reader, how a name in the text finds its definition, and why a broken reference stops the build.
+# > After this chapter you can say what of a notebook reaches its reader, how a name in the text finds its
+# > definition, and why a broken reference stops the build.
 #
-# A book of many notebooks falls apart quietly. A figure is renamed and three chapters point to nothing; a function moves and its links die; a number is typed once and is wrong a week later.
-# Renderers warn about such things and go on. Here the pages are made, numbered and checked before any renderer sees them, by functions small enough to call on a toy notebook.
+# A book of many notebooks falls apart quietly. A figure is renamed and three chapters point to nothing; a
+# function moves and its links die; a number is typed once and is wrong a week later. Renderers warn about
+# such things and go on. Here the pages are made, numbered and checked before any renderer sees them, by
+# functions small enough to call on a toy notebook.
 
 # %%
 #| default_exp book.pages
@@ -27,50 +30,67 @@ import matplotlib.pyplot as plt
 # %% [markdown]
 # ## What the book consists of
 #
-# `_quarto.yml` lists parts and chapters. Everything below starts from that list: a notebook that is not on it is not in the book (and a test says so).
-# The tools of this chapter belong to the extra `[book]`; whoever installed the package alone gets one line that says what to install, not a traceback.
+# `_quarto.yml` lists parts and chapters. Everything below starts from that list: a notebook that is not on it
+# is not in the book (and a test says so). The tools of this chapter belong to the extra `[book]`; whoever
+# installed the package alone gets one line that says what to install, not a traceback.
 
 # %%
 #| export
 def fail(
-    message:str, # one line that names the cure
+    message: str,  # one line that names the cure
 ):
     "Raise a fault of the user; the import waits until then, because it is slower than a whole build"
     from semidetr.core import ConfigError
+
     raise ConfigError(message)
 
+
 def need(
-    module:str, # a module of the extra [book]
+    module: str,  # a module of the extra [book]
 ):
     "Import it, or say in one line what to install"
-    try: return import_module(module)
+    try:
+        return import_module(module)
     except ImportError:
         from semidetr.core import need as explain
+
         return explain(module, 'the site')
 
+
 def read_book(
-    root='.', # folder of the checkout, which holds `_quarto.yml`
-)->dict: # the whole configuration
+    root='.',  # folder of the checkout, which holds `_quarto.yml`
+) -> dict:  # the whole configuration
     "Read the description of the book"
-    path = Path(root)/'_quarto.yml'
-    if not path.exists(): fail(f"no _quarto.yml in '{root}': the site is built in a checkout of the project, in its top folder")
+    path = Path(root) / '_quarto.yml'
+    if not path.exists():
+        fail(f"no _quarto.yml in '{root}': the site is built in a checkout of the project, in its top folder")
     return need('yaml').safe_load(path.read_text(encoding='utf-8'))
 
+
 def chapter_files(
-    book:dict, # `_quarto.yml` as a dictionary
-)->list[str]: # paths of the pages in reading order, the home page first
+    book: dict,  # `_quarto.yml` as a dictionary
+) -> list[str]:  # paths of the pages in reading order, the home page first
     "Flatten parts, chapters and appendices"
+
     def walk(items):
         for c in items or []:
-            if isinstance(c, str): yield c
+            if isinstance(c, str):
+                yield c
             else:
-                if str(c.get('part', '')).endswith(('.qmd', '.md', '.ipynb')): yield c['part']
+                if str(c.get('part', '')).endswith(('.qmd', '.md', '.ipynb')):
+                    yield c['part']
                 yield from walk(c.get('chapters'))
+
     return [*walk(book['book']['chapters']), *walk(book['book'].get('appendices'))]
 
 
 # %%
-toy_book = {'book': {'chapters': ['index.qmd', {'part': 'Data', 'chapters': ['nbs/01_boxes.ipynb', 'nbs/02_draw.ipynb']}], 'appendices': ['notes.qmd']}}
+toy_book = {
+    'book': {
+        'chapters': ['index.qmd', {'part': 'Data', 'chapters': ['nbs/01_boxes.ipynb', 'nbs/02_draw.ipynb']}],
+        'appendices': ['notes.qmd'],
+    }
+}
 assert chapter_files(toy_book) == ['index.qmd', 'nbs/01_boxes.ipynb', 'nbs/02_draw.ipynb', 'notes.qmd']
 chapter_files(toy_book)
 
@@ -78,14 +98,15 @@ chapter_files(toy_book)
 # %% [markdown]
 # ## From a notebook to a page
 #
-# A code cell starts with lines of two kinds. `#| word` speaks to nbdev (`export`, `hide`, `slow`), `#| key: value` to the renderer (`label`, `fig-cap`). The filter
-# obeys the first and removes them, and leaves the second alone.
+# A code cell starts with lines of two kinds. `#| word` speaks to nbdev (`export`, `hide`, `slow`),
+# `#| key: value` to the renderer (`label`, `fig-cap`). The filter obeys the first and removes them, and
+# leaves the second alone.
 
 # %%
 #| export
 def split_directives(
-    source:str, # a code cell
-): # (words for nbdev, lines for the renderer, the code)
+    source: str,  # a code cell
+):  # (words for nbdev, lines for the renderer, the code)
     "Take the `#|` lines off the top of a cell"
     lines = source.split('\n')
     n = next((i for i, line in enumerate(lines) if not line.startswith('#|')), len(lines))
@@ -93,16 +114,22 @@ def split_directives(
     words = {line[2:].split()[0] for line in lines[:n] if line[2:].strip() and not option.match(line)}
     return words, [line for line in lines[:n] if option.match(line)], '\n'.join(lines[n:])
 
+
 def defined_names(
-    code:str, # an exported cell
-)->list[str]: # functions, classes, `Class.method` and constants; nothing private
+    code: str,  # an exported cell
+) -> list[str]:  # functions, classes, `Class.method` and constants; nothing private
     "The public names that a cell defines"
     out = []
     for node in ast.parse(code).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             out.append(node.name)
-            out += [f'{node.name}.{m.name}' for m in getattr(node, 'body', []) if isinstance(node, ast.ClassDef) and isinstance(m, ast.FunctionDef)]
-        elif isinstance(node, ast.Assign): out += [t.id for t in node.targets if isinstance(t, ast.Name)]
+            out += [
+                f'{node.name}.{m.name}'
+                for m in getattr(node, 'body', [])
+                if isinstance(node, ast.ClassDef) and isinstance(m, ast.FunctionDef)
+            ]
+        elif isinstance(node, ast.Assign):
+            out += [t.id for t in node.targets if isinstance(t, ast.Name)]
     return [name for name in out if not any(part.startswith('_') for part in name.split('.'))]
 
 
@@ -114,38 +141,47 @@ defined_names(code)
 
 
 # %% [markdown]
-# Names in `backticks` become links to the place that defines them, so that prose can say `chapter_files` and mean it. The index is made from the notebooks themselves.
-# A short name that two modules define is ambiguous and gets no link.
+# Names in `backticks` become links to the place that defines them, so that prose can say `chapter_files` and
+# mean it. The index is made from the notebooks themselves. A short name that two modules define is ambiguous
+# and gets no link.
 
 # %%
 #| export
 def cell_text(
-    source, # a string, or a list of lines as notebooks are stored
-)->str:
+    source,  # a string, or a list of lines as notebooks are stored
+) -> str:
     "The text of a cell or an output"
     return ''.join(source) if isinstance(source, list) else source
 
+
 def notebook_module(
-    nb:dict, # a notebook
-)->str: # 'semidetr.core', or '' if nothing is exported
+    nb: dict,  # a notebook
+) -> str:  # 'semidetr.core', or '' if nothing is exported
     "The module that a notebook exports to"
-    found = (re.search(r'^#\|\s*default_exp\s+(\S+)', cell_text(c['source']), re.M) for c in nb['cells'] if c['cell_type'] == 'code')
+    found = (
+        re.search(r'^#\|\s*default_exp\s+(\S+)', cell_text(c['source']), re.M)
+        for c in nb['cells']
+        if c['cell_type'] == 'code'
+    )
     return next((f'semidetr.{m.group(1)}' for m in found if m), '')
 
+
 def symbol_index(
-    root, # folder of the checkout
-    pages:list[str], # from `chapter_files`
-)->dict[str, tuple[str, str]]: # name -> (page, anchor)
+    root,  # folder of the checkout
+    pages: list[str],  # from `chapter_files`
+) -> dict[str, tuple[str, str]]:  # name -> (page, anchor)
     "Where every exported name is defined"
     index, twice = {}, set()
     for page in (p for p in pages if p.endswith('.ipynb')):
-        nb = json.loads((Path(root)/page).read_text(encoding='utf-8'))
+        nb = json.loads((Path(root) / page).read_text(encoding='utf-8'))
         module = notebook_module(nb)
         for c in nb['cells']:
-            if c['cell_type'] != 'code' or not module: continue
+            if c['cell_type'] != 'code' or not module:
+                continue
             words, _, code = split_directives(cell_text(c['source']))
             for name in defined_names(code) if words & {'export', 'exports'} else []:
-                if name in index and index[name][0] != page: twice.add(name)
+                if name in index and index[name][0] != page:
+                    twice.add(name)
                 index[name] = index[f'{module}.{name}'] = (page, f'{module}.{name}')
     return {k: v for k, v in index.items() if k not in twice}
 
@@ -156,19 +192,26 @@ def symbol_index(
 # %%
 #| export
 def link_names(
-    text:str, # Markdown
-    index:dict, # from `symbol_index`
-    page_dir:str, # folder of the page, relative to the root
-)->str:
+    text: str,  # Markdown
+    index: dict,  # from `symbol_index`
+    page_dir: str,  # folder of the page, relative to the root
+) -> str:
     "Turn `name` into a link to its definition; headings, links and code blocks stay as they are"
+
     def link(m):
-        if m.group(1) not in index: return m.group(0)
+        if m.group(1) not in index:
+            return m.group(0)
         page, anchor = index[m.group(1)]
-        return f'[{m.group(0)}]({os.path.relpath(page, page_dir or ".")}#{anchor})'.replace('.ipynb#', '.html#')
+        return f'[{m.group(0)}]({os.path.relpath(page, page_dir or ".")}#{anchor})'.replace(
+            '.ipynb#', '.html#'
+        )
+
     out, fenced = [], False
     for line in text.split('\n'):
-        if line.lstrip().startswith(('```', '~~~')): fenced = not fenced
-        elif not fenced and not line.startswith('#'): line = re.sub(r'(?<![\[`\w])`([A-Za-z][\w.]*)(?:\(\))?`(?![\]`])', link, line)
+        if line.lstrip().startswith(('```', '~~~')):
+            fenced = not fenced
+        elif not fenced and not line.startswith('#'):
+            line = re.sub(r'(?<![\[`\w])`([A-Za-z][\w.]*)(?:\(\))?`(?![\]`])', link, line)
         out.append(line)
     return '\n'.join(out)
 
@@ -181,25 +224,27 @@ linked
 
 
 # %% [markdown]
-# `filter_notebook` does the whole: hidden cells go; an exported cell is shown, with a tag that names its module and an anchor for every name; links are set.
-# nbdev's own processors would do the opposite (drop the code, run the notebook again, print a signature). In a book about an algorithm the code *is* the text,
-# its parameter comments are the parameter table, and nothing has to be executed to make the page.
+# `filter_notebook` does the whole: hidden cells go; an exported cell is shown, with a tag that names its
+# module and an anchor for every name; links are set. nbdev's own processors would do the opposite (drop the
+# code, run the notebook again, print a signature). In a book about an algorithm the code *is* the text, its
+# parameter comments are the parameter table, and nothing has to be executed to make the page.
 
 # %%
 #| export
 def make_cell(
-    kind:str, # 'markdown', 'code' or 'raw'
-    source:str, # its text
-    **more, # outputs, id
-)->dict:
+    kind: str,  # 'markdown', 'code' or 'raw'
+    source: str,  # its text
+    **more,  # outputs, id
+) -> dict:
     "A cell of a notebook"
     return dict(cell_type=kind, metadata={}, source=source, **more)
 
+
 def filter_notebook(
-    nb:dict, # a notebook as JSON
-    index:dict, # from `symbol_index`
-    page_dir:str, # folder of the page, relative to the root
-)->dict: # the notebook to render
+    nb: dict,  # a notebook as JSON
+    index: dict,  # from `symbol_index`
+    page_dir: str,  # folder of the page, relative to the root
+) -> dict:  # the notebook to render
     "Hide, tag, anchor and link the cells of one notebook"
     module, cells = notebook_module(nb), []
     for i, c in enumerate(nb['cells']):
@@ -208,29 +253,44 @@ def filter_notebook(
             cells.append({**c, 'source': link_names(source, index, page_dir)})
             continue
         words, options, code = split_directives(source)
-        if words & {'hide', 'default_exp'} or not code.strip(): continue
-        if re.search(r'^show_doc\(', code, re.M): options = ['#| echo: false', *options]
+        if words & {'hide', 'default_exp'} or not code.strip():
+            continue
+        if re.search(r'^show_doc\(', code, re.M):
+            options = ['#| echo: false', *options]
         elif words & {'export', 'exports', 'exporti'} and module:
             anchors = ''.join(f'<span id="{module}.{name}"></span>' for name in defined_names(code))
-            cells.append(make_cell('markdown', f'<span class="module-tag">{module}</span>{anchors}', id=f'tag{i:03d}'))
+            cells.append(
+                make_cell('markdown', f'<span class="module-tag">{module}</span>{anchors}', id=f'tag{i:03d}')
+            )
         cells.append({**c, 'source': '\n'.join([*options, code])})
     return {**nb, 'cells': cells}
 
+
 def stored_notebook(
-    nb:dict, # from `filter_notebook`, a source of a cell being one string
-)->dict: # the same, every source a list of lines that keep their newlines
+    nb: dict,  # from `filter_notebook`, a source of a cell being one string
+) -> dict:  # the same, every source a list of lines that keep their newlines
     "A notebook in the form that nbformat prescribes for files; Quarto's reader joins the lines as they are"
     return {**nb, 'cells': [{**c, 'source': c['source'].splitlines(keepends=True)} for c in nb['cells']]}
 
 
 # %%
-toy_nb = {'cells': [make_cell('code', '#| default_exp boxes'), make_cell('code', '#| export\ndef area(w, h): return w*h'), make_cell('code', '#| hide\nimport os')]}
+toy_nb = {
+    'cells': [
+        make_cell('code', '#| default_exp boxes'),
+        make_cell('code', '#| export\ndef area(w, h): return w*h'),
+        make_cell('code', '#| hide\nimport os'),
+    ]
+}
 page = filter_notebook(toy_nb, toy_index, 'nbs')
-assert [c['source'] for c in page['cells']] == ['<span class="module-tag">semidetr.boxes</span><span id="semidetr.boxes.area"></span>', 'def area(w, h): return w*h']
+assert [c['source'] for c in page['cells']] == [
+    '<span class="module-tag">semidetr.boxes</span><span id="semidetr.boxes.area"></span>',
+    'def area(w, h): return w*h',
+]
 [c['cell_type'] for c in page['cells']]
 
 # %% [markdown]
-# In memory a source is one string. In a file it is a list of lines, each with its newline: a reader that finds a string may split it and lose them, and then a heading swallows the paragraph below it.
+# In memory a source is one string. In a file it is a list of lines, each with its newline: a reader that
+# finds a string may split it and lose them, and then a heading swallows the paragraph below it.
 
 # %%
 toy_file = stored_notebook({'cells': [make_cell('markdown', '# Boxes\n\nA paragraph.')]})
@@ -242,6 +302,8 @@ toy_file['cells'][0]['source']
 #| fig-cap: "What becomes of the cells of the chapters on the book: prose and examples are shown as they are, exported code gets a tag, and little is hidden."
 #| fig-alt: "Stacked horizontal bars, one for each chapter of this part: cells of prose, exported cells, examples and hidden cells."
 kinds = ('prose', 'exported', 'example', 'hidden')
+
+
 def kind_of(cell):
     if cell['cell_type'] != 'code':
         return 'prose'
@@ -250,13 +312,16 @@ def kind_of(cell):
         return 'hidden'
     return 'exported' if directives & {'export', 'exports', 'exporti'} else 'example'
 
-chapters = {f.stem: [kind_of(c) for c in json.loads(f.read_text())['cells']] for f in sorted(Path().glob('0*.ipynb'))}
+
+chapters = {
+    f.stem: [kind_of(c) for c in json.loads(f.read_text())['cells']] for f in sorted(Path().glob('0*.ipynb'))
+}
 fig, ax = plt.subplots(figsize=(6, 1.8), dpi=80)
-start = [0]*len(chapters)
+start = [0] * len(chapters)
 for kind in kinds:
     width = [cells.count(kind) for cells in chapters.values()]
     ax.barh(list(chapters), width, left=start, label=kind)
-    start = [a+b for a, b in zip(start, width)]
+    start = [a + b for a, b in zip(start, width)]
 ax.invert_yaxis()
 ax.set_xlabel('cells')
 ax.legend(fontsize=9)
@@ -265,34 +330,38 @@ plt.show()
 # %% [markdown]
 # ## Numbers and references
 #
-# Quarto numbers figures, tables, equations and sections and resolves `@fig-name`. `CrossRefs` does the same ahead of it, for the check and for the other renderer (@sec-site):
-# `scan` collects the labels of all pages, `check` looks up the references. With $n$ the number of the chapter and $k$ the running number of a kind within it, a label is shown as
+# Quarto numbers figures, tables, equations and sections and resolves `@fig-name`. `CrossRefs` does the same
+# ahead of it, for the check and for the other renderer (@sec-site): `scan` collects the labels of all pages,
+# `check` looks up the references. With $n$ the number of the chapter and $k$ the running number of a kind
+# within it, a label is shown as
 #
 # $$
 # \mathrm{number}(\text{label}) = n.k , \qquad k = 1, 2, \dots
 # $$ {#eq-pages-number}
 #
-# A reference to a label that no page defines, or a label that two pages define, is an entry in `problems`, and a problem fails the build: Quarto alone would print `?@fig-name` and exit 0.
+# A reference to a label that no page defines, or a label that two pages define, is an entry in `problems`,
+# and a problem fails the build: Quarto alone would print `?@fig-name` and exit 0.
 
 # %%
 #| export
 KINDS = dict(fig='Figure', tbl='Table', eq='Equation', sec='Section', lst='Listing')
 _CODE = re.compile(r'(^(`{3,}|~{3,})[^\n]*\n.*?^\2[ \t]*$|`[^`\n]+`)', re.S | re.M)
 _FENCED = re.compile(r'^(`{3,}|~{3,})[^\n]*\n.*?^\1[ \t]*$', re.S | re.M)
-CALLOUT = r'^:{3,} *\{\.callout[^\n]*\n' # the heading after it is a title, not a section
+CALLOUT = r'^:{3,} *\{\.callout[^\n]*\n'  # the heading after it is a title, not a section
 REF = re.compile(r'(?<![\w/\[])@((?:fig|tbl|eq|sec|lst)-[\w-]+)')
 _LABEL = re.compile(r'^(#{1,6}) (.*?)\s*(?:\{([^}]*)\})?\s*$|\{#((?:fig|tbl|eq|lst)-[\w-]+)[^}]*\}', re.M)
 _CELL_LABEL = re.compile(r'^#\|\s*label:\s*((?:fig|tbl|lst)-[\w-]+)', re.M)
 
+
 def outside_code(
-    f, # function of a piece of Markdown
-    text:str, # Markdown
-    inline:bool=True, # leave `code` alone as well
-)->str:
+    f,  # function of a piece of Markdown
+    text: str,  # Markdown
+    inline: bool = True,  # leave `code` alone as well
+) -> str:
     "Apply `f` to everything but code blocks and inline code"
     out, pos = [], 0
     for m in (_CODE if inline else _FENCED).finditer(text):
-        out += [f(text[pos:m.start()]), m.group(0)]
+        out += [f(text[pos : m.start()]), m.group(0)]
         pos = m.end()
     return ''.join([*out, f(text[pos:])])
 
@@ -307,53 +376,82 @@ shouted
 #| export
 class CrossRefs:
     "Labels of all pages: where they are and what they are called"
-    def __init__(self): self.labels, self.problems = {}, []
+
+    def __init__(self):
+        self.labels, self.problems = {}, []
 
     def add(self, label, page, text, number):
         "Record one label"
-        if label in self.labels: self.problems.append(f'{page}: label {label} is used twice, first in {self.labels[label][0]}')
-        else: self.labels[label] = (page, text, number)
+        if label in self.labels:
+            self.problems.append(f'{page}: label {label} is used twice, first in {self.labels[label][0]}')
+        else:
+            self.labels[label] = (page, text, number)
 
-    def scan(self,
-        page:str, # path of the page
-        cells:list, # (kind, source) of its cells
-        n, # chapter number or letter, 0 for an unnumbered page
+    def scan(
+        self,
+        page: str,  # path of the page
+        cells: list,  # (kind, source) of its cells
+        n,  # chapter number or letter, 0 for an unnumbered page
     ):
         "Collect and number the labels of one page"
-        count, depth = dict.fromkeys(KINDS, 0), [0]*7
+        count, depth = dict.fromkeys(KINDS, 0), [0] * 7
+
         def numbered(label):
             kind = label.split('-')[0]
             count[kind] += 1
             number = f'{n}.{count[kind]}' if n else str(count[kind])
             self.add(label, page, f'{KINDS[kind]} {number}', number)
+
         for kind, source in cells:
             if kind == 'code':
-                for m in _CELL_LABEL.finditer(source): numbered(m.group(1))
+                for m in _CELL_LABEL.finditer(source):
+                    numbered(m.group(1))
                 continue
             for m in _LABEL.finditer(re.sub(rf'({CALLOUT})#+ ', r'\1', _CODE.sub('', source), flags=re.M)):
-                if m.group(4): numbered(m.group(4))
+                if m.group(4):
+                    numbered(m.group(4))
                 elif '.unnumbered' not in (m.group(3) or '') and n:
                     level = len(m.group(1))
                     depth[level] += 1
-                    depth[level+1:] = [0]*(6-level)
-                    number = '.'.join(map(str, [n, *depth[2:level+1]]))
+                    depth[level + 1 :] = [0] * (6 - level)
+                    number = '.'.join(map(str, [n, *depth[2 : level + 1]]))
                     label = re.search(r'#(sec-[\w-]+)', m.group(3) or '')
-                    if label: self.add(label.group(1), page, f"{'Section' if level > 1 else 'Appendix' if isinstance(n, str) else 'Chapter'} {number}", number)
+                    if label:
+                        self.add(
+                            label.group(1),
+                            page,
+                            f"{'Section' if level > 1 else 'Appendix' if isinstance(n, str) else 'Chapter'} {number}",
+                            number,
+                        )
 
-    def check(self,
-        page:str, # path of the page
-        text:str, # its Markdown, or a caption
+    def check(
+        self,
+        page: str,  # path of the page
+        text: str,  # its Markdown, or a caption
     ):
         "Note the references in it that lead nowhere"
         for m in REF.finditer(_CODE.sub('', text)):
-            if m.group(1) not in self.labels: self.problems.append(f'{page}: no label for @{m.group(1)}')
+            if m.group(1) not in self.labels:
+                self.problems.append(f'{page}: no label for @{m.group(1)}')
 
 
 # %%
 refs = CrossRefs()
-refs.scan('a.qmd', [('markdown', '# Boxes {#sec-a}\n## Overlap {#sec-b}\n$$x$$ {#eq-x}'), ('code', '#| label: fig-a\nplot()')], n=3)
+refs.scan(
+    'a.qmd',
+    [
+        ('markdown', '# Boxes {#sec-a}\n## Overlap {#sec-b}\n$$x$$ {#eq-x}'),
+        ('code', '#| label: fig-a\nplot()'),
+    ],
+    n=3,
+)
 refs.check('a.qmd', 'See @fig-a and @fig-missing.')
-assert [refs.labels[k][1] for k in ('sec-a', 'sec-b', 'eq-x', 'fig-a')] == ['Chapter 3', 'Section 3.1', 'Equation 3.1', 'Figure 3.1']
+assert [refs.labels[k][1] for k in ('sec-a', 'sec-b', 'eq-x', 'fig-a')] == [
+    'Chapter 3',
+    'Section 3.1',
+    'Equation 3.1',
+    'Figure 3.1',
+]
 assert refs.problems == ['a.qmd: no label for @fig-missing']
 refs.labels['fig-a']
 
@@ -364,29 +462,37 @@ refs.labels['fig-a']
 # %%
 #| export
 def load_pages(
-    root, # folder of the checkout
-    files:list[str], # from `chapter_files`
-    appendices=(), # those of them that are counted with letters
-)->list: # (path, notebook or None, [(kind, source)], chapter number or letter; 0 for an unnumbered page)
+    root,  # folder of the checkout
+    files: list[str],  # from `chapter_files`
+    appendices=(),  # those of them that are counted with letters
+) -> list:  # (path, notebook or None, [(kind, source)], chapter number or letter; 0 for an unnumbered page)
     "Read and filter every page, includes written out"
     index, out, n, letters = symbol_index(root, files), [], 0, iter(string.ascii_uppercase)
     for page in files:
-        folder, text = os.path.dirname(page), (Path(root)/page).read_text(encoding='utf-8')
+        folder, text = os.path.dirname(page), (Path(root) / page).read_text(encoding='utf-8')
         nb = filter_notebook(json.loads(text), index, folder) if page.endswith('.ipynb') else None
-        include = lambda m: (Path(root)/folder/m.group(1)).read_text(encoding='utf-8')
-        cells = [(c['cell_type'], c['source']) for c in nb['cells']] if nb else [('markdown', link_names(re.sub(r'\{\{< include (\S+) >\}\}', include, text), index, folder))]
+        include = lambda m: (Path(root) / folder / m.group(1)).read_text(encoding='utf-8')
+        cells = (
+            [(c['cell_type'], c['source']) for c in nb['cells']]
+            if nb
+            else [
+                ('markdown', link_names(re.sub(r'\{\{< include (\S+) >\}\}', include, text), index, folder))
+            ]
+        )
         title = next((s for k, s in cells if k == 'markdown' and s.lstrip().startswith('# ')), '')
         numbered = page != files[0] and '.unnumbered' not in title.lstrip().split('\n')[0]
         n += numbered and page not in appendices
         out.append((page, nb, cells, (next(letters) if page in appendices else n) if numbered else 0))
     return out
 
+
 def cross_references(
-    pages:list, # from `load_pages`
-)->CrossRefs: # `problems` is empty if all is well
+    pages: list,  # from `load_pages`
+) -> CrossRefs:  # `problems` is empty if all is well
     "Labels of the whole book, every reference checked"
     refs = CrossRefs()
-    for page, _, cells, n in pages: refs.scan(page, cells, n)
+    for page, _, cells, n in pages:
+        refs.scan(page, cells, n)
     for page, _, cells, _ in pages:
         for kind, source in cells:
             refs.check(page, source if kind == 'markdown' else '\n'.join(split_directives(source)[1]))
@@ -406,33 +512,42 @@ problems
 # %% [markdown]
 # ## Tables that come from runs
 #
-# No number on a page is typed. A report notebook builds its table from result files with `markdown_table` (@sec-report), and `write_home` puts a picture and a table on the home page through an include file.
+# No number on a page is typed. A report notebook builds its table from result files with `markdown_table`
+# (@sec-report), and `write_home` puts a picture and a table on the home page through an include file.
 
 # %%
 #| export
 def write_home(
-    path, # include file of the home page
-    picture:str, # image, relative to the top folder
-    caption:str, # of the picture
-    alt:str, # its description
-    table:str, # from `markdown_table`
-    table_caption:str, # says what was run: data, scale, seeds
+    path,  # include file of the home page
+    picture: str,  # image, relative to the top folder
+    caption: str,  # of the picture
+    alt: str,  # its description
+    table: str,  # from `markdown_table`
+    table_caption: str,  # says what was run: data, scale, seeds
 ):
     "Write the part of the home page that shows results"
     from semidetr.core import atomic_write
+
     alt = alt.replace('"', "'")
-    atomic_write(path, f'![{caption}]({picture}){{#fig-home fig-alt="{alt}"}}\n\n{table}\n\n: {table_caption} {{#tbl-home}}\n')
+    atomic_write(
+        path,
+        f'![{caption}]({picture}){{#fig-home fig-alt="{alt}"}}\n\n{table}\n\n: {table_caption} {{#tbl-home}}\n',
+    )
 
 # %% [markdown]
 # ## Summary
 #
 # * `chapter_files` is the reading order; what is not on it is not in the book.
-# * `filter_notebook` shows exported code with its module, anchors every public name and links the names in the prose.
-# * `CrossRefs` numbers labels as in @eq-pages-number and finds references that lead nowhere, and labels that are used twice.
+# * `filter_notebook` shows exported code with its module, anchors every public name and links the names in
+#   the prose.
+# * `CrossRefs` numbers labels as in @eq-pages-number and finds references that lead nowhere, and labels that
+#   are used twice.
 # * `write_home` carries numbers from result files to the home page; nobody types them.
 #
 # ## Exercises
 #
 # 1. Give two figures of the toy book the same label. Which line tells you where the first one is?
-# 2. `link_names` skips short names that two modules define. Count them with `symbol_index`, and decide whether linking within the page would be right.
-# 3. Quarto warns about an unresolved reference and goes on. Why is that the wrong default for a book whose numbers come from runs?
+# 2. `link_names` skips short names that two modules define. Count them with `symbol_index`, and decide
+#    whether linking within the page would be right.
+# 3. Quarto warns about an unresolved reference and goes on. Why is that the wrong default for a book whose
+#    numbers come from runs?

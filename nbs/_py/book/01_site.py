@@ -1,12 +1,15 @@
 # %% [markdown]
 # # The site: one book, two renderers {#sec-site}
 #
-# > After this chapter you can turn the notebooks into the web site you are reading, with Quarto or without it.
+# > After this chapter you can turn the notebooks into the web site you are reading, with Quarto or without
+# > it.
 #
-# A research book is read in a browser and checked by a machine. Quarto renders such books well, but it is a large program that no Python package index carries,
-# so a fresh clone on a plain machine would have no site. The cure is one description of the book, `_quarto.yml`, and two renderers for it: Quarto where it is
-# installed, and otherwise the small Python package *smalldocs*, to which this module adds what a book needs: chapter numbers, cross-references and mathematics.
-# Both get the same pages (@sec-pages), and both builds fail on the same faults.
+# A research book is read in a browser and checked by a machine. Quarto renders such books well, but it is a
+# large program that no Python package index carries, so a fresh clone on a plain machine would have no site.
+# The cure is one description of the book, `_quarto.yml`, and two renderers for it: Quarto where it is
+# installed, and otherwise the small Python package *smalldocs*, to which this module adds what a book needs:
+# chapter numbers, cross-references and mathematics. Both get the same pages (@sec-pages), and both builds
+# fail on the same faults.
 
 # %%
 #| default_exp book.site
@@ -23,8 +26,26 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from semidetr.book.pages import CALLOUT, CrossRefs, REF, cell_text, chapter_files, cross_references, fail, filter_notebook
-from semidetr.book.pages import load_pages, make_cell, need, outside_code, read_book, split_directives, stored_notebook, symbol_index
+from semidetr.book.pages import (
+    CALLOUT,
+    CrossRefs,
+    REF,
+    cell_text,
+    chapter_files,
+    cross_references,
+    fail,
+    filter_notebook,
+)
+from semidetr.book.pages import (
+    load_pages,
+    make_cell,
+    need,
+    outside_code,
+    read_book,
+    split_directives,
+    stored_notebook,
+    symbol_index,
+)
 
 # %%
 import matplotlib.pyplot as plt
@@ -33,8 +54,9 @@ import numpy as np
 # %% [markdown]
 # ## Formulas without a script
 #
-# Most sites draw formulas with a script that every reader downloads from somewhere else. Browsers show MathML by themselves; `mathml` makes it, and refuses a command that the converter does not
-# know instead of printing it raw:
+# Most sites draw formulas with a script that every reader downloads from somewhere else. Browsers show MathML
+# by themselves; `mathml` makes it, and refuses a command that the converter does not know instead of printing
+# it raw:
 #
 # $$
 # \text{LaTeX} \longrightarrow \text{MathML}, \qquad \text{for example} \quad \mathrm{IoU}(a, b) = \frac{\lvert a \cap b \rvert}{\lvert a \cup b \rvert} .
@@ -45,15 +67,19 @@ import numpy as np
 _EQ = re.compile(r'\$\$(.+?)\$\$[ \t]*(?:\{#(eq-[\w-]+)\})?', re.S)
 _INLINE = re.compile(r'(?<![\\$\w])\$(?!\s)([^$\n]+?)(?<!\s)\$(?![\d$])')
 
+
 def mathml(
-    tex:str, # LaTeX
-    display:bool=False, # a line of its own
-)->str: # MathML, which a browser shows without a script
+    tex: str,  # LaTeX
+    display: bool = False,  # a line of its own
+) -> str:  # MathML, which a browser shows without a script
     "LaTeX to MathML; a command that the converter does not know is an error"
     known = re.sub(r'\\operatorname\*?\{arg\\,\s*(min|max)\}', r'\\arg\1', tex.strip())
     out = need('latex2mathml.converter').convert(known, display='block' if display else 'inline')
     unknown = re.findall(r'\\arg(?:min|max)', tex) + re.findall(r'>(\\[A-Za-z]+)<', out)
-    if unknown: raise ValueError(f"LaTeX command {unknown[0]} is not known to both renderers, in: {' '.join(tex.split())}")
+    if unknown:
+        raise ValueError(
+            f"LaTeX command {unknown[0]} is not known to both renderers, in: {' '.join(tex.split())}"
+        )
     return out
 
 
@@ -66,64 +92,104 @@ formula
 # %% [markdown]
 # ## What smalldocs leaves to us
 #
-# `resolve` writes what smalldocs does not: heading numbers, captions with their numbers, MathML, links for references.
+# `resolve` writes what smalldocs does not: heading numbers, captions with their numbers, MathML, links for
+# references.
 
 # %%
 #| export
 def resolve(
-    refs:CrossRefs, # labels of the whole book
-    text:str, # Markdown
-    page:str, # path of its page
-)->str: # Markdown without `@label` and `$`
+    refs: CrossRefs,  # labels of the whole book
+    text: str,  # Markdown
+    page: str,  # path of its page
+) -> str:  # Markdown without `@label` and `$`
     "Replace references, formulas and caption labels of one piece of Markdown"
+
     def ref(m):
         target, text, _ = refs.labels.get(m.group(1), ('', '', ''))
-        if not text: return m.group(0)
-        url = '' if target == page else os.path.relpath(Path(target).with_suffix('.html'), os.path.dirname(page) or '.')
+        if not text:
+            return m.group(0)
+        url = (
+            ''
+            if target == page
+            else os.path.relpath(Path(target).with_suffix('.html'), os.path.dirname(page) or '.')
+        )
         return f'[{text}]({url}#{m.group(1)})'
+
     def equation(m):
         formula = mathml(m.group(1), display=True)
-        if not m.group(2): return formula
+        if not m.group(2):
+            return formula
         return f'<div id="{m.group(2)}" class="equation"><div>{formula}</div><span>({refs.labels[m.group(2)][2]})</span></div>'
-    def caption(m): return f': {refs.labels[m.group(2)][1]}: {m.group(1)} {{#{m.group(2)}'
-    def picture(m): return f'![{refs.labels[m.group(3)][1]}: {m.group(1)}]{m.group(2)}'
+
+    def caption(m):
+        return f': {refs.labels[m.group(2)][1]}: {m.group(1)} {{#{m.group(2)}'
+
+    def picture(m):
+        return f'![{refs.labels[m.group(3)][1]}: {m.group(1)}]{m.group(2)}'
+
     def replace(t):
         t = re.sub(r'!\[([^\]]*)\](\([^)]*\)\{#(fig-[\w-]+))', picture, t)
         return REF.sub(ref, _INLINE.sub(lambda m: mathml(m.group(1)), _EQ.sub(equation, t)))
-    captioned = outside_code(lambda t: re.sub(r'^: (.*?) \{#(tbl-[\w-]+)', caption, t, flags=re.M), text, inline=False)
-    try: return outside_code(replace, captioned)
-    except ValueError as e: raise ValueError(f'{page}: {e}') from None
+
+    captioned = outside_code(
+        lambda t: re.sub(r'^: (.*?) \{#(tbl-[\w-]+)', caption, t, flags=re.M), text, inline=False
+    )
+    try:
+        return outside_code(replace, captioned)
+    except ValueError as e:
+        raise ValueError(f'{page}: {e}') from None
+
 
 def number_headings(
-    text:str, # Markdown of a cell
-    n, # chapter number or letter; 0 leaves the text as it is
-    count:list[int], # running numbers of the levels 2 and 3, updated in place
-)->str:
+    text: str,  # Markdown of a cell
+    n,  # chapter number or letter; 0 leaves the text as it is
+    count: list[int],  # running numbers of the levels 2 and 3, updated in place
+) -> str:
     "Write `3.1` before the headings of levels 2 and 3"
+
     def number(m):
-        if m.group(1): return m.group(0)
+        if m.group(1):
+            return m.group(0)
         level = len(m.group(2))
-        count[level-2] += 1
-        if level == 2: count[1] = 0
-        return f"{m.group(2)} {'.'.join(map(str, [n, *count[:level-1]]))} {m.group(3)}"
-    return outside_code(lambda t: re.sub(rf'({CALLOUT})?^(#{{2,3}}) (?!.*\.unnumbered)(.*)', number, t, flags=re.M), text) if n else text
+        count[level - 2] += 1
+        if level == 2:
+            count[1] = 0
+        return f"{m.group(2)} {'.'.join(map(str, [n, *count[: level - 1]]))} {m.group(3)}"
+
+    return (
+        outside_code(
+            lambda t: re.sub(rf'({CALLOUT})?^(#{{2,3}}) (?!.*\.unnumbered)(.*)', number, t, flags=re.M), text
+        )
+        if n
+        else text
+    )
 
 
 # %%
 refs = CrossRefs()
-refs.scan('a.qmd', [('markdown', '# Boxes {#sec-a}\n## Overlap {#sec-b}\n$$x$$ {#eq-x}\n\n: Of `a` {#tbl-a}'), ('code', '#| label: fig-a\nplot()')], n=3)
+refs.scan(
+    'a.qmd',
+    [
+        ('markdown', '# Boxes {#sec-a}\n## Overlap {#sec-b}\n$$x$$ {#eq-x}\n\n: Of `a` {#tbl-a}'),
+        ('code', '#| label: fig-a\nplot()'),
+    ],
+    n=3,
+)
 resolved = resolve(refs, 'See @fig-a and @sec-b; the code `@fig-a` stays.', 'b.qmd')
 assert resolved == 'See [Figure 3.1](a.html#fig-a) and [Section 3.1](a.html#sec-b); the code `@fig-a` stays.'
 assert resolve(refs, ': Of `a` {#tbl-a}', 'b.qmd') == ': Table 3.1: Of `a` {#tbl-a}'
-fence = 3*':' # a box: its title is no section
-numbered = number_headings(f'## One\n### Half\n{fence} {{.callout-note}}\n## A title\n{fence}\n## Two', 3, [0, 0])
+fence = 3 * ':'  # a box: its title is no section
+numbered = number_headings(
+    f'## One\n### Half\n{fence} {{.callout-note}}\n## A title\n{fence}\n## Two', 3, [0, 0]
+)
 [line for line in numbered.splitlines() if line.startswith('#')]
 
 
 # %% [markdown]
 # ## Figures with captions that may hold formulas
 #
-# smalldocs shows captions as plain text. `figure_output` makes the figure itself, so that a caption may hold a formula, a reference or `code`, as it may under Quarto.
+# smalldocs shows captions as plain text. `figure_output` makes the figure itself, so that a caption may hold
+# a formula, a reference or `code`, as it may under Quarto.
 
 # %%
 #| export
@@ -131,21 +197,23 @@ def _option(options, key):
     m = re.search(rf'^#\|\s*{key}:\s*(.*)$', '\n'.join(options), re.M)
     return (need('yaml').safe_load(m.group(1)) if m else None) or ''
 
+
 def figure_output(
-    png:str, # base64
-    caption:str, # Markdown that `resolve` has seen
-    alt:str, # text for those who cannot see the picture
-)->dict: # a notebook output
+    png: str,  # base64
+    caption: str,  # Markdown that `resolve` has seen
+    alt: str,  # text for those who cannot see the picture
+) -> dict:  # a notebook output
     "One picture with its caption as HTML"
     text = need('markdown_it').MarkdownIt('commonmark', {'html': True}).renderInline(caption)
     figure = f'<figure class="figure"><img class="img-fluid" alt="{html.escape(alt)}" src="data:image/png;base64,{png}">\n<figcaption>{text}</figcaption></figure>'
     return dict(output_type='display_data', metadata={}, data={'text/html': figure})
 
+
 def finish_code_cell(
-    cell:dict, # a code cell that `filter_notebook` has seen
-    refs:CrossRefs, # labels of the whole book
-    page:str, # path of the page
-)->dict:
+    cell: dict,  # a code cell that `filter_notebook` has seen
+    refs: CrossRefs,  # labels of the whole book
+    page: str,  # path of the page
+) -> dict:
     "Number captions, resolve what the outputs say"
     _, options, code = split_directives(cell['source'])
     label = _option(options, 'label')
@@ -154,17 +222,31 @@ def finish_code_cell(
     outputs = []
     for o in cell.get('outputs', []):
         data = o.get('data', {})
-        if figure and 'image/png' in data: o = figure_output(cell_text(data['image/png']).strip(), name + figure, _option(options, 'fig-alt'))
+        if figure and 'image/png' in data:
+            o = figure_output(
+                cell_text(data['image/png']).strip(), name + figure, _option(options, 'fig-alt')
+            )
         elif 'text/markdown' in data:
             text = resolve(refs, cell_text(data['text/markdown']), page)
-            o = {**o, 'data': {'text/markdown': f'{text.rstrip()}\n\n: {name}{table}\n' if table and text.lstrip().startswith('|') else text}}
+            o = {
+                **o,
+                'data': {
+                    'text/markdown': f'{text.rstrip()}\n\n: {name}{table}\n'
+                    if table and text.lstrip().startswith('|')
+                    else text
+                },
+            }
         outputs.append(o)
     kept = [o for o in options if not re.match(r'#\|\s*(fig|tbl)-', o)]
     return {**cell, 'source': '\n'.join([*kept, code]), 'outputs': outputs}
 
 
 # %%
-toy_figure = make_cell('code', '#| label: fig-a\n#| fig-cap: "A line, see @sec-b"\n#| fig-alt: "a line"\nplot()', outputs=[dict(data={'image/png': 'AAAA'})])
+toy_figure = make_cell(
+    'code',
+    '#| label: fig-a\n#| fig-cap: "A line, see @sec-b"\n#| fig-alt: "a line"\nplot()',
+    outputs=[dict(data={'image/png': 'AAAA'})],
+)
 shown_figure = finish_code_cell(toy_figure, refs, 'a.qmd')['outputs'][0]['data']['text/html']
 assert 'Figure 3.1: A line, see <a href="#sec-b">Section 3.1</a>' in shown_figure
 shown_figure[-90:]
@@ -173,15 +255,24 @@ shown_figure[-90:]
 # %% [markdown]
 # ## Rendering
 #
-# `stage` writes the processed book to a folder that smalldocs can render as a plain web site. `build_site` picks the renderer, and replaces the old site only when the new one is complete.
+# `stage` writes the processed book to a folder that smalldocs can render as a plain web site. `build_site`
+# picks the renderer, and replaces the old site only when the new one is complete.
 
 # %%
 #| export
 def _titled(nb, n):
     "Move `# Title {#sec-id}` to the front matter, where smalldocs reads it; the id stays as an anchor; pages that are text alone (`.qmd`) come as one cell"
     cells = list(nb['cells'])
-    i = next((i for i, c in enumerate(cells) if c['cell_type'] == 'markdown' and c['source'].lstrip().startswith('# ')), None)
-    if i is None: return nb
+    i = next(
+        (
+            i
+            for i, c in enumerate(cells)
+            if c['cell_type'] == 'markdown' and c['source'].lstrip().startswith('# ')
+        ),
+        None,
+    )
+    if i is None:
+        return nb
     head, _, rest = cells[i]['source'].lstrip().partition('\n')
     m = re.match(r'# (.*?)\s*(?:\{([^}]*)\})?$', head)
     label = re.search(r'#([\w-]+)', m.group(2) or '')
@@ -189,33 +280,52 @@ def _titled(nb, n):
     title = json.dumps(f'{n} {m.group(1)}' if n else m.group(1), ensure_ascii=False)
     return {**nb, 'cells': [make_cell('raw', f'---\ntitle: {title}\n---', id='title'), *cells]}
 
+
 def stage(
-    root, # folder of the checkout
-    dest, # folder to write
-    book:dict, # from `read_book`
-    pages:list, # from `load_pages`
-    refs:CrossRefs, # from `cross_references`
+    root,  # folder of the checkout
+    dest,  # folder to write
+    book: dict,  # from `read_book`
+    pages: list,  # from `load_pages`
+    refs: CrossRefs,  # from `cross_references`
 ):
     "Write the book as smalldocs can render it"
     for page, nb, cells, n in pages:
-        out, count = Path(dest)/page, [0, 0]
+        out, count = Path(dest) / page, [0, 0]
         out.parent.mkdir(parents=True, exist_ok=True)
         finish = lambda text: number_headings(resolve(refs, text, page), n, count)
         if nb is None:
             text = dict(cells=[make_cell(*cells[0])])
-            out.write_text('\n\n'.join(finish(c['source']) for c in (_titled(text, n) if n else text)['cells']), encoding='utf-8')
+            out.write_text(
+                '\n\n'.join(finish(c['source']) for c in (_titled(text, n) if n else text)['cells']),
+                encoding='utf-8',
+            )
         else:
             nb = _titled(nb, n)
-            nb['cells'] = [finish_code_cell(c, refs, page) if c['cell_type'] == 'code' else {**c, 'source': finish(c['source'])} for c in nb['cells']]
+            nb['cells'] = [
+                finish_code_cell(c, refs, page)
+                if c['cell_type'] == 'code'
+                else {**c, 'source': finish(c['source'])}
+                for c in nb['cells']
+            ]
             out.write_text(json.dumps(stored_notebook(nb)), encoding='utf-8')
-    options = {k: v for k, v in book['format']['html'].items() if k not in ('html-math-method', 'number-sections')}
+    options = {
+        k: v for k, v in book['format']['html'].items() if k not in ('html-math-method', 'number-sections')
+    }
     chapters = book['book']['chapters'] + book['book'].get('appendices', [])
-    assets = [*([options['css']] if isinstance(options.get('css'), str) else options.get('css', [])), book['book'].get('favicon', ''), *book['project'].get('resources', [])]
-    config = dict(project={'type': 'book', 'output-dir': '_out'}, book={**book['book'], 'chapters': chapters}, format={'html': options})
+    assets = [
+        *([options['css']] if isinstance(options.get('css'), str) else options.get('css', [])),
+        book['book'].get('favicon', ''),
+        *book['project'].get('resources', []),
+    ]
+    config = dict(
+        project={'type': 'book', 'output-dir': '_out'},
+        book={**book['book'], 'chapters': chapters},
+        format={'html': options},
+    )
     Path(dest, '_quarto.yml').write_text(need('yaml').safe_dump(config, sort_keys=False), encoding='utf-8')
     for pattern in filter(None, assets):
         for f in Path(root).glob(pattern):
-            target = Path(dest)/f.relative_to(root)
+            target = Path(dest) / f.relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(f, target)
 
@@ -223,30 +333,51 @@ def stage(
 # %%
 #| export
 def _run(command, cwd, **env):
-    done = subprocess.run(command, cwd=cwd, env={**os.environ, **env}, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(f'{Path(command[0]).name} failed:\n{done.stdout}{done.stderr}')
+    done = subprocess.run(
+        command, cwd=cwd, env={**os.environ, **env}, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f'{Path(command[0]).name} failed:\n{done.stdout}{done.stderr}')
+
 
 def build_site(
-    root='.', # folder of the checkout
-    engine:str='auto', # 'auto' takes Quarto where it is on the PATH; 'quarto'; 'fallback' takes smalldocs
-)->Path: # folder of the site
+    root='.',  # folder of the checkout
+    engine: str = 'auto',  # 'auto' takes Quarto where it is on the PATH; 'quarto'; 'fallback' takes smalldocs
+) -> Path:  # folder of the site
     "Check the book and render it"
     root, book = Path(root).resolve(), read_book(root)
-    pages = load_pages(root, chapter_files(book), chapter_files({'book': {'chapters': book['book'].get('appendices', [])}}))
+    pages = load_pages(
+        root, chapter_files(book), chapter_files({'book': {'chapters': book['book'].get('appendices', [])}})
+    )
     refs = cross_references(pages)
-    if refs.problems: fail('the book has broken references:\n' + '\n'.join(refs.problems))
-    out = root/book['project'].get('output-dir', '_docs')
-    if engine == 'auto': engine = 'quarto' if shutil.which('quarto') else 'fallback'
+    if refs.problems:
+        fail('the book has broken references:\n' + '\n'.join(refs.problems))
+    out = root / book['project'].get('output-dir', '_docs')
+    if engine == 'auto':
+        engine = 'quarto' if shutil.which('quarto') else 'fallback'
     if engine == 'quarto':
-        _run(['quarto', 'render'], root, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        _run(
+            ['quarto', 'render'], root, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        )
         return out
     need('smalldocs')
     with tempfile.TemporaryDirectory() as work:
-        try: stage(root, work, book, pages, refs)
-        except ValueError as e: fail(str(e))
-        _run([sys.executable, '-c', 'import sys; from smalldocs.cli import main; sys.exit(main())', 'render', work], root)
+        try:
+            stage(root, work, book, pages, refs)
+        except ValueError as e:
+            fail(str(e))
+        _run(
+            [
+                sys.executable,
+                '-c',
+                'import sys; from smalldocs.cli import main; sys.exit(main())',
+                'render',
+                work,
+            ],
+            root,
+        )
         shutil.rmtree(out, ignore_errors=True)
-        shutil.move(Path(work)/'_out', out)
+        shutil.move(Path(work) / '_out', out)
     return out
 
 
@@ -257,7 +388,11 @@ def build_site(
 
 # %%
 pages = load_pages('../..', chapter_files(read_book('../..')))
-chapters = [(Path(page).stem, cells) for page, nb, cells, n in pages if nb and Path(page).parent.name not in ('ablations', 'runs', 'benchmarks')]
+chapters = [
+    (Path(page).stem, cells)
+    for page, nb, cells, n in pages
+    if nb and Path(page).parent.name not in ('ablations', 'runs', 'benchmarks')
+]
 words = [sum(len(text.split()) for kind, text in cells if kind == 'markdown') for _, cells in chapters]
 lines = [sum(len(text.splitlines()) for kind, text in cells if kind == 'code') for _, cells in chapters]
 assert all(w > 0 and n > 0 for w, n in zip(words, lines))
@@ -267,7 +402,7 @@ dict(chapters=len(chapters), words=sum(words), lines=sum(lines))
 #| label: fig-site-size
 #| fig-cap: "Words of prose (left) and lines of code (right) on the page of each chapter. No page is code alone."
 #| fig-alt: "Two horizontal bar charts with one bar for each chapter."
-fig, axes = plt.subplots(1, 2, figsize=(6, .22*len(chapters)+1), dpi=80, sharey=True)
+fig, axes = plt.subplots(1, 2, figsize=(6, 0.22 * len(chapters) + 1), dpi=80, sharey=True)
 for ax, values, name, color in zip(axes, (words, lines), ('words', 'lines'), ('#1f77b4', '#ff7f0e')):
     ax.barh(range(len(chapters)), values, color=color)
     ax.set_xlabel(name)
@@ -280,23 +415,28 @@ plt.show()
 # %% [markdown]
 # ## Parameter tables
 #
-# nbdev asks `TableRenderer` (named in `settings.ini`) when a notebook calls `show_doc`: it shows the signature, the first sentence and the table of parameters.
+# nbdev asks `TableRenderer` (named in `settings.ini`) when a notebook calls `show_doc`: it shows the
+# signature, the first sentence and the table of parameters.
 
 # %%
 #| export
 def TableRenderer(
-    sym, # function or class
-    name=None, # shown instead of its own name
-    title_level:int=3, # level of the heading
-): # an object that a notebook shows as Markdown
+    sym,  # function or class
+    name=None,  # shown instead of its own name
+    title_level: int = 3,  # level of the heading
+):  # an object that a notebook shows as Markdown
     "`show_doc` with a parameter table and without links to a server"
     docments = need('fastcore.docments')
+
     class Renderer(docments.MarkdownRenderer):
         def _repr_markdown_(self):
-            text = f"{'#'*title_level} {self.nm}\n\n{super()._repr_markdown_()}"
-            try: table = docments.DocmentTbl(self.sym)
-            except Exception: return text
+            text = f"{'#' * title_level} {self.nm}\n\n{super()._repr_markdown_()}"
+            try:
+                table = docments.DocmentTbl(self.sym)
+            except Exception:
+                return text
             return f'{text}\n\n{table._repr_markdown_()}' if table.has_docment else text
+
     return Renderer(sym, name=name, title_level=title_level)
 
 
@@ -309,33 +449,57 @@ print(parameters)
 # %% [markdown]
 # ## What Quarto calls
 #
-# Quarto pipes each notebook through `python -m semidetr.book.site --filter`, in the folder of the notebook, and before a build it calls `--fresh`, because it caches filtered notebooks by the time
-# of their last change alone: a change in another chapter would not be seen. Without an option the module builds the site.
+# Quarto pipes each notebook through `python -m semidetr.book.site --filter`, in the folder of the notebook,
+# and before a build it calls `--fresh`, because it caches filtered notebooks by the time of their last change
+# alone: a change in another chapter would not be seen. Without an option the module builds the site.
 
 # %%
 #| export
 def _checkout(here):
     "The nearest folder upwards that holds `_quarto.yml`"
-    return next((d for d in [here, *here.parents] if (d/'_quarto.yml').exists()), here)
+    return next((d for d in [here, *here.parents] if (d / '_quarto.yml').exists()), here)
+
 
 def main(
-    argv=None, # command line, without the program's name
-)->int: # exit code
+    argv=None,  # command line, without the program's name
+) -> int:  # exit code
     "`python -m semidetr.book.site`: build the site, or serve Quarto as a filter"
-    ap = argparse.ArgumentParser(prog='python -m semidetr.book.site', description='Build the site from _quarto.yml')
-    ap.add_argument('--engine', choices=['auto', 'quarto', 'fallback'], default='auto', help='auto: Quarto where it is on the PATH')
-    ap.add_argument('--filter', action='store_true', help='for Quarto: notebook on stdin, processed notebook on stdout')
-    ap.add_argument('--fresh', action='store_true', help='for Quarto: forget filtered notebooks that it keeps')
+    ap = argparse.ArgumentParser(
+        prog='python -m semidetr.book.site', description='Build the site from _quarto.yml'
+    )
+    ap.add_argument(
+        '--engine',
+        choices=['auto', 'quarto', 'fallback'],
+        default='auto',
+        help='auto: Quarto where it is on the PATH',
+    )
+    ap.add_argument(
+        '--filter', action='store_true', help='for Quarto: notebook on stdin, processed notebook on stdout'
+    )
+    ap.add_argument(
+        '--fresh', action='store_true', help='for Quarto: forget filtered notebooks that it keeps'
+    )
     a, here = ap.parse_args(argv), Path.cwd()
     root = _checkout(here)
     try:
-        if not a.filter and not a.fresh: print(f'open {os.path.relpath(build_site(root, a.engine))}/index.html')
+        if not a.filter and not a.fresh:
+            print(f'open {os.path.relpath(build_site(root, a.engine))}/index.html')
         else:
             files = chapter_files(read_book(root))
-            if a.filter: json.dump(stored_notebook(filter_notebook(json.load(sys.stdin), symbol_index(root, files), os.path.relpath(here, root))), sys.stdout)
-            if a.fresh: [os.utime(root/f) for f in files]
+            if a.filter:
+                json.dump(
+                    stored_notebook(
+                        filter_notebook(
+                            json.load(sys.stdin), symbol_index(root, files), os.path.relpath(here, root)
+                        )
+                    ),
+                    sys.stdout,
+                )
+            if a.fresh:
+                [os.utime(root / f) for f in files]
     except Exception as e:
-        if type(e).__name__ not in ('ConfigError', 'RuntimeError', 'ValueError'): raise
+        if type(e).__name__ not in ('ConfigError', 'RuntimeError', 'ValueError'):
+            raise
         print(e, file=sys.stderr)
         return 2
     return 0
@@ -343,19 +507,22 @@ def main(
 
 # %%
 #| export
-if __name__ == '__main__' and globals().get('__spec__'): sys.exit(main())
+if __name__ == '__main__' and globals().get('__spec__'):
+    sys.exit(main())
 
 # %% [markdown]
 # ## Summary
 #
 # * `_quarto.yml` describes the book once; `build_site` renders it with Quarto or, without it, with smalldocs.
 # * References are checked before either renderer runs; a broken one ends the build.
-# * Formulas become MathML as in @eq-site-mathml, so the site needs no script from elsewhere and can be read from a disk.
+# * Formulas become MathML as in @eq-site-mathml, so the site needs no script from elsewhere and can be read
+#   from a disk.
 # * The old site is replaced only when the new one is complete.
 # * Who lacks the extra `[book]` is told what to install in one line.
 #
 # ## Exercises
 #
-# 1. Write a formula with `\nocommand` into a copy of a chapter and build the site with smalldocs. Where does the message point?
+# 1. Write a formula with `\nocommand` into a copy of a chapter and build the site with smalldocs. Where does
+#    the message point?
 # 2. Why must `--fresh` touch every notebook when only one of them has changed?
 # 3. `resolve` treats captions and prose alike. Find what would go wrong if it also looked into code blocks.

@@ -1,13 +1,17 @@
 # %% [markdown]
 # # The layers of the package {#sec-layers}
 #
-# > See at a glance which part of the package may lean on which, and why a build fails when one leans the wrong way.
+# > See at a glance which part of the package may lean on which, and why a build fails when one leans the
+# > wrong way.
 #
-# A package grows flat: every module may import every other, and after a year each does. Then nothing can be read, tested or replaced alone. Here the modules lie in layers along the way of the data,
-# and a module imports only from the layers before its own, and within its layer only from earlier chapters. So the book can be read from the front, and the package can be taken apart from the back:
-# what trains knows nothing of studies, the detectors know nothing of teachers, and the pages can be left out of the wheel.
+# A package grows flat: every module may import every other, and after a year each does. Then nothing can be
+# read, tested or replaced alone. Here the modules lie in layers along the way of the data, and a module
+# imports only from the layers before its own, and within its layer only from earlier chapters. So the book
+# can be read from the front, and the package can be taken apart from the back: what trains knows nothing of
+# studies, the detectors know nothing of teachers, and the pages can be left out of the wheel.
 #
-# Imports hide well. They stand inside functions, behind `import_module`, or take a public name from the top of the package. The check below reads the syntax tree and finds these, too.
+# Imports hide well. They stand inside functions, behind `import_module`, or take a public name from the top
+# of the package. The check below reads the syntax tree and finds these, too.
 
 # %%
 #| default_exp book.layers
@@ -28,7 +32,7 @@ import numpy as np
 # %%
 #| export
 GROUND = ('core', 'boxes', 'draw')
-LAYERS = { # folder of the package and of the book -> what it holds
+LAYERS = {  # folder of the package and of the book -> what it holds
     'data': 'files, data sets, splits, views, batches',
     'detectors': 'attention, backbones, encoder and decoder',
     'matching': 'costs, assignments, losses',
@@ -39,29 +43,38 @@ LAYERS = { # folder of the package and of the book -> what it holds
     'book': 'pages and site; not in the wheel',
 }
 
+
 def layer_of(
-    module:str, # 'core' or 'data.files'
-)->int: # position; the ground floor is 0
+    module: str,  # 'core' or 'data.files'
+) -> int:  # position; the ground floor is 0
     "The layer of a module"
     head, dot, _ = module.partition('.')
-    return 1+list(LAYERS).index(head) if dot else 0
+    return 1 + list(LAYERS).index(head) if dot else 0
 
 
 # %% [markdown]
 # ## Who imports whom
 #
-# `imported_modules` resolves relative imports, imports inside functions, `import_module` of a literal, and names that the top of the package hands out (`from semidetr import Trainer` is an import of the trainer).
+# `imported_modules` resolves relative imports, imports inside functions, `import_module` of a literal, and
+# names that the top of the package hands out (`from semidetr import Trainer` is an import of the trainer).
 
 # %%
 #| export
 def _targets(node, package, public):
     "Dotted modules that one node of the syntax tree imports, without the name of the package"
-    if isinstance(node, ast.Call) and getattr(node.func, 'attr', getattr(node.func, 'id', '')) == 'import_module':
+    if (
+        isinstance(node, ast.Call)
+        and getattr(node.func, 'attr', getattr(node.func, 'id', '')) == 'import_module'
+    ):
         names = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
     elif isinstance(node, ast.Import):
         names = [a.name for a in node.names]
     elif isinstance(node, ast.ImportFrom):
-        base = '.'.join([*package[:len(package)-node.level+1], *filter(None, [node.module])]) if node.level else node.module
+        base = (
+            '.'.join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
+            if node.level
+            else node.module
+        )
         if base == 'semidetr':
             return [public.get(a.name, a.name) for a in node.names]
         names = [base, *(f'{base}.{a.name}' for a in node.names)]
@@ -69,29 +82,45 @@ def _targets(node, package, public):
         names = []
     return [n.removeprefix('semidetr.') for n in names if n.startswith('semidetr.')]
 
+
 def imported_modules(
-    path, # a module of the package
-    root, # folder of the package
-    public, # public name -> module, as in `semidetr/__init__.py`
-)->set[str]: # 'core', 'data.files'; names that are no modules may be among them
+    path,  # a module of the package
+    root,  # folder of the package
+    public,  # public name -> module, as in `semidetr/__init__.py`
+) -> set[str]:  # 'core', 'data.files'; names that are no modules may be among them
     "What a module imports from its own package, wherever in its text"
     package = ['semidetr', *Path(path).relative_to(root).with_suffix('').parts[:-1]]
     tree = ast.parse(Path(path).read_text(encoding='utf-8'))
     return {t for node in ast.walk(tree) for t in _targets(node, package, public)}
 
+
 def _public_names(root):
     "Public name -> module, read from the table in `semidetr/__init__.py`"
-    tree = ast.parse((Path(root)/'__init__.py').read_text(encoding='utf-8'))
-    tables = [n.value for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', '') == '_PUBLIC']
-    return {name: module for t in tables for module, names in ast.literal_eval(t).items() for name in names.split()}
+    tree = ast.parse((Path(root) / '__init__.py').read_text(encoding='utf-8'))
+    tables = [
+        n.value
+        for n in tree.body
+        if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', '') == '_PUBLIC'
+    ]
+    return {
+        name: module
+        for t in tables
+        for module, names in ast.literal_eval(t).items()
+        for name in names.split()
+    }
+
 
 def import_graph(
-    root, # folder of the package
-    order=(), # modules in reading order; others come last
-)->dict[str, set[str]]: # module -> modules of this package that it imports
+    root,  # folder of the package
+    order=(),  # modules in reading order; others come last
+) -> dict[str, set[str]]:  # module -> modules of this package that it imports
     "Which module imports which, from the files of the package"
     root, public = Path(root), _public_names(root)
-    files = {'.'.join(f.relative_to(root).with_suffix('').parts): f for f in sorted(root.rglob('*.py')) if f.name != '_modidx.py'}
+    files = {
+        '.'.join(f.relative_to(root).with_suffix('').parts): f
+        for f in sorted(root.rglob('*.py'))
+        if f.name != '_modidx.py'
+    }
     files = {name: f for name, f in files.items() if not name.endswith('__')}
     place = {m: i for i, m in enumerate(order)}
     names = sorted(files, key=lambda m: (place.get(m, len(place)), m))
@@ -102,9 +131,14 @@ def import_graph(
 # A package of three modules, one of which hides an import in a function:
 
 # %%
-toy_package = Path(tempfile.mkdtemp())/'semidetr'
-for name, text in {'__init__': "_PUBLIC = {'train.trainer': 'Trainer'}", 'core': '', 'data/files': 'def read():\n    from semidetr import Trainer', 'train/trainer': 'from ..core import x'}.items():
-    file = toy_package/f'{name}.py'
+toy_package = Path(tempfile.mkdtemp()) / 'semidetr'
+for name, text in {
+    '__init__': "_PUBLIC = {'train.trainer': 'Trainer'}",
+    'core': '',
+    'data/files': 'def read():\n    from semidetr import Trainer',
+    'train/trainer': 'from ..core import x',
+}.items():
+    file = toy_package / f'{name}.py'
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
 toy_graph = import_graph(toy_package)
@@ -115,7 +149,8 @@ toy_graph
 # %% [markdown]
 # ## Arrows that point up
 #
-# Let $\ell(m)$ be the layer of a module and $k(m)$ its place in the reading order. An import of $b$ by $a$ is right if
+# Let $\ell(m)$ be the layer of a module and $k(m)$ its place in the reading order. An import of $b$ by $a$ is
+# right if
 #
 # $$
 # \ell(b) < \ell(a) \quad\text{or}\quad \ell(b) = \ell(a) \text{ and } k(b) < k(a) .
@@ -124,11 +159,13 @@ toy_graph
 # %%
 #| export
 def upward_imports(
-    graph:dict, # of `import_graph`
-)->list: # of pairs (module, what it must not import)
+    graph: dict,  # of `import_graph`
+) -> list:  # of pairs (module, what it must not import)
     "Imports that break @eq-layers-order"
     place = {m: i for i, m in enumerate(graph)}
-    return [(a, b) for a in graph for b in sorted(graph[a]) if (layer_of(b), place[b]) >= (layer_of(a), place[a])]
+    return [
+        (a, b) for a in graph for b in sorted(graph[a]) if (layer_of(b), place[b]) >= (layer_of(a), place[a])
+    ]
 
 
 # %%
@@ -142,12 +179,14 @@ upward_imports(toy_graph)
 # %%
 #| export
 def reading_order(
-    nbs, # folder of the notebooks
-)->list[str]: # modules
+    nbs,  # folder of the notebooks
+) -> list[str]:  # modules
     "Modules in the order of layers and chapter numbers"
     name = lambda f: f.stem.split('_', 1)[1]
     ground = [name(f) for f in sorted(Path(nbs).glob('[0-9]*.ipynb'))]
-    return ground+[f'{layer}.{name(f)}' for layer in LAYERS for f in sorted((Path(nbs)/layer).glob('[0-9]*.ipynb'))]
+    return ground + [
+        f'{layer}.{name(f)}' for layer in LAYERS for f in sorted((Path(nbs) / layer).glob('[0-9]*.ipynb'))
+    ]
 
 
 # %%
@@ -164,11 +203,11 @@ names = list(graph)
 matrix = np.array([[b in graph[a] for b in names] for a in names], dtype=float)
 fig, ax = plt.subplots(figsize=(6, 5.4), dpi=80)
 ax.imshow(matrix, cmap='Blues', vmin=0, vmax=1.3)
-ax.plot([-.5, len(names)-.5], [-.5, len(names)-.5], color='.6', lw=.8)
-starts = [i for i in range(1, len(names)) if layer_of(names[i]) != layer_of(names[i-1])]
+ax.plot([-0.5, len(names) - 0.5], [-0.5, len(names) - 0.5], color='.6', lw=0.8)
+starts = [i for i in range(1, len(names)) if layer_of(names[i]) != layer_of(names[i - 1])]
 for i in starts:
-    ax.axhline(i-.5, color='.8', lw=.6)
-    ax.axvline(i-.5, color='.8', lw=.6)
+    ax.axhline(i - 0.5, color='.8', lw=0.6)
+    ax.axvline(i - 0.5, color='.8', lw=0.6)
 ax.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
 ax.set_yticks(range(len(names)), names, fontsize=6)
 ax.set_xlabel('is imported')
@@ -179,11 +218,13 @@ plt.show()
 # %% [markdown]
 # ## Summary
 #
-# * Layers follow the way of the data; `LAYERS` is their order, and the folders of the package and of the book have the same names.
+# * Layers follow the way of the data; `LAYERS` is their order, and the folders of the package and of the book
+#   have the same names.
 # * `import_graph` reads syntax trees, so an import inside a function counts like one at the top.
 # * `upward_imports` lists what breaks @eq-layers-order; a test of the book keeps the list empty.
 #
 # ## Exercises
 #
-# 1. Two modules of one layer need each other. Name two ways to undo the circle, and find the one that `data.catalog` is.
+# 1. Two modules of one layer need each other. Name two ways to undo the circle, and find the one that
+#    `data.catalog` is.
 # 2. Which layers could be packaged on their own, and what would the others have to change?

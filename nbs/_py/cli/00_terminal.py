@@ -1,11 +1,14 @@
 # %% [markdown]
 # # The manners of a command {#sec-terminal}
 #
-# > Turn a function into a command whose foreseeable failures are one line, and know before the work whether its results can be written.
+# > Turn a function into a command whose foreseeable failures are one line, and know before the work whether
+# > its results can be written.
 #
-# A command that ends in forty lines of traceback because a folder was misspelt teaches its user to fear it. All commands of this book (@sec-cli) behave alike, because they share what is in this chapter:
+# A command that ends in forty lines of traceback because a folder was misspelt teaches its user to fear it.
+# All commands of this book (@sec-cli) behave alike, because they share what is in this chapter:
 #
-# - a mistake in the input is *one line* on the error stream, `error: ...`, that names file, item and cure; the exit code is 2, and nothing is left half-written. A traceback means a mistake in this package;
+# - a mistake in the input is *one line* on the error stream, `error: ...`, that names file, item and cure;
+#   the exit code is 2, and nothing is left half-written. A traceback means a mistake in this package;
 # - Ctrl-C ends with exit code 130 and a line that says how to go on;
 # - `--help` answers at once, because nothing heavy is imported before a command needs it.
 
@@ -35,63 +38,101 @@ from semidetr.core import DataError
 # %% [markdown]
 # ## One line for an error
 #
-# Which errors are the user's to cure? Those that the package raises as `SemiDETRError`; what the operating system says about a file (no permission, disk full); and memory that ran out. `_one_line` turns these into a sentence and leaves everything else alone. It looks the classes up instead of importing them: if torch was never imported, none of its errors can have been raised.
+# Which errors are the user's to cure? Those that the package raises as `SemiDETRError`; what the operating
+# system says about a file (no permission, disk full); and memory that ran out. `_one_line` turns these into a
+# sentence and leaves everything else alone. It looks the classes up instead of importing them: if torch was
+# never imported, none of its errors can have been raised.
 
 # %%
 #| export
-def _one_line(e): # exception -> sentence for the user, or None if it is a mistake of this package
+def _one_line(e):  # exception -> sentence for the user, or None if it is a mistake of this package
     known = getattr(sys.modules.get('semidetr.core'), 'SemiDETRError', ())
-    if isinstance(e, known): return ' '.join(str(e).split())
+    if isinstance(e, known):
+        return ' '.join(str(e).split())
     if isinstance(e, OSError) and e.strerror and not isinstance(e, BrokenPipeError):
-        return f'{e.filename}: {e.strerror}; choose another place, or change its permissions' if e.filename else e.strerror
-    if type(e).__name__ in ('OutOfMemoryError', 'MemoryError') or "DefaultCPUAllocator: can't allocate" in str(e):
+        return (
+            f'{e.filename}: {e.strerror}; choose another place, or change its permissions'
+            if e.filename
+            else e.strerror
+        )
+    if type(e).__name__ in (
+        'OutOfMemoryError',
+        'MemoryError',
+    ) or "DefaultCPUAllocator: can't allocate" in str(e):
         return 'memory ran out; take a smaller loader.n_labelled, loader.n_unlabelled, view.max_side or --batch (optim.accumulate keeps the effective batch)'
 
-def _bad(text): # -> error for a mistake of the user
+
+def _bad(text):  # -> error for a mistake of the user
     from semidetr.core import DataError
+
     return DataError(text)
+
 
 def _say(text=''):
     "Print, in the first of several processes"
-    if os.environ.get('RANK', '0') == '0': print(text, flush=True)
+    if os.environ.get('RANK', '0') == '0':
+        print(text, flush=True)
 
-def _fail(text, code=2): # -> the exit that ends a command
+
+def _fail(text, code=2):  # -> the exit that ends a command
     print(text if code == 130 else f'error: {text}', file=sys.stderr, flush=True)
     return typer.Exit(code)
 
 
 # %%
-assert _one_line(DataError('a.jpg: cut off;\nrestore it')) == 'a.jpg: cut off; restore it' and _one_line(KeyError('x')) is None
+assert (
+    _one_line(DataError('a.jpg: cut off;\nrestore it')) == 'a.jpg: cut off; restore it'
+    and _one_line(KeyError('x')) is None
+)
 _one_line(PermissionError(13, 'Permission denied', 'runs/a'))
 
 # %% [markdown]
-# `command` registers a function with [typer](https://typer.tiangolo.com) and puts this net under it. `main` catches what happens before a command starts, such as an unknown option, and guarantees one line there too.
+# `command` registers a function with [typer](https://typer.tiangolo.com) and puts this net under it. `main`
+# catches what happens before a command starts, such as an unknown option, and guarantees one line there too.
 
 # %%
 #| export
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help='Train detection transformers from few labelled and many unlabelled images (Semi-DETR).',
-                  epilog='Example: semidetr demo      Each command has its own: semidetr COMMAND --help')
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help='Train detection transformers from few labelled and many unlabelled images (Semi-DETR).',
+    epilog='Example: semidetr demo      Each command has its own: semidetr COMMAND --help',
+)
+
 
 def command(
-    name:str=None, # on the command line; None: that of the function
-): # decorator; the function itself stays as it is
+    name: str = None,  # on the command line; None: that of the function
+):  # decorator; the function itself stays as it is
     "A command whose foreseeable failures are one line and an exit code"
+
     def register(fn):
         @functools.wraps(fn)
         def run(*args, **kwargs):
-            try: return fn(*args, **kwargs)
-            except KeyboardInterrupt as e: raise _fail(str(e) or 'stopped', 130) from None
+            try:
+                return fn(*args, **kwargs)
+            except KeyboardInterrupt as e:
+                raise _fail(str(e) or 'stopped', 130) from None
             except Exception as e:
-                if (line := _one_line(e)) is None: raise
+                if (line := _one_line(e)) is None:
+                    raise
                 raise _fail(line) from None
+
         app.command(name)(run)
         return fn
+
     return register
 
+
 @app.callback(invoke_without_command=True)
-def _start(ctx:typer.Context, version:Annotated[bool, typer.Option('--version', help='print the version and stop')]=False):
-    if version: _say(f'semidetr {semidetr.__version__}')
-    elif ctx.invoked_subcommand is None: _say(ctx.get_help())
+def _start(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option('--version', help='print the version and stop')] = False,
+):
+    if version:
+        _say(f'semidetr {semidetr.__version__}')
+    elif ctx.invoked_subcommand is None:
+        _say(ctx.get_help())
 
 
 # %%
@@ -99,30 +140,37 @@ def _start(ctx:typer.Context, version:Annotated[bool, typer.Option('--version', 
 def _show_warning(message, category, filename, lineno, file=None, line=None):
     print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
+
 def main(
-    argv=None, # arguments without the program's name; None: those of the process
+    argv=None,  # arguments without the program's name; None: those of the process
 ):
     "Entry point: ends with SystemExit, code 0, 2 (the user can cure it) or 130 (Ctrl-C)"
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
-        try: code = app(argv, prog_name='semidetr', standalone_mode=False)
-        except KeyboardInterrupt: code = 130
+        try:
+            code = app(argv, prog_name='semidetr', standalone_mode=False)
+        except KeyboardInterrupt:
+            code = 130
         except Exception as e:
-            if not hasattr(e, 'format_message'): raise
+            if not hasattr(e, 'format_message'):
+                raise
             ctx = getattr(e, 'ctx', None)
             path = ctx.command_path if ctx is not None else 'semidetr'
             code = _fail(f"{' '.join(e.format_message().split()).rstrip('.')}; see {path} --help").exit_code
     sys.exit(code if isinstance(code, int) else 0)
 
+
 def shell(
-    line:str, # 'semidetr ...'
-    home:Path, # folder that it is typed in; written as ~
-)->int: # exit code
+    line: str,  # 'semidetr ...'
+    home: Path,  # folder that it is typed in; written as ~
+) -> int:  # exit code
     "Run a command line in this process and print what a terminal would show"
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(home):
-        try: main(line.split()[1:])
-        except SystemExit as e: code = e.code
+        try:
+            main(line.split()[1:])
+        except SystemExit as e:
+            code = e.code
     print(f'$ {line}\n{out.getvalue()}{err.getvalue()}[exit {code}]'.replace(str(home.resolve()), '~'))
     return code
 
@@ -130,49 +178,75 @@ def shell(
 # %% [markdown]
 # ## What the commands share
 #
-# Options that mean the same are declared once. `_free` looks at an output place *before* the work: an hour of training must not end at a folder that cannot be written. It creates nothing. The images for the reported numbers are found by `test_split` (@sec-trainer), which says why there are none; an annotation file given as `--data` is no test split of itself.
+# Options that mean the same are declared once. `_free` looks at an output place *before* the work: an hour of
+# training must not end at a folder that cannot be written. It creates nothing. The images for the reported
+# numbers are found by `test_split` (@sec-trainer), which says why there are none; an annotation file given as
+# `--data` is no test split of itself.
 
 # %%
 #| export
-def _opt(kind, text, *names, **kwargs): # annotation of an option
+def _opt(kind, text, *names, **kwargs):  # annotation of an option
     return Annotated[kind, typer.Option(*names, help=text, **kwargs)]
 
-Out, Quiet = _opt(Path, 'folder for the results', '--out', '-o'), _opt(bool, 'no progress bars', '--quiet', '-q')
-Run, Device = _opt(Path, 'folder of a run, or a checkpoint', '--run', '-r'), _opt(str, 'auto, cpu, cuda, cuda:N')
+
+Out, Quiet = (
+    _opt(Path, 'folder for the results', '--out', '-o'),
+    _opt(bool, 'no progress bars', '--quiet', '-q'),
+)
+Run, Device = (
+    _opt(Path, 'folder of a run, or a checkpoint', '--run', '-r'),
+    _opt(str, 'auto, cpu, cuda, cuda:N'),
+)
 Nms = _opt(float, 'IoU of per-class suppression; 0: none, as DETR is meant to be used')
-_HINT = "COCO JSON, folder with instances_train.json, VOC or YOLO folder, a name under SEMIDETR_DATA, or 'digits'"
+_HINT = (
+    "COCO JSON, folder with instances_train.json, VOC or YOLO folder, a name under SEMIDETR_DATA, or 'digits'"
+)
+
 
 def _free(path, option='--out', folder=True):
     "DataError if results cannot be written there; nothing is created"
     path = Path(path)
-    if path.exists() and path.is_dir() != folder: raise _bad(f"{path}: is {'a file' if folder else 'a folder'}; choose another {option}")
+    if path.exists() and path.is_dir() != folder:
+        raise _bad(f"{path}: is {'a file' if folder else 'a folder'}; choose another {option}")
     there = next(p for p in [path, *path.absolute().parents] if p.exists())
-    if there.is_file() and there != path: raise _bad(f'{there}: is a file, so {path} cannot be made; choose another {option}')
-    if not os.access(there, os.W_OK): raise _bad(f'{there}: no permission to write; choose another {option}')
+    if there.is_file() and there != path:
+        raise _bad(f'{there}: is a file, so {path} cannot be made; choose another {option}')
+    if not os.access(there, os.W_OK):
+        raise _bad(f'{there}: no permission to write; choose another {option}')
     return path
 
-def _no_nan(x): # NaN -> None: JSON has no NaN
-    if isinstance(x, dict): return {k: _no_nan(v) for k, v in x.items()}
+
+def _no_nan(x):  # NaN -> None: JSON has no NaN
+    if isinstance(x, dict):
+        return {k: _no_nan(v) for k, v in x.items()}
     return None if isinstance(x, float) and x != x else x
 
 
 # %%
 #| export
 def read_seeds(
-    text:str, # '5': the first five, 0 to 4; '0,2' or '3-4': these; '3-3': this one
-)->list: # of int; None: those of the study
+    text: str,  # '5': the first five, 0 to 4; '0,2' or '3-4': these; '3-3': this one
+) -> list:  # of int; None: those of the study
     "Seeds as written on the command line"
-    if text.isdecimal() and int(text): return [*range(int(text))]
-    try: parts = [[int(x) for x in p.split('-')] for p in text.split(',') if p]
-    except ValueError: parts = [[]]
-    if text == '0' or any(len(p) not in (1, 2) or p[0] > p[-1] for p in parts): raise _bad(f"--seeds '{text}' is no number of seeds and no list; write 5 for the first five, 0,2 or 3-4 for these, 0-0 for seed 0 alone")
-    return [s for p in parts for s in range(p[0], p[-1]+1)] or None
+    if text.isdecimal() and int(text):
+        return [*range(int(text))]
+    try:
+        parts = [[int(x) for x in p.split('-')] for p in text.split(',') if p]
+    except ValueError:
+        parts = [[]]
+    if text == '0' or any(len(p) not in (1, 2) or p[0] > p[-1] for p in parts):
+        raise _bad(
+            f"--seeds '{text}' is no number of seeds and no list; write 5 for the first five, 0,2 or 3-4 for these, 0-0 for seed 0 alone"
+        )
+    return [s for p in parts for s in range(p[0], p[-1] + 1)] or None
+
 
 def read_options(
-    items:list, # 'key=value'
-)->dict: # numbers where they are whole
+    items: list,  # 'key=value'
+) -> dict:  # numbers where they are whole
     "Options of the cluster as written on the command line"
-    if bad := [i for i in items if '=' not in i]: raise _bad(f"--option '{bad[0]}' is not of the form key=value, e.g. timeout_min=600")
+    if bad := [i for i in items if '=' not in i]:
+        raise _bad(f"--option '{bad[0]}' is not of the form key=value, e.g. timeout_min=600")
     return {k: int(v) if v.isdigit() else v for k, _, v in (i.partition('=') for i in items)}
 
 
@@ -186,19 +260,27 @@ read_seeds('5')
 # %%
 home = Path(tempfile.mkdtemp())
 
+
 @command()
-def halve(number:int, out:Out=Path('half.txt')):
+def halve(number: int, out: Out = Path('half.txt')):
     """Half of an even number.
 
     Example: semidetr halve 4
     """
-    if number % 2: raise DataError(f'{number} is odd; give an even number')
-    _say(f'{number//2} goes to {_free(out, folder=False)}')
+    if number % 2:
+        raise DataError(f'{number} is odd; give an even number')
+    _say(f'{number // 2} goes to {_free(out, folder=False)}')
+
 
 @command()
-def noop(): "Nothing; with one command alone typer would leave its name away"
+def noop():
+    "Nothing; with one command alone typer would leave its name away"
 
-codes = [shell(f'semidetr {line}', home) for line in ('halve 4', 'halve 3', 'halve three', 'halve 4 --out .', 'have 4')]
+
+codes = [
+    shell(f'semidetr {line}', home)
+    for line in ('halve 4', 'halve 3', 'halve three', 'halve 4 --out .', 'have 4')
+]
 assert codes == [0, 2, 2, 2, 2]
 
 # %%
@@ -206,12 +288,16 @@ assert codes == [0, 2, 2, 2, 2]
 #| fig-cap: "One call in five succeeds; the four mistakes end with code 2 and one line each, never with code 1, which is left to what failed after the work began."
 #| fig-alt: "Exit codes of five calls of the toy command"
 fig, ax = plt.subplots(figsize=(5, 1.8), dpi=80)
-ax.barh(['halve 4', 'halve 3', 'halve three', 'halve 4 --out .', 'have 4'], codes, color='#d62728'); ax.set(xlabel='exit code', xticks=[0, 1, 2]); ax.invert_yaxis(); plt.show()
+ax.barh(['halve 4', 'halve 3', 'halve three', 'halve 4 --out .', 'have 4'], codes, color='#d62728')
+ax.set(xlabel='exit code', xticks=[0, 1, 2])
+ax.invert_yaxis()
+plt.show()
 
 # %% [markdown]
 # ## Summary
 #
-# - Errors that a user can cure are one line with place and cure and exit code 2; anything else is a traceback, because it is a bug.
+# - Errors that a user can cure are one line with place and cure and exit code 2; anything else is a
+#   traceback, because it is a bug.
 # - The output place is tested before the work.
 # - Options that mean the same in several commands are declared once.
 #

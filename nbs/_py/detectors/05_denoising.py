@@ -1,9 +1,15 @@
 # %% [markdown]
 # # Denoising queries {#sec-denoising}
 #
-# > Give the decoder, during training, extra queries whose answers are known, and keep them apart from the others.
+# > Give the decoder, during training, extra queries whose answers are known, and keep them apart from the
+# > others.
 #
-# Early in training the matching between queries and objects is nearly random and changes from step to step: the same query is told to be a cat now and background next time. Queries that start from a *known* object need no matching. Take a true box, shake it, tell the decoder the (sometimes wrong) class, and ask for the clean box: a stable lesson in looking at the image around a box. Boxes shaken too much must be rejected, which teaches the decoder to keep one query for an object and to drop its neighbours. The extra queries know the truth, so the ordinary ones must not see them; a mask takes care of that. At test time all this is gone.
+# Early in training the matching between queries and objects is nearly random and changes from step to step:
+# the same query is told to be a cat now and background next time. Queries that start from a *known* object
+# need no matching. Take a true box, shake it, tell the decoder the (sometimes wrong) class, and ask for the
+# clean box: a stable lesson in looking at the image around a box. Boxes shaken too much must be rejected,
+# which teaches the decoder to keep one query for an object and to drop its neighbours. The extra queries know
+# the truth, so the ordinary ones must not see them; a mask takes care of that. At test time all this is gone.
 
 # %%
 #| default_exp detectors.denoising
@@ -11,6 +17,7 @@
 # %%
 #| hide
 import warnings
+
 warnings.filterwarnings('ignore', message='IProgress')
 
 # %%
@@ -31,81 +38,108 @@ from semidetr.draw import draw_boxes, show_image
 # %% [markdown]
 # ## Extra queries of any kind
 #
-# Denoising is not the only reason to send more queries through the decoder; the cross-view consistency of Semi-DETR is another. All kinds travel in one class, and one rule holds for all: the $Q$ matching queries see no extra query, sets of extra queries do not see each other, and every extra query sees all matching queries. Inside a set its own mask decides. In the attention the extras come first, the matching queries last.
+# Denoising is not the only reason to send more queries through the decoder; the cross-view consistency of
+# Semi-DETR is another. All kinds travel in one class, and one rule holds for all: the $Q$ matching queries
+# see no extra query, sets of extra queries do not see each other, and every extra query sees all matching
+# queries. Inside a set its own mask decides. In the attention the extras come first, the matching queries
+# last.
 
 # %%
 #| export
 @dataclass
 class ExtraQueries:
     "Queries that go through the decoder in front of the matching queries, and come out separately"
-    content:Tensor # (B,P,d)
-    boxes:Tensor # (B,P,4) cxcywh in logit space
-    mask:Tensor # (P,P) bool, True: row may not see column
-    name:str # key of `outputs['extra']`
-    meta:dict = field(default_factory=dict) # handed through to the outputs
+
+    content: Tensor  # (B,P,d)
+    boxes: Tensor  # (B,P,4) cxcywh in logit space
+    mask: Tensor  # (P,P) bool, True: row may not see column
+    name: str  # key of `outputs['extra']`
+    meta: dict = field(default_factory=dict)  # handed through to the outputs
+
 
 def combine_extras(
-    extras, # list of `ExtraQueries`, in the order in which the decoder shall see them
-    num_queries:int, # Q matching queries, which come last
-)->tuple: # (content (B,P,d), boxes (B,P,4) logits, blocked (P+Q,P+Q) bool, {name: slice}); (None, None, None, {}) without extras
+    extras,  # list of `ExtraQueries`, in the order in which the decoder shall see them
+    num_queries: int,  # Q matching queries, which come last
+) -> tuple:  # (content (B,P,d), boxes (B,P,4) logits, blocked (P+Q,P+Q) bool, {name: slice}); (None, None, None, {}) without extras
     "One decoder input of several sets: no set sees another, all see the matching queries, which see none of them"
-    if not extras: return None, None, None, {}
-    if len({e.name for e in extras}) < len(extras): raise ConfigError(f'extra queries share a name: {[e.name for e in extras]}')
+    if not extras:
+        return None, None, None, {}
+    if len({e.name for e in extras}) < len(extras):
+        raise ConfigError(f'extra queries share a name: {[e.name for e in extras]}')
     total, start, slices = sum(e.content.shape[1] for e in extras), 0, {}
-    blocked = torch.zeros(total+num_queries, total+num_queries, dtype=torch.bool, device=extras[0].content.device)
+    blocked = torch.zeros(
+        total + num_queries, total + num_queries, dtype=torch.bool, device=extras[0].content.device
+    )
     blocked[:, :total] = True
     for e in extras:
-        slices[e.name] = s = slice(start, start := start+e.content.shape[1])
+        slices[e.name] = s = slice(start, start := start + e.content.shape[1])
         blocked[s, s] = e.mask
     return torch.cat([e.content for e in extras], 1), torch.cat([e.boxes for e in extras], 1), blocked, slices
 
 
 # %% [markdown]
-# Two sets of two and one queries in front of two matching queries. Read a row as *what this query may not see*:
+# Two sets of two and one queries in front of two matching queries. Read a row as *what this query may not
+# see*:
 
 # %%
-def free_set(n, name): return ExtraQueries(torch.zeros(1, n, 4), torch.zeros(1, n, 4), torch.zeros(n, n, dtype=torch.bool), name)
+def free_set(n, name):
+    return ExtraQueries(torch.zeros(1, n, 4), torch.zeros(1, n, 4), torch.zeros(n, n, dtype=torch.bool), name)
+
 
 _, _, small_mask, where = combine_extras([free_set(2, 'a'), free_set(1, 'b')], num_queries=2)
-assert small_mask.int().tolist() == [[0, 0, 1, 0, 0], [0, 0, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0]]
+assert small_mask.int().tolist() == [
+    [0, 0, 1, 0, 0],
+    [0, 0, 1, 0, 0],
+    [1, 1, 0, 0, 0],
+    [1, 1, 1, 0, 0],
+    [1, 1, 1, 0, 0],
+]
 where, small_mask.int()
 
 
 # %% [markdown]
 # ## Groups
 #
-# With few boxes there is room for many noised copies. Let $n$ be the largest number of boxes in an image of the batch, and $N$ the number of slots to fill (200 in the paper). A *group* holds $n$ positive and then $n$ negative slots; there are
+# With few boxes there is room for many noised copies. Let $n$ be the largest number of boxes in an image of
+# the batch, and $N$ the number of slots to fill (200 in the paper). A *group* holds $n$ positive and then $n$
+# negative slots; there are
 #
 # $$
 # G=\max\left(1,\left\lfloor\frac{N}{2n}\right\rfloor\right)
 # $$ {#eq-denoising-groups}
 #
-# groups, so $P=2nG$ slots. A group must not see another one: it would find the same object there with other noise, and could average the noise away without looking at the image.
+# groups, so $P=2nG$ slots. A group must not see another one: it would find the same object there with other
+# noise, and could average the noise away without looking at the image.
 
 # %%
 #| export
 @dataclass(frozen=True)
 class DenoisingConfig:
     "Contrastive denoising (paper's code: 200, .5, .4)"
-    num:int = 200 # slots N to fill, positive and negative together; 0: no denoising
-    label_noise:float = .5 # half of this share of the labels is drawn anew
-    box_noise:float = .4 # corners move by up to this share of half the size, negatives by up to twice (mmdetection's DINO: 1.)
-    label_rows:int = 0 # least rows of the label table; there is at least one a class (released checkpoints: 82)
+
+    num: int = 200  # slots N to fill, positive and negative together; 0: no denoising
+    label_noise: float = 0.5  # half of this share of the labels is drawn anew
+    box_noise: float = 0.4  # corners move by up to this share of half the size, negatives by up to twice (mmdetection's DINO: 1.)
+    label_rows: int = (
+        0  # least rows of the label table; there is at least one a class (released checkpoints: 82)
+    )
+
 
 def group_sizes(
-    n_max:int, # n, most boxes of one image in the batch
-    num:int=200, # slots N to fill
-)->tuple: # (groups G, slots P)
+    n_max: int,  # n, most boxes of one image in the batch
+    num: int = 200,  # slots N to fill
+) -> tuple:  # (groups G, slots P)
     "How often the boxes fit into the slots; one group at least (@eq-denoising-groups)"
-    groups = max(1, num//(2*n_max))
-    return groups, 2*n_max*groups
+    groups = max(1, num // (2 * n_max))
+    return groups, 2 * n_max * groups
+
 
 def group_mask(
-    groups:int, # G
-    size:int, # slots of a group
-)->Tensor: # (G*size, G*size) bool, True: row may not see column
+    groups: int,  # G
+    size: int,  # slots of a group
+) -> Tensor:  # (G*size, G*size) bool, True: row may not see column
     "Each group sees itself only"
-    g = torch.arange(groups*size)//size
+    g = torch.arange(groups * size) // size
     return g[:, None] != g[None]
 
 
@@ -118,59 +152,73 @@ sizes
 # %% [markdown]
 # ## Noise
 #
-# A label is drawn anew, uniformly over the $C$ classes, with probability $\lambda/2$ (the true one may come again, so a share $\frac{\lambda}{2}(1-\frac1C)$ really changes). Each of the four corner coordinates of a box of width $w$ and height $h$ moves on its own:
+# A label is drawn anew, uniformly over the $C$ classes, with probability $\lambda/2$ (the true one may come
+# again, so a share $\frac{\lambda}{2}(1-\frac1C)$ really changes). Each of the four corner coordinates of a
+# box of width $w$ and height $h$ moves on its own:
 #
 # $$
 # x' = x \pm r\,\beta\,\frac{w}{2},\qquad y' = y \pm r\,\beta\,\frac{h}{2},\qquad r\sim\begin{cases}U[0,1) & \text{positive}\\ U[1,2) & \text{negative}\end{cases}
 # $$ {#eq-denoising-noise}
 #
-# with an even chance for each sign, $\beta=0.4$. So a negative is always further from the object than a positive, but not far: it is the neighbour that tells how good a box has to be.
+# with an even chance for each sign, $\beta=0.4$. So a negative is always further from the object than a
+# positive, but not far: it is the neighbour that tells how good a box has to be.
 
 # %%
 #| export
 def noise_labels(
-    labels:Tensor, # (...) int64
-    num_classes:int, # C
-    share:float=.5, # lambda
-    generator:torch.Generator=None,
-)->Tensor: # same shape
+    labels: Tensor,  # (...) int64
+    num_classes: int,  # C
+    share: float = 0.5,  # lambda
+    generator: torch.Generator = None,
+) -> Tensor:  # same shape
     "Draw share/2 of the labels anew, uniformly: the true one may come again"
     kw = dict(device=labels.device, generator=generator)
-    redraw = torch.rand(labels.shape, **kw) < share/2
+    redraw = torch.rand(labels.shape, **kw) < share / 2
     return torch.where(redraw, torch.randint(num_classes, labels.shape, **kw), labels)
 
+
 def noise_boxes(
-    cxcywh:Tensor, # (...,4) normalised
-    negative:Tensor, # (...) bool: move far
-    scale:float=.4, # beta
-    generator:torch.Generator=None,
-)->Tensor: # (...,4) xyxy normalised, not yet clamped
+    cxcywh: Tensor,  # (...,4) normalised
+    negative: Tensor,  # (...) bool: move far
+    scale: float = 0.4,  # beta
+    generator: torch.Generator = None,
+) -> Tensor:  # (...,4) xyxy normalised, not yet clamped
     "Move every corner coordinate (@eq-denoising-noise)"
     kw = dict(device=cxcywh.device, generator=generator)
-    r = torch.rand(cxcywh.shape, dtype=cxcywh.dtype, **kw)+negative[..., None]
-    sign = torch.randint(2, cxcywh.shape, **kw)*2-1
-    return cxcywh_to_xyxy(cxcywh)+sign*r*scale*cxcywh[..., 2:].repeat(*[1]*(cxcywh.ndim-1), 2)/2
+    r = torch.rand(cxcywh.shape, dtype=cxcywh.dtype, **kw) + negative[..., None]
+    sign = torch.randint(2, cxcywh.shape, **kw) * 2 - 1
+    return cxcywh_to_xyxy(cxcywh) + sign * r * scale * cxcywh[..., 2:].repeat(*[1] * (cxcywh.ndim - 1), 2) / 2
 
 
 # %%
 torch.manual_seed(0)
-one_box = torch.tensor([.5, .5, .4, .2]).expand(1000, 4)
-steps = {far: (noise_boxes(one_box, torch.full((1000,), far))-cxcywh_to_xyxy(one_box)).abs()/torch.tensor([.2, .1, .2, .1]) for far in (False, True)}
-assert steps[False].max() < .4 <= steps[True].min() and steps[True].max() < .8
-{('negative' if k else 'positive'): (round(v.min().item(), 2), round(v.max().item(), 2)) for k, v in steps.items()}
+one_box = torch.tensor([0.5, 0.5, 0.4, 0.2]).expand(1000, 4)
+steps = {
+    far: (noise_boxes(one_box, torch.full((1000,), far)) - cxcywh_to_xyxy(one_box)).abs()
+    / torch.tensor([0.2, 0.1, 0.2, 0.1])
+    for far in (False, True)
+}
+assert steps[False].max() < 0.4 <= steps[True].min() and steps[True].max() < 0.8
+{
+    ('negative' if k else 'positive'): (round(v.min().item(), 2), round(v.max().item(), 2))
+    for k, v in steps.items()
+}
 
 # %%
 relabelled = (noise_labels(torch.zeros(20000, dtype=torch.long), num_classes=10) > 0).float().mean().item()
-assert abs(relabelled-.25*.9) < .02
+assert abs(relabelled - 0.25 * 0.9) < 0.02
 relabelled
 
 
 # %% [markdown]
 # ## The queries, and what they should answer
 #
-# Content is the embedding of the (noised) label, the reference is the noised box. Images with fewer than $n$ boxes leave slots over; these have zero content and a zero logit, the box $(.5,.5,.5,.5)$. An image without any box gets one fake box in the middle, so that all images have the same shape; nothing is learnt from it.
+# Content is the embedding of the (noised) label, the reference is the noised box. Images with fewer than $n$
+# boxes leave slots over; these have zero content and a zero logit, the box $(.5,.5,.5,.5)$. An image without
+# any box gets one fake box in the middle, so that all images have the same shape; nothing is learnt from it.
 #
-# `meta` tells the criterion which slot stands for what: `groups` $G$, `n_max` $n$, and `target` of shape $(B,P)$:
+# `meta` tells the criterion which slot stands for what: `groups` $G$, `n_max` $n$, and `target` of shape
+# $(B,P)$:
 #
 # | `target` | slot | trained to |
 # |---|---|---|
@@ -185,32 +233,51 @@ def _padded(targets, num_classes, generator):
     "Labels (B,n), boxes (B,n,4), used (B,n) and real (B,) of a batch; an image without boxes gets one fake box"
     counts = [len(t['labels']) for t in targets]
     n, device = max(counts), targets[0]['boxes'].device
-    labels, boxes = torch.zeros(len(targets), n, dtype=torch.long, device=device), torch.full((len(targets), n, 4), .5, device=device)
+    labels, boxes = (
+        torch.zeros(len(targets), n, dtype=torch.long, device=device),
+        torch.full((len(targets), n, 4), 0.5, device=device),
+    )
     for i, t in enumerate(targets):
-        if counts[i]: labels[i, :counts[i]], boxes[i, :counts[i]] = t['labels'], t['boxes'].to(boxes.dtype)
-        else: labels[i, 0] = torch.randint(num_classes, (), device=device, generator=generator)
+        if counts[i]:
+            labels[i, : counts[i]], boxes[i, : counts[i]] = t['labels'], t['boxes'].to(boxes.dtype)
+        else:
+            labels[i, 0] = torch.randint(num_classes, (), device=device, generator=generator)
     counts = torch.tensor(counts, device=device)
     return labels, boxes, torch.arange(n, device=device) < counts.clamp(min=1)[:, None], counts > 0
 
+
 def denoising_queries(
-    targets:list, # per image: labels (N,), boxes (N,4) cxcywh normalised; N may be 0
-    label_embed:nn.Embedding, # table (rows, d), rows >= C
-    num_classes:int, # C
-    cfg:DenoisingConfig=DenoisingConfig(),
-    generator:torch.Generator=None, # None: torch's global one
-)->ExtraQueries|None: # name 'denoising'; None if no image has a box or cfg.num is 0
+    targets: list,  # per image: labels (N,), boxes (N,4) cxcywh normalised; N may be 0
+    label_embed: nn.Embedding,  # table (rows, d), rows >= C
+    num_classes: int,  # C
+    cfg: DenoisingConfig = DenoisingConfig(),
+    generator: torch.Generator = None,  # None: torch's global one
+) -> ExtraQueries | None:  # name 'denoising'; None if no image has a box or cfg.num is 0
     "Noised copies of the true boxes as queries: G groups of n positive and n negative slots (DINO section 3.3; paper's code)"
-    if not cfg.num or not any(len(t['labels']) for t in targets): return None
+    if not cfg.num or not any(len(t['labels']) for t in targets):
+        return None
     labels, boxes, used, real = _padded(targets, num_classes, generator)
     (B, n), (G, P) = labels.shape, group_sizes(labels.shape[1], cfg.num)
-    def spread(x): return x[:, None, None].expand(B, G, 2, n, *x.shape[2:])
+
+    def spread(x):
+        return x[:, None, None].expand(B, G, 2, n, *x.shape[2:])
+
     negative, free = torch.tensor([[False], [True]], device=labels.device).expand(B, G, 2, n), ~spread(used)
     xyxy = noise_boxes(spread(boxes), negative, cfg.box_noise, generator).clamp(0, 1)
     content = label_embed(noise_labels(spread(labels), num_classes, cfg.label_noise, generator))
     logits = inverse_sigmoid(xyxy_to_cxcywh(xyxy)).masked_fill(free[..., None], 0)
-    target = torch.where(negative, -1, torch.arange(n, device=labels.device)).masked_fill(free, -2).masked_fill(~real.view(B, 1, 1, 1), -3)
-    return ExtraQueries(content.masked_fill(free[..., None], 0).reshape(B, P, -1), logits.reshape(B, P, 4),
-                        group_mask(G, 2*n).to(labels.device), 'denoising', dict(groups=G, n_max=n, target=target.reshape(B, P)))
+    target = (
+        torch.where(negative, -1, torch.arange(n, device=labels.device))
+        .masked_fill(free, -2)
+        .masked_fill(~real.view(B, 1, 1, 1), -3)
+    )
+    return ExtraQueries(
+        content.masked_fill(free[..., None], 0).reshape(B, P, -1),
+        logits.reshape(B, P, 4),
+        group_mask(G, 2 * n).to(labels.device),
+        'denoising',
+        dict(groups=G, n_max=n, target=target.reshape(B, P)),
+    )
 
 
 # %% [markdown]
@@ -218,9 +285,12 @@ def denoising_queries(
 
 # %%
 torch.manual_seed(0)
-some = [dict(labels=torch.arange(k), boxes=torch.tensor([[.3, .3, .2, .2], [.7, .6, .3, .4]])[:k]) for k in (2, 1, 0)]
+some = [
+    dict(labels=torch.arange(k), boxes=torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.7, 0.6, 0.3, 0.4]])[:k])
+    for k in (2, 1, 0)
+]
 queries = denoising_queries(some, nn.Embedding(10, 4), num_classes=10, cfg=DenoisingConfig(num=8))
-assert queries.meta['target'].tolist() == [[0, 1, -1, -1]*2, [0, -2, -1, -2]*2, [-3]*8]
+assert queries.meta['target'].tolist() == [[0, 1, -1, -1] * 2, [0, -2, -1, -2] * 2, [-3] * 8]
 queries.meta
 
 # %% [markdown]
@@ -232,7 +302,9 @@ assert denoising_queries(some[2:], nn.Embedding(10, 4), 10) is None
 # %% [markdown]
 # ::: {.callout-note}
 # ## Paper vs. code
-# DINO's paper leaves two things open that the code decides. Slots that are not used are *not* hidden from their own group, and their classes *are* trained as background. The released DINO (4 scales) and the Semi-DETR code shake boxes by $\beta=0.4$, mmdetection's DINO by 1.0 (`box_noise`).
+# DINO's paper leaves two things open that the code decides. Slots that are not used are *not* hidden from
+# their own group, and their classes *are* trained as background. The released DINO (4 scales) and the
+# Semi-DETR code shake boxes by $\beta=0.4$, mmdetection's DINO by 1.0 (`box_noise`).
 # :::
 
 # %%
@@ -243,8 +315,11 @@ _, _, mask, _ = combine_extras([queries], num_queries=12)
 fig, ax = plt.subplots(figsize=(3, 3), dpi=80)
 ax.imshow(mask, cmap='gray_r', vmin=0, vmax=1.3)
 ax.set(xlabel='may look at', ylabel='query', xticks=[1.5, 5.5, 13.5], yticks=[1.5, 5.5, 13.5])
-ax.set_xticklabels(['G1', 'G2', 'matching']); ax.set_yticklabels(['G1', 'G2', 'matching'], rotation=90, va='center')
-for at in (3.5, 7.5): ax.axhline(at, color='grey', lw=.5); ax.axvline(at, color='grey', lw=.5)
+ax.set_xticklabels(['G1', 'G2', 'matching'])
+ax.set_yticklabels(['G1', 'G2', 'matching'], rotation=90, va='center')
+for at in (3.5, 7.5):
+    ax.axhline(at, color='grey', lw=0.5)
+    ax.axvline(at, color='grey', lw=0.5)
 plt.show()
 
 # %%
@@ -253,11 +328,15 @@ plt.show()
 #| fig-alt: "A scene of digits twice; green true boxes, on the left with blue shaken ones close to them, on the right with blue ones further away"
 scene = DigitsScenes('train', n=8)[3]
 truth = normalize_boxes(scene.boxes, scene.size)
-shaken = denoising_queries([dict(labels=scene.labels, boxes=truth)], nn.Embedding(10, 4), 10, DenoisingConfig(num=6*len(truth)))
+shaken = denoising_queries(
+    [dict(labels=scene.labels, boxes=truth)], nn.Embedding(10, 4), 10, DenoisingConfig(num=6 * len(truth))
+)
 fig, axes = plt.subplots(1, 2, figsize=(5.4, 2.8), dpi=80, layout='constrained')
-for ax, name, slots in zip(axes, ('positive', 'negative'), (shaken.meta['target'][0] >= 0, shaken.meta['target'][0] == -1)):
+for ax, name, slots in zip(
+    axes, ('positive', 'negative'), (shaken.meta['target'][0] >= 0, shaken.meta['target'][0] == -1)
+):
     show_image(ax, scene.image, title=name)
-    draw_boxes(ax, denormalize_boxes(shaken.boxes[0, slots].sigmoid(), scene.size), kind='student', lw=.8)
+    draw_boxes(ax, denormalize_boxes(shaken.boxes[0, slots].sigmoid(), scene.size), kind='student', lw=0.8)
     draw_boxes(ax, scene.boxes, kind='truth')
 plt.show()
 
@@ -267,7 +346,8 @@ plt.show()
 # - Extra queries see the matching queries and their own group; nobody sees them but their group.
 # - As many groups as fit into the slots; each has a positive and a negative copy of every box.
 # - Positives learn the clean box and label, negatives and unused slots learn to be background.
-# - Images without boxes take part with a fake box of weight zero; a batch without boxes has no denoising at all.
+# - Images without boxes take part with a fake box of weight zero; a batch without boxes has no denoising at
+#   all.
 # - Randomness comes from a generator or from torch's global state, which a checkpoint holds.
 #
 # ## Exercises

@@ -3,8 +3,10 @@
 #
 # > List every run that a study stands for, how far each is, and what is missing before the first one starts.
 #
-# A study is a table of settings (@sec-study). Before anything is trained, three questions need an answer: which runs does the table stand for, which of them are done, and can the rest run at all?
-# The answers are the same for the command that runs a study (@sec-ablate) and for the one that only says what it would do (@sec-dry-run), so they are found here, once.
+# A study is a table of settings (@sec-study). Before anything is trained, three questions need an answer:
+# which runs does the table stand for, which of them are done, and can the rest run at all? The answers are
+# the same for the command that runs a study (@sec-ablate) and for the one that only says what it would do
+# (@sec-dry-run), so they are found here, once.
 
 # %%
 #| default_exp lab.plan
@@ -29,73 +31,119 @@ import matplotlib.pyplot as plt
 # %% [markdown]
 # ## From a table to runs
 #
-# A study of $g$ groups, $s$ seeds and $a$ arms is $g \cdot s \cdot (a+1)$ runs: in each group and seed the arms wait for their burn-in. Every run has a folder; paths are those seen from the top folder of the checkout, because the path of the burn-in is part of a configuration and so of its hash.
+# A study of $g$ groups, $s$ seeds and $a$ arms is $g \cdot s \cdot (a+1)$ runs: in each group and seed the
+# arms wait for their burn-in. Every run has a folder; paths are those seen from the top folder of the
+# checkout, because the path of the burn-in is part of a configuration and so of its hash.
 
 # %%
 #| export
-STUDIES = Path('nbs/ablations/studies.toml') # below the top folder of a checkout
+STUDIES = Path('nbs/ablations/studies.toml')  # below the top folder of a checkout
+
 
 @dataclass(frozen=True)
 class Run:
     "One run of a study"
-    study:str
-    scale:str
-    group:str # '' in a study without groups
-    seed:int
-    arm:str # or 'burn_in'
-    where:str # below the folders of runs and of records: study, and group if there is one
-    cfg:Config
-    folder:Path
-    start:Path|None = None # folder of the burn-in that it waits for
+
+    study: str
+    scale: str
+    group: str  # '' in a study without groups
+    seed: int
+    arm: str  # or 'burn_in'
+    where: str  # below the folders of runs and of records: study, and group if there is one
+    cfg: Config
+    folder: Path
+    start: Path | None = None  # folder of the burn-in that it waits for
 
     @property
-    def title(self): return ' '.join(filter(None, (self.study, self.group, f'seed {self.seed}', self.arm)))
+    def title(self):
+        return ' '.join(filter(None, (self.study, self.group, f'seed {self.seed}', self.arm)))
+
     @property
-    def notebook(self): return self.folder/'run.ipynb'
+    def notebook(self):
+        return self.folder / 'run.ipynb'
+
 
 def plan(
-    path, name:str, scale:str='', # see `load_study`
-    seeds=None, # those of the study if None
-    out='runs/studies', # folder of the runs
-    data:str='', # data set instead of the study's own
-    only:tuple=(), # names of groups; empty: all
-)->list: # of Run, each burn-in before its arms
+    path,
+    name: str,
+    scale: str = '',  # see `load_study`
+    seeds=None,  # those of the study if None
+    out='runs/studies',  # folder of the runs
+    data: str = '',  # data set instead of the study's own
+    only: tuple = (),  # names of groups; empty: all
+) -> list:  # of Run, each burn-in before its arms
     "All runs of a study; at another scale than its own a study has folders of its own"
     s, runs = load_study(path, name, scale), []
-    if unknown := sorted(set(only)-set(s['groups'])): raise ConfigError(f"{path}: study {name} has no group '{unknown[0]}'; {suggest(unknown[0], s['groups']) if any(s['groups']) else 'it has none at all'}")
+    if unknown := sorted(set(only) - set(s['groups'])):
+        raise ConfigError(
+            f"{path}: study {name} has no group '{unknown[0]}'; {suggest(unknown[0], s['groups']) if any(s['groups']) else 'it has none at all'}"
+        )
     own = [f'data.data={data}', 'data.val=', 'data.unlabelled=', 'data.split_file='] if data else []
     place = lambda study: Path(study if s['home'] else f"{study}-{s['scale']}")
-    for (group, base), seed in itertools.product(((g, b) for g, b in s['groups'].items() if not only or g in only), s['seeds'] if seeds is None else seeds):
-        where = place(name)/group
-        made = branches(override(base, own), s['burn_in'], s['arms'], Path(out)/where, seed, Path(out)/place(s['start'])/group)
+    for (group, base), seed in itertools.product(
+        ((g, b) for g, b in s['groups'].items() if not only or g in only),
+        s['seeds'] if seeds is None else seeds,
+    ):
+        where = place(name) / group
+        made = branches(
+            override(base, own),
+            s['burn_in'],
+            s['arms'],
+            Path(out) / where,
+            seed,
+            Path(out) / place(s['start']) / group,
+        )
         start = made.get('burn_in', (0, None))[1]
         for arm, (cfg, folder) in made.items():
-            often = min(cfg.run.checkpoint_every, max(1, cfg.optim.iters//4)) # neither this nor the threads is part of the hash
+            often = min(
+                cfg.run.checkpoint_every, max(1, cfg.optim.iters // 4)
+            )  # neither this nor the threads is part of the hash
             cfg = override(cfg, [f'run.threads={cfg.run.threads or 1}', f'run.checkpoint_every={often}'])
-            runs.append(r := Run(name, s['scale'], group, seed, arm, where.as_posix(), cfg, folder, None if arm == 'burn_in' else start))
-            if cfg.run.amp == 'auto': raise ConfigError(f'{path}: {r.title}: run.amp=auto may choose another precision for another arm; write off, bf16 or fp16')
+            runs.append(
+                r := Run(
+                    name,
+                    s['scale'],
+                    group,
+                    seed,
+                    arm,
+                    where.as_posix(),
+                    cfg,
+                    folder,
+                    None if arm == 'burn_in' else start,
+                )
+            )
+            if cfg.run.amp == 'auto':
+                raise ConfigError(
+                    f'{path}: {r.title}: run.amp=auto may choose another precision for another arm; write off, bf16 or fp16'
+                )
     return runs
 
 
 # %%
 #| export
-def state(
-    run:Run,
-)->str: # 'finished', 'resumable', 'new' or 'other settings'
+def state(run: Run) -> str:  # 'finished', 'resumable', 'new' or 'other settings'
     "How far a run is"
-    if finished(run.cfg, run.folder): return 'finished' if run.notebook.exists() else 'resumable'
-    if not (run.folder/'last.pt').exists(): return 'new'
-    written = run.folder/'config.json'
-    return 'resumable' if not written.exists() or config_hash(load_config(written)) == config_hash(run.cfg) else 'other settings'
+    if finished(run.cfg, run.folder):
+        return 'finished' if run.notebook.exists() else 'resumable'
+    if not (run.folder / 'last.pt').exists():
+        return 'new'
+    written = run.folder / 'config.json'
+    return (
+        'resumable'
+        if not written.exists() or config_hash(load_config(written)) == config_hash(run.cfg)
+        else 'other settings'
+    )
 
-def _once(runs): # studies may share a burn-in
+
+def _once(runs):  # studies may share a burn-in
     first = {}
-    for r in runs: first.setdefault(r.folder, r)
+    for r in runs:
+        first.setdefault(r.folder, r)
     return list(first.values())
 
 
 # %%
-toy_file = Path(tempfile.mkdtemp())/'studies.toml'
+toy_file = Path(tempfile.mkdtemp()) / 'studies.toml'
 toy_file.write_text("""
 [toy]
 preset = "digits"
@@ -114,16 +162,17 @@ assert len(toy) == 6 and toy[1].start == toy[0].folder and {state(r) for r in to
 # %% [markdown]
 # ## What is in the way
 #
-# A folder may hold a run with other settings, and a data set may not be there. Both are found before the first iteration, since an hour later is too late.
+# A folder may hold a run with other settings, and a data set may not be there. Both are found before the
+# first iteration, since an hour later is too late.
 
 # %%
 #| export
 def in_the_way(
-    run:Run, # whose state is 'other settings'
-)->str: # one line
+    run: Run,  # whose state is 'other settings'
+) -> str:  # one line
     "How the settings of the run in that folder differ, and the cure"
-    changed = differences(to_dict(load_config(run.folder/'config.json')), to_dict(run.cfg))
-    return f"{run.title}: {run.folder} holds a run with other settings ({', '.join(changed[:3])}{f' and {len(changed)-3} more' if len(changed) > 3 else ''}); choose another --out or delete that folder"
+    changed = differences(to_dict(load_config(run.folder / 'config.json')), to_dict(run.cfg))
+    return f"{run.title}: {run.folder} holds a run with other settings ({', '.join(changed[:3])}{f' and {len(changed) - 3} more' if len(changed) > 3 else ''}); choose another --out or delete that folder"
 
 
 # %%
@@ -132,39 +181,61 @@ def in_the_way(
 # %%
 #| export
 @functools.cache
-def _opened(spec, split): # -> why it cannot be opened, or ''
-    try: open_dataset(spec, split)
-    except SemiDETRError as e: return str(e)
+def _opened(spec, split):  # -> why it cannot be opened, or ''
+    try:
+        open_dataset(spec, split)
+    except SemiDETRError as e:
+        return str(e)
     return ''
+
 
 @functools.cache
 def look(
-    data, # DataConfig
-    test:bool=True, # is the test split needed?
-)->tuple: # (images with labels, images without) or None, and what is wrong
+    data,  # DataConfig
+    test: bool = True,  # is the test split needed?
+) -> tuple:  # (images with labels, images without) or None, and what is wrong
     "Open all data of a run"
-    wrong = [w for spec, split in ((data.data, 'train'), (data.val or data.data if test else '', 'val'), (data.unlabelled, 'train')) if spec and (w := _opened(spec, split))]
-    if wrong: return None, tuple(wrong)
-    try: d = build_data(data)
-    except SemiDETRError as e: return None, (str(e),)
+    wrong = [
+        w
+        for spec, split in (
+            (data.data, 'train'),
+            (data.val or data.data if test else '', 'val'),
+            (data.unlabelled, 'train'),
+        )
+        if spec and (w := _opened(spec, split))
+    ]
+    if wrong:
+        return None, tuple(wrong)
+    try:
+        d = build_data(data)
+    except SemiDETRError as e:
+        return None, (str(e),)
     return (len(d.labelled), len(d.unlabelled or ())), ()
 
+
 def without_data(
-    runs:list, # of Run
-)->tuple: # (folders of runs whose data are missing, or whose burn-in's; a line for each cause)
+    runs: list,  # of Run
+) -> tuple:  # (folders of runs whose data are missing, or whose burn-in's; a line for each cause)
     "Opened before the first run starts, since an hour later is too late"
     lost, causes = set(), {}
     for r in _once(runs):
         wrong = look(replace(r.cfg.data, fold=0), r.cfg.run.test)[1]
-        if not wrong and r.start not in lost: continue
+        if not wrong and r.start not in lost:
+            continue
         lost.add(r.folder)
-        if wrong: causes.setdefault(wrong[0], []).append(r)
-    return lost, [f"{rs[0].title}{f' and {len(rs)-1} more' if len(rs) > 1 else ''}: {why}" for why, rs in causes.items()]
+        if wrong:
+            causes.setdefault(wrong[0], []).append(r)
+    return lost, [
+        f"{rs[0].title}{f' and {len(rs) - 1} more' if len(rs) > 1 else ''}: {why}"
+        for why, rs in causes.items()
+    ]
 
-def find_book()->Path: # top folder of the checkout
+
+def find_book() -> Path:  # top folder of the checkout
     "The checkout that this is run in"
     for d in (Path.cwd(), *Path.cwd().parents):
-        if (d/STUDIES).is_file(): return d
+        if (d / STUDIES).is_file():
+            return d
     raise ConfigError(f'no {STUDIES} here or above; run this in a checkout of the book')
 
 
@@ -195,17 +266,27 @@ fig, ax = plt.subplots(figsize=(5, 1.8), dpi=80)
 for row, seed in enumerate((0, 1)):
     names = [r.arm for r in toy if r.seed == seed]
     for column, name in enumerate(names):
-        x, y = (0, row) if column == 0 else (1, row+.22*(3-2*column))
-        ax.text(x, y, f'seed {seed}: {name}', ha='center', va='center', fontsize=8, bbox=dict(boxstyle='round', facecolor='white'))
-        if column: ax.annotate('', (.72, y), (.25, row), arrowprops=dict(arrowstyle='->'))
-ax.set(xlim=(-.4, 1.4), ylim=(-.5, 1.5))
+        x, y = (0, row) if column == 0 else (1, row + 0.22 * (3 - 2 * column))
+        ax.text(
+            x,
+            y,
+            f'seed {seed}: {name}',
+            ha='center',
+            va='center',
+            fontsize=8,
+            bbox=dict(boxstyle='round', facecolor='white'),
+        )
+        if column:
+            ax.annotate('', (0.72, y), (0.25, row), arrowprops=dict(arrowstyle='->'))
+ax.set(xlim=(-0.4, 1.4), ylim=(-0.5, 1.5))
 ax.set_axis_off()
 plt.show()
 
 # %% [markdown]
 # ## Summary
 #
-# - `plan` turns a table into runs, each burn-in before its arms; the path of a run follows from its study, group, seed and arm.
+# - `plan` turns a table into runs, each burn-in before its arms; the path of a run follows from its study,
+#   group, seed and arm.
 # - `state` says how far a run is, `in_the_way` how the settings in its folder differ.
 # - `without_data` opens all data once and names what is missing.
 #

@@ -1,11 +1,17 @@
 # %% [markdown]
 # # Studies by one command {#sec-ablate}
 #
-# > Run every comparison of the book again, on one core, on many, or on a cluster: `semidetr ablate components`.
+# > Run every comparison of the book again, on one core, on many, or on a cluster:
+# > `semidetr ablate components`.
 #
-# Most tables of most papers cannot be made again: the script that called the training script is gone, a crashed run was started by hand with slightly other settings, and nobody knows which. Here a study is a table in a file (@sec-study), and one command turns it into runs, notebooks and records. What is finished is not done again; what was stopped goes on from its checkpoint; what fails is named and does not stop the others.
+# Most tables of most papers cannot be made again: the script that called the training script is gone, a
+# crashed run was started by hand with slightly other settings, and nobody knows which. Here a study is a
+# table in a file (@sec-study), and one command turns it into runs, notebooks and records. What is finished is
+# not done again; what was stopped goes on from its checkpoint; what fails is named and does not stop the
+# others.
 #
-# Each run is an execution of one notebook, @sec-abl-run, with other parameters. The executed copy stays beside the checkpoint as `run.ipynb`: a reader who doubts a number can look at the run that made it.
+# Each run is an execution of one notebook, @sec-abl-run, with other parameters. The executed copy stays
+# beside the checkpoint as `run.ipynb`: a reader who doubts a number can look at the run that made it.
 
 # %%
 #| default_exp lab.ablate
@@ -38,65 +44,122 @@ import matplotlib.pyplot as plt
 # %% [markdown]
 # ## One run, one notebook
 #
-# papermill injects the parameters after the cell with the tag `parameters`. Where that tag is missing it puts them first, the notebook's own values overwrite them, and the wrong experiment runs without a word; so the tag is looked for, and the notebook compares the hash of its configuration with the one asked for. The copy is called `run.part.ipynb` until the last cell has run.
+# papermill injects the parameters after the cell with the tag `parameters`. Where that tag is missing it puts
+# them first, the notebook's own values overwrite them, and the wrong experiment runs without a word; so the
+# tag is looked for, and the notebook compares the hash of its configuration with the one asked for. The copy
+# is called `run.part.ipynb` until the last cell has run.
 
 # %%
 #| export
 NOTEBOOK = Path('nbs/ablations/train_run.ipynb')
 ENGINES = ('local', 'slurm', 'submitit-local')
 
+
 def check_notebook(
-    path, # run notebook
+    path,  # run notebook
 ):
     "ConfigError unless exactly one cell has the tag `parameters`, and a value for each of them"
     cure = f'bring it back with `make nb-export NB=ablations/{Path(path).stem}`'
-    if not Path(path).is_file(): raise ConfigError(f'{path}: no such notebook; run this in a checkout of the book')
-    try: tagged = [''.join(c['source']) for c in json.loads(Path(path).read_text())['cells'] if 'parameters' in c['metadata'].get('tags', [])]
-    except (ValueError, KeyError, TypeError): raise ConfigError(f'{path}: damaged, not a notebook; {cure}') from None
-    if len(tagged) != 1: raise ConfigError(f"{path}: {len(tagged)} cells have the tag 'parameters', one must; {cure}")
-    if lost := [p for p in ('title', 'folder', 'expected', 'processes') if p not in {line.partition('=')[0].strip() for line in tagged[0].splitlines()}]: raise ConfigError(f"{path}: the cell with the tag 'parameters' has no '{lost[0]}'; {cure}")
+    if not Path(path).is_file():
+        raise ConfigError(f'{path}: no such notebook; run this in a checkout of the book')
+    try:
+        tagged = [
+            ''.join(c['source'])
+            for c in json.loads(Path(path).read_text())['cells']
+            if 'parameters' in c['metadata'].get('tags', [])
+        ]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f'{path}: damaged, not a notebook; {cure}') from None
+    if len(tagged) != 1:
+        raise ConfigError(f"{path}: {len(tagged)} cells have the tag 'parameters', one must; {cure}")
+    if lost := [
+        p
+        for p in ('title', 'folder', 'expected', 'processes')
+        if p not in {line.partition('=')[0].strip() for line in tagged[0].splitlines()}
+    ]:
+        raise ConfigError(f"{path}: the cell with the tag 'parameters' has no '{lost[0]}'; {cure}")
 
-def _kernels(alive, log): # class of kernel managers that note their process in the set `alive`; what a kernel says outside its cells goes to the file `log`
+
+def _kernels(
+    alive, log
+):  # class of kernel managers that note their process in the set `alive`; what a kernel says outside its cells goes to the file `log`
     from jupyter_client import AsyncKernelManager
+
     class Kernel(AsyncKernelManager):
-        def __init__(self, **kwargs): # sockets in files: no port that another process may take meanwhile
-            super().__init__(transport='ipc' if os.name == 'posix' else 'tcp', connection_file=str(Path(tempfile.mkdtemp())/'kernel.json'), **kwargs)
+        def __init__(self, **kwargs):  # sockets in files: no port that another process may take meanwhile
+            super().__init__(
+                transport='ipc' if os.name == 'posix' else 'tcp',
+                connection_file=str(Path(tempfile.mkdtemp()) / 'kernel.json'),
+                **kwargs,
+            )
+
         async def start_kernel(self, **kwargs):
             env = {'OMP_NUM_THREADS': '1', **os.environ}
-            env.pop('MPLBACKEND', None) # pictures go into the notebook
-            with open(log, 'wb') as stderr: await super().start_kernel(env=env, stderr=stderr, **kwargs)
+            env.pop('MPLBACKEND', None)  # pictures go into the notebook
+            with open(log, 'wb') as stderr:
+                await super().start_kernel(env=env, stderr=stderr, **kwargs)
             alive.add(self.provisioner.pid)
+
     return Kernel
 
-def _last_line(text): return (str(text).strip().splitlines() or ['no message'])[-1].strip()
 
-def _why(error, folder): # one line; where processes of their own failed, what they said
-    log = folder/'kernel.log'
-    said = [line.removeprefix('error: ') for line in log.read_text(errors='replace').splitlines() if line.startswith('error: ')] if error.ename == 'CalledProcessError' and log.is_file() else []
+def _last_line(text):
+    return (str(text).strip().splitlines() or ['no message'])[-1].strip()
+
+
+def _why(error, folder):  # one line; where processes of their own failed, what they said
+    log = folder / 'kernel.log'
+    said = (
+        [
+            line.removeprefix('error: ')
+            for line in log.read_text(errors='replace').splitlines()
+            if line.startswith('error: ')
+        ]
+        if error.ename == 'CalledProcessError' and log.is_file()
+        else []
+    )
     return f'{said[-1]} (all of it: {log})' if said else f'{error.ename}: {_last_line(error.evalue)}'
 
 
 # %%
 #| export
 def run_notebook(
-    run:Run,
+    run: Run,
     notebook=NOTEBOOK,
-    processes:int=1, # of this run, each with its own device
-    alive=None, # set that gets the process of the kernel
-)->str: # '' or, in one line, why it failed
+    processes: int = 1,  # of this run, each with its own device
+    alive=None,  # set that gets the process of the kernel
+) -> str:  # '' or, in one line, why it failed
     "Execute the run notebook for one run; errors come back as text"
     import papermill
     from papermill.exceptions import PapermillExecutionError
     from papermill.iorw import papermill_io
-    papermill_io.get_handler('local').cwd(None) # shared by all threads; two that end at the same time leave the folder of an earlier command in it
-    part, key = run.folder/'run.part.ipynb', config_hash(run.cfg)
-    if state(run) == 'other settings': return in_the_way(run)
-    atomic_write(run.folder/'config.json', json.dumps(to_dict(run.cfg), indent=1))
-    try: papermill.execute_notebook(notebook, part, dict(title=run.title, folder=run.folder.as_posix(), expected=key, processes=processes), kernel_name='python3',
-                                    progress_bar=False, start_timeout=600, kernel_manager_class=_kernels(set() if alive is None else alive, run.folder/'kernel.log'), extra_arguments=['--IPKernelApp.log_level=50'])
-    except PapermillExecutionError as e: return f'{run.title}: cell [{e.exec_count}]: {_why(e, run.folder)}; executed notebook: {part}'
-    except Exception as e: return f'{run.title}: {type(e).__name__}: {_last_line(e)}; executed notebook: {part}' # the kernel died
-    if not finished(run.cfg, run.folder): return f'{run.title}: the notebook ended without the result of {key}; executed notebook: {part}'
+
+    papermill_io.get_handler('local').cwd(
+        None
+    )  # shared by all threads; two that end at the same time leave the folder of an earlier command in it
+    part, key = run.folder / 'run.part.ipynb', config_hash(run.cfg)
+    if state(run) == 'other settings':
+        return in_the_way(run)
+    atomic_write(run.folder / 'config.json', json.dumps(to_dict(run.cfg), indent=1))
+    try:
+        papermill.execute_notebook(
+            notebook,
+            part,
+            dict(title=run.title, folder=run.folder.as_posix(), expected=key, processes=processes),
+            kernel_name='python3',
+            progress_bar=False,
+            start_timeout=600,
+            kernel_manager_class=_kernels(set() if alive is None else alive, run.folder / 'kernel.log'),
+            extra_arguments=['--IPKernelApp.log_level=50'],
+        )
+    except PapermillExecutionError as e:
+        return f'{run.title}: cell [{e.exec_count}]: {_why(e, run.folder)}; executed notebook: {part}'
+    except Exception as e:
+        return (
+            f'{run.title}: {type(e).__name__}: {_last_line(e)}; executed notebook: {part}'  # the kernel died
+        )
+    if not finished(run.cfg, run.folder):
+        return f'{run.title}: the notebook ended without the result of {key}; executed notebook: {part}'
     part.replace(run.notebook)
     return ''
 
@@ -104,84 +167,120 @@ def run_notebook(
 # %% [markdown]
 # ## Where runs run
 #
-# An *engine* takes a run and gives back a job that can be asked whether it is done. There are two: threads of this process, each with one kernel, and [submitit](https://github.com/facebookincubator/submitit), which hands runs to Slurm or, to try that out, to processes of its own. A stopped engine lets every run save a checkpoint first.
+# An *engine* takes a run and gives back a job that can be asked whether it is done. There are two: threads of
+# this process, each with one kernel, and [submitit](https://github.com/facebookincubator/submitit), which
+# hands runs to Slurm or, to try that out, to processes of its own. A stopped engine lets every run save a
+# checkpoint first.
 
 # %%
 #| export
 class LocalEngine:
     "Kernels on this machine, one for each of `jobs` threads"
-    def __init__(self, jobs:int): self.pool, self.alive = ThreadPoolExecutor(jobs), set()
-    def submit(self, *args): return self.pool.submit(run_notebook, *args, alive=self.alive)
-    def stop(self, how=signal.SIGTERM): # a run saves a checkpoint and ends; SIGKILL: it ends
+
+    def __init__(self, jobs: int):
+        self.pool, self.alive = ThreadPoolExecutor(jobs), set()
+
+    def submit(self, *args):
+        return self.pool.submit(run_notebook, *args, alive=self.alive)
+
+    def stop(self, how=signal.SIGTERM):  # a run saves a checkpoint and ends; SIGKILL: it ends
         for pid in self.alive:
-            with contextlib.suppress(ProcessLookupError): os.kill(pid, how)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, how)
+
 
 class ClusterJob:
     "`run_notebook` that is queued again when Slurm takes its machine away"
-    def __call__(self, *args): return run_notebook(*args)
+
+    def __call__(self, *args):
+        return run_notebook(*args)
+
     def checkpoint(self, *args):
         from submitit.helpers import DelayedSubmission
+
         return DelayedSubmission(self, *args)
+
 
 class SubmititEngine:
     "Runs as jobs of Slurm, or of submitit's local executor"
-    def __init__(self,
-        folder, # for the files of submitit
-        cluster:str='slurm', # or 'local'
-        options:dict=None, # of submitit.AutoExecutor: timeout_min, slurm_partition, gpus_per_node, ...
+
+    def __init__(
+        self,
+        folder,  # for the files of submitit
+        cluster: str = 'slurm',  # or 'local'
+        options: dict = None,  # of submitit.AutoExecutor: timeout_min, slurm_partition, gpus_per_node, ...
     ):
         submitit, self.jobs = need('submitit', 'this engine', 'cluster'), []
         try:
             self.executor = submitit.AutoExecutor(Path(folder).absolute(), cluster)
             self.executor.update_parameters(**{'name': 'semidetr', 'timeout_min': 1440, **(options or {})})
-        except (RuntimeError, NameError, TypeError) as e: raise ConfigError(f'submitit: {_last_line(e)}') from None
+        except (RuntimeError, NameError, TypeError) as e:
+            raise ConfigError(f'submitit: {_last_line(e)}') from None
+
     def submit(self, *args):
         self.jobs.append(self.executor.submit(ClusterJob(), *args))
         return self.jobs[-1]
+
     def stop(self, how=None):
-        for job in self.jobs: job.cancel()
+        for job in self.jobs:
+            job.cancel()
 
 
 # %% [markdown]
 # ## The loop
 #
-# Start what can start, look what is done, sleep. A seed's record is written as soon as all its runs are there.
+# Start what can start, look what is done, sleep. A seed's record is written as soon as all its runs are
+# there.
 
 # %%
 #| export
 def steps_done(
-    folder, # of a run
-)->int: # iterations, as far as the log tells
+    folder,  # of a run
+) -> int:  # iterations, as far as the log tells
     "How far a run is, for the bar"
-    try: return json.loads((Path(folder)/'log.jsonl').read_text().splitlines()[-1])['step']
-    except (OSError, IndexError, json.JSONDecodeError): return 0
+    try:
+        return json.loads((Path(folder) / 'log.jsonl').read_text().splitlines()[-1])['step']
+    except (OSError, IndexError, json.JSONDecodeError):
+        return 0
 
-def _outcome(run, job): # of an engine -> '' or why it failed
-    try: return job.result()
-    except Exception as e: return f"{run.title}: {type(e).__name__}: {str(e).strip().partition(chr(10))[0]}" # the job died; the rest is its log
+
+def _outcome(run, job):  # of an engine -> '' or why it failed
+    try:
+        return job.result()
+    except Exception as e:
+        return f"{run.title}: {type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"  # the job died; the rest is its log
+
 
 def drive(
-    runs:list, # of Run
-    engine, # with submit and stop
+    runs: list,  # of Run
+    engine,  # with submit and stop
     notebook=NOTEBOOK,
-    processes:int=1,
-    limit:int=1, # runs at a time
-    ended=lambda run, cause: None, # called with each run that ended, and why it failed
-    pause:float=.2, # seconds between two looks
-)->dict: # folder -> why it failed
+    processes: int = 1,
+    limit: int = 1,  # runs at a time
+    ended=lambda run, cause: None,  # called with each run that ended, and why it failed
+    pause: float = 0.2,  # seconds between two looks
+) -> dict:  # folder -> why it failed
     "Run everything that is not finished, a burn-in before its arms; a failure stops only what depends on it"
     waiting, running, failed = list(runs), {}, {}
     unfinished = {r.folder for r in runs}
     try:
         while waiting or running:
             for r in list(waiting):
-                if r.start in failed: waiting.remove(r); failed[r.folder] = f'{r.title}: its burn-in failed'; ended(r, failed[r.folder])
-                elif len(running) < limit and r.start not in unfinished: waiting.remove(r); running[r.folder] = r, engine.submit(r, notebook, processes)
+                if r.start in failed:
+                    waiting.remove(r)
+                    failed[r.folder] = f'{r.title}: its burn-in failed'
+                    ended(r, failed[r.folder])
+                elif len(running) < limit and r.start not in unfinished:
+                    waiting.remove(r)
+                    running[r.folder] = r, engine.submit(r, notebook, processes)
             time.sleep(pause)
             for folder, (r, job) in list(running.items()):
-                if not job.done(): continue
-                del running[folder]; unfinished.discard(folder)
-                if cause := _outcome(r, job): failed[folder] = cause
+                if not job.done():
+                    continue
+                del running[folder]
+                unfinished.discard(folder)
+                if cause := _outcome(r, job):
+                    failed[folder] = cause
                 ended(r, cause)
             ended(None, '')
     except KeyboardInterrupt:
@@ -192,18 +291,21 @@ def drive(
 
 # %%
 #| export
-def _wind_up(engine, running): # every run may save a checkpoint; a second Ctrl-C ends them at once
+def _wind_up(engine, running):  # every run may save a checkpoint; a second Ctrl-C ends them at once
     try:
         engine.stop()
-        while not all(job.done() for _, job in running.values()): time.sleep(.1)
-    except KeyboardInterrupt: engine.stop(signal.SIGKILL)
+        while not all(job.done() for _, job in running.values()):
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        engine.stop(signal.SIGKILL)
 
 
 # %% [markdown]
-# With an engine whose jobs last as many looks as they have iterations, the order can be seen. The second worker takes the burn-in of seed 1 while the arms of seed 0 still wait for theirs:
+# With an engine whose jobs last as many looks as they have iterations, the order can be seen. The second
+# worker takes the burn-in of seed 1 while the arms of seed 0 still wait for theirs:
 
 # %%
-toy_file = Path(tempfile.mkdtemp())/'studies.toml'
+toy_file = Path(tempfile.mkdtemp()) / 'studies.toml'
 toy_file.write_text("""
 [toy]
 preset = "digits"
@@ -222,25 +324,41 @@ assert [r.arm for r in toy[:3]] == ['burn_in', 'supervised', 'mean_teacher']
 # %%
 class ToyEngine:
     "Runs that only pretend: 100 iterations last one look"
-    def __init__(self): self.now, self.bars = 0, []
+
+    def __init__(self):
+        self.now, self.bars = 0, []
+
     def submit(self, run, *args):
-        job = ToyJob(self, run.title, self.now, self.now+run.cfg.optim.iters//100)
+        job = ToyJob(self, run.title, self.now, self.now + run.cfg.optim.iters // 100)
         self.bars.append(job)
         return job
-    def look(self, run, cause): self.now += run is None
+
+    def look(self, run, cause):
+        self.now += run is None
+
 
 @dataclass
 class ToyJob:
-    engine:object
-    title:str
-    first:int
-    last:int
-    def done(self): return self.engine.now+1 >= self.last
-    def result(self): return 'toy seed 1: broken' if self.title == 'toy seed 1 burn_in' else ''
+    engine: object
+    title: str
+    first: int
+    last: int
+
+    def done(self):
+        return self.engine.now + 1 >= self.last
+
+    def result(self):
+        return 'toy seed 1: broken' if self.title == 'toy seed 1 burn_in' else ''
+
 
 engine = ToyEngine()
 failures = drive(toy, engine, limit=2, ended=engine.look, pause=0)
-assert [b.title for b in engine.bars] == ['toy seed 0 burn_in', 'toy seed 1 burn_in', 'toy seed 0 supervised', 'toy seed 0 mean_teacher'] and len(failures) == 3
+assert [b.title for b in engine.bars] == [
+    'toy seed 0 burn_in',
+    'toy seed 1 burn_in',
+    'toy seed 0 supervised',
+    'toy seed 0 mean_teacher',
+] and len(failures) == 3
 list(failures.values())
 
 # %%
@@ -248,8 +366,17 @@ list(failures.values())
 #| fig-cap: "Two workers: arms start as soon as their burn-in is there; the broken burn-in of seed 1 takes its own arms with it and nothing else."
 #| fig-alt: "Bars of the runs of a toy study over time"
 fig, ax = plt.subplots(figsize=(5, 2), dpi=80)
-for i, b in enumerate(engine.bars): ax.barh(i, b.last-b.first, left=b.first, color='#d62728' if 'seed 1' in b.title else '#1f77b4' if 'burn' in b.title else '#ff7f0e')
-ax.set(yticks=range(len(engine.bars)), xlabel='looks'); ax.set_yticklabels([b.title for b in engine.bars], fontsize=8); ax.invert_yaxis(); plt.show()
+for i, b in enumerate(engine.bars):
+    ax.barh(
+        i,
+        b.last - b.first,
+        left=b.first,
+        color='#d62728' if 'seed 1' in b.title else '#1f77b4' if 'burn' in b.title else '#ff7f0e',
+    )
+ax.set(yticks=range(len(engine.bars)), xlabel='looks')
+ax.set_yticklabels([b.title for b in engine.bars], fontsize=8)
+ax.invert_yaxis()
+plt.show()
 
 
 # %% [markdown]
@@ -258,52 +385,98 @@ ax.set(yticks=range(len(engine.bars)), xlabel='looks'); ax.set_yticklabels([b.ti
 # %%
 #| export
 def keep(
-    runs:list, # of Run, all of one group and seed, all finished
-    results, # folder of the records
-)->Path: # the JSON
+    runs: list,  # of Run, all of one group and seed, all finished
+    results,  # folder of the records
+) -> Path:  # the JSON
     "Write the record of a seed, unless it is there already"
-    first, of = runs[0], lambda r: record(json.loads((r.folder/'run.json').read_text()), r.folder) | dict(notebook=r.notebook.as_posix())
+    first, of = (
+        runs[0],
+        lambda r: (
+            record(json.loads((r.folder / 'run.json').read_text()), r.folder)
+            | dict(notebook=r.notebook.as_posix())
+        ),
+    )
     made = {r.arm: of(r) for r in runs}
-    path = Path(results)/first.where/f'seed{first.seed}.json'
-    text = json.dumps(dict(study=first.study, scale=first.scale, group=first.group, seed=first.seed, burn_in=made.pop('burn_in', None), arms=made))
-    if not path.is_file() or path.read_text() != text: atomic_write(path, text)
+    path = Path(results) / first.where / f'seed{first.seed}.json'
+    text = json.dumps(
+        dict(
+            study=first.study,
+            scale=first.scale,
+            group=first.group,
+            seed=first.seed,
+            burn_in=made.pop('burn_in', None),
+            arms=made,
+        )
+    )
+    if not path.is_file() or path.read_text() != text:
+        atomic_write(path, text)
     return path
 
+
 def seed_line(
-    path, # of a record
-)->str:
+    path,  # of a record
+) -> str:
     "AP of the teacher, arm by arm"
     r = json.loads(Path(path).read_text())
     ap = lambda m: f"{m[part]['teacher']['AP']:.1f}" if (part := 'val' if 'val' in m else 'dev') in m else '-'
-    return f"{path}: "+', '.join(f"{arm} {ap(a['metrics'])}" for arm, a in r['arms'].items())
+    return f"{path}: " + ', '.join(f"{arm} {ap(a['metrics'])}" for arm, a in r['arms'].items())
 
 
 # %%
 #| export
 def run_all(
-    runs:list, # of Run
-    engine, results, notebook=NOTEBOOK, processes:int=1, limit:int=1, # see `drive` and `keep`
-    progress:bool=True,
+    runs: list,  # of Run
+    engine,
+    results,
+    notebook=NOTEBOOK,
+    processes: int = 1,
+    limit: int = 1,  # see `drive` and `keep`
+    progress: bool = True,
     say=print,
-    lost:tuple=(), # folders of runs that cannot run
-)->list: # why runs failed, a line each
+    lost: tuple = (),  # folders of runs that cannot run
+) -> list:  # why runs failed, a line each
     "Run what is not finished, keep the records, show how far it is"
     todo = [r for r in _once(runs) if r.folder in lost or state(r) != 'finished']
     seeds, left, broken = {}, {r.folder for r in todo}, set(lost)
-    for r in runs: seeds.setdefault((r.where, r.seed), []).append(r)
+    for r in runs:
+        seeds.setdefault((r.where, r.seed), []).append(r)
+
     def seed_done(r):
-        if not left & {x.folder for x in seeds[r.where, r.seed]}: say(seed_line(keep(seeds[r.where, r.seed], results)))
-    for group in seeds.values(): seed_done(group[0])
+        if not left & {x.folder for x in seeds[r.where, r.seed]}:
+            say(seed_line(keep(seeds[r.where, r.seed], results)))
+
+    for group in seeds.values():
+        seed_done(group[0])
     once = {r.folder: r.cfg.optim.iters for r in runs}
-    bar = tqdm(total=sum(once.values()), initial=sum(n for f, n in once.items() if f not in left), unit='it', mininterval=1, disable=not progress)
+    bar = tqdm(
+        total=sum(once.values()),
+        initial=sum(n for f, n in once.items() if f not in left),
+        unit='it',
+        mininterval=1,
+        disable=not progress,
+    )
+
     def ended(r, cause):
         if cause:
             broken.add(r.folder)
-            if progress: bar.write(f'failed: {cause}', file=sys.stderr)
-        elif r is not None: left.discard(r.folder); seed_done(r)
+            if progress:
+                bar.write(f'failed: {cause}', file=sys.stderr)
+        elif r is not None:
+            left.discard(r.folder)
+            seed_done(r)
         bar.n = sum(0 if f in broken else steps_done(f) if f in left else n for f, n in once.items())
-        bar.set_postfix_str(f'{len(once)-len(left)} of {len(once)} runs'+(f', {len(broken)} failed' if broken else ''), refresh=False); bar.update(0)
-    with contextlib.closing(bar), stoppable(): return list(drive([r for r in todo if r.folder not in lost], engine, notebook, processes, limit, ended).values())
+        bar.set_postfix_str(
+            f'{len(once) - len(left)} of {len(once)} runs' + (f', {len(broken)} failed' if broken else ''),
+            refresh=False,
+        )
+        bar.update(0)
+
+    with contextlib.closing(bar), stoppable():
+        return list(
+            drive(
+                [r for r in todo if r.folder not in lost], engine, notebook, processes, limit, ended
+            ).values()
+        )
 
 
 # %%
@@ -311,11 +484,18 @@ def run_all(
 @contextlib.contextmanager
 def stoppable():
     "SIGTERM is Ctrl-C: every run saves a checkpoint"
-    def stop(*_): raise KeyboardInterrupt
-    if threading.current_thread() is not threading.main_thread(): yield; return
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     old = signal.signal(signal.SIGTERM, stop)
-    try: yield
-    finally: signal.signal(signal.SIGTERM, old)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 # %% [markdown]
@@ -325,44 +505,76 @@ def stoppable():
 
 # %%
 #| export
-def _write_pages(names, scale, out, data, say): # the pages of executed runs belong to the book, which is not part of the wheel: a program of its own
-    done = subprocess.run([sys.executable, '-m', 'semidetr.book.runs', *names, '--scale', scale, '--out', str(out), '--data', data], capture_output=True, text=True)
-    for line in (done.stdout+done.stderr if done.returncode else done.stdout).splitlines(): say(line)
+def _write_pages(
+    names, scale, out, data, say
+):  # the pages of executed runs belong to the book, which is not part of the wheel: a program of its own
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'semidetr.book.runs',
+            *names,
+            '--scale',
+            scale,
+            '--out',
+            str(out),
+            '--data',
+            data,
+        ],
+        capture_output=True,
+        text=True,
+    )
+    for line in (done.stdout + done.stderr if done.returncode else done.stdout).splitlines():
+        say(line)
+
 
 def ablate(
-    names:list, # of studies; 'all': every study that has the scale
-    scale:str='', seeds=None, data:str='', only:tuple=(), # see `plan`
+    names: list,  # of studies; 'all': every study that has the scale
+    scale: str = '',
+    seeds=None,
+    data: str = '',
+    only: tuple = (),  # see `plan`
     out='runs/studies',
-    results='', # folder of the records; '': that of the book, at scale smoke and with other data one in `out`
-    jobs:int=0, # runs at a time; 0: one a core, with Slurm all
-    engine:str='local', # one of ENGINES
-    options:dict=None, # of `SubmititEngine`
-    processes:int=1, # of each run, started by torchrun
-    dry=None, # function of runs, results, processes, say that is called instead of running: `dry_run` (@sec-dry-run)
-    progress:bool=True,
+    results='',  # folder of the records; '': that of the book, at scale smoke and with other data one in `out`
+    jobs: int = 0,  # runs at a time; 0: one a core, with Slurm all
+    engine: str = 'local',  # one of ENGINES
+    options: dict = None,  # of `SubmititEngine`
+    processes: int = 1,  # of each run, started by torchrun
+    dry=None,  # function of runs, results, processes, say that is called instead of running: `dry_run` (@sec-dry-run)
+    progress: bool = True,
     say=print,
-)->list: # why runs failed, a line each
+) -> list:  # why runs failed, a line each
     "Run studies in the checkout that is the working directory"
-    if engine not in ENGINES: raise ConfigError(f"engine '{engine}' is unknown; {suggest(engine, ENGINES)}")
-    if options and engine == 'local': raise ConfigError(f"--option {next(iter(options))} is for a cluster; add --engine slurm")
+    if engine not in ENGINES:
+        raise ConfigError(f"engine '{engine}' is unknown; {suggest(engine, ENGINES)}")
+    if options and engine == 'local':
+        raise ConfigError(f"--option {next(iter(options))} is for a cluster; add --engine slurm")
     names = pick_studies(STUDIES, names, scale, only)
     runs = [r for name in names for r in plan(STUDIES, name, scale, seeds, out, data, only)]
-    results = results or (Path(out)/'results' if scale == 'smoke' or data else STUDIES.parent/'results')
+    results = results or (Path(out) / 'results' if scale == 'smoke' or data else STUDIES.parent / 'results')
     check_notebook(NOTEBOOK)
-    if dry: return dry(_once(runs), results, processes, say)
+    if dry:
+        return dry(_once(runs), results, processes, say)
     need('papermill', 'a study')
     lost, causes = without_data(runs)
     jobs = jobs or (len(runs) if engine == 'slurm' else usable_cores())
-    where = LocalEngine(jobs) if engine == 'local' else SubmititEngine(Path(out)/'jobs', engine.removeprefix('submitit-'), options)
-    failed = causes+run_all(runs, where, results, NOTEBOOK, processes, jobs, progress, say, lost)
-    if Path(results) == STUDIES.parent/'results': _write_pages(names, scale, out, data, say)
+    where = (
+        LocalEngine(jobs)
+        if engine == 'local'
+        else SubmititEngine(Path(out) / 'jobs', engine.removeprefix('submitit-'), options)
+    )
+    failed = causes + run_all(runs, where, results, NOTEBOOK, processes, jobs, progress, say, lost)
+    if Path(results) == STUDIES.parent / 'results':
+        _write_pages(names, scale, out, data, say)
     return failed
 
 # %% [markdown]
 # ## Summary
 #
-# - A study is a table, a run is a notebook, a record is a JSON file; one command makes the last from the first.
-# - Finished runs are looked up by hash and data, stopped ones go on, failed ones are named and stop only what depends on them.
+# - A study is a table, a run is a notebook, a record is a JSON file; one command makes the last from the
+#   first.
+# - Finished runs are looked up by hash and data, stopped ones go on, failed ones are named and stop only what
+#   depends on them.
 # - The same command runs at three scales, on one core, on all, or on a cluster.
 #
 # ## Exercises

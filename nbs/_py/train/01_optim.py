@@ -1,9 +1,12 @@
 # %% [markdown]
 # # The optimiser {#sec-optim}
 #
-# > How fast the weights move: a rate for each part of the network, a schedule, and one gradient for all processes.
+# > How fast the weights move: a rate for each part of the network, a schedule, and one gradient for all
+# > processes.
 #
-# A detection transformer trains with AdamW, a constant or falling rate, and a strong clip of the gradient. The backbone comes from another task and gets a smaller rate, or it would forget faster than the transformer learns.
+# A detection transformer trains with AdamW, a constant or falling rate, and a strong clip of the gradient.
+# The backbone comes from another task and gets a smaller rate, or it would forget faster than the transformer
+# learns.
 
 # %%
 #| default_exp train.optim
@@ -28,28 +31,37 @@ import matplotlib.pyplot as plt
 # \eta_t(\theta) = \eta\, m(\theta)\, f(t), \qquad m(\theta) = \text{backbone_mult for the backbone, 1 elsewhere}
 # $$ {#eq-optim-rate}
 #
-# The base rate $\eta$ is multiplied for each group by $m$, and in each iteration $t$ by the schedule $f$. Modules that a method trains beside the detector, as the projector of the cross-view queries (@sec-consistency), join the group with $m=1$.
+# The base rate $\eta$ is multiplied for each group by $m$, and in each iteration $t$ by the schedule $f$.
+# Modules that a method trains beside the detector, as the projector of the cross-view queries
+# (@sec-consistency), join the group with $m=1$.
 
 # %%
 #| export
 def build_optimizer(
-    model, # Detector
-    cfg, # OptimConfig
-    parts=(), # other modules that are trained along
+    model,  # Detector
+    cfg,  # OptimConfig
+    parts=(),  # other modules that are trained along
 ):
     "AdamW with a smaller rate for the backbone; frozen parameters are left out"
     groups = {True: [], False: [p for m in parts for p in m.parameters()]}
     for name, p in model.named_parameters():
-        if p.requires_grad: groups[name.startswith('backbone.')].append(p)
-    params = [dict(params=ps, lr=cfg.lr*mult, base_lr=cfg.lr*mult) for ps, mult in ((groups[False], 1.), (groups[True], cfg.backbone_mult)) if ps]
+        if p.requires_grad:
+            groups[name.startswith('backbone.')].append(p)
+    params = [
+        dict(params=ps, lr=cfg.lr * mult, base_lr=cfg.lr * mult)
+        for ps, mult in ((groups[False], 1.0), (groups[True], cfg.backbone_mult))
+        if ps
+    ]
     return torch.optim.AdamW(params, weight_decay=cfg.weight_decay, fused=True)
 
 
 # %%
 toy = torch.nn.ModuleDict(dict(backbone=torch.nn.Linear(2, 2), head=torch.nn.Linear(2, 1)))
-toy_cfg = SimpleNamespace(lr=1e-3, backbone_mult=.1, weight_decay=1e-4)
+toy_cfg = SimpleNamespace(lr=1e-3, backbone_mult=0.1, weight_decay=1e-4)
 optimizer = build_optimizer(toy, toy_cfg, [torch.nn.Linear(3, 3)])
-assert [len(g['params']) for g in optimizer.param_groups] == [4, 2] and optimizer.param_groups[1]['lr'] == 1e-4
+assert [len(g['params']) for g in optimizer.param_groups] == [4, 2] and optimizer.param_groups[1][
+    'lr'
+] == 1e-4
 [(len(g['params']), g['lr']) for g in optimizer.param_groups]
 
 
@@ -59,19 +71,21 @@ assert [len(g['params']) for g in optimizer.param_groups] == [4, 2] and optimize
 # %%
 #| export
 def lr_factor(
-    step:int, # iteration, from 0
-    cfg, # OptimConfig
-)->float: # multiplies every group's rate
+    step: int,  # iteration, from 0
+    cfg,  # OptimConfig
+) -> float:  # multiplies every group's rate
     "Warm-up times schedule"
-    warm = min(1., (step+1)/(cfg.warmup+1))
-    if cfg.schedule == 'constant': return warm
-    if cfg.schedule == 'cosine': return warm*.5*(1+math.cos(math.pi*min(1., step/max(1, cfg.iters))))
-    return warm*.1**sum(step >= s for s in cfg.steps) # 'step'
+    warm = min(1.0, (step + 1) / (cfg.warmup + 1))
+    if cfg.schedule == 'constant':
+        return warm
+    if cfg.schedule == 'cosine':
+        return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, cfg.iters))))
+    return warm * 0.1 ** sum(step >= s for s in cfg.steps)  # 'step'
 
 
 # %%
 cosine = SimpleNamespace(iters=100, schedule='cosine', warmup=9, steps=())
-assert lr_factor(0, cosine) == .1 and abs(lr_factor(50, cosine)-.5) < 1e-9 and lr_factor(100, cosine) == 0
+assert lr_factor(0, cosine) == 0.1 and abs(lr_factor(50, cosine) - 0.5) < 1e-9 and lr_factor(100, cosine) == 0
 [round(lr_factor(t, cosine), 2) for t in (0, 4, 9, 25, 50, 75, 100)]
 
 # %%
@@ -82,42 +96,48 @@ fig, ax = plt.subplots(figsize=(4.5, 2.4), dpi=80)
 for name, extra in (('constant', {}), ('cosine', {}), ('step', dict(steps=(60, 80)))):
     c = SimpleNamespace(**{'iters': 100, 'schedule': name, 'warmup': 5, 'steps': (), **extra})
     ax.plot([lr_factor(t, c) for t in range(101)], label=name)
-ax.set(xlabel='iteration', ylabel='f(t)'); ax.legend(); plt.show()
+ax.set(xlabel='iteration', ylabel='f(t)')
+ax.legend()
+plt.show()
 
 
 # %% [markdown]
 # ## One gradient for all
 #
-# With several processes every one computes the gradient of its own images; the step is taken with the mean. The gradients travel in one message.
+# With several processes every one computes the gradient of its own images; the step is taken with the mean.
+# The gradients travel in one message.
 
 # %%
 #| export
 @torch.no_grad()
 def average_gradients(
-    params, # iterable of parameters
+    params,  # iterable of parameters
 ):
     "Mean of the gradients over all processes, in one message; parameters without gradient count as zero"
-    if world_size() == 1: return
+    if world_size() == 1:
+        return
     params = [p for p in params if p.requires_grad]
     flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in params])
     dist.all_reduce(flat)
     flat /= world_size()
-    for p, g in zip(params, flat.split([p.numel() for p in params])): p.grad = g.view_as(p).clone()
+    for p, g in zip(params, flat.split([p.numel() for p in params])):
+        p.grad = g.view_as(p).clone()
+
 
 @torch.no_grad()
 def gradient_norm(
-    params, # iterable of parameters
-)->float: # 0 where nothing has a gradient
+    params,  # iterable of parameters
+) -> float:  # 0 where nothing has a gradient
     "L2 norm of the gradient of some parameters, for the log"
     grads = [p.grad for p in params if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(grads)) if grads else 0.
+    return float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
 
 
 # %%
 weight = torch.nn.Parameter(torch.zeros(2))
 assert gradient_norm([weight]) == 0
-weight.grad = torch.tensor([3., 4.])
-average_gradients([weight]) # one process: nothing changes
+weight.grad = torch.tensor([3.0, 4.0])
+average_gradients([weight])  # one process: nothing changes
 assert gradient_norm([weight]) == 5
 weight.grad
 
@@ -130,5 +150,6 @@ weight.grad
 #
 # ## Exercises
 #
-# 1. Why is the mean over processes not the gradient of the joint loss when each process normalises by its own number of objects?
+# 1. Why is the mean over processes not the gradient of the joint loss when each process normalises by its own
+#    number of objects?
 # 2. What does a cosine schedule do to the exponential average of the weights?

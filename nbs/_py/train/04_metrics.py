@@ -1,9 +1,14 @@
 # %% [markdown]
 # # Metrics {#sec-metrics}
 #
-# > Say how good a set of detections is, in the numbers that papers print, and know what those numbers leave out.
+# > Say how good a set of detections is, in the numbers that papers print, and know what those numbers leave
+# > out.
 #
-# Average precision is quoted to a tenth and computed in a dozen ways. The COCO numbers here come from pycocotools, the field's own program, wrapped so that it is silent, accepts image ids of any kind and survives empty sets. The PASCAL VOC number is small enough to write down, and serves to explain both. A third measure, on hidden truth, says how good *pseudo labels* are; it is for watching a run, never for training it.
+# Average precision is quoted to a tenth and computed in a dozen ways. The COCO numbers here come from
+# pycocotools, the field's own program, wrapped so that it is silent, accepts image ids of any kind and
+# survives empty sets. The PASCAL VOC number is small enough to write down, and serves to explain both. A
+# third measure, on hidden truth, says how good *pseudo labels* are; it is for watching a run, never for
+# training it.
 
 # %%
 #| default_exp train.metrics
@@ -28,33 +33,40 @@ import matplotlib.pyplot as plt
 # %% [markdown]
 # ## Hits
 #
-# The detections of one class in one image are taken in order of their scores. Each looks at the object it overlaps most. If the overlap is at least .5 and the object is still free, that is a hit; a second detection of the same object is a false alarm. Crowds and difficult objects are neither to be found nor to be punished for: what falls on them is not counted.
+# The detections of one class in one image are taken in order of their scores. Each looks at the object it
+# overlaps most. If the overlap is at least .5 and the object is still free, that is a hit; a second detection
+# of the same object is a false alarm. Crowds and difficult objects are neither to be found nor to be punished
+# for: what falls on them is not counted.
 
 # %%
 #| export
 def match_detections(
-    boxes, # (K,4) xyxy detections of one class in one image, best score first
-    gt, # (N,4) xyxy objects of that class
-    ignore=None, # (N,) bool: crowd or difficult, neither hit nor miss; None = none
-    iou:float=.5, # least overlap of a hit
-)->np.ndarray: # (K,) 1 hit, 0 false alarm, -1 not counted
+    boxes,  # (K,4) xyxy detections of one class in one image, best score first
+    gt,  # (N,4) xyxy objects of that class
+    ignore=None,  # (N,) bool: crowd or difficult, neither hit nor miss; None = none
+    iou: float = 0.5,  # least overlap of a hit
+) -> np.ndarray:  # (K,) 1 hit, 0 false alarm, -1 not counted
     "PASCAL VOC rule: each detection looks at the object it overlaps most; an object counts once"
     boxes, gt = (torch.as_tensor(x, dtype=torch.float64).reshape(-1, 4) for x in (boxes, gt))
     ignore = np.zeros(len(gt), bool) if ignore is None else np.asarray(ignore, bool)
     out, taken = np.zeros(len(boxes), int), ignore.copy()
-    if not len(gt): return out
+    if not len(gt):
+        return out
     best, index = box_iou(boxes, gt).max(1)
     for i, (o, j) in enumerate(zip(best.tolist(), index.tolist())):
-        if o < iou: continue
-        if ignore[j]: out[i] = -1
-        elif not taken[j]: out[i], taken[j] = 1, True
+        if o < iou:
+            continue
+        if ignore[j]:
+            out[i] = -1
+        elif not taken[j]:
+            out[i], taken[j] = 1, True
     return out
 
 
 # %%
 cell, other = (0, 0, 10, 10), (50, 50, 60, 60)
 verdict = match_detections([cell, (0, 0, 10, 9), (50, 50, 60, 54)], [cell, other])
-assert verdict.tolist() == [1, 0, 0] # found; found again; overlap .4
+assert verdict.tolist() == [1, 0, 0]  # found; found again; overlap .4
 assert match_detections([cell, cell], [cell], ignore=[True]).tolist() == [-1, -1]
 verdict
 
@@ -62,13 +74,15 @@ verdict
 # %% [markdown]
 # ## Precision, recall, and the area between
 #
-# Over all images, let $h_1, h_2, \dots$ say which of the sorted detections are hits, and $n$ be the number of objects. After $k$ detections
+# Over all images, let $h_1, h_2, \dots$ say which of the sorted detections are hits, and $n$ be the number of
+# objects. After $k$ detections
 #
 # $$
 # \mathrm{recall}_k = \frac{1}{n}\sum_{i\le k} h_i, \qquad \mathrm{precision}_k = \frac{1}{k}\sum_{i\le k} h_i.
 # $$ {#eq-metrics-pr}
 #
-# Precision zigzags. Average precision first raises each value to the best one at the same or higher recall, and takes the area:
+# Precision zigzags. Average precision first raises each value to the best one at the same or higher recall,
+# and takes the area:
 #
 # $$
 # \mathrm{AP} = \sum_k (\mathrm{recall}_k-\mathrm{recall}_{k-1})\,\max_{l\ge k}\mathrm{precision}_l.
@@ -77,42 +91,46 @@ verdict
 # %%
 #| export
 def precision_recall(
-    scores, # (K,) scores of all detections of a class, any order
-    hits, # (K,) 1 hit, 0 false alarm, -1 not counted
-    n_gt:int, # objects to be found
-): # (recall, precision), one point a counted detection, best score first
+    scores,  # (K,) scores of all detections of a class, any order
+    hits,  # (K,) 1 hit, 0 false alarm, -1 not counted
+    n_gt: int,  # objects to be found
+):  # (recall, precision), one point a counted detection, best score first
     "Precision and recall after each detection"
     scores, hits = np.asarray(scores, float), np.asarray(hits)
     order = np.argsort(-scores, kind='stable')
-    h = hits[order]; h = h[h >= 0]
+    h = hits[order]
+    h = h[h >= 0]
     tp = h.cumsum()
-    return tp/n_gt if n_gt else np.full(len(h), np.nan), tp/np.arange(1, len(h)+1)
+    return tp / n_gt if n_gt else np.full(len(h), np.nan), tp / np.arange(1, len(h) + 1)
 
 
 # %%
-recall, precision = precision_recall([.9, .8, .7, .6, .5], hits=[1, 0, 1, 0, 1], n_gt=4)
-assert np.allclose(precision, [1, 1/2, 2/3, 2/4, 3/5]) and np.allclose(recall, [.25, .25, .5, .5, .75])
+recall, precision = precision_recall([0.9, 0.8, 0.7, 0.6, 0.5], hits=[1, 0, 1, 0, 1], n_gt=4)
+assert np.allclose(precision, [1, 1 / 2, 2 / 3, 2 / 4, 3 / 5]) and np.allclose(
+    recall, [0.25, 0.25, 0.5, 0.5, 0.75]
+)
 recall, precision
 
 
 # %%
 #| export
 def average_precision(
-    recall, # (K,) rising
-    precision, # (K,)
-)->float: # in 0..1
+    recall,  # (K,) rising
+    precision,  # (K,)
+) -> float:  # in 0..1
     "Area under the precision-recall curve after each precision is raised to the best one at higher recall (all points)"
-    r = np.concatenate([[0.], recall])
+    r = np.concatenate([[0.0], recall])
     envelope = np.maximum.accumulate(np.asarray(precision, float)[::-1])[::-1]
-    return float((np.diff(r)*envelope).sum())
+    return float((np.diff(r) * envelope).sum())
 
 
 # %% [markdown]
-# By hand: hit, miss, hit, miss, hit, with four objects. Each hit is a step of $\tfrac14$ in recall, at raised precisions $1$, $\tfrac23$ and $\tfrac35$. The fourth object is never found and adds nothing.
+# By hand: hit, miss, hit, miss, hit, with four objects. Each hit is a step of $\tfrac14$ in recall, at raised
+# precisions $1$, $\tfrac23$ and $\tfrac35$. The fourth object is never found and adds nothing.
 
 # %%
-by_hand = (1+2/3+3/5)/4
-assert abs(average_precision(recall, precision)-by_hand) < 1e-12
+by_hand = (1 + 2 / 3 + 3 / 5) / 4
+assert abs(average_precision(recall, precision) - by_hand) < 1e-12
 average_precision(recall, precision), by_hand
 
 # %%
@@ -122,18 +140,22 @@ average_precision(recall, precision), by_hand
 envelope = np.maximum.accumulate(precision[::-1])[::-1]
 corners_r, corners_p = np.repeat([0, *recall], 2)[1:-1], np.repeat(envelope, 2)
 fig, ax = plt.subplots(figsize=(4.5, 2.8), dpi=80, layout='constrained')
-ax.fill_between(corners_r, corners_p, color='#1f77b4', alpha=.2)
+ax.fill_between(corners_r, corners_p, color='#1f77b4', alpha=0.2)
 ax.plot(corners_r, corners_p, color='#1f77b4', label='raised')
 ax.plot(recall, precision, 'o:', color='black', ms=4, label='as counted')
-ax.annotate('never found', (.875, .05), ha='center', fontsize=8); ax.axvline(.75, color='grey', lw=.5)
-ax.set(xlim=(0, 1), ylim=(0, 1.05), xlabel='recall', ylabel='precision', title=f'AP = {by_hand:.3f}'); ax.legend(fontsize=8, loc='lower left')
+ax.annotate('never found', (0.875, 0.05), ha='center', fontsize=8)
+ax.axvline(0.75, color='grey', lw=0.5)
+ax.set(xlim=(0, 1), ylim=(0, 1.05), xlabel='recall', ylabel='precision', title=f'AP = {by_hand:.3f}')
+ax.legend(fontsize=8, loc='lower left')
 plt.show()
 
 
 # %% [markdown]
 # ## Detections and truth
 #
-# Detections are a dictionary from image id to `scores` (K,), `labels` (K,) and `boxes` (K,4), corners in pixels of the *original* image. An image without an entry has none. Whatever cannot be meant (an unknown image, a label that is no class, a NaN) is refused by name.
+# Detections are a dictionary from image id to `scores` (K,), `labels` (K,) and `boxes` (K,4), corners in
+# pixels of the *original* image. An image without an entry has none. Whatever cannot be meant (an unknown
+# image, a label that is no class, a NaN) is refused by name.
 
 # %%
 #| export
@@ -141,22 +163,31 @@ def _check(ds, detections):
     "Detections as float64 arrays; unknown images, unknown classes and non-finite numbers are refused"
     known, out = set(ds.ids), {}
     for image_id, d in detections.items():
-        if image_id not in known: raise DataError(f'detections for image {image_id!r}, which is not in {getattr(ds, "name", "the data set")}')
-        s, l, b = (np.asarray(torch.as_tensor(d[k]).detach().cpu(), float) for k in ('scores', 'labels', 'boxes'))
+        if image_id not in known:
+            raise DataError(
+                f'detections for image {image_id!r}, which is not in {getattr(ds, "name", "the data set")}'
+            )
+        s, l, b = (
+            np.asarray(torch.as_tensor(d[k]).detach().cpu(), float) for k in ('scores', 'labels', 'boxes')
+        )
         b = b.reshape(-1, 4)
-        if not len(s) == len(l) == len(b): raise DataError(f'image {image_id!r}: {len(s)} scores, {len(l)} labels, {len(b)} boxes')
-        if not (np.isfinite(s).all() and np.isfinite(b).all()): raise DataError(f'image {image_id!r}: a detection has a NaN or infinite score or box')
-        if len(l) and not (0 <= l.min() and l.max() < len(ds.classes)): raise DataError(f'image {image_id!r}: a label is not in 0..{len(ds.classes)-1}')
+        if not len(s) == len(l) == len(b):
+            raise DataError(f'image {image_id!r}: {len(s)} scores, {len(l)} labels, {len(b)} boxes')
+        if not (np.isfinite(s).all() and np.isfinite(b).all()):
+            raise DataError(f'image {image_id!r}: a detection has a NaN or infinite score or box')
+        if len(l) and not (0 <= l.min() and l.max() < len(ds.classes)):
+            raise DataError(f'image {image_id!r}: a label is not in 0..{len(ds.classes) - 1}')
         order = np.argsort(-s, kind='stable')
         out[image_id] = (s[order], l[order].astype(int), b[order])
     return out
+
 
 def _truth(ds):
     "{image_id: (labels, xyxy boxes, ignore)} from the data set's COCO dictionary"
     rows = {i: [] for i in ds.ids}
     for a in ds.coco_dict()['annotations']:
         x, y, w, h = a['bbox']
-        rows[a['image_id']].append((a['category_id']-1, x, y, x+w, y+h, bool(a.get('iscrowd', 0))))
+        rows[a['image_id']].append((a['category_id'] - 1, x, y, x + w, y + h, bool(a.get('iscrowd', 0))))
     out = {}
     for i, r in rows.items():
         t = np.array(r, float).reshape(-1, 6)
@@ -165,13 +196,25 @@ def _truth(ds):
 
 
 # %%
-blood = dict(images=[dict(id='a'), dict(id='b')], annotations=[dict(image_id='a', category_id=1, bbox=[0, 0, 10, 10]), dict(image_id='b', category_id=1, bbox=[50, 50, 10, 10])])
+blood = dict(
+    images=[dict(id='a'), dict(id='b')],
+    annotations=[
+        dict(image_id='a', category_id=1, bbox=[0, 0, 10, 10]),
+        dict(image_id='b', category_id=1, bbox=[50, 50, 10, 10]),
+    ],
+)
 ds = SimpleNamespace(name='blood', classes=['cell', 'platelet'], ids=['a', 'b'], coco_dict=lambda: blood)
-def detected(*rows): # rows (score, label, x1, y1, x2, y2)
+
+
+def detected(*rows):  # rows (score, label, x1, y1, x2, y2)
     t = torch.tensor(rows).reshape(-1, 6)
     return dict(scores=t[:, 0], labels=t[:, 1].long(), boxes=t[:, 2:])
-try: _check(ds, {'a': detected((.9, 2, 0, 0, 10, 10))})
-except DataError as e: refusal = str(e)
+
+
+try:
+    _check(ds, {'a': detected((0.9, 2, 0, 0, 10, 10))})
+except DataError as e:
+    refusal = str(e)
 assert '0..1' in refusal
 refusal
 
@@ -179,21 +222,24 @@ refusal
 # %% [markdown]
 # ## PASCAL VOC
 #
-# The VOC number is the mean of @eq-metrics-ap over the classes, at overlap .5. A class without objects has no AP (`nan`) and does not enter the mean.
+# The VOC number is the mean of @eq-metrics-ap over the classes, at overlap .5. A class without objects has no
+# AP (`nan`) and does not enter the mean.
 
 # %%
 #| export
 def _mean(x):
     "Mean over what is defined, nan if nothing is"
-    x = np.asarray(x, float); x = x[~np.isnan(x)]
+    x = np.asarray(x, float)
+    x = x[~np.isnan(x)]
     return float(x.mean()) if len(x) else float('nan')
 
+
 def voc_ap50(
-    ds, # data set: `classes`, `ids`, `coco_dict()`
-    detections:dict, # image_id -> scores (K,), labels (K,), boxes (K,4) xyxy pixels
-    iou:float=.5, # least overlap of a hit
-    per_class:bool=False, # also return {class name: AP}
-): # mean AP over the classes that occur, 0..100; nan without any
+    ds,  # data set: `classes`, `ids`, `coco_dict()`
+    detections: dict,  # image_id -> scores (K,), labels (K,), boxes (K,4) xyxy pixels
+    iou: float = 0.5,  # least overlap of a hit
+    per_class: bool = False,  # also return {class name: AP}
+):  # mean AP over the classes that occur, 0..100; nan without any
     "PASCAL VOC AP (all points, difficult objects not counted, at most all detections)"
     det, truth, aps = _check(ds, detections), _truth(ds), {}
     for c, name in enumerate(ds.classes):
@@ -201,30 +247,40 @@ def voc_ap50(
         for image_id, (labels, boxes, ignore) in truth.items():
             mine = labels == c
             n_gt += int((mine & ~ignore).sum())
-            if image_id not in det: continue
+            if image_id not in det:
+                continue
             s, l, b = det[image_id]
-            scores.append(s[l == c]); hits.append(match_detections(b[l == c], boxes[mine], ignore[mine], iou))
+            scores.append(s[l == c])
+            hits.append(match_detections(b[l == c], boxes[mine], ignore[mine], iou))
         s, h = (np.concatenate(x) if x else np.zeros(0) for x in (scores, hits))
-        aps[name] = 100*average_precision(*precision_recall(s, h, n_gt)) if n_gt else float('nan')
+        aps[name] = 100 * average_precision(*precision_recall(s, h, n_gt)) if n_gt else float('nan')
     return (_mean(list(aps.values())), aps) if per_class else _mean(list(aps.values()))
 
 
 # %% [markdown]
-# Two cells; the detector finds one, raises a false alarm, then finds the other: $\tfrac12\cdot 1+\tfrac12\cdot\tfrac23$.
+# Two cells; the detector finds one, raises a false alarm, then finds the other:
+# $\tfrac12\cdot 1+\tfrac12\cdot\tfrac23$.
 
 # %%
-detections = {'a': detected((.9, 0, 0, 0, 10, 10), (.8, 0, 100, 100, 110, 110)), 'b': detected((.7, 0, 50, 50, 60, 60))}
+detections = {
+    'a': detected((0.9, 0, 0, 0, 10, 10), (0.8, 0, 100, 100, 110, 110)),
+    'b': detected((0.7, 0, 50, 50, 60, 60)),
+}
 voc, per_class = voc_ap50(ds, detections, per_class=True)
-assert abs(voc-100*(1/2+1/2*2/3)) < 1e-9 and np.isnan(per_class['platelet'])
+assert abs(voc - 100 * (1 / 2 + 1 / 2 * 2 / 3)) < 1e-9 and np.isnan(per_class['platelet'])
 per_class
 
 
 # %% [markdown]
 # ## COCO
 #
-# COCO's AP differs in four points. It is averaged over ten overlaps .50, .55, ..., .95. The raised precision is read at 101 recalls 0, .01, ..., 1 instead of being integrated. At most 100 detections an image count. And a detection takes the best object that is still *free*. The letters s, m, l restrict it to objects below $32^2$, up to $96^2$, and above that many pixels; AR100 is the mean recall.
+# COCO's AP differs in four points. It is averaged over ten overlaps .50, .55, ..., .95. The raised precision
+# is read at 101 recalls 0, .01, ..., 1 instead of being integrated. At most 100 detections an image count.
+# And a detection takes the best object that is still *free*. The letters s, m, l restrict it to objects below
+# $32^2$, up to $96^2$, and above that many pixels; AR100 is the mean recall.
 #
-# Two habits of pycocotools are dealt with here: it prints, and it takes an annotation with id 0 for none at all.
+# Two habits of pycocotools are dealt with here: it prints, and it takes an annotation with id 0 for none at
+# all.
 
 # %%
 #| export
@@ -232,99 +288,151 @@ def _coco(images, categories, annotations):
     "A pycocotools object from rows, without a file and without a word"
     coco = COCO()
     coco.dataset = dict(images=images, categories=categories, annotations=annotations)
-    with contextlib.redirect_stdout(io.StringIO()): coco.createIndex()
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
     return coco
+
 
 def _coco_eval(ds, det, brief=False):
     "COCOeval after accumulate(); image ids become 1..n, annotation ids start at 1 (pycocotools reads id 0 as unmatched)"
     number = {image_id: n for n, image_id in enumerate(ds.ids, 1)}
     data = ds.coco_dict()
     images = [dict(id=n) for n in number.values()]
-    categories = [dict(id=c+1, name=name) for c, name in enumerate(ds.classes)]
+    categories = [dict(id=c + 1, name=name) for c, name in enumerate(ds.classes)]
     gt, dt = [], []
     for a in data['annotations']:
-        area = a['area'] if a.get('area') is not None else a['bbox'][2]*a['bbox'][3]
-        gt.append(dict(id=len(gt)+1, image_id=number[a['image_id']], category_id=a['category_id'], bbox=list(a['bbox']), area=area, iscrowd=int(a.get('iscrowd', 0))))
+        area = a['area'] if a.get('area') is not None else a['bbox'][2] * a['bbox'][3]
+        gt.append(
+            dict(
+                id=len(gt) + 1,
+                image_id=number[a['image_id']],
+                category_id=a['category_id'],
+                bbox=list(a['bbox']),
+                area=area,
+                iscrowd=int(a.get('iscrowd', 0)),
+            )
+        )
     for image_id, (s, l, b) in det.items():
         for score, label, (x, y, X, Y) in zip(s.tolist(), l.tolist(), b.tolist()):
-            dt.append(dict(id=len(dt)+1, image_id=number[image_id], category_id=label+1, bbox=[x, y, X-x, Y-y], area=(X-x)*(Y-y), iscrowd=0, score=score))
+            dt.append(
+                dict(
+                    id=len(dt) + 1,
+                    image_id=number[image_id],
+                    category_id=label + 1,
+                    bbox=[x, y, X - x, Y - y],
+                    area=(X - x) * (Y - y),
+                    iscrowd=0,
+                    score=score,
+                )
+            )
     with contextlib.redirect_stdout(io.StringIO()):
         e = COCOeval(_coco(images, categories, gt), _coco(images, categories, dt), 'bbox')
-        if brief: e.params.areaRng, e.params.areaRngLbl = e.params.areaRng[:1], e.params.areaRngLbl[:1] # 'all'
-        e.evaluate(); e.accumulate()
+        if brief:
+            e.params.areaRng, e.params.areaRngLbl = e.params.areaRng[:1], e.params.areaRngLbl[:1]  # 'all'
+        e.evaluate()
+        e.accumulate()
     return e
 
 
 # %%
 #| export
 def evaluate(
-    ds, # data set: `classes`, `ids`, `coco_dict()`
-    detections:dict, # image_id -> scores (K,), labels (K,), boxes (K,4) xyxy in pixels of the original image
-    brief:bool=False, # AP and AP50 alone: no sizes, no classes, less to count
-)->dict: # AP, AP50, AP75, APs, APm, APl, AR100, voc_AP50 in 0..100 (nan where undefined), per_class={name: {AP, AP50}}
+    ds,  # data set: `classes`, `ids`, `coco_dict()`
+    detections: dict,  # image_id -> scores (K,), labels (K,), boxes (K,4) xyxy in pixels of the original image
+    brief: bool = False,  # AP and AP50 alone: no sizes, no classes, less to count
+) -> dict:  # AP, AP50, AP75, APs, APm, APl, AR100, voc_AP50 in 0..100 (nan where undefined), per_class={name: {AP, AP50}}
     "COCO metrics (at most 100 detections an image) and VOC AP50; images without an entry have no detections"
     det = _check(ds, detections)
     e = _coco_eval(ds, det, brief)
-    precision, recall = (np.where(e.eval[k] < 0, np.nan, 100*e.eval[k]) for k in ('precision', 'recall'))
-    p, r = precision[..., -1], recall[..., -1] # the last of maxDets 1, 10, 100; p (T,R,classes,areas), r (T,classes,areas)
-    at = {round(100*t): i for i, t in enumerate(e.params.iouThrs)}
+    precision, recall = (np.where(e.eval[k] < 0, np.nan, 100 * e.eval[k]) for k in ('precision', 'recall'))
+    p, r = (
+        precision[..., -1],
+        recall[..., -1],
+    )  # the last of maxDets 1, 10, 100; p (T,R,classes,areas), r (T,classes,areas)
+    at = {round(100 * t): i for i, t in enumerate(e.params.iouThrs)}
     out = dict(AP=_mean(p[:, :, :, 0]), AP50=_mean(p[at[50], :, :, 0]))
-    if brief: return out
-    out |= dict(AP75=_mean(p[at[75], :, :, 0]), APs=_mean(p[..., 1]), APm=_mean(p[..., 2]), APl=_mean(p[..., 3]), AR100=_mean(r[:, :, 0]))
-    out['per_class'] = {name: dict(AP=_mean(p[:, :, c, 0]), AP50=_mean(p[at[50], :, c, 0])) for c, name in enumerate(ds.classes)}
+    if brief:
+        return out
+    out |= dict(
+        AP75=_mean(p[at[75], :, :, 0]),
+        APs=_mean(p[..., 1]),
+        APm=_mean(p[..., 2]),
+        APl=_mean(p[..., 3]),
+        AR100=_mean(r[:, :, 0]),
+    )
+    out['per_class'] = {
+        name: dict(AP=_mean(p[:, :, c, 0]), AP50=_mean(p[at[50], :, c, 0]))
+        for c, name in enumerate(ds.classes)
+    }
     return {**out, 'voc_AP50': voc_ap50(ds, detections)}
 
 
 # %%
 result = evaluate(ds, detections)
-assert abs(result['AP50']-100*(51*1+50*2/3)/101) < 1e-9 # 51 of the 101 recalls lie in 0...0.50
+assert abs(result['AP50'] - 100 * (51 * 1 + 50 * 2 / 3) / 101) < 1e-9  # 51 of the 101 recalls lie in 0...0.50
 {k: v if isinstance(v, dict) else round(v, 2) for k, v in result.items()}
 
 # %% [markdown]
-# 83.50 and 83.33: the same curve, read at 101 points and integrated. A detection that overlaps its object by .7 counts at five of the ten thresholds; nothing detected is 0, nothing to detect is not a number.
+# 83.50 and 83.33: the same curve, read at 101 points and integrated. A detection that overlaps its object by
+# .7 counts at five of the ten thresholds; nothing detected is 0, nothing to detect is not a number.
 
 # %%
-loose = evaluate(ds, {'a': detected((.9, 0, 0, 0, 10, 7)), 'b': detected((.8, 0, 50, 50, 60, 57))})
+loose = evaluate(ds, {'a': detected((0.9, 0, 0, 0, 10, 7)), 'b': detected((0.8, 0, 50, 50, 60, 57))})
 blank = evaluate(ds, {})
-desert = evaluate(SimpleNamespace(classes=['cell'], ids=['a'], coco_dict=lambda: dict(annotations=[])), {'a': detected((.9, 0, 0, 0, 10, 10))})
-assert abs(loose['AP']-50) < 1e-9 and blank['AP'] == 0 and np.isnan(desert['AP'])
+desert = evaluate(
+    SimpleNamespace(classes=['cell'], ids=['a'], coco_dict=lambda: dict(annotations=[])),
+    {'a': detected((0.9, 0, 0, 0, 10, 10))},
+)
+assert abs(loose['AP'] - 50) < 1e-9 and blank['AP'] == 0 and np.isnan(desert['AP'])
 loose['AP'], blank['AP'], desert['AP']
 
 
 # %% [markdown]
 # ::: {.callout-note}
 # ## What a number here can be compared with
-# AP, AP50 and the others are pycocotools' own and comparable with published COCO numbers on the same images. VOC AP50 uses all points, as VOC does since 2010, on boxes as real intervals: the original toolkit counts pixels (it adds 1 to widths), which matters for boxes of a few pixels only. In the COCO numbers, difficult objects of VOC are treated as crowds.
+# AP, AP50 and the others are pycocotools' own and comparable with published COCO numbers on the same images.
+# VOC AP50 uses all points, as VOC does since 2010, on boxes as real intervals: the original toolkit counts
+# pixels (it adds 1 to widths), which matters for boxes of a few pixels only. In the COCO numbers, difficult
+# objects of VOC are treated as crowds.
 # :::
 #
 # ## Pseudo labels against hidden truth
 #
-# In an experiment the labels of the "unlabelled" images exist and are hidden. Comparing pseudo boxes with them tells early whether a run is going wrong: precision says how much the student is taught nonsense, recall how many objects it is taught to be background.
+# In an experiment the labels of the "unlabelled" images exist and are hidden. Comparing pseudo boxes with
+# them tells early whether a run is going wrong: precision says how much the student is taught nonsense,
+# recall how many objects it is taught to be background.
 
 # %%
 #| export
 def pseudo_quality(
-    boxes:Tensor, # (K,4) xyxy pseudo boxes, best first
-    labels:Tensor, # (K,)
-    gt_boxes:Tensor, # (N,4) xyxy hidden truth, same unit
-    gt_labels:Tensor, # (N,)
-    iou:float=.5, # least overlap of a hit
-)->tuple[int,int,int]: # (hits, pseudo boxes, objects): precision is hits/boxes, recall hits/objects
+    boxes: Tensor,  # (K,4) xyxy pseudo boxes, best first
+    labels: Tensor,  # (K,)
+    gt_boxes: Tensor,  # (N,4) xyxy hidden truth, same unit
+    gt_labels: Tensor,  # (N,)
+    iou: float = 0.5,  # least overlap of a hit
+) -> tuple[int, int, int]:  # (hits, pseudo boxes, objects): precision is hits/boxes, recall hits/objects
     "How many pseudo labels are right: class and overlap must agree, each object counts once"
-    overlap = box_iou(boxes.reshape(-1, 4), gt_boxes.reshape(-1, 4))*(labels[:, None] == gt_labels[None])
+    overlap = box_iou(boxes.reshape(-1, 4), gt_boxes.reshape(-1, 4)) * (labels[:, None] == gt_labels[None])
     o, hits = overlap.detach().cpu().numpy().copy(), 0
     for row in o if o.size else ():
         j = int(row.argmax())
-        if row[j] >= iou: hits += 1; o[:, j] = 0
+        if row[j] >= iou:
+            hits += 1
+            o[:, j] = 0
     return hits, len(boxes), len(gt_boxes)
 
 
 # %%
-hidden, classes = torch.tensor([[0., 0, 10, 10], [50, 50, 60, 60], [80, 80, 99, 99]]), torch.tensor([0, 1, 0])
-pseudo = torch.tensor([[0., 0, 10, 9], [1, 0, 10, 10], [50, 50, 60, 60]]) # good; the same object again; wrong class
+hidden, classes = (
+    torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60], [80, 80, 99, 99]]),
+    torch.tensor([0, 1, 0]),
+)
+pseudo = torch.tensor(
+    [[0.0, 0, 10, 9], [1, 0, 10, 10], [50, 50, 60, 60]]
+)  # good; the same object again; wrong class
 hits, n_pred, n_gt = pseudo_quality(pseudo, torch.tensor([0, 0, 0]), hidden, classes)
 assert (hits, n_pred, n_gt) == (1, 3, 3)
-f'precision {hits/n_pred:.2f}, recall {hits/n_gt:.2f}'
+f'precision {hits / n_pred:.2f}, recall {hits / n_gt:.2f}'
 
 # %% [markdown]
 # ## Summary
