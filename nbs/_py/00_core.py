@@ -82,6 +82,17 @@ def need(
         ) from None
 
 
+def one_of(
+    group: str,  # name of the group of settings, for the message
+    cfg,  # has the fields
+    **known,  # field -> its legal values
+):
+    "`ConfigError` unless each named field of `cfg` has one of its legal values"
+    for name, values in known.items():
+        if (v := getattr(cfg, name)) not in values:
+            raise ConfigError(f"{group}.{name}='{v}' is unknown; {suggest(v, values)}")
+
+
 def in_range(
     group: str,  # name of the group of settings, for the message
     cfg,  # has the fields
@@ -325,6 +336,24 @@ except ConfigError as e:
     answer = str(e)
 assert pick_device('cpu').type == 'cpu' and pick_device().type in ('cpu', 'cuda')
 answer
+
+
+# %% [markdown]
+# Half precision is good enough for the network and too coarse for costs, boxes and losses. Those are computed
+# in float32 at least, whatever comes in:
+
+# %%
+#| export
+def at_least_float32(
+    x: Tensor,  # any floating dtype
+) -> Tensor:  # float32 where `x` is half precision, else `x` itself
+    "`x` in a precision that costs, box maths and losses can be computed in"
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# %%
+assert at_least_float32(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+at_least_float32(torch.ones(1, dtype=torch.bfloat16)).dtype
 
 
 # %% [markdown]
