@@ -1,12 +1,16 @@
 "Configuration: round trip, overrides, errors that name the cure, hash"
 
-import dataclasses, json
+import dataclasses, hashlib, json
 import pytest
 from semidetr.train.config import (
+    LEGACY_DEFAULTS,
     PRESETS,
+    RENAMED,
+    UNHASHED,
     Config,
     config_hash,
     from_dict,
+    from_saved,
     load_config,
     override,
     preset,
@@ -32,7 +36,7 @@ def test_paper_settings():
         c.loader.n_labelled,
         c.loader.n_unlabelled,
     ) == (60_000, 120_000, 4.0, 1, 4)
-    assert (c.criterion.w_cls, c.criterion.w_l1, c.criterion.w_giou, c.criterion.k) == (2.0, 5.0, 2.0, 13)
+    assert (c.criterion.w_cls, c.criterion.cost_l1, c.criterion.w_giou, c.criterion.k) == (2.0, 5.0, 2.0, 13)
     full = preset('coco-full')
     assert (full.optim.steps, full.method.unsup_weight, full.loader.n_labelled, full.loader.n_unlabelled) == (
         (120_000, 160_000),
@@ -217,3 +221,20 @@ def test_every_field_is_documented():
         assert cls.__doc__
         for f in dataclasses.fields(cls):
             assert re.search(rf'^    {f.name}:', inspect.getsource(cls), re.M)
+
+
+def test_renamed_settings_keep_hashes_and_answer_with_their_new_name():
+    "Records and checkpoints with old names are read; a new configuration with one is told the new one"
+    values = to_dict(preset('digits'))
+    old = json.loads(json.dumps(values))
+    for now, before in RENAMED.items():
+        group, key = now.split('.')
+        old[group][before.split('.')[1]] = old[group].pop(key)
+        with pytest.raises(ConfigError, match=f"it is called '{now}' now"):
+            override(Config(), [f'{before}=1'])
+    assert from_saved(old) == from_saved(values) == preset('digits')
+    for name in (*UNHASHED, *LEGACY_DEFAULTS):
+        group, key = name.split('.')
+        old[group].pop(key, None)
+    text = json.dumps(old, sort_keys=True)
+    assert config_hash(preset('digits')) == hashlib.sha256(text.encode()).hexdigest()[:12]

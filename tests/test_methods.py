@@ -4,15 +4,9 @@ import dataclasses
 import pytest, torch
 from semidetr.core import ConfigError
 from semidetr.detectors.detector import Detector, detector_small
-from semidetr.semi.methods import (
-    MethodConfig,
-    StepConfig,
-    mean_teacher,
-    supervised,
-    to_original,
-    unsup_weight,
-)
+from semidetr.semi.methods import METHODS, Method, MethodConfig, StepResult, to_original, unsup_weight
 from semidetr.semi.teacher import PseudoConfig, make_teacher
+from semidetr.train.config import Config
 
 
 def small():
@@ -55,10 +49,11 @@ def batch():
     return dict(labelled=part(2, (2, 0)), weak=part(2, None, 1), strong=part(2, None, 2))
 
 
-def cfg(threshold=0.0, **m):
-    return StepConfig(
-        MethodConfig(**{'name': 'mean_teacher', **m}), pseudo=PseudoConfig(threshold=threshold, min_score=0.0)
-    )
+def method(threshold=0.0, **m):
+    settings = MethodConfig(**{'name': 'mean_teacher', **m})
+    pseudo = PseudoConfig(threshold=threshold, min_score=0.0)
+    cfg = dataclasses.replace(Config(), method=settings, pseudo=pseudo, detector=small())
+    return cfg.method.build(cfg)
 
 
 def grads(student, losses):
@@ -69,8 +64,8 @@ def grads(student, losses):
 
 def unsup(nets, weight, step=5, **k):
     torch.manual_seed(1)
-    losses, stats = mean_teacher(*nets, batch(), step, cfg(unsup_weight=weight, **k))
-    return {k: v for k, v in losses.items() if '_unsup_' in k}, stats
+    losses, scalars, _ = method(unsup_weight=weight, **k).step(*nets, batch(), step)
+    return {k: v for k, v in losses.items() if '_unsup_' in k}, scalars
 
 
 def test_doubling_the_weight_doubles_the_unsupervised_gradient_only(nets):  # spec item 40
@@ -80,18 +75,18 @@ def test_doubling_the_weight_doubles_the_unsupervised_gradient_only(nets):  # sp
     g2 = grads(nets[0], two)
     assert g1.abs().max() > 0 and torch.allclose(2 * g1, g2, atol=1e-5 * float(g2.abs().max()))
     torch.manual_seed(1)
-    a, _ = mean_teacher(*nets, batch(), 5, cfg(unsup_weight=1.0))
+    a = method(unsup_weight=1.0).step(*nets, batch(), 5).losses
     torch.manual_seed(1)
-    b, _ = mean_teacher(*nets, batch(), 5, cfg(unsup_weight=2.0))
+    b = method(unsup_weight=2.0).step(*nets, batch(), 5).losses
     assert all(torch.equal(a[k], b[k]) for k in a if '_unsup_' not in k)
 
 
 def test_burn_in_is_supervised(nets):
     torch.manual_seed(1)
-    a, s = mean_teacher(*nets, batch(), 9, cfg(burn_in_iters=10))
+    a, _, boxes = method(burn_in_iters=10).step(*nets, batch(), 9)
     torch.manual_seed(1)
-    b, _ = supervised(*nets, batch(), 9, cfg(burn_in_iters=10))
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and 'pseudo' not in s
+    b = method(name='supervised', burn_in_iters=10).step(*nets, batch(), 9).losses
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and boxes == {}
 
 
 @pytest.mark.parametrize('step,want', [(0, 0.0), (9, 0.0), (10, 1.0), (11, 2.0), (13, 4.0), (99, 4.0)])
@@ -122,7 +117,7 @@ def test_no_pseudo_label_is_normal(nets):
 def test_no_unlabelled_image_is_normal(nets):
     b = batch()
     del b['weak'], b['strong']
-    losses, _ = mean_teacher(*nets, b, 5, cfg())
+    losses = method().step(*nets, b, 5).losses
     assert all('_unsup_' not in k for k in losses)
 
 
@@ -133,13 +128,13 @@ def test_teacher_gets_no_gradient(nets):
 
 def test_hidden_boxes_change_nothing(nets):
     torch.manual_seed(1)
-    a, _ = mean_teacher(*nets, batch(), 5, cfg())
+    a = method().step(*nets, batch(), 5).losses
     b = batch()
     for name in ('weak', 'strong'):
         for t in b[name]['targets']:
             t |= dict(boxes=torch.rand(4, 4), labels=torch.zeros(4, dtype=torch.long))
     torch.manual_seed(1)
-    c, _ = mean_teacher(*nets, b, 5, cfg())
+    c = method().step(*nets, b, 5).losses
     assert all(torch.equal(a[k], c[k]) for k in a)
 
 
@@ -156,3 +151,19 @@ def test_unknown_names():
         MethodConfig(name='mean')
     with pytest.raises(ConfigError, match='stage2'):
         MethodConfig(unsup_cdn='x')
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_what_a_method_says_of_itself(name):
+    "Views, words of the bar and curves belong together: all that is shown or drawn is among the scalars of a step"
+    cls = METHODS[name]
+    assert 'labelled' in cls.views and set(cls.views) <= {'labelled', 'weak', 'strong'}
+    assert MethodConfig(name=name).needs_unlabelled is ('weak' in cls.views)
+    assert not set(cls.shown) - set(cls.curves)
+    assert MethodConfig(name=name, burn_in_iters=7).burn_in(5) == (5 if 'weak' in cls.views else 0)
+
+
+def test_a_step_without_code_says_so():
+    with pytest.raises(NotImplementedError):
+        Method(Config()).step(None, None, {}, 0)
+    assert StepResult({}, {}, {})._fields == ('losses', 'scalars', 'boxes')

@@ -15,17 +15,7 @@ from semidetr.semi.consistency import (
 )
 from semidetr.detectors.detector import Detector
 from semidetr.matching.losses import CriterionConfig, set_criterion
-from semidetr.semi.methods import (
-    MethodConfig,
-    StepConfig,
-    has_denoising,
-    mean_teacher,
-    method_parts,
-    mine_pseudo_labels,
-    select,
-    semi_detr,
-    weighted,
-)
+from semidetr.semi.methods import MethodConfig, has_denoising, mine_pseudo_labels, select, weighted
 from semidetr.semi.mining import CostMemory, MiningConfig
 from semidetr.semi.teacher import PseudoConfig, keep_boxes, make_teacher
 from semidetr.train.trainer import Trainer
@@ -61,37 +51,34 @@ def batch(dtype=torch.float64, n=3):
     return {k: cast(v, dtype) for k, v in dict(labelled=part(2, (3, 0)), weak=weak, strong=strong).items()}
 
 
-def config(dtype=torch.float64, T1=10, mining=None, con=None, crit=None, pseudo=None, **method):
+def build(dtype=torch.float64, T1=10, mining=None, con=None, crit=None, pseudo=None, **method):
     torch.manual_seed(5)
-    cfg = StepConfig(
-        MethodConfig(**{'name': 'semi_detr', 'T1': T1, **method}),
-        CriterionConfig(**{'k': 3, **(crit or {})}),
-        PseudoConfig(**{'threshold': 0.3, 'min_score': 0.0, **(pseudo or {})}),
-        MiningConfig(**(mining or {})),
-        ConsistencyConfig(**{'hidden': 16, **(con or {})}),
+    cfg = dataclasses.replace(
+        Config(),
+        detector=small(),
+        method=MethodConfig(**{'name': 'semi_detr', 'T1': T1, **method}),
+        criterion=CriterionConfig(**{'k': 3, **(crit or {})}),
+        pseudo=PseudoConfig(**{'threshold': 0.3, 'min_score': 0.0, **(pseudo or {})}),
+        mining=MiningConfig(**(mining or {})),
+        consistency=ConsistencyConfig(**{'hidden': 16, **(con or {})}),
     )
-    parts = method_parts(
-        dataclasses.replace(
-            Config(), detector=small(), method=cfg.method, mining=cfg.mining, consistency=cfg.consistency
-        )
-    ).to(dtype)
-    return dataclasses.replace(cfg, parts=parts.train())
+    return cfg.method.build(cfg).to(dtype).train()
 
 
-def run(cfg, step=3, seed=1, nets=None, data=None, dtype=torch.float64):
+def run(method, step=3, seed=1, nets=None, data=None, dtype=torch.float64):
     student, teacher = nets or globals()['nets'](dtype)
     torch.manual_seed(seed)
-    losses, stats = semi_detr(student, teacher, data or batch(dtype), step, cfg)
-    return losses, stats, student, teacher
+    losses, scalars, _ = method.step(student, teacher, data or batch(dtype), step)
+    return losses, scalars, student, teacher
 
 
-def backward(losses, student, cfg):
+def backward(losses, student, method):
     student.zero_grad()
-    cfg.parts.zero_grad()
+    method.zero_grad()
     sum(losses.values()).backward()
     return [
         p.grad.clone() if p.grad is not None else torch.zeros_like(p)
-        for m in (student, cfg.parts)
+        for m in (student, method)
         for p in m.parameters()
     ]
 
@@ -333,12 +320,12 @@ def plain(targets):
 @pytest.mark.parametrize('step,stage', [(3, 'o2m'), (10, 'o2o')])
 def test_every_loss_of_a_step_against_the_slow_reference(step, stage):
     student, teacher = map(Listener, nets())
-    cfg, data = config(unsup_weight=4.0), batch()
-    losses, stats, *_ = run(cfg, step, nets=(student, teacher), data=data)
+    method, data = build(unsup_weight=4.0), batch()
+    losses, stats, *_ = run(method, step, nets=(student, teacher), data=data)
     labelled, ours, theirs = student.heard[0], student.heard[-1], teacher.heard[0]
     want = criterion(labelled, plain(data['labelled']['targets']), stage, 3, True)
     sup, con, tau = pseudo_labels(
-        theirs, student.heard[1], data['weak']['targets'], data['strong']['targets'], cfg
+        theirs, student.heard[1], data['weak']['targets'], data['strong']['targets'], method.cfg
     )
     assert sum(map(len, sup)) > 2 and sum(map(len, con)) > sum(map(len, sup))  # the example is alive
     assert stats['cost_threshold'] == pytest.approx(tau, abs=1e-9)
@@ -363,8 +350,9 @@ def test_every_loss_of_a_step_against_the_slow_reference(step, stage):
 # --- one pass for two --------------------------------------------------------------------------------------------------
 
 
-def published_order(student, teacher, data, step, cfg):
+def published_order(student, teacher, data, step, method):
     "The same step as the published code goes through it: costs from a pass of their own, everything encoded again each time"
+    cfg = method.cfg
     weak, strong = data['weak'], data['strong']
     part_ = data['labelled']
     stage = 'o2m' if step < cfg.method.T1 else 'o2o'
@@ -386,7 +374,7 @@ def published_order(student, teacher, data, step, cfg):
         )
         pairs = pair_boxes(picked, weak['targets'], strong['targets'], cfg.consistency)
         asked, same = cross_view_extras(
-            cfg.parts.projector,
+            method.projector,
             teacher.encode(weak['images'], weak['mask']),
             student.encode(strong['images'], strong['mask']),
             pairs,
@@ -408,12 +396,12 @@ def published_order(student, teacher, data, step, cfg):
 @pytest.mark.parametrize('step,groups', [(3, 1), (3, 5), (10, 1)])
 def test_one_pass_gives_the_losses_and_gradients_of_the_published_order(step, groups):
     student, teacher = nets()
-    cfg = config(con=dict(groups=groups), unsup_cdn='always')
-    a = run(cfg, step, nets=(student, teacher))[0]
-    ga = backward(a, student, cfg)
+    method = build(con=dict(groups=groups), unsup_cdn='always')
+    a = run(method, step, nets=(student, teacher))[0]
+    ga = backward(a, student, method)
     torch.manual_seed(1)
-    b = published_order(student, teacher, batch(), step, cfg)
-    gb = backward(b, student, cfg)
+    b = published_order(student, teacher, batch(), step, method)
+    gb = backward(b, student, method)
     assert a.keys() == b.keys() and any('_dn' in k for k in a) and ('loss_unsup_con_0' in a) is (step == 3)
     for k in a:
         assert a[k].item() == pytest.approx(b[k].item(), rel=1e-9), k
@@ -425,8 +413,9 @@ def test_one_pass_gives_the_losses_and_gradients_of_the_published_order(step, gr
 def test_groups_change_neither_loss_nor_gradient():
     student, teacher = nets()
     one, five = (
-        run(cfg, nets=(student, teacher)) and backward(run(cfg, nets=(student, teacher))[0], student, cfg)
-        for cfg in (config(), config(con=dict(groups=5)))
+        run(method, nets=(student, teacher))
+        and backward(run(method, nets=(student, teacher))[0], student, method)
+        for method in (build(), build(con=dict(groups=5)))
     )
     for x, y in zip(one, five):
         assert torch.allclose(x, y, atol=1e-9 * max(1.0, float(y.abs().max())), rtol=1e-6)
@@ -437,13 +426,13 @@ def test_groups_change_neither_loss_nor_gradient():
 
 @pytest.mark.parametrize('step,o2m_stage', [(9, True), (10, False)])  # spec items 31, 34
 def test_what_acts_in_which_stage(step, o2m_stage):
-    losses, stats, student, teacher = run(cfg := config(), step)
+    losses, stats, student, teacher = run(method := build(), step)
     assert ('loss_unsup_con_0' in losses) is o2m_stage and any(
         'unsup' in k and '_dn' in k for k in losses
     ) is not o2m_stage
     assert any(k.startswith('loss_cls_dn') for k in losses)  # of labelled images in both
-    backward(losses, student, cfg)
-    moved = sum(float(p.grad.abs().sum()) for p in cfg.parts.projector.parameters() if p.grad is not None)
+    backward(losses, student, method)
+    moved = sum(float(p.grad.abs().sum()) for p in method.projector.parameters() if p.grad is not None)
     assert (moved > 0) is o2m_stage and all(p.grad is None for p in teacher.parameters())
     assert o2m_stage or stats['positives_per_object'] == 1
 
@@ -452,9 +441,11 @@ def test_doubling_the_weight_doubles_every_unsupervised_gradient():  # spec item
     student, teacher = nets()
 
     def unsup(w):
-        cfg = config(unsup_weight=w)
+        method = build(unsup_weight=w)
         return backward(
-            {k: v for k, v in run(cfg, nets=(student, teacher))[0].items() if 'unsup' in k}, student, cfg
+            {k: v for k, v in run(method, nets=(student, teacher))[0].items() if 'unsup' in k},
+            student,
+            method,
         )
 
     for x, y in zip(unsup(1.0), unsup(2.0)):
@@ -465,23 +456,23 @@ def test_without_consistency_and_mining_it_is_the_mean_teacher():
     student, teacher = nets()
     for step in (3, 10):
         a, s, *_ = run(
-            config(mining=dict(init='score', con_filter='score'), con=dict(weight=0.0)),
+            build(mining=dict(init='score', con_filter='score'), con=dict(weight=0.0)),
             step,
             nets=(student, teacher),
         )
-        cfg = config()
+        method = build(name='mean_teacher')
         torch.manual_seed(1)
-        b, r = mean_teacher(student, teacher, batch(), step, cfg)
+        b, r, _ = method.step(student, teacher, batch(), step)
         assert a.keys() == b.keys() and s['strong_boxes'] == r['strong_boxes'] > 0
         for k in a:
             assert a[k].item() == pytest.approx(b[k].item(), rel=1e-9), k
 
 
 def test_burn_in_and_missing_images_are_supervised():
-    cfg, data = config(burn_in_iters=5), batch()
-    assert not any('unsup' in k for k in run(cfg, 4)[0])
+    method, data = build(burn_in_iters=5), batch()
+    assert not any('unsup' in k for k in run(method, 4)[0])
     del data['weak'], data['strong']
-    assert not any('unsup' in k for k in run(config(), 4, data=data)[0])
+    assert not any('unsup' in k for k in run(build(), 4, data=data)[0])
 
 
 def test_sets_are_nested():  # spec item 26
@@ -494,9 +485,8 @@ def test_sets_are_nested():  # spec item 26
         )
 
     def mined(**k):
-        return mine_pseudo_labels(
-            taught, ours, data['weak']['targets'], data['strong']['targets'], config(mining=k)
-        )
+        cfg = build(mining=k).cfg
+        return mine_pseudo_labels(taught, ours, data['weak']['targets'], data['strong']['targets'], cfg)
 
     a, same = mined(), mined(con_filter='score')
     assert all((~s | c).all() for s, c in zip(a['sup'], a['con'])) and sum(
@@ -509,7 +499,7 @@ def test_sets_are_nested():  # spec item 26
 def test_buffers_of_the_networks_stay():
     student, teacher = nets()
     before = [b.clone() for m in (student, teacher) for b in m.buffers()]
-    run(config(), nets=(student, teacher))
+    run(build(), nets=(student, teacher))
     assert all(
         torch.equal(a, b) for a, b in zip(before, [b for m in (student, teacher) for b in m.buffers()])
     )
@@ -528,9 +518,11 @@ def test_buffers_of_the_networks_stay():
     ],
 )
 def test_no_pseudo_label_is_normal(step, con):  # spec item 32
-    losses, stats, student, _ = run(cfg := config(pseudo=dict(threshold=1.0, min_score=0.999), con=con), step)
+    losses, stats, student, _ = run(
+        method := build(pseudo=dict(threshold=1.0, min_score=0.999), con=con), step
+    )
     assert stats['pseudo_boxes'] == stats['con_boxes'] == 0 and 'cost_threshold' not in stats
-    grads = backward(losses, student, cfg)
+    grads = backward(losses, student, method)
     assert all(torch.isfinite(v) for v in losses.values()) and all(torch.isfinite(g).all() for g in grads)
     if step == 3 and not con:
         assert sum(v.item() for k, v in losses.items() if '_con_' in k) == 0
@@ -538,8 +530,8 @@ def test_no_pseudo_label_is_normal(step, con):  # spec item 32
 
 def test_float32_autocast_stays_finite():
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        losses, _, student, _ = run(cfg := config(torch.float32), dtype=torch.float32)
-    assert all(torch.isfinite(g).all() for g in backward(losses, student, cfg))
+        losses, _, student, _ = run(method := build(torch.float32), dtype=torch.float32)
+    assert all(torch.isfinite(g).all() for g in backward(losses, student, method))
 
 
 # --- switches -----------------------------------------------------------------------------------------------------------
@@ -559,7 +551,7 @@ SWITCHES = {  # name -> (settings of `config`, iteration, losses that change: a 
     'cpm_init': (dict(mining=dict(init='score')), 3, 'con_', 'loss_cls'),
     'cpm_union': (dict(mining=dict(union=False)), 3, 'con_', 'cls'),
     'sup_filter': (dict(mining=dict(sup_filter='top_k', top_k=1)), 3, 'unsup_cls', 'loss_cls'),
-    'l1_weight': (dict(crit=dict(l1_weight=5.0)), 3, 'l1', 'cls'),
+    'loss_l1': (dict(crit=dict(loss_l1=5.0)), 3, 'l1', 'cls'),
     'enc_labels': (dict(crit=dict(enc_labels='true')), 3, 'cls_enc', 'cls_0'),
     'unsup_cdn': (dict(unsup_cdn='always'), 3, 'unsup_cls_dn', 'unsup_con'),
     'unsup_cdn_never': (dict(unsup_cdn='never'), 10, 'unsup_cls_dn', 'loss_cls'),
@@ -571,7 +563,7 @@ SWITCHES = {  # name -> (settings of `config`, iteration, losses that change: a 
 @pytest.mark.parametrize('name', SWITCHES)
 def test_each_switch_changes_what_it_should(name):
     change, step, moved, fixed = SWITCHES[name]
-    a, b = run(config(), step)[0], run(config(**change), step)[0]
+    a, b = run(build(), step)[0], run(build(**change), step)[0]
 
     def pick(losses, word):
         return {k: round(v.item(), 9) for k, v in losses.items() if word in k}
@@ -592,7 +584,7 @@ def test_degenerate_boxes_may_be_kept():
     data = batch()
     for t in data['strong']['targets']:
         t['matrix'] = torch.tensor([[1.0, 0, 500], [0, 1, 0], [0, 0, 1]], dtype=torch.float64)
-    dropped, kept = (run(config(pseudo=dict(min_side=s)), 10, data=data) for s in (1.0, -1.0))
+    dropped, kept = (run(build(pseudo=dict(min_side=s)), 10, data=data) for s in (1.0, -1.0))
     assert dropped[1]['strong_boxes'] == 0 < kept[1]['strong_boxes']
     assert (
         all(torch.isfinite(v) for v in kept[0].values())
@@ -604,30 +596,26 @@ def test_degenerate_boxes_may_be_kept():
 
 
 def test_memory_pools_costs():
-    cfg, pair = config(mining=dict(memory=2)), nets()
-    assert isinstance(cfg.parts.memory, CostMemory)
+    method, pair = build(mining=dict(memory=2)), nets()
+    assert isinstance(method.memory, CostMemory)
     for step in range(4):
-        run(cfg, step, nets=pair)
-    assert int((cfg.parts.memory.counts > 0).sum()) == 2
+        run(method, step, nets=pair)
+    assert int((method.memory.counts > 0).sum()) == 2
 
 
-def test_parts_belong_to_the_method():
-    def parts(name, **k):
-        return method_parts(
-            override(
-                dataclasses.replace(Config(), detector=small()),
-                [f'method.name={name}', *(f'{a}={b}' for a, b in k.items())],
-            )
-        )
+def test_state_belongs_to_the_method():
+    def state(name, **k):
+        base = dataclasses.replace(Config(), detector=small())
+        cfg = override(base, [f'method.name={name}', *(f'{a}={b}' for a, b in k.items())])
+        return cfg.method.build(cfg)
 
-    assert not list(parts('supervised').state_dict()) and not list(parts('mean_teacher').state_dict())
-    assert isinstance(parts('semi_detr').projector, Projector)
-    assert not list(
-        parts('semi_detr', **{'consistency.correspondence': 'hungarian'}).parameters()
-    ) and not list(parts('semi_detr', **{'consistency.weight': 0}).parameters())
+    assert not list(state('supervised').state_dict()) and not list(state('mean_teacher').state_dict())
+    assert isinstance(state('semi_detr').projector, Projector)
+    for setting in ({'consistency.correspondence': 'hungarian'}, {'consistency.weight': 0}):
+        assert not list(state('semi_detr', **setting).parameters())
 
 
-def test_stopped_and_gone_on_with(tmp_path):
+def test_stopped_and_continued(tmp_path):
     "Projector, its statistics and the memory of costs come back: the same numbers as without the stop"
     from test_trainer import tiny
 
@@ -646,26 +634,18 @@ def test_stopped_and_gone_on_with(tmp_path):
     )
     whole = Trainer(cfg, tmp_path / 'whole', progress=False)
     whole.fit()
-    half = Trainer(cfg, tmp_path / 'half', progress=False)
-    steps = half.steps()
-    from semidetr.train.trainer import train_step
-
-    for _ in range(3):
-        train_step(half, next(steps))
-        half.step += 1
-    steps.close()
-    half.save()
+    Trainer(cfg, tmp_path / 'half', progress=False).fit(until=3)
     again = Trainer(cfg, tmp_path / 'half', progress=False)
     assert (
         again.step == 3
-        and int(again.parts.memory.counts.sum()) > 0
-        and int(again.parts.rates.images.sum()) > 0
+        and int(again.method.memory.counts.sum()) > 0
+        and int(again.method.rates.images.sum()) > 0
     )
-    assert again.parts.rates.rates.sum() == sum(
+    assert again.method.rates.rates.sum() == sum(
         len(again.data.labelled.annotation(i)['labels']) for i in range(len(again.data.labelled))
     ) / len(again.data.labelled)
     again.fit()
-    for m in ('student', 'teacher', 'parts'):
+    for m in ('student', 'teacher', 'method'):
         a, b = getattr(whole, m).state_dict(), getattr(again, m).state_dict()
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), m
     logs = [

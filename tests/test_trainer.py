@@ -2,7 +2,6 @@
 
 import json, os, signal, subprocess, sys
 from pathlib import Path
-from types import SimpleNamespace
 import pytest, torch
 from semidetr.train import trainer as T
 from semidetr.train.checkpoint import git_commit, load_checkpoint
@@ -95,20 +94,16 @@ def test_exact_resume(whole, tmp_path, stop, workers):
     "Stopped by a signal in the burn-in, after it, and with worker processes: weights, log and metrics of an unbroken run"
     folder = tmp_path / 'r'
     t = T.Trainer(tiny(f'loader.num_workers={workers}'), folder, progress=False)
-    real = T.train_step
+    real = t.method.step
 
-    def until(run_, batches):
-        out = real(run_, batches)
-        if run_.step + 1 == stop:
+    def step(*args):
+        if args[-1] + 1 == stop:
             os.kill(os.getpid(), signal.SIGINT)
-        return out
+        return real(*args)
 
-    T.train_step = until
-    try:
-        with pytest.raises(KeyboardInterrupt, match='same command'):
-            t.fit()
-    finally:
-        T.train_step = real
+    t.method.step = step
+    with pytest.raises(KeyboardInterrupt, match='same command'):
+        t.fit()
     assert load_checkpoint(folder)['step'] == stop and not (folder / 'run.json').exists()
     torch.manual_seed(123)  # whatever the process did meanwhile
     again = run(tiny(f'loader.num_workers={workers}'), folder)
@@ -136,15 +131,17 @@ def test_finished_runs_are_not_repeated(whole):
         run_config(tiny('run.seed=1'), whole[0], progress=False)
 
 
-def test_nan_is_caught_named_and_kept(tmp_path, monkeypatch):
+def test_nan_is_caught_named_and_kept(tmp_path):
     t = T.Trainer(tiny(method='supervised'), tmp_path / 'r', progress=False)
-    real = T.METHODS['supervised']
+    real = t.method.step
 
-    def broken(student, teacher, batch, step, cfg):
-        losses, stats = real(student, teacher, batch, step, cfg)
-        return (losses if step < 2 else losses | {'loss_l1': losses['loss_l1'] * float('nan')}), stats
+    def broken(student, teacher, batch, step):
+        result = real(student, teacher, batch, step)
+        if step == 2:
+            result.losses['loss_l1'] = result.losses['loss_l1'] * float('nan')
+        return result
 
-    monkeypatch.setitem(T.METHODS, 'supervised', broken)
+    t.method.step = broken
     with pytest.raises(NonFiniteError, match='iteration 2.*loss_l1.*images'):
         t.fit()
     kept = load_checkpoint(tmp_path / 'r' / 'failed_step_2.pt')
@@ -210,24 +207,27 @@ def test_health_warns_once_and_measures_against_hidden_truth():
     h = HealthMonitor(Truth(), window=3)
     hit = dict(image_id=0, boxes=torch.tensor([[0.0, 0, 10, 9]]), labels=torch.tensor([0]))
     wrong = dict(hit, labels=torch.tensor([1]))
-    h.add({**base, 'pseudo': [hit]})
-    h.add({**base, 'pseudo': [wrong]})
+    h.add(base, dict(pseudo=[hit]))
+    h.add(base, dict(pseudo=[wrong]))
     assert h.summary()['pseudo_precision'] == 0.5 and h.summary()['pseudo_recall'] == 0.25
-    silent = {
-        **base,
-        'pseudo_boxes': 0.0,
-        'top_score': 0.1,
-        'pseudo': [dict(image_id=0, boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))],
-    }
-    messages = [h.add(silent) for _ in range(6)]
-    assert [m is not None for m in messages] == [
-        False,
-        False,
-        True,
-        False,
-        False,
-        False,
-    ] and 'pseudo.threshold' in messages[2]
+    silent = {**base, 'pseudo_boxes': 0.0, 'top_score': 0.1}
+    nothing = [dict(image_id=0, boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))]
+    messages = [h.add(silent, dict(pseudo=nothing)) for _ in range(6)]
+    assert [m is not None for m in messages] == [False, False, True, False, False, False]
+    assert 'pseudo.threshold' in messages[2]
+
+
+def test_health_of_a_checkpoint_with_rows_by_position():
+    "Version 0.1.0 kept lists; a run that it began is continued"
+    h = HealthMonitor(window=3)
+    h.load_state_dict(dict(rows=[[2.0, 4.0, 0.5, 0.0, 0.9, 3, 4, 6, 2, 3, 1, 5]], warned=False))
+    summary = h.summary()
+    assert (summary['pseudo_boxes'], summary['pseudo_precision'], summary['pseudo_recall']) == (
+        2.0,
+        0.75,
+        0.5,
+    )
+    assert (summary['mined_precision'], summary['initial_recall']) == (2 / 3, 1 / 6)
 
 
 def test_health_of_scenes_that_are_truly_empty():
@@ -246,22 +246,10 @@ def test_health_of_scenes_that_are_truly_empty():
                 ignore=torch.zeros(0, dtype=torch.bool),
             )
 
-    h, some = (
-        HealthMonitor(Truth(), window=3),
-        [dict(image_id=0, boxes=torch.tensor([[0.0, 0, 10, 9]]), labels=torch.tensor([0]))],
-    )
-    h.add(
-        dict(
-            pseudo_boxes=1.0,
-            labelled_boxes=2.0,
-            pseudo_score=0.5,
-            empty_images=0.0,
-            top_score=0.5,
-            pseudo=some,
-            mined=some,
-            initial=some,
-        )
-    )
+    h = HealthMonitor(Truth(), window=3)
+    some = [dict(image_id=0, boxes=torch.tensor([[0.0, 0, 10, 9]]), labels=torch.tensor([0]))]
+    scalars = dict(pseudo_boxes=1.0, labelled_boxes=2.0, pseudo_score=0.5, empty_images=0.0, top_score=0.5)
+    h.add(scalars, dict(pseudo=some, mined=some, initial=some))
     said = h.summary()
     assert all(
         said[f'{k}_precision'] == 0 and said[f'{k}_recall'] != said[f'{k}_recall']
@@ -280,7 +268,8 @@ def test_log_averages_over_the_steps_that_have_a_number(tmp_path):
 
     t = T.Trainer(tiny('run.eval_every=0'), tmp_path / 'r', progress=False)
     for s in steps:
-        T.after_step(t, s, Log(), SimpleNamespace(set_postfix=lambda *a, **k: None, update=lambda: None))
+        t.step += 1
+        t.count(s, {}, Log())
     assert (lines[0]['loss'], lines[0]['loss_con'], lines[0]['cost_threshold']) == (3.0, 1.0, -3.0)
 
 
@@ -476,12 +465,13 @@ STOPPER = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 from test_trainer import T, tiny
-real = T.train_step
-def step(run, batches):
-    if os.environ['RANK'] == '1' and run.step == 2: os.kill(os.getpid(), signal.SIGTERM)
-    return real(run, batches)
-T.train_step = step
-try: T.Trainer(tiny('optim.iters=9', 'run.test=false', method='supervised'), sys.argv[1], progress=False).fit()
+t = T.Trainer(tiny('optim.iters=9', 'run.test=false', method='supervised'), sys.argv[1], progress=False)
+real = t.method.step
+def step(*args):
+    if os.environ['RANK'] == '1' and t.step == 2: os.kill(os.getpid(), signal.SIGTERM)
+    return real(*args)
+t.method.step = step
+try: t.fit()
 except KeyboardInterrupt as e: open(sys.argv[1]+'/said'+os.environ['RANK'], 'w').write(str(e))
 """
 
@@ -514,7 +504,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_iteration(tmp_path):
     )
 
 
-def test_a_teacher_that_goes_on_remembers_its_start(tmp_path):
+def test_a_continued_teacher_remembers_its_start(tmp_path):
     "After run.init the first steps hardly move the teacher; with ema.start=0 it becomes the student at once"
     T.Trainer(
         tiny('optim.iters=2', 'run.test=false', method='supervised'), tmp_path / 'a', progress=False
@@ -532,11 +522,8 @@ def test_a_teacher_that_goes_on_remembers_its_start(tmp_path):
             tmp_path / f'b{start}',
             progress=False,
         )
-        first, steps = {k: v.clone() for k, v in run.teacher.named_parameters()}, run.steps()
-        for _ in range(3):
-            T.train_step(run, next(steps))
-            run.step += 1
-        steps.close()
+        first = {k: v.clone() for k, v in run.teacher.named_parameters()}
+        run.fit()
         moved[start] = max(float((v - first[k]).abs().max()) for k, v in run.teacher.named_parameters())
     assert 0 < moved[-1] < 0.05 * moved[0]
 

@@ -1,4 +1,5 @@
 "Plain English in the field's terms: what readers stumbled over stays out of prose, messages and names."
+
 import ast
 import re
 

@@ -69,11 +69,9 @@ class CriterionConfig:
     "Weights and switches of matching and losses; the defaults are those of the published code"
 
     w_cls: float = 2.0  # class term, in matching cost and loss
-    w_l1: float = 5.0  # L1 term of the matching cost (paper and code: 5)
+    cost_l1: float = 5.0  # L1 term of the matching cost (paper and code: 5)
     w_giou: float = 2.0  # GIoU term, in matching cost and loss
-    l1_weight: float = (
-        10.0  # L1 term of the loss: 10 = what the code effectively does, 5 = what the paper says
-    )
+    loss_l1: float = 10.0  # L1 term of the loss: 10 = what the code effectively does, 5 = what the paper says
     enc_labels: str = (
         'zero'  # classes that the encoder output learns: 'zero' = object or not (code), 'true' (DINO)
     )
@@ -136,9 +134,7 @@ def layer_losses(
         return x.new_zeros(n_layers).index_add(0, m.layer, x * m.weight.to(x.dtype))
 
     return dict(
-        cls=cfg.w_cls * cls.flatten(1).sum(1),
-        l1=cfg.l1_weight * by_layer(l1),
-        giou=cfg.w_giou * by_layer(giou),
+        cls=cfg.w_cls * cls.flatten(1).sum(1), l1=cfg.loss_l1 * by_layer(l1), giou=cfg.w_giou * by_layer(giou)
     )
 
 # %% ../../nbs/matching/02_losses.ipynb #f9c2f0dc
@@ -191,7 +187,7 @@ def assign(
         return ASSIGNERS[cfg.o2m](logits, boxes, padded, labels, alpha=cfg.alpha, beta=cfg.beta)
     if stage == 'o2m':
         return assign_o2m(logits, boxes, padded, labels, cfg.k, cfg.alpha, cfg.beta)
-    return assign_o2o(logits, boxes, padded, labels, w_cls=cfg.w_cls, w_l1=cfg.w_l1, w_giou=cfg.w_giou)
+    return assign_o2o(logits, boxes, padded, labels, w_cls=cfg.w_cls, w_l1=cfg.cost_l1, w_giou=cfg.w_giou)
 
 
 def _named(sums, names, z_cls, z_box, factor):

@@ -162,11 +162,9 @@ class CriterionConfig:
     "Weights and switches of matching and losses; the defaults are those of the published code"
 
     w_cls: float = 2.0  # class term, in matching cost and loss
-    w_l1: float = 5.0  # L1 term of the matching cost (paper and code: 5)
+    cost_l1: float = 5.0  # L1 term of the matching cost (paper and code: 5)
     w_giou: float = 2.0  # GIoU term, in matching cost and loss
-    l1_weight: float = (
-        10.0  # L1 term of the loss: 10 = what the code effectively does, 5 = what the paper says
-    )
+    loss_l1: float = 10.0  # L1 term of the loss: 10 = what the code effectively does, 5 = what the paper says
     enc_labels: str = (
         'zero'  # classes that the encoder output learns: 'zero' = object or not (code), 'true' (DINO)
     )
@@ -200,7 +198,7 @@ class CriterionConfig:
 # *L1 weight.* The paper says 5. In the published code two logged parts of the L1 term (of the centre and of
 # the size) carry the word "loss" in their names and are summed into the total once more: the effective weight
 # is **10**, for the decoder, the encoder and the denoising queries, in the supervised baseline as well. The
-# default follows the code, `l1_weight=5` the paper. The matching cost keeps 5 in both.
+# default follows the code, `loss_l1=5` the paper. The matching cost keeps 5 in both.
 #
 # *Encoder labels.* The code trains the encoder output with all labels set to class 0, as Deformable-DETR
 # does, though queries are selected by the largest score over all classes. `enc_labels='true'` is DINO's way.
@@ -274,9 +272,7 @@ def layer_losses(
         return x.new_zeros(n_layers).index_add(0, m.layer, x * m.weight.to(x.dtype))
 
     return dict(
-        cls=cfg.w_cls * cls.flatten(1).sum(1),
-        l1=cfg.l1_weight * by_layer(l1),
-        giou=cfg.w_giou * by_layer(giou),
+        cls=cfg.w_cls * cls.flatten(1).sum(1), l1=cfg.loss_l1 * by_layer(l1), giou=cfg.w_giou * by_layer(giou)
     )
 
 
@@ -386,7 +382,7 @@ def assign(
         return ASSIGNERS[cfg.o2m](logits, boxes, padded, labels, alpha=cfg.alpha, beta=cfg.beta)
     if stage == 'o2m':
         return assign_o2m(logits, boxes, padded, labels, cfg.k, cfg.alpha, cfg.beta)
-    return assign_o2o(logits, boxes, padded, labels, w_cls=cfg.w_cls, w_l1=cfg.w_l1, w_giou=cfg.w_giou)
+    return assign_o2o(logits, boxes, padded, labels, w_cls=cfg.w_cls, w_l1=cfg.cost_l1, w_giou=cfg.w_giou)
 
 
 def _named(sums, names, z_cls, z_box, factor):
@@ -506,7 +502,7 @@ losses['loss_l1'], by_hand
 # The switches do what they say. Half the L1 weight halves the L1 losses and nothing else:
 
 # %%
-paper = set_criterion(outputs, batch, 'o2m', dataclasses.replace(CriterionConfig(), l1_weight=5))
+paper = set_criterion(outputs, batch, 'o2m', dataclasses.replace(CriterionConfig(), loss_l1=5))
 ratio = {k: round((paper[k] / losses[k]).item(), 6) for k in losses}
 assert all(v == (0.5 if '_l1' in k else 1) for k, v in ratio.items())
 ratio

@@ -190,7 +190,12 @@ def matched_costs(
 ) -> list:  # per image (K,) float32, one cost a box; inf where there were fewer queries than boxes
     "What the best assignment to the student's predictions costs each box (@eq-matching-cost)"
     found = hungarian(
-        outputs, targets, with_cost=True, w_cls=criterion.w_cls, w_l1=criterion.w_l1, w_giou=criterion.w_giou
+        outputs,
+        targets,
+        with_cost=True,
+        w_cls=criterion.w_cls,
+        w_l1=criterion.cost_l1,
+        w_giou=criterion.w_giou,
     )
     return [
         c.new_full((len(t['labels']),), math.inf).scatter(0, i, c) for t, (_, i, c) in zip(targets, found)

@@ -23,16 +23,13 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from semidetr.data.augment import ViewConfig
-from semidetr.detectors.backbone import BackboneConfig
 from semidetr.semi.consistency import ConsistencyConfig
-from semidetr.core import ConfigError, in_range, suggest
-from semidetr.detectors.denoising import DenoisingConfig
+from semidetr.core import ConfigError, in_range, one_of, suggest
 from semidetr.detectors.detector import DetectorConfig, detector_small, dino_r50
 from semidetr.matching.losses import CriterionConfig
 from semidetr.semi.methods import MethodConfig
 from semidetr.semi.mining import MiningConfig
 from semidetr.semi.teacher import EmaConfig, PseudoConfig
-from semidetr.detectors.transformer import TransformerConfig
 
 
 # %% [markdown]
@@ -40,13 +37,6 @@ from semidetr.detectors.transformer import TransformerConfig
 
 # %%
 #| export
-def _one_of(group, cfg, **known):
-    "ConfigError unless each named field of `cfg` has one of its known values"
-    for name, values in known.items():
-        if (v := getattr(cfg, name)) not in values:
-            raise ConfigError(f"{group}.{name}='{v}' is unknown; {suggest(v, values)}")
-
-
 @dataclass(frozen=True)
 class DataConfig:
     "Which images: `data` and its labelled part, `unlabelled` for more images, `val` for the reported numbers"
@@ -76,7 +66,7 @@ class LoaderConfig:
     num_workers: int = 2
 
     def __post_init__(self):
-        _one_of('loader', self, ratio=('binomial', 'fixed'))
+        one_of('loader', self, ratio=('binomial', 'fixed'))
         in_range('loader', self, n_labelled=1, n_unlabelled=0, num_workers=0)
 
 
@@ -84,7 +74,7 @@ class LoaderConfig:
 #| export
 @dataclass(frozen=True)
 class OptimConfig:
-    "AdamW; a constant rate, as the published code has it for COCO-Partial and VOC; iterations are optimiser steps"
+    "AdamW, constant rate as in the published code for COCO-Partial and VOC; iterations are optimiser steps"
 
     iters: int = 120_000
     lr: float = 1e-4
@@ -99,7 +89,7 @@ class OptimConfig:
     )
 
     def __post_init__(self):
-        _one_of('optim', self, schedule=('constant', 'cosine', 'step'))
+        one_of('optim', self, schedule=('constant', 'cosine', 'step'))
         in_range('optim', self, iters=1, backbone_mult=0, weight_decay=0, clip=0, warmup=0, accumulate=1)
         if not 0 < self.lr < math.inf:
             raise ConfigError(f'optim.lr={self.lr} must be above 0 and finite')
@@ -107,7 +97,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    "Where, how exactly and how talkatively a run runs"
+    "Device, precision, evaluation, checkpoints and logs of a run"
 
     seed: int = 0
     device: str = 'auto'
@@ -123,7 +113,7 @@ class RunConfig:
     health_window: int = 200  # iterations without pseudo labels before the warning
 
     def __post_init__(self):
-        _one_of('run', self, amp=('off', 'bf16', 'fp16', 'auto'), init_from=('teacher', 'student'))
+        one_of('run', self, amp=('off', 'bf16', 'fp16', 'auto'), init_from=('teacher', 'student'))
         in_range(
             'run',
             self,
@@ -145,9 +135,8 @@ class Config:
     data: DataConfig = DataConfig()
     view: ViewConfig = ViewConfig()
     loader: LoaderConfig = LoaderConfig()
-    detector: DetectorConfig = field(
-        default_factory=lambda: DetectorConfig(num_classes=0)
-    )  # 0 classes: taken from the data
+    # 0 classes: as many as the data have
+    detector: DetectorConfig = field(default_factory=lambda: DetectorConfig(num_classes=0))
     criterion: CriterionConfig = CriterionConfig()
     method: MethodConfig = MethodConfig()
     pseudo: PseudoConfig = PseudoConfig()
@@ -208,6 +197,29 @@ def _coerce(value, kind, where):
     return value
 
 
+# %% [markdown]
+# Names improve, and a hash must not change with them. One table says what a setting was called when the first
+# records were written: hashes are computed with the old names, saved configurations are read with either, and
+# whoever writes an old name into a new configuration is told the new one.
+
+# %%
+#| export
+RENAMED = {  # frozen: today's name -> the name in hashes and in files written before
+    'criterion.cost_l1': 'criterion.w_l1',
+    'criterion.loss_l1': 'criterion.l1_weight',
+}
+
+
+def _renamed(values, names):
+    "`values` with the keys that `names` lists (group.field -> group.field) called by their other name"
+    values = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+    for name, other in names.items():
+        group, key = name.split('.')
+        if key in values.get(group, {}):
+            values[group][other.split('.')[1]] = values[group].pop(key)
+    return values
+
+
 # %%
 #| export
 def from_dict(
@@ -222,17 +234,30 @@ def from_dict(
     for k, v in values.items():
         name = f'{where}{k}'
         if k not in hints:
-            raise ConfigError(f"unknown setting '{name}'; {suggest(k, hints)}")
+            now = {old: new for new, old in RENAMED.items()}.get(name)
+            cure = f"it is called '{now}' now" if now else suggest(k, hints)
+            raise ConfigError(f"unknown setting '{name}'; {cure}")
         old = getattr(base, k)
         if dataclasses.is_dataclass(old):
             if not isinstance(v, dict):
-                raise ConfigError(
-                    f"'{name}' is a group of settings: give {name}.{next(iter(typing.get_type_hints(type(old))))}=..."
-                )
+                first = next(iter(typing.get_type_hints(type(old))))
+                raise ConfigError(f"'{name}' is a group of settings: give {name}.{first}=...")
             new[k] = from_dict(v, old, f'{name}.')
         else:
             new[k] = _coerce(v, hints[k], name)
     return dataclasses.replace(base, **new)
+
+
+def from_saved(
+    values: dict,  # of a checkpoint, a run.json or a record; names of settings may be older
+    like=None,  # Config whose method and detector have settings of their own classes
+) -> Config:
+    "The configuration that a run was saved with; settings younger than the file have their defaults"
+    base = Config()
+    if like is not None:
+        fresh = type(like.detector)(num_classes=0)
+        base = dataclasses.replace(base, method=type(like.method)(), detector=fresh)
+    return from_dict(_renamed(values, {old: new for new, old in RENAMED.items()}), base)
 
 
 # %%
@@ -295,42 +320,45 @@ def load_config(
 
 
 def differences(
-    a: dict,
-    b: dict,  # nested plain values
+    a: dict,  # nested plain values
+    b: dict,  # likewise
     where: str = '',
 ) -> list:  # 'group.field: old -> new'
     "What differs between two configurations"
     out = []
     for k in a:
         if isinstance(a[k], dict):
-            out += differences(a[k], b[k], f'{where}{k}.')
-        elif a[k] != b[k]:
-            out.append(f'{where}{k}: {a[k]} -> {b[k]}')
+            out += differences(a[k], b.get(k, {}), f'{where}{k}.')
+        elif a[k] != b.get(k):
+            out.append(f'{where}{k}: {a[k]} -> {b.get(k)}')
     return out
 
 
-YOUNG = {  # settings younger than the first records -> do they leave a run as it was before there was such a setting?
+# %%
+#| export
+LEGACY_DEFAULTS = {  # settings younger than the first records -> does their value leave a run as it was?
     'pseudo.cross_nms': lambda c: c.pseudo.cross_nms >= 1,
     'mining.rate_window': lambda c: 'class_rate' not in (c.mining.sup_filter, c.mining.con_filter),
     'ema.start': lambda c: c.ema.start == 0 or (c.ema.start < 0 and not c.run.init),
 }
+UNHASHED = (  # settings that cannot change a number
+    'run.device',
+    'run.threads',
+    'run.log_every',
+    'run.checkpoint_every',
+    'loader.num_workers',
+    'detector.num_classes',
+    'run.test',
+)
 
 
 def config_hash(
     cfg,  # Config
-    ignore=(
-        'run.device',
-        'run.threads',
-        'run.log_every',
-        'run.checkpoint_every',
-        'loader.num_workers',
-        'detector.num_classes',
-        'run.test',
-    ),
 ) -> str:  # 12 hex digits
-    "Name of a configuration: equal for equal choices; settings that cannot change a number do not count, nor do those of `YOUNG` that keep to what was done before"
-    values = to_dict(cfg)
-    for name in (*ignore, *(name for name, unchanged in YOUNG.items() if unchanged(cfg))):
+    "Name of a configuration: equal for equal choices, whenever and on whatever machine it is computed"
+    values = _renamed(to_dict(cfg), RENAMED)
+    left_out = [*UNHASHED, *(name for name, unchanged in LEGACY_DEFAULTS.items() if unchanged(cfg))]
+    for name in left_out:
         group, key = name.split('.')
         values.get(group, {}).pop(key, None)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
@@ -470,19 +498,16 @@ import matplotlib.pyplot as plt
 
 # %%
 #| label: fig-config-size
-#| fig-cap: "The same tree from a laptop to eight GPUs: images seen in a run, by preset (log scale)."
-#| fig-alt: "Bar chart of the images that a run of each preset sees"
-seen = {}
+#| fig-cap: "The same tree from a laptop to eight GPUs: number of images used in a run, by preset (log scale)."
+#| fig-alt: "Bar chart of the number of images in a run of each preset"
+images = {}
 for name in PRESETS:
     c = preset(name)
-    seen[name] = (
-        c.optim.iters
-        * c.optim.accumulate
-        * (c.loader.n_labelled + c.loader.n_unlabelled)
-        * (1 if c.detector.transformer.num_queries < 900 else 8)
-    )
+    processes = 1 if c.detector.transformer.num_queries < 900 else 8
+    batch_size = c.loader.n_labelled + c.loader.n_unlabelled
+    images[name] = c.optim.iters * c.optim.accumulate * batch_size * processes
 fig, ax = plt.subplots(figsize=(5, 2.4), dpi=80)
-ax.barh(list(seen), list(seen.values()), color='#1f77b4')
+ax.barh(list(images), list(images.values()), color='#1f77b4')
 ax.set(xscale='log', xlabel='images')
 ax.invert_yaxis()
 plt.show()

@@ -1,12 +1,12 @@
 # %% [markdown]
 # # Health of the pseudo labels {#sec-health}
 #
-# > Know whether the teacher teaches anything, while it does.
+# > Find out during training whether the teacher's labels are worth learning from.
 #
 # Semi-supervised training fails silently. With a threshold too high the teacher labels nothing, the
 # unsupervised loss is a small number that looks like success, and a day later the result equals the
-# supervised one. With a threshold too low the student learns its own mistakes. Both are plain to see if
-# somebody looks: this chapter looks.
+# supervised one. With a threshold too low the student learns its own mistakes. Both show in a few numbers,
+# and this chapter follows them.
 
 # %%
 #| default_exp train.health
@@ -26,27 +26,17 @@ from semidetr.train.metrics import pseudo_quality
 # \rho = \frac{\frac1N\sum_i n_i}{\frac1M\sum_j g_j}, \qquad P = \frac{TP}{\sum_i n_i}, \qquad R = \frac{TP}{\sum_i G_i}
 # $$ {#eq-health}
 #
-# Labelled and unlabelled images show the same world, so the ratio $\rho$ of box counts should approach 1.
-# Precision $P$ and recall $R$ need the boxes $G_i$ of the unlabelled images, which the method never sees; the
-# monitor alone may look, where a data set has them. A pseudo box is a true positive when it overlaps a true
-# box of its class with an IoU of at least 0.5. Where a method mines (@sec-mining), precision and recall of
-# the mined boxes and of those it chooses from are followed as well.
+# Labelled and unlabelled images show similar scenes, so the ratio $\rho$ of box counts should approach 1.
+# Precision $P$ and recall $R$ need the boxes $G_i$ of the unlabelled images, which no method gets; only the
+# monitor uses them, where a data set has them. A pseudo box is a true positive when it overlaps a true box of
+# its class with an IoU of at least 0.5. Where a method mines (@sec-mining), precision and recall of the mined
+# boxes and of those it chooses from are followed as well.
 
 # %%
 #| export
-FIELDS = (
-    'pseudo_boxes',
-    'labelled_boxes',
-    'pseudo_score',
-    'empty_images',
-    'top_score',
-    'tp',
-    'n_pred',
-    'n_gt',
-    'mined_tp',
-    'mined',
-    'initial_tp',
-    'initial',
+NUMBERS = ('pseudo_boxes', 'labelled_boxes', 'pseudo_score', 'empty_images')  # scalars that are averaged
+CURVES = tuple(
+    f'{name}_{what}' for name in ('pseudo', 'mined', 'initial') for what in ('precision', 'recall')
 )
 
 
@@ -78,49 +68,61 @@ class HealthMonitor:
 
     def add(
         self,
-        stats: dict,  # of a method (@sec-methods)
-    ) -> str | None:  # a warning, at most once a run
+        scalars: dict,  # of a step (@sec-methods)
+        boxes: dict,  # of a step: name -> boxes per image; nothing is counted without 'pseudo'
+    ) -> str | None:  # a warning, at most once per run
         "Count one step"
-        if 'pseudo' not in stats:
+        if 'pseudo' not in boxes:
             return None
-        self.rows.append(
-            [
-                *(stats[k] for k in FIELDS[:5]),
-                *truth_counts(stats['pseudo'], self.truth),
-                *(n for k in ('mined', 'initial') for n in truth_counts(stats.get(k, ()), self.truth)[:2]),
-            ]
-        )
-        if self.warned or len(self.rows) < self.window or any(r[0] for r in self.rows):
+        row = {k: scalars.get(k, 0.0) for k in (*NUMBERS, 'top_score')}
+        for name, found in boxes.items():
+            row[f'{name}_tp'], row[f'{name}_n'], truth_n = truth_counts(found, self.truth)
+            if name == 'pseudo':
+                row['truth_n'] = truth_n
+        self.rows.append(row)
+        if self.warned or len(self.rows) < self.window or any(r['pseudo_boxes'] for r in self.rows):
             return None
         self.warned = True
+        score = f'{row["top_score"]:.2f}'
         return (
-            f'no pseudo label in {self.window} iterations (best score of the teacher: {self.rows[-1][4]:.2f}): the unlabelled images teach '
-            'nothing. Lower pseudo.threshold, lengthen method.burn_in_iters, or check that both data sets show the same things.'
+            f'no pseudo label in {self.window} iterations (best score of the teacher: {score}): the unlabelled '
+            'images teach nothing. Lower pseudo.threshold, lengthen method.burn_in_iters, or check that both '
+            'data sets show the same things.'
         )
 
     def summary(self) -> dict:  # means over the window; precision and recall where the truth is known
         "What goes into the log"
         if not self.rows:
             return {}
-        out = {k: sum(r[i] for r in self.rows) / len(self.rows) for i, k in enumerate(FIELDS[:4])}
-        tp, n_pred, n_gt, *others = (sum(r[i] for r in self.rows) for i in range(5, len(FIELDS)))
-        share = lambda part, whole: (
-            part / whole if whole else float('nan')
-        )  # no boxes, or scenes that are truly empty
-        if n_gt or n_pred:
-            out |= dict(pseudo_precision=share(tp, n_pred), pseudo_recall=share(tp, n_gt))
-        for name, tp, n in zip(('mined', 'initial'), others[::2], others[1::2]):
-            if n:
-                out |= {f'{name}_precision': tp / n, f'{name}_recall': share(tp, n_gt)}
+        out = {k: sum(r[k] for r in self.rows) / len(self.rows) for k in NUMBERS}
+        names = dict.fromkeys(k.removesuffix('_tp') for r in self.rows for k in r if k.endswith('_tp'))
+        truth_n = sum(r['truth_n'] for r in self.rows)
+        for name in names:
+            tp, n = (sum(r.get(f'{name}_{k}', 0) for r in self.rows) for k in ('tp', 'n'))
+            if n or (name == 'pseudo' and truth_n):
+                out[f'{name}_precision'] = _share(tp, n)
+                out[f'{name}_recall'] = _share(tp, truth_n)
         return out
 
     def state_dict(self) -> dict:
-        return dict(rows=[list(r) for r in self.rows], warned=self.warned)
+        return dict(rows=list(self.rows), warned=self.warned)
 
     def load_state_dict(self, state: dict):
-        self.rows.extend(state['rows'])
+        self.rows.extend(r if isinstance(r, dict) else dict(zip(LIST_ORDER, r)) for r in state['rows'])
         self.warned = state['warned']
 
+
+def _share(part, whole):
+    "nan without boxes, or where scenes are truly empty"
+    return part / whole if whole else float('nan')
+
+
+LIST_ORDER = (  # of a row in checkpoints of version 0.1.0, which were lists
+    *NUMBERS,
+    'top_score',
+    *('pseudo_tp', 'pseudo_n', 'truth_n'),
+    *('mined_tp', 'mined_n', 'initial_tp', 'initial_n'),
+)
 
 # %% [markdown]
 # ## A threshold, seen by the monitor
@@ -155,75 +157,62 @@ def toy_step(threshold, g):
     good, bad = torch.rand(10, generator=g), torch.rand(10, generator=g) * 0.6
     boxes, scores = torch.cat([Scenes.boxes, Scenes.boxes + 1000]), torch.cat([good, bad])
     keep = scores >= threshold
-    return dict(
-        pseudo_boxes=float(keep.sum()),
-        labelled_boxes=10.0,
-        pseudo_score=0.0,
-        empty_images=0.0,
-        top_score=float(scores.max()),
-        pseudo=[dict(image_id=0, boxes=boxes[keep], labels=torch.zeros(int(keep.sum()), dtype=torch.long))],
+    n = int(keep.sum())
+    scalars = dict(pseudo_boxes=float(n), labelled_boxes=10.0, top_score=float(scores.max()))
+    return scalars, dict(
+        pseudo=[dict(image_id=0, boxes=boxes[keep], labels=torch.zeros(n, dtype=torch.long))]
     )
 
 
 thresholds = [i / 20 for i in range(19)]
-seen = []
+summaries = []
 for th in thresholds:
     g, monitor = torch.Generator().manual_seed(0), HealthMonitor(Scenes(), 50)
     for _ in range(50):
-        monitor.add(toy_step(th, g))
-    seen.append(monitor.summary())
-assert (
-    seen[0]['pseudo_recall'] == 1 and seen[0]['pseudo_precision'] == 0.5 and seen[-2]['pseudo_precision'] == 1
-)
-seen[8]
+        monitor.add(*toy_step(th, g))
+    summaries.append(monitor.summary())
+assert summaries[0]['pseudo_recall'] == 1 and summaries[0]['pseudo_precision'] == 0.5
+assert summaries[-2]['pseudo_precision'] == 1
+summaries[8]
 
 # %%
 #| label: fig-health-threshold
 #| fig-cap: "A higher threshold buys precision with recall; the number of boxes, which needs no truth, shows where half of the objects have been lost."
 #| fig-alt: "Precision, recall and ratio of box counts against the threshold"
 fig, ax = plt.subplots(figsize=(5, 2.8), dpi=80)
-for key, color, scale in (
-    ('pseudo_precision', COLORS['teacher'], 1),
-    ('pseudo_recall', COLORS['student'], 1),
-    ('pseudo_boxes', 'grey', 10),
-):
-    ax.plot(
-        thresholds,
-        [s[key] / scale for s in seen],
-        color=color,
-        label=key.removeprefix('pseudo_') if scale == 1 else 'boxes, of the true number',
-    )
+ax.plot(thresholds, [x['pseudo_precision'] for x in summaries], color=COLORS['teacher'], label='precision')
+ax.plot(thresholds, [x['pseudo_recall'] for x in summaries], color=COLORS['student'], label='recall')
+share = [x['pseudo_boxes'] / 10 for x in summaries]
+ax.plot(thresholds, share, color='grey', label='boxes, relative to the true number')
 ax.set(xlabel='threshold', ylim=(0, 2))
 ax.legend()
 plt.show()
 
 # %% [markdown]
-# ## Silence is an alarm
+# ## The warning
 #
 # A teacher whose best score stays under the threshold labels nothing at all. After a whole window of that the
-# monitor speaks, once:
+# monitor warns, once:
 
 # %%
 monitor = HealthMonitor(window=3)
-silent = dict(
-    pseudo_boxes=0.0, labelled_boxes=4.0, pseudo_score=0.0, empty_images=1.0, top_score=0.12, pseudo=[]
-)
-said = [monitor.add(silent) for _ in range(5)]
-assert [m is not None for m in said] == [False, False, True, False, False]
-said[2]
+silent = dict(pseudo_boxes=0.0, labelled_boxes=4.0, empty_images=1.0, top_score=0.12)
+warnings = [monitor.add(silent, dict(pseudo=[])) for _ in range(5)]
+assert [m is not None for m in warnings] == [False, False, True, False, False]
+warnings[2]
 
 # %% [markdown]
 # ## Summary
 #
-# - The number of pseudo boxes an image, against labelled images, is the first thing to look at: it needs no
-#   hidden truth.
+# - The number of pseudo boxes per image, relative to labelled images, is the first thing to look at: it needs
+#   no hidden truth.
 # - Precision and recall are measured where a data set knows its boxes; the method never gets them.
 # - A whole window without pseudo labels raises one warning that says what to change.
-# - The window is part of the checkpoint, so a resumed run watches on.
+# - The window is part of the checkpoint, so a resumed run continues it.
 #
 # ## Exercises
 #
 # 1. In the toy, which threshold makes the number of pseudo boxes right, and what are precision and recall
 #    there?
 # 2. Why may $\rho=1$ hide a bad teacher?
-# 3. What does the monitor see when labelled images were chosen because they are crowded?
+# 3. What does the monitor report when labelled images were chosen because they are crowded?

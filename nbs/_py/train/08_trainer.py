@@ -1,13 +1,16 @@
 # %% [markdown]
 # # The trainer {#sec-trainer}
 #
-# > Run any method on any data: resume exactly, watch the pseudo labels, stop at the first number that is not
-# > one.
+# > Train any method on any data: resume exactly, follow the pseudo labels, stop at the first value that is
+# > not finite.
 #
 # A training loop is easy to write and hard to trust. This one makes four promises. A run that was stopped and
 # resumed gives the numbers of a run that was not. A loss that is not finite stops the run and keeps the
-# batch, the weights and the random state that made it. Pseudo labels are watched against the truth that the
-# method never sees. And a run's folder says everything that is needed to repeat it.
+# batch, the weights and the random state that produced it. Pseudo labels are compared with hidden truth that
+# no method gets. And the folder of a run holds everything that is needed to repeat it.
+#
+# The loop itself is the last listing, `Trainer.fit`: teacher update, losses, backward, optimiser step, log,
+# evaluation, checkpoint.
 
 # %%
 #| default_exp train.trainer
@@ -18,33 +21,12 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import signal
 import time
 import warnings
 from pathlib import Path
 import torch
 from tqdm import tqdm
-from semidetr.train.checkpoint import (
-    RunLog,
-    cpu_seconds,
-    environment,
-    load_checkpoint,
-    load_weights,
-    pack_rng,
-    peak_memory_mb,
-    save_checkpoint,
-    unpack_rng,
-)
-from semidetr.train.config import (
-    Config,
-    DataConfig,
-    OptimConfig,
-    config_hash,
-    differences,
-    from_dict,
-    to_dict,
-)
 from semidetr.core import (
     ConfigError,
     DataError,
@@ -62,16 +44,27 @@ from semidetr.core import (
 )
 from semidetr.data.catalog import open_dataset
 from semidetr.data.datasets import Joined, Subset, Unlabelled
-from semidetr.detectors.detector import Detector
-from semidetr.train.evaluation import evaluate_model, same_rng, to_device
-from semidetr.train.health import HealthMonitor
 from semidetr.data.loader import SemiLoader
-from semidetr.train.machine import choose_amp
-from semidetr.matching.matching import NonFiniteError
-from semidetr.semi.methods import METHODS, StepConfig, method_parts
-from semidetr.train.optim import average_gradients, build_optimizer, gradient_norm, lr_factor
 from semidetr.data.splits import load_split, make_split
+from semidetr.detectors.detector import Detector
+from semidetr.matching.matching import NonFiniteError
 from semidetr.semi.teacher import ema_decay, make_teacher, update_teacher
+from semidetr.train.checkpoint import (
+    RunLog,
+    cpu_seconds,
+    environment,
+    load_checkpoint,
+    load_weights,
+    pack_rng,
+    peak_memory_mb,
+    save_checkpoint,
+    unpack_rng,
+)
+from semidetr.train.config import Config, DataConfig, config_hash, differences, from_saved, to_dict
+from semidetr.train.evaluation import evaluate_model, same_rng, to_device
+from semidetr.train import health
+from semidetr.train.machine import choose_amp
+from semidetr.train.optim import average_gradients, build_optimizer, gradient_norm, lr_factor
 
 
 # %% [markdown]
@@ -96,7 +89,7 @@ def test_split(
     cfg,  # DataConfig
     train=None,  # the training images, if they are open already
 ):  # (data set or None, why there is none)
-    "The images for the reported numbers: `val`, or the val split that `data` brings along; training images are no test split of themselves"
+    "Images for the reported numbers: `val`, or the val split of `data` if that is not the training set again"
     if cfg.val:
         return open_dataset(cfg.val, 'val'), ''
     try:
@@ -113,41 +106,33 @@ def build_data(
 ) -> RunData:
     "Open the data sets and divide the training images"
     train = open_dataset(cfg.data, 'train')
-    split = (
-        load_split(cfg.split_file, train)
-        if cfg.split_file
-        else make_split(
-            train,
-            percent=cfg.percent or (None if cfg.count else 100.0),
-            count=cfg.count or None,
-            fold=cfg.fold,
-            dev=cfg.dev,
-            seed=cfg.split_seed,
-            cover_classes=cfg.cover_classes,
-        )
-    )
-    pick = lambda ids: Subset(train, [train.index_of(i) for i in ids])
-    labelled, dev = pick(split.labelled), pick(split.dev) if split.dev else None
+    if cfg.split_file:
+        split = load_split(cfg.split_file, train)
+    else:
+        percent, count = cfg.percent or (None if cfg.count else 100.0), cfg.count or None
+        split = make_split(train, percent, count, cfg.fold, cfg.dev, cfg.split_seed, cfg.cover_classes)
+
+    def pick(ids):
+        return Subset(train, [train.index_of(i) for i in ids])
+
     pools = [Unlabelled(pick(split.unlabelled))] if split.unlabelled else []
     if cfg.unlabelled:
         pools.append(Unlabelled(open_dataset(cfg.unlabelled, 'train')))
-    unlabelled = Joined(pools) if len(pools) > 1 else pools[0] if pools else None
     return RunData(
-        labelled,
-        unlabelled,
-        dev,
-        test_split(cfg, train)[0],
-        None if cfg.unlabelled else train,
-        split,
-        list(train.classes),
+        labelled=pick(split.labelled),
+        unlabelled=Joined(pools) if len(pools) > 1 else pools[0] if pools else None,
+        dev=pick(split.dev) if split.dev else None,
+        val=test_split(cfg, train)[0],
+        truth=None if cfg.unlabelled else train,
+        split=split,
+        classes=list(train.classes),
     )
 
 
 # %%
 toy_data = build_data(DataConfig(data='digits:n=40', count=6, dev=4))
-assert (len(toy_data.labelled), len(toy_data.unlabelled), len(toy_data.dev)) == (6, 30, 4) and len(
-    toy_data.unlabelled[0].boxes
-) == 0
+assert (len(toy_data.labelled), len(toy_data.unlabelled), len(toy_data.dev)) == (6, 30, 4)
+assert len(toy_data.unlabelled[0].boxes) == 0
 toy_data.split
 
 
@@ -155,8 +140,8 @@ toy_data.split
 # ## State of a run
 #
 # Weights, moments, random state, position in the data, health window, history: all of it is saved, and
-# loading compares the configuration first. Other processes than the first keep only what is theirs, the
-# random state.
+# loading compares the configuration first. Processes other than the first save only what is theirs alone: the
+# random state, the window, the numbers since the last log line.
 
 # %%
 #| export
@@ -171,6 +156,24 @@ def resolve(
             f'detector.num_classes={n}, but the data set has {len(classes)} classes; leave it at 0'
         )
     return dataclasses.replace(cfg, detector=dataclasses.replace(cfg.detector, num_classes=len(classes)))
+
+
+def check_same_run(
+    run_dir,  # folder that holds a run
+    saved: dict,  # its checkpoint
+    cfg: Config,  # of the run that is to continue it
+    fingerprint: str,  # of its split
+):
+    "A run is continued only with the settings and the split that it began with"
+    old = from_saved(saved['config'], like=cfg)
+    if config_hash(old) != config_hash(cfg):
+        changed = '; '.join(differences(to_dict(old), to_dict(cfg))[:3])
+        raise ConfigError(
+            f'{run_dir}: holds a run with other settings ({changed}); choose another folder, or the same '
+            'settings to go on with it'
+        )
+    if saved['split'] != fingerprint:
+        raise DataError(f'{run_dir}: the data have changed since this run began; choose another folder')
 
 
 # %%
@@ -189,33 +192,27 @@ class RunState:
         if cfg.run.threads:
             torch.set_num_threads(cfg.run.threads)
         cfg = choose_amp(cfg, run_dir)
-        self.dir, self.progress, self.position, self.device = (
-            Path(run_dir),
-            progress and is_main(),
-            position,
-            pick_device(cfg.run.device),
-        )
+        self.dir, self.device = Path(run_dir), pick_device(cfg.run.device)
+        self.progress, self.position = progress and is_main(), position
         self.data = build_data(cfg.data)
         if not len(self.data.labelled):
             raise DataError(
-                f'{cfg.data.data}: no labelled image is left to train on; give more percent or a smaller data.dev'
+                f'{cfg.data.data}: no labelled image is left to train on; give more percent or a smaller '
+                'data.dev'
             )
         self.cfg = resolve(cfg, self.data.classes)
         seed_everything(cfg.run.seed)
-        self.student = Detector(self.cfg.detector).to(
-            self.device, memory_format=torch.channels_last
-        )  # a third faster on CPUs
+        self.student = Detector(self.cfg.detector)
+        self.student.to(self.device, memory_format=torch.channels_last)  # a third faster on CPUs
         if cfg.run.init:
             load_weights(self.student, load_checkpoint(cfg.run.init)[cfg.run.init_from], cfg.run.init)
         self.teacher = make_teacher(self.student)
-        self.parts = method_parts(self.cfg, self.data.labelled).to(self.device)
-        self.optimizer = build_optimizer(self.student, cfg.optim, [self.parts])
+        self.method = cfg.method.build(self.cfg, self.data.labelled).to(self.device)
+        self.optimizer = build_optimizer(self.student, cfg.optim, [self.method])
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.run.amp == 'fp16')
-        self.health = HealthMonitor(self.data.truth, cfg.run.health_window)
+        self.health = health.HealthMonitor(self.data.truth, cfg.run.health_window)
         self.step, self.recent, self.history, self.spent = 0, [], [], dict(seconds=0.0, cpu=0.0)
-        seed_everything(
-            stable_hash(cfg.run.seed, 'train', rank()) % 2**32
-        )  # from here on processes draw differently
+        seed_everything(stable_hash(cfg.run.seed, 'train', rank()) % 2**32)  # processes draw differently
         if (self.dir / 'last.pt').exists():
             self.load()
 
@@ -223,187 +220,142 @@ class RunState:
     def own_file(self):
         return self.dir / ('last.pt' if is_main() else f'last.rank{rank()}.pt')
 
-    def state_dict(self) -> dict:
-        return run_state(self)
+    def state_dict(self) -> dict:  # tensors and plain values
+        own = dict(
+            step=self.step, rng=pack_rng(rng_state()), health=self.health.state_dict(), recent=self.recent
+        )
+        if not is_main():
+            return own
+        return (
+            own
+            | self.weights()
+            | dict(
+                split=self.data.split.fingerprint,
+                history=self.history,
+                spent=self.spent,
+                parts=self.method.state_dict(),
+                optimizer=self.optimizer.state_dict(),
+                scaler=self.scaler.state_dict(),
+            )
+        )
+
+    def weights(self) -> dict:
+        "What `Predictor` needs"
+        return dict(
+            config=to_dict(self.cfg),
+            classes=self.data.classes,
+            step=self.step,
+            student=self.student.state_dict(),
+            teacher=self.teacher.state_dict(),
+        )
 
     def save(self):
         save_checkpoint(self.own_file, **self.state_dict())
 
     def load(self):
-        restore(self, load_checkpoint(self.dir / 'last.pt'))
+        saved = load_checkpoint(self.dir / 'last.pt')
+        check_same_run(self.dir, saved, self.cfg, self.data.split.fingerprint)
+        load_weights(self.student, saved['student'], self.dir)
+        load_weights(self.teacher, saved['teacher'], self.dir)
+        self.method.load_state_dict(saved.get('parts', {}))
+        self.optimizer.load_state_dict(saved['optimizer'])
+        self.scaler.load_state_dict(saved['scaler'])
+        self.history, self.spent, self.step = saved['history'], saved['spent'], saved['step']
+        if not is_main() and self.own_file.exists():
+            saved = load_checkpoint(self.own_file)
+        self.recent = saved['recent']
+        self.health.load_state_dict(saved['health'])
+        set_rng_state(unpack_rng(saved['rng']))
 
+
+# %% [markdown]
+# The message for other settings in the folder of an old run names what differs:
+
+# %%
+changed = differences(to_dict(Config()), to_dict(dataclasses.replace(Config(), data=DataConfig(count=20))))
+assert changed == ['data.count: 0 -> 20']
+changed
+
+
+# %% [markdown]
+# ## Pieces of a step {#sec-trainer-step}
+#
+# The gradients of `accumulate` batches add up before the optimiser moves: one GPU, or a laptop, takes the
+# steps of many GPUs, only later. The average over processes is one message after the last batch, so it does
+# not matter which parameters a stage leaves unused.
+#
+# A loss that is not finite ends the run. The file it leaves behind holds the batch, the weights and the
+# random state *before* the step, so the failure can be reproduced.
 
 # %%
 #| export
-def run_state(
-    run,  # RunState
-) -> dict:  # tensors and plain values
-    "All state of a run; processes other than the first keep what is theirs alone"
-    own = dict(step=run.step, rng=pack_rng(rng_state()), health=run.health.state_dict(), recent=run.recent)
-    if not is_main():
-        return own
-    return own | dict(
-        config=to_dict(run.cfg),
-        classes=run.data.classes,
-        split=run.data.split.fingerprint,
-        history=run.history,
-        spent=run.spent,
-        student=run.student.state_dict(),
-        teacher=run.teacher.state_dict(),
-        parts=run.parts.state_dict(),
-        optimizer=run.optimizer.state_dict(),
-        scaler=run.scaler.state_dict(),
-    )
-
-
-def restore(
-    run,  # RunState of the same configuration
-    saved: dict,  # of `run_state`
-):
-    "Go on from saved state"
-    _same_run(run, saved)
-    load_weights(run.student, saved['student'], run.dir)
-    load_weights(run.teacher, saved['teacher'], run.dir)
-    run.parts.load_state_dict(saved.get('parts', {}))
-    run.optimizer.load_state_dict(saved['optimizer'])
-    run.scaler.load_state_dict(saved['scaler'])
-    run.history, run.spent, run.step = saved['history'], saved['spent'], saved['step']
-    if not is_main() and run.own_file.exists():
-        saved = load_checkpoint(run.own_file)
-    run.recent = saved['recent']
-    run.health.load_state_dict(saved['health'])
-    set_rng_state(unpack_rng(saved['rng']))
-
-
-# %%
-#| export
-def _same_run(run, saved):
-    "A run goes on only with the settings and the split that it began with"
-    old = from_dict(saved['config'])
-    if config_hash(old) != config_hash(run.cfg):
-        diff = '; '.join(differences(to_dict(old), to_dict(run.cfg))[:3])
-        raise ConfigError(
-            f'{run.dir}: holds a run with other settings ({diff}); choose another folder, or the same settings to go on with it'
-        )
-    if saved['split'] != run.data.split.fingerprint:
-        raise DataError(f'{run.dir}: the data have changed since this run began; choose another folder')
-
-
-def data_parts(
-    run,  # RunState
+def make_loader(
+    cfg: Config,
+    data: RunData,
+    step: int,  # iteration to start at
     burn_in: bool,  # are unlabelled images left out?
-) -> SemiLoader:  # positioned at the run's iteration
+) -> SemiLoader:
     "Loader of a phase; during a burn-in all images of a batch are labelled ones"
-    c, d = run.cfg.loader, run.data
-    common = dict(
-        view=run.cfg.view,
-        seed=run.cfg.run.seed,
+    c = cfg.loader
+    n, unlabelled, n_unlabelled = c.n_labelled, data.unlabelled, c.n_unlabelled
+    if unlabelled is None or not cfg.method.needs_unlabelled:
+        unlabelled, n_unlabelled = None, 0
+    elif burn_in:
+        n, unlabelled, n_unlabelled = n + n_unlabelled, None, 0
+    ratio = dict(ratio=c.ratio) if unlabelled is not None else {}
+    return SemiLoader(
+        data.labelled,
+        unlabelled,
+        n,
+        n_unlabelled,
+        view=cfg.view,
+        seed=cfg.run.seed,
         num_workers=c.num_workers,
         rank=rank(),
         world=world_size(),
-        start=run.step * run.cfg.optim.accumulate,
+        start=step * cfg.optim.accumulate,
+        **ratio,
     )
-    if run.cfg.method.name == 'supervised' or d.unlabelled is None:
-        return SemiLoader(d.labelled, None, c.n_labelled, 0, **common)
-    if burn_in:
-        return SemiLoader(d.labelled, None, c.n_labelled + c.n_unlabelled, 0, **common)
-    return SemiLoader(d.labelled, d.unlabelled, c.n_labelled, c.n_unlabelled, ratio=c.ratio, **common)
 
 
-# %% [markdown]
-# What a user is told who starts other settings in the folder of an old run:
-
-# %%
-changed = differences(
-    to_dict(Config()), to_dict(dataclasses.replace(Config(), optim=OptimConfig(schedule='cosine')))
-)
-assert any('schedule: constant -> cosine' in c for c in changed)
-changed
-
-# %% [markdown]
-# ## One step
-#
-# The gradients of `accumulate` batches add up before the optimiser moves: a single GPU, or a laptop, takes
-# the steps of many GPUs, only later. The average over processes is one message after the last batch, so it
-# does not matter which parameters a stage leaves unused.
-#
-# A loss that is not finite ends the run. The file it leaves behind holds the batch, the weights and the
-# random state *before* the step, so the failure can be seen again.
-
-# %%
-#| export
-SHOWN = tuple(
-    f'loss_{p}{k}' for p in ('', 'unsup_') for k in ('cls', 'l1', 'giou')
-)  # terms of the last layer, for the log
-
-
-def forward_backward(
-    run,  # RunState
-    batch: dict,  # on the device
-) -> dict:  # stats, with the loss and its main terms as numbers
-    "One batch: losses, their sum, gradients"
-    cfg, kind = run.cfg, run.cfg.run.amp
-    auto = torch.autocast(
-        run.device.type, dtype=torch.float16 if kind == 'fp16' else torch.bfloat16, enabled=kind != 'off'
-    )
-    with auto:
-        losses, stats = METHODS[cfg.method.name](
-            run.student,
-            run.teacher,
-            batch,
-            run.step,
-            StepConfig(cfg.method, cfg.criterion, cfg.pseudo, cfg.mining, cfg.consistency, run.parts),
-        )
+def total_loss(
+    losses: dict,  # of a step
+) -> torch.Tensor:  # scalar, float32
+    "Sum of all terms; NonFiniteError names those that are not finite"
     total = torch.stack([v.float() for v in losses.values()]).sum()
     if not torch.isfinite(total):
-        raise NonFiniteError(
-            'not finite: ' + ', '.join(k for k, v in losses.items() if not torch.isfinite(v))
-        )
-    run.scaler.scale(total / cfg.optim.accumulate).backward()
-    return stats | {'loss': total.item()} | {k: v.item() for k, v in losses.items() if k in SHOWN}
-
-
-def optimizer_step(
-    run,  # RunState
-) -> float:  # norm of the gradient before clipping
-    "Average over processes, clip, move"
-    params = [p for g in run.optimizer.param_groups for p in g['params']]
-    average_gradients(params)
-    run.scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(params, run.cfg.optim.clip or math.inf).item()
-    if not math.isfinite(norm) and not run.scaler.is_enabled():
-        raise NonFiniteError('the gradient is not finite')
-    for g in run.optimizer.param_groups:
-        g['lr'] = g['base_lr'] * lr_factor(run.step, run.cfg.optim)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
-    return norm
+        bad = [k for k, v in losses.items() if not torch.isfinite(v)]
+        raise NonFiniteError('not finite: ' + ', '.join(bad))
+    return total
 
 
 # %%
 #| export
-def train_step(
-    run,  # RunState
-    batches: list,  # `accumulate` batches
-) -> dict:  # stats of the last batch
-    "Teacher, gradients, student; a step that fails leaves its evidence"
-    before = pack_rng(rng_state())
-    update_teacher(run.teacher, run.student, ema_decay(run.step, run.cfg.ema, bool(run.cfg.run.init)))
-    run.student.train()
-    try:
-        for batch in batches:
-            stats = forward_backward(run, to_device(batch, run.device))
-        if own := list(run.parts.parameters()):
-            stats['parts_grad_norm'] = gradient_norm(own) / run.scaler.get_scale()
-        return stats | dict(grad_norm=optimizer_step(run))
-    except NonFiniteError as e:
-        path = run.dir / f'failed_step_{run.step}.pt'
-        save_checkpoint(path, **{**run.state_dict(), 'rng': before, 'batches': batches})
-        ids = {k: [t['image_id'] for t in part['targets']] for k, part in batch.items()}
-        raise NonFiniteError(
-            f'iteration {run.step}: {e}; images {ids}; batch, weights and random state are in {path}'
-        ) from None
+CURVES = ('step', 'loss', 'grad_norm', 'parts_grad_norm')  # numbers of every run that records keep
+LOGGED = [
+    f'loss_{kind}{term}' for kind in ('', 'unsup_') for term in ('cls', 'l1', 'giou')
+]  # of the last layer
+
+
+def clip_and_step(
+    optimizer,
+    scaler,  # torch.amp.GradScaler
+    clip: float,  # largest L2 norm of the gradient; 0: any
+    factor: float,  # of the learning rates, from `lr_factor`
+) -> float:  # norm of the gradient before clipping
+    "Average over processes, clip, update"
+    params = [p for g in optimizer.param_groups for p in g['params']]
+    average_gradients(params)
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(params, clip or math.inf).item()
+    if not math.isfinite(norm) and not scaler.is_enabled():
+        raise NonFiniteError('the gradient is not finite')
+    for g in optimizer.param_groups:
+        g['lr'] = g['base_lr'] * factor
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 # %%
@@ -411,121 +363,34 @@ with same_rng():
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.ones(3))
 (weight * torch.tensor([3.0, 4.0, 0.0])).sum().backward()
-assert (
-    torch.nn.utils.clip_grad_norm_([weight], 1.0).item() == 5.0 and abs(weight.grad.norm().item() - 1) < 1e-5
-)
-weight.grad
-
-
-# %% [markdown]
-# ## The whole run
-
-# %%
-#| export
-def after_step(
-    run,  # Trainer
-    stats: dict,  # of `train_step`
-    log,  # RunLog
-    bar,  # tqdm
-):
-    "Count, watch, log; evaluate on the development part when it is time"
-    cfg, run.step = run.cfg.run, run.step + 1
-    if message := run.health.add(stats):
-        warnings.warn(message)
-    run.recent.append({k: v for k, v in stats.items() if isinstance(v, (int, float))})
-    if run.step % cfg.log_every == 0 or run.step == run.cfg.optim.iters:
-        keys = sorted({k for r in run.recent for k in r})
-        mean = {
-            k: sum(had) / (len(run.recent) if k.startswith('loss') else len(had))
-            for k in keys
-            for had in [[r[k] for r in run.recent if k in r]]
-        }  # a loss that a step does not have is 0, anything else is not there
-        log.write(
-            {**mean, **run.health.summary(), 'step': run.step, 'lr': run.optimizer.param_groups[0]['lr']}
-        )
-        run.recent = []
-    shown = dict(loss=f"{stats['loss']:.2f}")
-    if 'pseudo_boxes' in stats:
-        shown['pseudo'] = f"{stats['pseudo_boxes']:.1f}"
-    if cfg.eval_every and run.step % cfg.eval_every == 0 and run.data.dev is not None:
-        evaluate_now(run, log)
-    if run.history:
-        shown['AP'] = f"{run.history[-1]['teacher']['AP']:.1f}"
-    bar.set_postfix(shown, refresh=False)
-    bar.update()
-
-
-def evaluate_now(run, log):
-    "Metrics on the development part, into the history; the best teacher so far is kept in best.pt"
-    best = max((h['teacher']['AP'] for h in run.history), default=-1.0)
-    run.history.append(
-        dict(step=run.step, **run.evaluate(run.data.dev, both=run.step == run.cfg.optim.iters))
-    )
-    now = run.history[-1]['teacher']['AP']
-    log.write({'step': run.step, 'AP': now, 'AP_student': run.history[-1]['student']['AP']})
-    if now > best and is_main():
-        save_checkpoint(
-            run.dir / 'best.pt',
-            config=to_dict(run.cfg),
-            classes=run.data.classes,
-            step=run.step,
-            student=run.student.state_dict(),
-            teacher=run.teacher.state_dict(),
-        )
+toy_optimizer = torch.optim.SGD([dict(params=[weight], base_lr=1.0)], lr=1.0)
+norm = clip_and_step(toy_optimizer, torch.amp.GradScaler('cpu', enabled=False), 1.0, 0.5)
+assert norm == 5.0 and torch.allclose(weight.detach(), torch.tensor([0.7, 0.6, 1.0]))
+norm, weight.detach()
 
 
 # %%
 #| export
-def report(
-    run,  # Trainer at its end
-) -> dict:  # content of run.json
-    "Evaluate both networks and write run.json: all that a page may say about this run"
-    d, metrics = run.data, {}
-    last = run.history[-1] if run.history else dict(step=-1)
-    if last['step'] == run.step:
-        metrics['dev'] = {k: v for k, v in last.items() if k != 'step'}
-    elif d.dev is not None:
-        metrics['dev'] = run.evaluate(d.dev, both=True)
-    if d.val is not None and run.cfg.run.test:
-        metrics['val'] = run.evaluate(d.val, both=True)
-    result = dict(
-        name=run.dir.name,
-        hash=config_hash(run.cfg),
-        config=to_dict(run.cfg),
-        **environment(),
-        device=str(run.device) if run.device.type == 'cpu' else torch.cuda.get_device_name(run.device),
-        data=dict(
-            fingerprint=d.split.fingerprint,
-            classes=d.classes,
-            labelled=len(d.labelled),
-            unlabelled=len(d.unlabelled or ()),
-            dev=len(d.dev or ()),
-            val=len(d.val or ()),
-        ),
-        iterations=run.step,
-        seconds=round(run.spent['seconds'], 1),
-        cpu_seconds=round(run.spent['cpu'], 1),
-        peak_memory_mb=round(peak_memory_mb()),
-        health=run.health.summary(),
-        history=run.history,
-        metrics=metrics,
-    )
-    if is_main():
-        atomic_write(run.dir / 'run.json', json.dumps(result, indent=1))
-    return result
+def mean_scalars(
+    rows: list,  # scalars of the iterations since the last log line
+) -> dict:
+    "Means for the log: a loss that an iteration does not have counts as 0, other numbers are left out"
+    out = {}
+    for k in sorted({k for r in rows for k in r}):
+        values = [r[k] for r in rows if k in r]
+        out[k] = sum(values) / (len(rows) if k.startswith('loss') else len(values))
+    return out
 
 
-# %%
-#| export
 @contextlib.contextmanager
 def stop_gently():
-    "The first Ctrl-C or SIGTERM ends the run after the current iteration, with a checkpoint; a second one ends it at once"
-    asked, old = [], {}
+    "The first Ctrl-C or SIGTERM stops after the current iteration, with a checkpoint; a second one at once"
+    signals, old = [], {}
 
     def note(sig, frame):
-        if asked:
+        if signals:
             raise KeyboardInterrupt
-        asked.append(sig)
+        signals.append(sig)
 
     try:
         for sig in (signal.SIGINT, signal.SIGTERM):
@@ -533,32 +398,97 @@ def stop_gently():
     except ValueError:
         pass  # not the main thread: signals stay as they are
     try:
-        yield asked
+        yield signals
     finally:
         for sig, handler in old.items():
             signal.signal(sig, handler)
 
 
+def on_any_process(flag: bool, device) -> bool:
+    "Is the flag set on any process? A signal may reach one before the others"
+    if world_size() == 1:
+        return flag
+    return bool(all_reduce_mean(torch.tensor(float(flag), device=device)))
+
+
+# %%
+rows = [dict(loss=2.0, loss_unsup_cls=1.0, pseudo_boxes=3.0), dict(loss=4.0)]
+assert mean_scalars(rows) == dict(loss=3.0, loss_unsup_cls=0.5, pseudo_boxes=3.0)
+mean_scalars(rows)
+
+
+# %% [markdown]
+# ## What surrounds the updates
+#
+# Batches come from the loader of the phase, numbers go to the log, the bar and the health monitor, and both
+# networks are evaluated on the development part now and then.
+
 # %%
 #| export
-class Trainer(RunState):
-    "Run a configuration: `Trainer(cfg, 'runs/mine').fit()`; a folder that holds a stopped run is gone on with"
+class Session(RunState):
+    "What surrounds the updates of a run: batches, log, evaluation, report"
 
-    def steps(self):
+    def batches(self):
         "Batches of each iteration that is left, over burn-in and main phase"
-        burn = (
-            0
-            if self.cfg.method.name == 'supervised'
-            else min(self.cfg.method.burn_in_iters, self.cfg.optim.iters)
-        )
-        for burn_in, last in ((True, burn), (False, self.cfg.optim.iters)):
+        iters = self.cfg.optim.iters
+        for burn_in, last in ((True, self.cfg.method.burn_in(iters)), (False, iters)):
             if self.step >= last:
                 continue
             with same_rng():
-                batches = iter(data_parts(self, burn_in))
+                batches = iter(make_loader(self.cfg, self.data, self.step, burn_in))
             with contextlib.closing(batches):
                 while self.step < last:
                     yield [next(batches) for _ in range(self.cfg.optim.accumulate)]
+
+    def autocast(self):
+        "The precision of `run.amp`"
+        kind = self.cfg.run.amp
+        dtype = torch.float16 if kind == 'fp16' else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=kind != 'off')
+
+    def scalars_of(self, result, loss) -> dict:
+        "Numbers of a step for the log, before the gradient is clipped"
+        terms = {k: v.item() for k, v in result.losses.items() if k in LOGGED}
+        scalars = result.scalars | dict(loss=loss.item()) | terms
+        if own := list(self.method.parameters()):
+            scalars['parts_grad_norm'] = gradient_norm(own) / self.scaler.get_scale()
+        return scalars
+
+    def failure(self, error, batch, rng, batches) -> NonFiniteError:
+        "Save what led to a value that is not finite, and name the images"
+        path = self.dir / f'failed_step_{self.step}.pt'
+        save_checkpoint(path, **{**self.state_dict(), 'rng': rng, 'batches': batches})
+        ids = {k: [t['image_id'] for t in part['targets']] for k, part in batch.items()}
+        return NonFiniteError(
+            f'iteration {self.step}: {error}; images {ids}; batch, weights and random state are in {path}'
+        )
+
+    def count(self, scalars, boxes, log):
+        "Add one iteration to the health monitor and to the log"
+        if message := self.health.add(scalars, boxes):
+            warnings.warn(message)
+        self.recent.append(scalars)
+        if self.step % self.cfg.run.log_every == 0 or self.step == self.cfg.optim.iters:
+            rate = self.optimizer.param_groups[0]['lr']
+            log.write(mean_scalars(self.recent) | self.health.summary() | dict(step=self.step, lr=rate))
+            self.recent = []
+
+    def show(self, scalars, bar):
+        "One iteration on the bar"
+        shown = dict(loss=f"{scalars['loss']:.2f}")
+        for key, name in self.method.shown.items():
+            if key in scalars:
+                shown[name] = f'{scalars[key]:.1f}'
+        if self.history:
+            shown['AP'] = f"{self.history[-1]['teacher']['AP']:.1f}"
+        bar.set_postfix(shown, refresh=False)
+        bar.update()
+
+
+# %%
+#| export
+class Evaluation(Session):
+    "Metrics of a run, while it trains and at its end"
 
     def evaluate(
         self,
@@ -568,62 +498,133 @@ class Trainer(RunState):
     ) -> dict:  # {'teacher': metrics, 'student': metrics}
         "COCO metrics of both networks; the teacher is the one that the tables report"
         nms = (self.cfg.run.eval_nms if nms is None else nms) or None
-        return {
-            w: evaluate_model(
-                getattr(self, w),
-                ds,
-                self.cfg.view,
-                self.device,
-                nms,
-                f'evaluate {w}' if self.progress else '',
-                both=both,
-            )
-            for w in ('teacher', 'student')
-        }
+        out = {}
+        for which in ('teacher', 'student'):
+            text, model = f'evaluate {which}' if self.progress else '', getattr(self, which)
+            out[which] = evaluate_model(model, ds, self.cfg.view, self.device, nms, text, both=both)
+        return out
 
-    def fit(self) -> dict:  # content of run.json
-        "Train to the end, evaluate on the development part and the test split, write run.json"
-        log, bar = (
-            RunLog(self.dir, self.step),
-            tqdm(
-                total=self.cfg.optim.iters,
-                initial=self.step,
-                desc=self.dir.name,
-                disable=not self.progress,
-                position=self.position,
-                unit='it',
-            ),
+    def evaluate_dev(self, log):
+        "Metrics on the development part, into the history; the best teacher so far is kept in best.pt"
+        if self.data.dev is None:
+            return
+        best = max((h['teacher']['AP'] for h in self.history), default=-1.0)
+        metrics = self.evaluate(self.data.dev, both=self.step == self.cfg.optim.iters)
+        self.history.append(dict(step=self.step, **metrics))
+        ap = metrics['teacher']['AP']
+        log.write({'step': self.step, 'AP': ap, 'AP_student': metrics['student']['AP']})
+        if ap > best and is_main():
+            save_checkpoint(self.dir / 'best.pt', **self.weights())
+
+    def report(self) -> dict:  # content of run.json
+        "Evaluate both networks at the end and write run.json: all that a page may say about this run"
+        d, metrics, cpu = self.data, {}, self.device.type == 'cpu'
+        last = self.history[-1] if self.history else dict(step=-1)
+        if last['step'] == self.step:
+            metrics['dev'] = {k: v for k, v in last.items() if k != 'step'}
+        elif d.dev is not None:
+            metrics['dev'] = self.evaluate(d.dev, both=True)
+        if d.val is not None and self.cfg.run.test:
+            metrics['val'] = self.evaluate(d.val, both=True)
+        counts = {role: len(getattr(d, role) or ()) for role in ('labelled', 'unlabelled', 'dev', 'val')}
+        result = dict(
+            name=self.dir.name,
+            hash=config_hash(self.cfg),
+            config=to_dict(self.cfg),
+            **environment(),
+            device=str(self.device) if cpu else torch.cuda.get_device_name(self.device),
+            data=dict(fingerprint=d.split.fingerprint, classes=d.classes, **counts),
+            iterations=self.step,
+            seconds=round(self.spent['seconds'], 1),
+            cpu_seconds=round(self.spent['cpu'], 1),
+            peak_memory_mb=round(peak_memory_mb()),
+            health=self.health.summary(),
+            history=self.history,
+            curves=[*CURVES, *health.CURVES, *self.method.curves],
+            metrics=metrics,
         )
-        clock = (time.perf_counter() - self.spent['seconds'], cpu_seconds() - self.spent['cpu'])
-        with (
-            stop_gently() as stop,
-            contextlib.closing(log),
-            contextlib.closing(bar),
-            contextlib.closing(self.steps()) as steps,
-        ):
-            for batches in steps:
-                after_step(self, train_step(self, batches), log, bar)
-                self.spent = dict(seconds=time.perf_counter() - clock[0], cpu=cpu_seconds() - clock[1])
-                asked = (
-                    bool(stop)
-                    if world_size() == 1
-                    else bool(all_reduce_mean(torch.tensor(float(bool(stop)), device=self.device)))
-                )  # a signal may reach one process before the others
-                if asked or self.step % self.cfg.run.checkpoint_every == 0:
+        if is_main():
+            atomic_write(self.dir / 'run.json', json.dumps(result, indent=1))
+        return result
+
+
+# %% [markdown]
+# ## The loop
+
+# %%
+#| export
+class Progress:
+    "Log file, bar and clock of a run"
+
+    def __init__(self, run):
+        iters = run.cfg.optim.iters
+        self.log, self.spent = RunLog(run.dir, run.step), run.spent
+        self.start = time.perf_counter(), cpu_seconds()
+        bar = dict(total=iters, initial=run.step, desc=run.dir.name, unit='it')
+        self.bar = tqdm(**bar, disable=not run.progress, position=run.position)
+
+    def time(self) -> dict:  # seconds and CPU-seconds of the run, earlier sessions included
+        seconds, cpu = time.perf_counter() - self.start[0], cpu_seconds() - self.start[1]
+        return dict(seconds=self.spent['seconds'] + seconds, cpu=self.spent['cpu'] + cpu)
+
+    def close(self):
+        self.bar.close()
+        self.log.close()
+
+
+# %%
+#| export
+STOPPED = 'stopped after iteration {}; the same command goes on from there'
+
+
+class Trainer(Evaluation):
+    "Run a configuration: `Trainer(cfg, 'runs/mine').fit()`; a stopped run in that folder is continued"
+
+    def fit(
+        self,
+        until: int | None = None,  # iteration to stop after, with a checkpoint; None: train to the end
+    ) -> dict | None:  # content of run.json; None if it was stopped at `until`
+        "Train, evaluate on the development part and the test split, write run.json"
+        cfg, optim, progress, batches = self.cfg.run, self.cfg.optim, Progress(self), self.batches()
+        with stop_gently() as signals, contextlib.closing(progress), contextlib.closing(batches):
+            for accumulated in batches:
+                before = pack_rng(rng_state())
+                update_teacher(self.teacher, self.student, ema_decay(self.step, self.cfg.ema, bool(cfg.init)))
+                self.student.train()
+                try:
+                    for batch in accumulated:
+                        with self.autocast():
+                            part = to_device(batch, self.device)
+                            result = self.method.step(self.student, self.teacher, part, self.step)
+                        loss = total_loss(result.losses)
+                        self.scaler.scale(loss / optim.accumulate).backward()
+                    scalars = self.scalars_of(result, loss)
+                    factor = lr_factor(self.step, optim)
+                    scalars['grad_norm'] = clip_and_step(self.optimizer, self.scaler, optim.clip, factor)
+                except NonFiniteError as e:
+                    raise self.failure(e, batch, before, accumulated) from None
+                self.step += 1
+                self.count(scalars, result.boxes, progress.log)
+                if cfg.eval_every and self.step % cfg.eval_every == 0:
+                    self.evaluate_dev(progress.log)
+                self.show(scalars, progress.bar)
+                self.spent = progress.time()
+                stopped = on_any_process(bool(signals), self.device)
+                if stopped or self.step == until or self.step % cfg.checkpoint_every == 0:
                     self.save()
-                if asked:
-                    raise KeyboardInterrupt(
-                        f'stopped after iteration {self.step}; the same command goes on from there'
-                    )
+                if stopped:
+                    raise KeyboardInterrupt(STOPPED.format(self.step))
+                if self.step == until:
+                    return None
         self.save()
-        return report(self)
+        return self.report()
 
 
 # %% [markdown]
 # ## A run, stopped and resumed
 #
-# Six iterations of a tiny detector on tiny scenes; then the same run, stopped after three and gone on with.
-# All weights must agree to the last bit.
+# Six iterations of a tiny detector on tiny scenes; then the same run, stopped after three and continued. All
+# weights must agree to the last bit.
 
 # %%
 #| hide
@@ -660,14 +661,7 @@ tiny = override(
 folder = Path(tempfile.mkdtemp())
 whole = Trainer(tiny, folder / 'whole', progress=False)
 whole.fit()
-broken = Trainer(tiny, folder / 'broken', progress=False)
-log, bar = RunLog(broken.dir), tqdm(disable=True)
-with contextlib.closing(broken.steps()) as steps:
-    for batches in steps:
-        after_step(broken, train_step(broken, batches), log, bar)
-        if broken.step == 3:
-            broken.save()
-            break
+Trainer(tiny, folder / 'broken', progress=False).fit(until=3)
 resumed = Trainer(tiny, folder / 'broken', progress=False)
 assert resumed.step == 3
 resumed.fit()
@@ -705,7 +699,7 @@ message
 # ## Summary
 #
 # - `Trainer(cfg, folder).fit()` runs any method; the folder tells everything about the run.
-# - Stopping is part of training: one signal, one checkpoint, and the same command goes on, bit for bit.
+# - Stopping is part of training: one signal, one checkpoint, and the same command continues bit for bit.
 # - A loss or gradient that is not finite ends the run and leaves its evidence.
 # - Gradients accumulate over batches and average over processes, so the recipe for 8 GPUs runs on one.
 #

@@ -1,0 +1,68 @@
+"A method of one's own: one class and its settings, and the public trainer, log, records and dry run know all of it"
+
+import dataclasses
+import json
+
+import pytest
+from semidetr import Trainer
+from semidetr.core import ConfigError
+from semidetr.lab.study import record
+from semidetr.semi.methods import MeanTeacher, MethodConfig, StepResult
+from semidetr.train.config import config_hash, from_dict, override, to_dict
+from test_trainer import tiny
+
+
+# --- the whole method ---------------------------------------------------------------------------------------------------
+class BoxesOnly(MeanTeacher):
+    "Pseudo labels teach where objects are, not what they are"
+
+    shown = {'kept_terms': 'kept'}
+    curves = ('kept_terms',)
+
+    def step(self, student, teacher, batch, t):
+        losses, scalars, boxes = super().step(student, teacher, batch, t)
+        drop = [k for k in losses if k.startswith('loss_unsup_cls')]
+        kept = {
+            k: v * (self.cfg.method.strength if 'unsup' in k else 1)
+            for k, v in losses.items()
+            if k not in drop
+        }
+        return StepResult(kept, scalars | {'kept_terms': float(len(kept))}, boxes)
+
+
+@dataclasses.dataclass(frozen=True)
+class BoxesOnlyConfig(MethodConfig):
+    name: str = 'boxes_only'
+    strength: float = 0.5
+    implementation = BoxesOnly
+
+
+# --- the end of the method ----------------------------------------------------------------------------------------------
+def settings(**method):
+    return dataclasses.replace(tiny('run.test=false'), method=BoxesOnlyConfig(burn_in_iters=2, **method))
+
+
+def test_it_trains_and_shows_up_everywhere(tmp_path):
+    cfg = settings()
+    result = Trainer(cfg, tmp_path / 'r', progress=False).fit()
+    assert result['config']['method'] | {'name': 'boxes_only', 'strength': 0.5} == result['config']['method']
+    assert json.loads((tmp_path / 'r' / 'run.json').read_text())['health']['pseudo_boxes'] > 0
+    rows = [json.loads(line) for line in (tmp_path / 'r' / 'log.jsonl').read_text().splitlines()]
+    assert rows[-1]['kept_terms'] > 0 and 'loss_unsup_l1' in rows[-1] and 'loss_unsup_cls' not in rows[-1]
+    assert record(result, tmp_path / 'r')['curve']['kept_terms'][-1] == rows[-1]['kept_terms']
+
+
+def test_it_resumes_and_its_settings_count(tmp_path):
+    cfg = settings()
+    assert Trainer(cfg, tmp_path / 'r', progress=False).fit(until=3) is None
+    assert Trainer(cfg, tmp_path / 'r', progress=False).step == 3
+    with pytest.raises(ConfigError, match='method.strength: 0.5 -> 1.0'):
+        Trainer(settings(strength=1.0), tmp_path / 'r', progress=False)
+    assert config_hash(cfg) != config_hash(settings(strength=1.0)) != config_hash(tiny('run.test=false'))
+
+
+def test_its_settings_are_read_and_overridden_by_name():
+    cfg = override(settings(), ['method.strength=2'])
+    assert cfg.method.strength == 2.0 and from_dict(to_dict(cfg), settings()) == cfg
+    with pytest.raises(ConfigError, match="did you mean 'strength'"):
+        override(settings(), ['method.strenght=2'])
