@@ -1,14 +1,15 @@
 # %% [markdown]
 # # The main table {#sec-abl-main}
 #
-# > Three methods, two kinds of images, several fractions of labels; and the published table beside it, in its
-# > own colour.
+# > Compare three methods on two data sets with several fractions of labels. The published table stands below,
+# > in a colour of its own.
 #
-# Within a row all methods start from the same burn-in checkpoint of a seed, keep the same labelled images,
-# and take equally many iterations of equally many images. The detector is DINO (@sec-detector) at a size that
-# trains on two cores. Settings were chosen on development parts; test splits were read for these tables. On
-# the blood cells Semi-DETR takes its labels by class rates (@eq-mining-rate), which is this book's and not
-# the paper's; the mean teacher has one threshold of .3.
+# Within a row, all methods start from the same burn-in checkpoint of a seed, use the same labelled images,
+# and train for the same number of iterations with the same number of images per iteration. The detector is
+# DINO (@sec-detector) at a size that trains on two CPU cores. Settings were chosen on the development parts;
+# the test splits were read for these tables. On the blood cells, Semi-DETR filters its pseudo labels by class
+# rates (@eq-mining-rate), a filter of this book and not of the paper; the mean teacher uses a single
+# threshold of 0.3.
 
 # %% tags=["parameters"]
 results = 'results'  # folder of results
@@ -20,10 +21,10 @@ from statistics import mean
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
 from semidetr.draw import COLORS
-from semidetr.lab.report import markdown_table
 from semidetr.lab.report import (
     as_published,
     difference,
+    markdown_table,
     plus_minus,
     published,
     read_records,
@@ -50,7 +51,7 @@ names = dict(supervised='supervised', mean_teacher='mean teacher', semi_detr='Se
 
 
 def methods_only(study, arms):
-    "Records whose arms are called as the methods"
+    "Records of a study, with its arms renamed to the methods"
     return [
         r | dict(arms={m: r['arms'][a] for m, a in arms.items()})
         for r in read_records(results, study, list(arms.values()))
@@ -68,7 +69,7 @@ assert all(len({r['arms'][m]['iterations'] for r in runs for m in names}) == 1 f
 
 # %%
 #| label: tbl-abl-main
-#| tbl-cap: "COCO AP on the test split, averaged network, no suppression: mean and standard deviation over the seeds; gains of Semi-DETR are paired, with their 95 % interval."
+#| tbl-cap: "COCO AP on the test split, averaged network, without NMS: mean and standard deviation over the seeds; gains of Semi-DETR are paired differences with their 95 % interval."
 #| echo: false
 def row_of(key, metric='AP'):
     runs = rows[key]
@@ -85,7 +86,7 @@ markdown(markdown_table(columns, [row_of(key) for key in rows], align='l' + 'r' 
 
 # %%
 #| label: tbl-abl-main-nms
-#| tbl-cap: "The same with per-class suppression at an IoU of .6. Semi-DETR is made to do without; @sec-abl-nms says what it would take."
+#| tbl-cap: "The same with per-class NMS at an IoU of 0.6. Semi-DETR is designed to work without NMS; @sec-abl-nms shows what that requires."
 #| echo: false
 markdown(markdown_table(columns, [row_of(key, 'AP_nms') for key in rows], align='l' + 'r' * 5))
 
@@ -93,29 +94,20 @@ markdown(markdown_table(columns, [row_of(key, 'AP_nms') for key in rows], align=
 # %%
 #| echo: false
 def lines_of(key):
-    "What may be said about a row"
+    "The comparisons of a row in words, and what they were measured on"
     runs = rows[key]
-    return (
-        f"**{key[0]}, {key[1]}**\n\n"
-        + '\n'.join(
-            f"* {verdict(f'{names[a]} against {names[b]}', difference(runs, a, b))}"
-            for a, b in (
-                ('mean_teacher', 'supervised'),
-                ('semi_detr', 'supervised'),
-                ('semi_detr', 'mean_teacher'),
-            )
-        )
-        + '\n\n'
-        + scale_line(runs, names)
-    )
+    pairs = [('mean_teacher', 'supervised'), ('semi_detr', 'supervised'), ('semi_detr', 'mean_teacher')]
+    verdicts = [verdict(f'{names[a]} against {names[b]}', difference(runs, a, b)) for a, b in pairs]
+    bullets = '\n'.join(f'* {v}' for v in verdicts)
+    return f'**{key[0]}, {key[1]}**\n\n{bullets}\n\n{scale_line(runs, names)}'
 
 
 markdown('\n\n'.join(map(lines_of, rows)))
 
 # %%
 #| label: fig-abl-main
-#| fig-cap: "What unlabelled images add to supervised training: each point a seed, the bar the mean. Filled: as it is; rings: both suppressed."
-#| fig-alt: "Gain in AP of the mean teacher and of Semi-DETR over supervised training, one column a row of the table"
+#| fig-cap: "What unlabelled images add to supervised training: one point per seed, the bar is the mean. Filled points: without NMS; rings: both arms with NMS."
+#| fig-alt: "Gain in AP of the mean teacher and of Semi-DETR over supervised training, one column per row of the table"
 #| echo: false
 fig, ax = plt.subplots(figsize=(7.5, 3), dpi=80, layout='constrained')
 for i, runs in enumerate(rows.values()):
@@ -144,14 +136,15 @@ plt.show()
 # %% [markdown]
 # ## Published
 #
-# The paper's table for COCO, with one, five and ten percent of its 118 287 training images labelled, and
-# detectors more than twenty times the size. Absolute numbers cannot be compared with those above; what a
-# method adds to its own supervised row can, with care: the paper trains for 120 000 iterations of 40 images,
-# these rows for 180 to 300 of eight or ten, after a burn-in of 300 to 600.
+# The paper's table for COCO, with 1, 5 and 10 % of the 118 287 training images labelled. Its detectors are
+# more than twenty times the size of ours, so absolute numbers cannot be compared with those above. What a
+# method adds to its own supervised baseline can be compared, with care: the paper trains for 120 000
+# iterations of 40 images, our rows for 180 to 300 iterations of eight or ten images, after a burn-in of 300
+# to 600 iterations.
 
 # %%
 #| label: tbl-abl-main-paper
-#| tbl-cap: "COCO-Partial as published (coloured: not measured here): AP on val2017, mean and standard deviation over five folds."
+#| tbl-cap: "COCO-Partial as published (coloured: published, not measured here): AP on val2017, mean and standard deviation over five folds."
 #| echo: false
 def cell(row, i):
     return as_published(f"{row['ap'][i]:.2f}" + (f" ± {row['std'][i]:.2f}" if 'std' in row else ''))
@@ -170,10 +163,10 @@ markdown(
 
 # %%
 #| label: tbl-abl-main-steps
-#| tbl-cap: "What each method adds to supervised training of the same detector (DINO): coloured as published, the rest measured here. For COCO the mean teacher is the paper's *SSOD baseline*."
+#| tbl-cap: "Gain of each method over supervised training of the same detector (DINO): coloured cells are published, the others measured here. For COCO, the mean teacher is the paper's *SSOD baseline*."
 #| echo: false
 dino = {
-    row['method'].rpartition(', ')[2] if ', ' in row['method'] else row['method']: row['ap']
+    row['method'].rpartition(', ')[2]: row['ap']
     for row in published(results, 'coco_partial')
     if row['method'] in ('DINO, supervised only', 'DINO, SSOD baseline', 'Semi-DETR (DINO)')
 }
@@ -195,13 +188,14 @@ gains += [
 markdown(markdown_table(['images', 'labels', 'mean teacher', 'Semi-DETR'], gains, align='llrr'))
 
 # %% [markdown]
-# The paper's own runs are one command on its machines:
-# `semidetr ablate coco_partial --scale gpu --processes 8`, likewise `coco_full` and `voc` (@sec-guide-gpu).
+# On eight GPUs, the paper's own runs are one command:
+# `semidetr ablate coco_partial --scale gpu --processes 8`, and likewise for `coco_full` and `voc`
+# (@sec-guide-gpu).
 #
 # ## Summary
 #
-# - Rows are studies, columns arms; a later detector or data set is a few lines in `studies.toml`.
-# - Where an interval covers zero, the lines say that no difference was found; they are computed.
-# - What separates the methods is taken apart in @sec-abl-components (parts), @sec-abl-nms (suppression) and
-#   @sec-abl-txl-semi (real images).
-# - To repeat: `semidetr ablate components`, `components_50`, `txl_semi`, `txl_semi_long`.
+# - Rows are studies, columns are arms. Another detector or data set takes a few lines in `studies.toml`.
+# - Where an interval includes zero, the computed sentences say that no difference was found.
+# - Where the gains come from: @sec-abl-components (components), @sec-abl-nms (NMS) and @sec-abl-txl-semi
+#   (real images).
+# - To reproduce: `semidetr ablate components`, `components_50`, `txl_semi`, `txl_semi_long`.

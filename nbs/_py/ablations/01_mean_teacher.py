@@ -1,14 +1,14 @@
 # %% [markdown]
-# # Twenty labels, thousands of pictures {#sec-abl-demo}
+# # Twenty labels, thousands of images {#sec-abl-demo}
 #
-# > What unlabelled images are worth on the built-in scenes: supervised training, mean teacher and Semi-DETR,
-# > pair by pair.
+# > See what unlabelled images are worth on the built-in scenes: supervised training, mean teacher and
+# > Semi-DETR in paired comparison.
 #
-# All continuations start from the same burn-in checkpoint, keep the same twenty labelled scenes, see eight
-# images an iteration and run for the same number of iterations; seeds change the labelled scenes, the initial
+# All arms continue from the same burn-in checkpoint, use the same twenty labelled scenes, and train for the
+# same number of iterations with eight images per iteration. Seeds change the labelled scenes, the initial
 # weights and the order of the data. The numbers are those of the averaged network (the teacher; for
-# supervised training the same average of the student), on the test split, without non-maximum suppression.
-# `make book` runs the first seed again and executes this page with what it found.
+# supervised training, the same average of the student) on the test split, without non-maximum suppression
+# (NMS). `make book` trains the first seed again and executes this page with the result.
 
 # %% tags=["parameters"]
 results = 'results'  # folder of results
@@ -19,13 +19,14 @@ own = '../../runs/demo'  # folder of the run of `make book`, if there is one
 import json
 from pathlib import Path
 import matplotlib.pyplot as plt
-from semidetr.lab.demo import picture, table
-from semidetr.draw import COLORS
 from IPython.display import Markdown as markdown
-from semidetr.book.pages import markdown_table, write_home
+from semidetr.draw import COLORS
+from semidetr.lab.demo import picture, table
+from semidetr.book.pages import write_home
 from semidetr.lab.report import (
     arm_table,
     difference,
+    markdown_table,
     plot_arms,
     read_records,
     scale_line,
@@ -56,36 +57,32 @@ markdown(arm_table(runs, names, 'supervised'))
 #| echo: false
 gains = {a: difference(runs, a, 'supervised') for a in names if a != 'supervised'}
 assert all(g['n'] >= 3 for g in gains.values())
-markdown(
-    '\n'.join(
-        [
-            *(f"* {verdict(f'{names[a]} against supervised', g)}" for a, g in gains.items()),
-            f"* {verdict('Semi-DETR against mean teacher', difference(runs, 'shm_cqc_cpm', 'mean_teacher'))}",
-            f"* {verdict('the same with suppression', difference(runs, 'shm_cqc_cpm', 'mean_teacher', 'AP_nms'))}",
-            f"* {verdict('the same, students instead of their averages', difference(runs, 'shm_cqc_cpm', 'mean_teacher', who='student'))}",
-        ]
-    )
-    + '\n\n'
-    + scale_line(runs, names)
-    + '\n\nWhich part of Semi-DETR adds what, and why suppression matters: @sec-abl-components.'
-)
+both = (runs, 'shm_cqc_cpm', 'mean_teacher')
+lines = [verdict(f'{names[a]} against supervised', g) for a, g in gains.items()]
+lines.append(verdict('Semi-DETR against mean teacher', difference(*both)))
+lines.append(verdict('the same, both with NMS', difference(*both, 'AP_nms')))
+lines.append(verdict('the same, students instead of their averages', difference(*both, who='student')))
+bullets = '\n'.join(f'* {line}' for line in lines)
+more = 'What each component of Semi-DETR adds, and why NMS matters: @sec-abl-components.'
+markdown(f'{bullets}\n\n{scale_line(runs, names)}\n\n{more}')
 
 # %%
 #| label: fig-abl-demo-gain
-#| fig-cap: "Each line is one seed through the methods: seeds differ by as much as methods do, so methods are compared within a seed."
-#| fig-alt: "AP of the methods, one line a seed"
+#| fig-cap: "AP of the methods, one line per seed. Seeds differ by as much as methods do, so methods are compared within a seed."
+#| fig-alt: "AP of the methods, one line per seed"
 #| echo: false
 plot_arms(runs, names)
 plt.show()
 
 # %% [markdown]
-# ## The teacher's labels, against the hidden truth
+# ## Pseudo labels against the hidden ground truth
 #
-# The method never sees the boxes of the unlabelled scenes; the health monitor (@sec-health) does.
+# The method has no access to the boxes of the unlabelled scenes; only the health monitor (@sec-health)
+# compares with them.
 
 # %%
 #| label: fig-abl-demo-health
-#| fig-cap: "Pseudo labels of the mean teacher against the hidden truth, over a moving window: at this threshold many boxes are wrong, and many objects are missed."
+#| fig-cap: "Quality of the mean teacher's pseudo labels by hidden ground truth, over a moving window: at this threshold many boxes are wrong, and many objects are missed."
 #| fig-alt: "Precision and recall of the pseudo labels over the iterations"
 #| echo: false
 fig, ax = plt.subplots(figsize=(5, 2.8), dpi=80)
@@ -100,11 +97,11 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# ## What they see
+# ## Detections
 
 # %%
 #| label: fig-abl-demo-pictures
-#| fig-cap: "The same test scenes: truth and all methods, detections with a score of at least 0.3."
+#| fig-cap: "Ground truth and detections of all methods on the same test scenes; score at least 0.3."
 #| fig-alt: "Grid of scenes with true boxes and the detections of all methods"
 #| echo: false
 picture(mine or committed, n=4)
@@ -112,41 +109,44 @@ picture(mine or committed, n=4)
 # %%
 #| hide
 picture(committed, n=3).savefig('results/home.png', dpi=90, bbox_inches='tight')
-cells = [
-    [
-        n,
-        *(spread(values(runs, a, key)) for key in ('AP', 'AP50', 'AP_nms')),
-        ', '.join(f'{x:.1f}' for x in values(runs, a)),
-    ]
-    for a, n in names.items()
-]
+cells = []
+for a, n in names.items():
+    each = ', '.join(f'{x:.1f}' for x in values(runs, a))
+    cells.append([n, *(spread(values(runs, a, key)) for key in ('AP', 'AP50', 'AP_nms')), each])
+caption = (
+    'Scenes of the test split: ground truth, supervised training, mean teacher and Semi-DETR (seed 0), '
+    'all trained with the same twenty labelled scenes.'
+)
+result = (
+    f'Twenty labelled scenes, {len(runs)} seeds, means and standard deviations on 300 test scenes: '
+    f"unlabelled scenes add {gains['mean_teacher']['mean']:.1f} AP with a mean teacher "
+    f"and {gains['shm_cqc_cpm']['mean']:.1f} with Semi-DETR"
+)
 write_home(
     'results/_home.md',
     'nbs/ablations/results/home.png',
-    'Scenes of the test split: truth, supervised training, mean teacher and Semi-DETR (seed 0), all from the same twenty labelled scenes.',
+    caption,
     'Three scenes with true boxes and the detections of all methods',
     markdown_table(['method', 'AP', 'AP50', 'AP with NMS', 'AP of each seed'], cells),
-    f"Twenty labelled scenes, {len(runs)} seeds, means and standard deviations on 300 test scenes: unlabelled scenes add {gains['mean_teacher']['mean']:.1f} AP through a mean teacher and {gains['shm_cqc_cpm']['mean']:.1f} through Semi-DETR",
+    result,
 )
 
 # %% [markdown]
 # ## Your run
 #
-# When this page was last executed by `make book`, its own run gave:
+# The result of the run that `make book` made before it executed this page:
 
 # %%
 #| echo: false
-markdown(
-    '\n'.join(table(mine))
-    if mine
-    else '*No run of `make book` was found beside this page; the pictures above are those of the committed study.*'
-)
+no_run = '*No run of `make book` was found; the pictures above are those of the committed study.*'
+markdown('\n'.join(table(mine)) if mine else no_run)
 
 # %% [markdown]
 # ## Summary
 #
-# - With twenty labels the detector is far from what its size allows; unlabelled scenes add several points on
-#   average.
-# - The gain is paired: same split, same start, same number of images.
-# - At this threshold many pseudo labels are wrong, and the student gains all the same.
-# - To repeat the whole study: `semidetr ablate components`; one seed of it, with pictures: `semidetr demo`.
+# - With twenty labels the detector is far below what its size allows; unlabelled scenes add several points of
+#   AP on average.
+# - The gain is paired: same split, same initial checkpoint, same number of images.
+# - At this threshold many pseudo labels are wrong, and the student still gains.
+# - To reproduce the whole study: `semidetr ablate components`; one seed of it, with pictures:
+#   `semidetr demo`.

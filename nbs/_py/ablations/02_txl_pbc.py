@@ -1,19 +1,19 @@
 # %% [markdown]
 # # Real images: blood cells {#sec-abl-txl}
 #
-# > A detection transformer on 850 photographs of blood, with all, a tenth and a twentieth of the labels, and
-# > with a teacher for the rest.
+# > Train a detection transformer on 850 photographs of blood cells with 100, 10 and 5 % of the labels, and
+# > use a mean teacher for the unlabelled rest.
 #
-# The data set txl_pbc holds three classes of blood cells, 17.6 boxes an image, and one rare and small class,
-# the platelets. Everything was chosen on a development part of 100 training images; the 244 test images were
-# read once, for this page. The detector is the small one (@sec-detector): EfficientNet-Lite0 with ImageNet
-# weights, one encoder and three decoder layers of width 128, 300 queries.
+# The data set txl_pbc has three classes of blood cells and 17.6 boxes per image; one class, the platelets, is
+# rare and small. All settings were chosen on a development part of 100 training images; the 244 test images
+# were read once, for this page. The detector is the small one (@sec-detector): EfficientNet-Lite0 with
+# ImageNet weights, one encoder and three decoder layers of width 128, 300 queries.
 #
-# All supervised runs have the same length, eight images an iteration, one-to-many matching for the first five
-# eighths and one-to-one for the rest, so that most duplicates go. The mean teacher starts from the averaged
-# network of the supervised run with 5 % and is compared with a supervised continuation from the same weights:
-# 250 iterations of twelve images each. The run with every label was continued as well, for 600 iterations of
-# eight images, to see how far it had been from its plateau.
+# All supervised runs have the same length and eight images per iteration. Matching is one-to-many for the
+# first five eighths of a run and one-to-one for the rest, which removes most duplicates. The mean teacher
+# starts from the averaged network of the supervised run with 5 % and is compared with a supervised
+# continuation from the same weights: both take 250 iterations of twelve images. The run with all labels was
+# also continued, for 600 iterations of eight images, to see how far it was from its plateau.
 
 # %%
 #| hide
@@ -38,11 +38,11 @@ ORDER = [
 rows = [(title, records[key]) for key, title in ORDER]
 
 # %% [markdown]
-# ## What came out
+# ## Results
 
 # %%
 #| label: tbl-abl-txl-main
-#| tbl-cap: "Test split, averaged network, no suppression. Platelets are the rare class; CPU-minutes of one thread include evaluation on the way."
+#| tbl-cap: "Test split, averaged network, without NMS. Platelets are the rare class. CPU-minutes are those of one thread and include evaluation during training."
 #| echo: false
 cells = []
 for title, r in rows:
@@ -70,14 +70,15 @@ gain = ap['mean_teacher_5'] - ap['supervised_5_longer']
 word = 'adds' if gain > 0 else 'loses'
 trained = ', '.join(f"{r['hash']} ({r['commit']})" for _, r in rows)
 markdown(
-    f"**With every label the detector reaches {ap['supervised_100']:.1f} AP, with a tenth {ap['supervised_10']:.1f}, with a twentieth {ap['supervised_5']:.1f}. "
-    f"Going on from there, the mean teacher {word} {abs(gain):.1f} AP against going on with the labels alone.** One seed; "
-    f"configurations (commits): {trained}."
+    f"**With all labels the detector reaches {ap['supervised_100']:.1f} AP, "
+    f"with 10 % {ap['supervised_10']:.1f} and with 5 % {ap['supervised_5']:.1f}. "
+    f"Continued from the 5 % run, the mean teacher {word} {abs(gain):.1f} AP "
+    f"compared with the labels alone.** One seed; configurations (commits): {trained}."
 )
 
 # %%
 #| label: fig-abl-txl-curves
-#| fig-cap: "AP of the averaged network on the development part. Until iteration 500 an object has several positives, and duplicates cost AP; one-to-one matching removes most of them. A continuation starts where its run ended, the mean teacher where the 5 % run did."
+#| fig-cap: "AP of the averaged network on the development part. Until iteration 500 each object has several positives, and duplicates cost AP; one-to-one matching then removes most of them. A continuation starts where its run ended, the mean teacher where the 5 % run ended."
 #| fig-alt: "AP over iterations for all runs"
 #| echo: false
 fig, ax = plt.subplots(figsize=(5.5, 3), dpi=80)
@@ -87,7 +88,8 @@ start = dict(
 for (key, title), color in zip(
     ORDER, (COLORS['truth'], COLORS['truth'], 'grey', COLORS['student'], COLORS['student'], COLORS['teacher'])
 ):
-    r, shift = records[key], records[start[key]]['iterations'] if key in start else 0
+    r = records[key]
+    shift = records[start[key]]['iterations'] if key in start else 0
     points = [(h['step'] + shift, h['teacher']['AP']) for h in r['history']]
     if points and points[-1][0] < r['iterations'] + shift:
         points.append((r['iterations'] + shift, r['metrics']['dev']['teacher']['AP']))
@@ -105,8 +107,8 @@ plt.show()
 # %% [markdown]
 # ## The same in plain PyTorch
 #
-# All of these runs use the native attention op (@sec-native). It rounds differently from plain PyTorch, and
-# training multiplies rounding; so one continuation was trained again with `SEMIDETR_OPS=torch`.
+# All these runs use the native attention op (@sec-native). It rounds differently from plain PyTorch, and
+# training amplifies rounding differences. So one continuation was trained again with `SEMIDETR_OPS=torch`.
 
 # %%
 #| echo: false
@@ -114,14 +116,17 @@ native, plain = (
     records[k]['metrics']['val']['teacher'] for k in ('supervised_5_longer', 'supervised_5_longer_plain')
 )
 markdown(
-    f"Continued with 5 % of the labels: {native['AP']:.1f} AP ({native['AP50']:.1f} AP50) with the op, {plain['AP']:.1f} ({plain['AP50']:.1f}) without, a difference of {abs(plain['AP'] - native['AP']):.1f} AP. How much time the op saves is on the page @sec-speed."
+    f"Continued with 5 % of the labels: {native['AP']:.1f} AP ({native['AP50']:.1f} AP50) with the op, "
+    f"{plain['AP']:.1f} ({plain['AP50']:.1f}) without, "
+    f"a difference of {abs(plain['AP'] - native['AP']):.1f} AP. "
+    'How much time the op saves: @sec-speed.'
 )
 
 # %% [markdown]
-# ## The teacher's labels
+# ## Pseudo labels
 #
-# Boxes of the unlabelled images are known here and hidden from the method; the monitor (@sec-health)
-# compares.
+# The true boxes of the unlabelled images are known here but hidden from the method; the health monitor
+# (@sec-health) compares with them.
 
 # %%
 #| label: fig-abl-txl-health
@@ -137,36 +142,40 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# ## What holds it back
+# ## What limits the result
 #
-# - The rare class: platelets are one box in thirty-four, small, and blurred at this input size. They have the
-#   largest difference between AP and AP50.
-# - Input size: images are shown at a short side of 208 pixels, two thirds of what the files have, to fit a
-#   run into minutes of one core.
-# - Length: the curves have flattened but not stopped rising; every image of the 100 % run is seen fewer than
-#   ten times, and its continuation still gains several points.
+# - The rare class: one box in thirty-four is a platelet; platelets are small, and blurred at this input size.
+#   They have the largest difference between AP and AP50.
+# - Input size: images have a short side of 208 pixels, two thirds of the files' size, so that a run takes
+#   minutes on one core.
+# - Length: the curves have flattened but are still rising. The 100 % run draws each image fewer than ten
+#   times, and its continuation still gains several points.
 #
-# ## Repeat it
+# ## Reproduce it
 #
-# Each run is one command like these; `--data` finds `txl_pbc` under `SEMIDETR_DATA`:
+# Each run is one command like these. `--data txl_pbc` is looked up in the folder `SEMIDETR_DATA`:
 #
 # ```bash
-# semidetr train --data txl_pbc --preset small -o runs/txl/supervised_100 method.name=supervised loader.n_labelled=8 optim.iters=800
-# semidetr train --data txl_pbc --preset small -o runs/txl/supervised_100_longer method.name=supervised loader.n_labelled=8 \
-#     run.init=runs/txl/supervised_100 method.burn_in_iters=0 method.T1=0 optim.iters=600 optim.lr=5e-4
-# semidetr train --data txl_pbc --preset small -o runs/txl/supervised_5 --percent 5 method.name=supervised loader.n_labelled=8 optim.iters=800
-# semidetr train --data txl_pbc --preset small -o runs/txl/mean_teacher_5 --percent 5 --method mean_teacher pseudo.threshold=0.3 \
-#     run.init=runs/txl/supervised_5 method.burn_in_iters=0 method.T1=0 optim.iters=250 optim.lr=5e-4
+# semidetr train --data txl_pbc --preset small -o runs/txl/supervised_100 \
+#     method.name=supervised loader.n_labelled=8 optim.iters=800
+# semidetr train --data txl_pbc --preset small -o runs/txl/supervised_100_longer \
+#     method.name=supervised loader.n_labelled=8 run.init=runs/txl/supervised_100 \
+#     method.burn_in_iters=0 method.T1=0 optim.iters=600 optim.lr=5e-4
+# semidetr train --data txl_pbc --preset small -o runs/txl/supervised_5 --percent 5 \
+#     method.name=supervised loader.n_labelled=8 optim.iters=800
+# semidetr train --data txl_pbc --preset small -o runs/txl/mean_teacher_5 --percent 5 \
+#     --method mean_teacher pseudo.threshold=0.3 run.init=runs/txl/supervised_5 \
+#     method.burn_in_iters=0 method.T1=0 optim.iters=250 optim.lr=5e-4
 # ```
 #
 # ## Summary
 #
-# - At the same length, forty-two labelled images train a detection transformer on these cells to within a few
-#   points of the one that has every label. Going on opens the gap: every label is worth more in 600 further
-#   iterations than forty-two are in 250.
-# - One-to-many matching first and one-to-one later: fast learning, then fewer duplicates.
-# - The teacher's labels are precise and nearly complete here, and yet add nothing in 250 iterations. A likely
-#   reason: the network is still learning from its own labels, of which the supervised continuation sees three
-#   times as many an iteration. This run also has the ramp and the cold start that @sec-abl-txl-semi found out
-#   about; today's command starts past them.
-# - Platelets, input size and length are what is left to gain.
+# - In runs of equal length, forty-two labelled images bring a detection transformer to within a few points of
+#   AP of the run with all labels. Continuations widen the gap: 600 further iterations with all labels gain
+#   more than 250 with forty-two.
+# - One-to-many matching first and one-to-one matching later: fast learning, then fewer duplicates.
+# - The pseudo labels are precise and nearly complete here, and yet add nothing in 250 iterations. A likely
+#   reason: the network is still learning from the labelled images, of which the supervised continuation sees
+#   three times as many per iteration. This run also has the EMA ramp and the cold start whose cost
+#   @sec-abl-txl-semi explains; the command as it is today avoids both.
+# - What remains to be gained: platelets, input size, training length.

@@ -1,18 +1,18 @@
 # %% [markdown]
-# # The parts of Semi-DETR {#sec-abl-components}
+# # The components of Semi-DETR {#sec-abl-components}
 #
-# > What hybrid matching, cross-view consistency and mining each add on the built-in scenes, with twenty and
-# > with fifty labels, seed by seed.
+# > See what hybrid matching, cross-view consistency and mining each add on the built-in scenes, with twenty
+# > and with fifty labels, for every seed.
 #
 # The arms are cumulative, as in the component table of the paper: supervised training, a mean teacher, then
-# stage-wise hybrid matching (SHM, @sec-matching), cross-view query consistency on the trusted boxes (CQC,
-# @sec-consistency), and mining of more boxes for it (CPM, @sec-mining). Within a seed all arms start from one
-# burn-in checkpoint, keep the same labelled scenes, and take the same number of iterations and images.
-# Settings were chosen with twenty labels on the development part of seed 0, and used with fifty as they were;
-# the test split was read for these tables.
+# stage-wise hybrid matching (SHM, @sec-matching), cross-view query consistency on the boxes above the
+# threshold (CQC, @sec-consistency), and mining of more boxes for consistency (CPM, @sec-mining). Within a
+# seed, all arms start from one burn-in checkpoint, use the same labelled scenes, and take the same number of
+# iterations and images. Settings were chosen with twenty labels on the development part of seed 0 and used
+# unchanged with fifty; the test split was read for these tables.
 
 # %% tags=["parameters"]
-results = 'results'  # folder with one folder a study and in it one JSON a seed
+results = 'results'  # one folder per study, with one JSON file per seed
 
 # %%
 #| hide
@@ -20,11 +20,11 @@ from statistics import mean
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
 from semidetr.draw import COLORS
-from semidetr.lab.report import markdown_table
 from semidetr.lab.report import (
     arm_table,
     as_published,
     difference,
+    markdown_table,
     plot_arms,
     plus_minus,
     published,
@@ -46,30 +46,24 @@ names = dict(
     shm_cqc_cpm='+ SHM + CQC + CPM',
 )
 chain = list(names)
-studies = {
-    n: read_records(results, folder, names) for n, folder in ((20, 'components'), (50, 'components_50'))
-}
+studies = {20: read_records(results, 'components', names), 50: read_records(results, 'components_50', names)}
+
+
+def compared(runs, arm, base, key='AP', note=''):
+    "One difference in words"
+    what = f"{names[arm].removeprefix('+ ')} against {names[base].removeprefix('+ ')}{note}"
+    return verdict(what, difference(runs, arm, base, key))
 
 
 def sentences(runs):
-    "All differences in words, and the scale"
+    "All differences in words, and what they were measured on"
     assert len(runs) >= 3 and {r['arms'][a]['iterations'] for r in runs for a in names} == {300}
-    say = lambda arm, base, key='AP': verdict(
-        f"{names[arm].removeprefix('+ ')} against {names[base].removeprefix('+ ')}{', both suppressed' if key == 'AP_nms' else ''}",
-        difference(runs, arm, base, key),
-    )
-    lines = [
-        say(chain[-1], 'supervised'),
-        say(chain[-1], 'mean_teacher'),
-        *(say(b, a) for a, b in zip(chain, chain[1:])),
-    ]
-    lines += [
-        say(chain[-1], 'mean_teacher', 'AP_nms'),
-        verdict(
-            'the same, students instead of their averages',
-            difference(runs, chain[-1], 'mean_teacher', who='student'),
-        ),
-    ]
+    full = chain[-1]
+    lines = [compared(runs, full, base) for base in ('supervised', 'mean_teacher')]
+    lines += [compared(runs, arm, base) for base, arm in zip(chain, chain[1:])]
+    lines.append(compared(runs, full, 'mean_teacher', 'AP_nms', ', both with NMS'))
+    students = difference(runs, full, 'mean_teacher', who='student')
+    lines.append(verdict('the same, students instead of their averages', students))
     return '\n'.join(f'* {line}' for line in lines) + '\n\n' + scale_line(runs, names)
 
 
@@ -78,7 +72,7 @@ def sentences(runs):
 
 # %%
 #| label: tbl-abl-components
-#| tbl-cap: "COCO AP on 300 test scenes, in percent, without suppression: mean and standard deviation over the seeds, and the paired difference to the mean teacher with its 95 % interval."
+#| tbl-cap: "COCO AP on 300 test scenes, in percent, without NMS: mean and standard deviation over the seeds, and the paired difference to the mean teacher with its 95 % interval."
 #| echo: false
 markdown(arm_table(studies[20], names, 'mean_teacher'))
 
@@ -101,36 +95,39 @@ markdown(sentences(studies[50]))
 
 
 # %% [markdown]
-# What a part adds is partly hidden by duplicates: one-to-many matching leaves them, two hundred iterations of
-# one-to-one matching do not unlearn all of them, and the averaged network still carries some of the first
-# stage's weights. The columns with suppression show what the boxes are worth; @sec-abl-nms takes this apart.
+# Duplicates hide some of what a component adds: one-to-many matching produces them, two hundred iterations of
+# one-to-one matching do not remove all of them, and the averaged network still contains weights of the first
+# stage. The columns with NMS show the quality of the boxes themselves; @sec-abl-nms analyses the difference.
 
 # %%
 #| echo: false
 def added(runs, arm):
+    "Mean AP that NMS adds to an arm"
     return mean(b - a for a, b in zip(values(runs, arm), values(runs, arm, 'AP_nms')))
 
 
-markdown(
-    '\n'.join(
-        f"* {n} labels: suppression adds {added(runs, 'mean_teacher'):.1f} AP to the mean teacher and {added(runs, chain[-1]):.1f} to the full method; so {added(runs, chain[-1]) - added(runs, 'mean_teacher'):.1f} AP of what its boxes gain are spent on duplicates."
-        for n, runs in studies.items()
+lines = []
+for n, runs in studies.items():
+    teacher, full = added(runs, 'mean_teacher'), added(runs, chain[-1])
+    lines.append(
+        f'* {n} labels: NMS adds {teacher:.1f} AP to the mean teacher and {full:.1f} to the full method; '
+        f'so duplicates cost the full method {full - teacher:.1f} AP more.'
     )
-)
+markdown('\n'.join(lines))
 
 # %% [markdown]
-# ## Leaving one out
+# ## Leave-one-out
 #
-# Mined boxes serve consistency alone, so leaving consistency out leaves SHM, and leaving mining out leaves
-# SHM + CQC: two of the three are arms of the table above. Without SHM both stages match one-to-one, and the
-# other two parts act to the end.
+# Mined boxes are used for consistency only. So the method without consistency is SHM, and without mining it
+# is SHM + CQC: two of the three rows are arms of the table above. Without SHM, both stages match one-to-one,
+# and the other two components are active to the end.
 
 # %%
 #| label: tbl-abl-components-out
-#| tbl-cap: "Twenty labels: the full method without one of its parts, against the full method."
+#| tbl-cap: "Twenty labels: the full method without one of its components, compared with the full method."
 #| echo: false
 without = dict(
-    shm_cqc_cpm='all three parts',
+    shm_cqc_cpm='all three components',
     no_shm='without SHM',
     shm='without CQC (and so without CPM)',
     shm_cqc='without CPM',
@@ -142,19 +139,18 @@ markdown(arm_table(left_out, without, 'shm_cqc_cpm'))
 
 # %%
 #| echo: false
-markdown(
-    verdicts(left_out, without, 'shm_cqc_cpm') + '\n\n' + scale_line(left_out, dict(no_shm=without['no_shm']))
-)
+scale = scale_line(left_out, dict(no_shm=without['no_shm']))
+markdown(f"{verdicts(left_out, without, 'shm_cqc_cpm')}\n\n{scale}")
 
 # %% [markdown]
 # ## Equal CPU time
 #
-# All arms see equally many images, but a teacher has to look at them as well, so the arms take unequal time.
-# Here labels alone go on for five hundred iterations.
+# All arms train on equally many images, but with a teacher an iteration costs more. Here the supervised arm
+# trains for five hundred iterations, so that all arms take about the same CPU time.
 
 # %%
 #| label: tbl-abl-components-time
-#| tbl-cap: "Twenty labels: labels alone for as much CPU time as the full method takes."
+#| tbl-cap: "Twenty labels: supervised training for about as much CPU time as the full method takes."
 #| echo: false
 alone = dict(
     supervised='supervised, 500 iterations', mean_teacher='mean teacher', shm_cqc_cpm='SHM + CQC + CPM'
@@ -167,32 +163,29 @@ markdown(arm_table(longer, alone, 'supervised'))
 # %%
 #| echo: false
 more = difference(with_arm(longer, studies[20], 'supervised', 'shorter'), 'supervised', 'shorter')
+scale = scale_line(longer, dict(supervised=alone['supervised']))
 markdown(
-    f"Two hundred iterations more are worth {plus_minus(more)} AP to labels alone.\n\n{verdicts(longer, alone, 'supervised')}\n\n{scale_line(longer, dict(supervised=alone['supervised']))}"
+    f'Two hundred more iterations change supervised training by {plus_minus(more)} AP.\n\n'
+    f"{verdicts(longer, alone, 'supervised')}\n\n{scale}"
 )
 
 # %% [markdown]
-# ## Beside the paper
+# ## Comparison with the paper
 #
-# The paper measured the same steps with DINO on a tenth of COCO. The absolute numbers cannot be compared, the
-# steps can.
+# The paper measured the same steps with DINO and 10 % of the labels of COCO. The absolute numbers cannot be
+# compared, the steps can.
 
 # %%
 #| label: tbl-abl-components-paper
 #| tbl-cap: "AP of the paper (coloured: published, not measured here), and what each arm adds to the one above it, there and here."
 #| echo: false
-theirs = [row['ap'][0] for row in published(results, 'components')]
-rows = []
-for i, arm in enumerate(chain[1:]):
-    before = (
-        [
-            as_published(f'{theirs[i] - theirs[i - 1]:+.1f}'),
-            *(plus_minus(difference(runs, arm, chain[i])) for runs in studies.values()),
-        ]
-        if i
-        else [''] * 3
-    )
-    rows.append([names[arm], as_published(theirs[i]), *before])
+paper_ap = [row['ap'][0] for row in published(results, 'components')]
+rows = [[names['mean_teacher'], as_published(paper_ap[0]), '', '', '']]
+for i in range(1, len(paper_ap)):
+    base, arm = chain[i], chain[i + 1]
+    step = as_published(f'{paper_ap[i] - paper_ap[i - 1]:+.1f}')
+    measured = [plus_minus(difference(runs, arm, base)) for runs in studies.values()]
+    rows.append([names[arm], as_published(paper_ap[i]), step, *measured])
 markdown(
     markdown_table(
         ['arm', 'paper, COCO 10 %', 'step in the paper', 'step, 20 labels', 'step, 50 labels'], rows
@@ -201,8 +194,8 @@ markdown(
 
 # %%
 #| label: fig-abl-components
-#| fig-cap: "Each line is one seed through the arms: what a part adds is smaller than what separates two seeds, which is why arms are compared within a seed."
-#| fig-alt: "AP of every arm, one line a seed, for twenty and for fifty labels"
+#| fig-cap: "AP of all arms, one line per seed: a component adds less than the difference between two seeds, so arms are compared within a seed."
+#| fig-alt: "AP of every arm, one line per seed, for twenty and for fifty labels"
 #| echo: false
 fig, axes = plt.subplots(1, 2, figsize=(8, 3), dpi=80, layout='constrained', sharey=True)
 for ax, (n, runs) in zip(axes, studies.items()):
@@ -211,55 +204,50 @@ for ax, (n, runs) in zip(axes, studies.items()):
 axes[1].set_ylabel('')
 plt.show()
 
+
 # %% [markdown]
-# ## Are the parts alive?
+# ## Are the components active?
 #
-# A method can pass every test and still do nothing in a run. So the logs are asked: mining must find boxes
-# that the threshold alone would miss, the consistency loss must reach its projector with a gradient, and
-# one-to-many matching must give an object several queries.
+# A method can pass every test and still do nothing in a run. So the logs are checked: mining must find boxes
+# that the threshold alone would miss, the projector must receive a gradient from the consistency loss, and
+# one-to-many matching must assign several queries to each object.
 
 # %%
 #| echo: false
+def first_stage(runs, arm, key):
+    "Logged values of each seed before T1"
+    T1 = runs[0]['arms'][arm]['config']['method']['T1']
+    curves = [r['arms'][arm]['curve'] for r in runs]
+    return [[x for x, s in zip(c[key], c['step']) if s < T1 and x is not None] for c in curves]
+
+
 lines = []
 for n, runs in studies.items():
-    curves, config = (
-        [r['arms']['shm_cqc_cpm']['curve'] for r in runs],
-        runs[0]['arms']['shm_cqc_cpm']['config'],
-    )
-    k, T1 = config['criterion']['k'], config['method']['T1']
-
-    def early(key):
-        return [[x for x, s in zip(c[key], c['step']) if s < T1 and x is not None] for c in curves]
-
-    positives = mean(map(mean, early('positives_per_object')))
-    con, alone = (
-        mean(
-            x
-            for r in runs
-            for x, s in zip(r['arms'][arm]['curve']['con_boxes'], r['arms'][arm]['curve']['step'])
-            if s < T1 and x is not None
-        )
-        for arm in ('shm_cqc_cpm', 'shm_cqc')
-    )
-    pull = min(map(min, early('parts_grad_norm')))
-    assert con > 1.2 * alone and pull > 0 and k / 2 < positives <= k
+    k = runs[0]['arms']['shm_cqc_cpm']['config']['criterion']['k']
+    positives = mean(map(mean, first_stage(runs, 'shm_cqc_cpm', 'positives_per_object')))
+    mined = mean(sum(first_stage(runs, 'shm_cqc_cpm', 'con_boxes'), []))
+    unmined = mean(sum(first_stage(runs, 'shm_cqc', 'con_boxes'), []))
+    gradient = min(map(min, first_stage(runs, 'shm_cqc_cpm', 'parts_grad_norm')))
+    assert mined > 1.2 * unmined and gradient > 0 and k / 2 < positives <= k
     lines.append(
-        f'* {n} labels: in the first stage the full method asks for consistency on {con:.1f} boxes an image, without mining on {alone:.1f}; the smallest logged norm of the projector gradient is {pull:.2g}; '
-        f'an object has {positives:.1f} positive queries, of k={k}.'
+        f'* {n} labels: in the first stage the full method uses {mined:.1f} boxes per image for consistency, '
+        f'without mining {unmined:.1f}; '
+        f'the smallest logged norm of the projector gradient is {gradient:.2g}; '
+        f'an object has {positives:.1f} positive queries on average (k={k}).'
     )
 markdown('\n'.join(lines))
 
 # %% [markdown]
 # ## Three filters on one teacher
 #
-# In a run of the full method three filters judge the same boxes of the same teacher at every step: mean + std
-# of each image gives the initial boxes $B^0$; the fixed score keeps those that train classes and boxes,
-# $B^{sup}$; the mixture on the costs adds what it mines to them, which is $B^{con}$. Their precision and
-# recall, by hidden truth (@sec-health):
+# In a run of the full method, three filters select from the same boxes of the same teacher at every step:
+# mean + std of each image gives the initial boxes $B^0$; a fixed score threshold keeps those that train
+# classes and boxes, $B^{sup}$; and the mixture on the costs adds the mined boxes to them, which gives
+# $B^{con}$. Their precision and recall by hidden ground truth (@sec-health):
 
 # %%
 #| label: fig-abl-components-filters
-#| fig-cap: "Fifty labels, mean over the seeds. The mined set lies between the other two: it finds more objects than the fixed score and holds fewer wrong boxes than mean + std. Each point is an average over the last fifty iterations."
+#| fig-cap: "Fifty labels, mean over the seeds. The mined set lies between the other two: it finds more objects than the fixed threshold and contains fewer wrong boxes than mean + std. Each point is an average over the last fifty iterations."
 #| fig-alt: "Precision and recall of the fixed threshold, of mean + std and of mining over the iterations"
 #| echo: false
 filters = dict(
@@ -309,10 +297,10 @@ plt.show()
 # %% [markdown]
 # ## Summary
 #
-# - Every arm differs from its neighbour by one part, and from its seed's other arms by nothing else.
-# - The lines above are computed from the records; where an interval covers zero, they say that no difference
-#   was found.
-# - To see smaller differences than these it takes more seeds, or runs long enough for the parts to act: the
-#   consistency of the official code works for sixty thousand iterations (by the paper's text to the end),
-#   here for a hundred.
-# - To repeat the first seed: `semidetr ablate components --seeds 1`, and `components_50` likewise.
+# - Each arm adds one component to the arm above it; everything else is the same within a seed.
+# - The sentences above are computed from the records; where an interval includes zero, they say that no
+#   difference was found.
+# - To resolve smaller differences takes more seeds, or runs long enough for the components to have an effect:
+#   consistency is active for sixty thousand iterations in the official code (to the end by the paper's text),
+#   and for a hundred here.
+# - To reproduce the first seed: `semidetr ablate components --seeds 1`, and likewise `components_50`.

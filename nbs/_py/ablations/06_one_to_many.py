@@ -1,13 +1,13 @@
 # %% [markdown]
-# # Which one-to-many? {#sec-abl-assigners}
+# # Which one-to-many assignment? {#sec-abl-assigners}
 #
-# > The first stage with four ways of giving an object several queries, from the same burn-ins.
+# > Compare four rules that assign several queries to each object in the first stage, from the same burn-ins.
 #
-# Stage-wise hybrid matching needs *some* assignment of several queries to an object. The paper ranks queries
-# by $s\,u^6$ and takes the best $k$ (@eq-matching-metric); dense detectors have other rules: Max-IoU takes
-# every query above an overlap, ATSS sets that overlap from the statistics of each object, SimOTA lets the
-# predictions decide how many queries an object gets (@sec-assigners). Here only that rule changes, for the
-# one hundred iterations of the first stage. The reference is the full method of @sec-abl-components.
+# Stage-wise hybrid matching needs a rule that assigns several queries to each object. The paper ranks queries
+# by $s\,u^6$ and takes the best $k$ (@eq-matching-metric). Dense detectors have other rules: Max-IoU takes
+# every query above an IoU threshold, ATSS sets this threshold from the statistics of each object, and SimOTA
+# derives the number of queries per object from the predictions (@sec-assigners). Here only the rule changes,
+# for the one hundred iterations of the first stage. The reference is the full method of @sec-abl-components.
 
 # %% tags=["parameters"]
 results = 'results'  # folder of results
@@ -32,7 +32,7 @@ runs = with_arm(
 assert all(r['arms'][a]['config']['criterion']['o2m'] == a for r in runs for a in names)
 
 # %% [markdown]
-# ## What came out
+# ## Results
 
 # %%
 #| label: tbl-abl-assigners
@@ -42,41 +42,31 @@ markdown(arm_table(runs, names, 'task_aligned'))
 
 # %%
 #| echo: false
-markdown(
-    verdicts(
-        runs,
-        {a: n if a == 'task_aligned' else f'{n} against task-aligned' for a, n in names.items()},
-        'task_aligned',
-    )
-    + '\n\n'
-    + scale_line(runs, names)
-)
+compared = {a: f'{n} against task-aligned' for a, n in names.items()}
+markdown(f"{verdicts(runs, compared, 'task_aligned')}\n\n{scale_line(runs, names)}")
 
 # %%
 #| label: fig-abl-assigners
-#| fig-cap: "Differences to task-aligned matching, with their 95 % intervals: as it is, and both suppressed."
+#| fig-cap: "Differences to task-aligned matching with their 95 % intervals, both arms without NMS and both with NMS."
 #| fig-alt: "Differences of Max-IoU, ATSS and SimOTA to task-aligned matching, with intervals"
 #| echo: false
 plot_differences(runs, names, 'task_aligned', ('AP', 'AP_nms'))
 plt.show()
 
 # %% [markdown]
-# ## How many queries an object gets
+# ## Queries per object
 #
-# The paper's argument for a fixed $k$ is that the number of positives should not depend on how good the
-# detector is at the moment. The logs have that number.
+# The paper's argument for a fixed $k$ is that the number of positives should not depend on the current
+# quality of the detector. The logs contain this number.
 
 # %%
 #| label: fig-abl-assigners-positives
 #| fig-cap: "Positive queries per object in the first stage, over all decoder layers (each point: mean over the iterations since the last one, and over the seeds)."
-#| fig-alt: "Positive queries per object over the iterations, one line a way of matching"
+#| fig-alt: "Positive queries per object over the iterations, one line per assignment rule"
 #| echo: false
 stage = runs[0]['arms']['task_aligned']['config']['method']['T1']
 steps = [s for s in runs[0]['arms']['task_aligned']['curve']['step'] if s <= stage]
-positives = {
-    a: [[r['arms'][a]['curve']['positives_per_object'][i] for i in range(len(steps))] for r in runs]
-    for a in names
-}
+positives = {a: [r['arms'][a]['curve']['positives_per_object'][: len(steps)] for r in runs] for a in names}
 fig, ax = plt.subplots(figsize=(5, 2.6), dpi=80, layout='constrained')
 for (a, name), color in zip(names.items(), (COLORS['teacher'], '#d62728', '#9467bd', '#8c564b')):
     ax.plot(steps, [mean(x) for x in zip(*positives[a])], '.-', color=color, label=name)
@@ -86,29 +76,31 @@ plt.show()
 
 # %%
 #| echo: false
-markdown(
-    '\n'.join(
-        f'* {name}: {mean(sum(positives[a], [])):.1f} queries an object on average; {stdev(sum(positives[a], [])):.1f} is the standard deviation over time and seeds.'
-        for a, name in names.items()
+lines = []
+for a, name in names.items():
+    logged = sum(positives[a], [])
+    lines.append(
+        f'* {name}: {mean(logged):.1f} queries per object on average, '
+        f'standard deviation {stdev(logged):.1f} over time and seeds.'
     )
-)
+markdown('\n'.join(lines))
 
 # %% [markdown]
-# ATSS is the one that stands apart, above all by its duplicates, and by how much depends on the seed: see the
-# gap between its two columns of AP in @tbl-abl-assigners. The steadiness of the number does not explain it,
-# since ATSS varies least. A likely reason (not measured by itself): it looks at places and never at scores. A
-# query has to overlap the object by more than mean + standard deviation of the nine nearest ones; a decoder
-# has already moved those nine onto the object, so about one of them passes, and which one changes from layer
-# to layer and from step to step. No query learns that it is the one.
+# ATSS differs most from the others, mainly because of its duplicates, and the size of the effect depends on
+# the seed: see the gap between its AP without and with NMS in @tbl-abl-assigners. A varying number of
+# positives does not explain it, since ATSS varies least. A likely reason (not measured separately): ATSS uses
+# locations and never scores. The IoU of a positive query has to exceed mean + standard deviation over the
+# nine nearest queries. The decoder has already moved those nine onto the object, so about one of them passes,
+# and which one changes between layers and between steps. So no query consistently learns to be the positive.
 #
-# Why the choice matters for wrong boxes is measured apart from any training, on moved boxes, in @sec-abl-nms.
+# How each rule copes with inaccurate boxes is measured without training, on perturbed boxes, in @sec-abl-nms.
 #
-# ## Beside the paper
+# ## Comparison with the paper
 #
-# The paper compares the same four rules; its numbers for them could not be obtained, so none stand here.
+# The paper compares the same four rules; its numbers could not be obtained, so none are shown here.
 #
 # ## Summary
 #
-# - One rule changes, for a third of the iterations; everything else of a seed is the same.
-# - Where an interval covers zero, the lines say that no difference was found; they are computed.
-# - To repeat: `semidetr ablate one_to_many`, after `semidetr ablate components`.
+# - Only the rule changes, for a third of the iterations; everything else is the same within a seed.
+# - Where an interval includes zero, the computed sentences say that no difference was found.
+# - To reproduce: `semidetr ablate one_to_many`, after `semidetr ablate components`.

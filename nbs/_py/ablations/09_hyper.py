@@ -1,13 +1,12 @@
 # %% [markdown]
-# # One number at a time {#sec-abl-hyper}
+# # Hyper-parameters {#sec-abl-hyper}
 #
-# > Length of the first stage, queries per object, powers of score and overlap, weight of the unlabelled loss,
-# > threshold, memory of the teacher.
+# > See the effect of the length of the first stage, queries per object, powers of score and overlap, weight
+# > of the unlabelled loss, score threshold, and decay of the teacher, one at a time.
 #
-# Each arm changes one number of the full method (@sec-abl-components), to one side and where it makes sense
-# to the other. This page is not where the settings were chosen: those come from the paper or, where twenty
-# labels on a laptop need another value, from the development part of seed 0; the test split was read for this
-# page.
+# Each arm changes one number of the full method (@sec-abl-components), in one direction or, where it makes
+# sense, in both. The settings were not chosen on this page: they come from the paper or, where twenty labels
+# on a laptop need another value, from the development part of seed 0. The test split was read for this page.
 
 # %% tags=["parameters"]
 results = 'results'  # folder of results
@@ -45,9 +44,8 @@ axes_of = {
 }
 full = read_records(results, 'components')
 runs = with_arm(read_records(results, 'hyper', list(names)[1:]), full, 'shm_cqc_cpm', 'reference')
-thresholds = with_arm(
-    read_records(results, 'filters', ['score_2', 'score_4', 'score_5']), full, 'shm_cqc_cpm', 'reference'
-)  # another study has these
+thresholds = read_records(results, 'filters', ['score_2', 'score_4', 'score_5'])  # arms of another study
+thresholds = with_arm(thresholds, full, 'shm_cqc_cpm', 'reference')
 
 # %%
 #| hide
@@ -63,12 +61,12 @@ assert (
 ) == (100, 6, 1, 6, 2, 0.3, 0.99)
 
 # %% [markdown]
-# ## What came out
+# ## Results
 
 # %%
 #| label: fig-abl-hyper
-#| fig-cap: "AP without suppression against each number: thin lines are seeds, dots their mean, the ring the reference."
-#| fig-alt: "Seven panels, one a number: AP of every seed and their mean"
+#| fig-cap: "AP without NMS against each number: thin lines are seeds, dots their mean, the ring marks the reference."
+#| fig-alt: "Seven panels, one per hyper-parameter: AP of every seed and their mean"
 #| echo: false
 fig, grid = plt.subplots(2, 4, figsize=(9, 4.4), dpi=80, layout='constrained', sharey=True)
 for ax, (title, points) in zip(grid.flat, axes_of.items()):
@@ -100,30 +98,35 @@ markdown(verdicts(runs, names, 'reference') + '\n\n' + scale_line(runs, names))
 # %% [markdown]
 # ## How to read ten comparisons
 #
-# With intervals of 95 %, and if none of the numbers mattered, at least one of ten independent comparisons
-# would still leave out zero in four books of ten. So an arm whose interval barely leaves it out is a reason
-# to run more seeds, not a finding. How much chance does:
+# With 95 % intervals, if none of the numbers had any effect, at least one of ten independent intervals would
+# exclude zero with a probability of 0.4. So an arm whose interval barely excludes zero is a reason to run
+# more seeds, not a finding. How large differences by chance are:
 
 # %%
 #| echo: false
 of_arms = {arm: difference(runs, arm, 'reference')['mean'] for arm in names if arm != 'reference'}
 best, worst = max(of_arms, key=of_arms.get), min(of_arms, key=of_arms.get)
 whole, chance = values(full, 'shm_cqc_cpm'), difference(full, 'shm_cqc_cpm', 'shm_cqc')
+each = ', '.join(f'{x:+.1f}' for x in chance['each'])
 markdown(
-    f"* Between the {len(whole)} seeds of the reference lie {max(whole) - min(whole):.1f} AP; so arms are compared within a seed, never across.\n"
-    f"* Within a seed, two arms for which no difference was found (the full method with and without mining) differ by {', '.join(f'{x:+.1f}' for x in chance['each'])}: a standard deviation of {chance['std']:.1f}.\n"
-    f"* Between the best arm of this page ({names[best]}, {of_arms[best]:+.1f}) and the worst ({names[worst]}, {of_arms[worst]:+.1f}) lie {of_arms[best] - of_arms[worst]:.1f} AP."
+    f'* The {len(whole)} seeds of the reference differ by up to {max(whole) - min(whole):.1f} AP; '
+    'so arms are compared within a seed, never across seeds.\n'
+    '* Within a seed, two arms for which no difference was found '
+    '(the full method with and without mining) '
+    f"differ by {each}: a standard deviation of {chance['std']:.1f}.\n"
+    f'* The best arm of this page ({names[best]}, {of_arms[best]:+.1f}) and '
+    f'the worst ({names[worst]}, {of_arms[worst]:+.1f}) differ by {of_arms[best] - of_arms[worst]:.1f} AP.'
 )
 
 # %% [markdown]
-# ## Beside the paper
+# ## Comparison with the paper
 #
-# The paper uses $\alpha=1$, $\beta=6$, a threshold of .4, $w_u=4$ (2 with all of COCO), a decay of .999 and
-# half of the iterations for the first stage (with all of COCO three quarters by its text, half by its code);
-# its $k$ is 13 for 900 queries, here 6 for 100. What it measured around these values could not be obtained.
+# The paper uses $\alpha=1$, $\beta=6$, a threshold of 0.4, $w_u=4$ (2 for COCO-Full), a decay of 0.999 and
+# half of the iterations for the first stage (for COCO-Full three quarters by its text, half by its code). Its
+# $k$ is 13 for 900 queries, here 6 for 100. Its results for other values could not be obtained.
 #
 # ## Summary
 #
-# - One number changes; everything else of a seed is the same.
-# - Where an interval covers zero, the lines say that no difference was found; they are computed.
-# - To repeat: `semidetr ablate hyper`, after `semidetr ablate components`.
+# - Each arm changes one number; everything else is the same within a seed.
+# - Where an interval includes zero, the computed sentences say that no difference was found.
+# - To reproduce: `semidetr ablate hyper`, after `semidetr ablate components`.

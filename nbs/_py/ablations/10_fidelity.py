@@ -1,12 +1,12 @@
 # %% [markdown]
 # # Paper against code {#sec-abl-fidelity}
 #
-# > Where the paper's words and the published code part, one switch at a time.
+# > See the effect of each difference between the paper's text and the published code, one switch at a time.
 #
-# The default of this book is the behaviour of the published code, since the published numbers came from it.
-# Where the text of the paper says otherwise there is a switch (@sec-methods). Each arm turns one of them, one
-# arm two; the reference is the full method of @sec-abl-components. Its labelled share is fixed, as in all
-# small presets, so there it is the arm that follows the code.
+# By default this book follows the published code, since the published numbers came from it. Where the paper's
+# text differs, there is a switch (@sec-methods). Each arm changes one switch, one arm two. The reference is
+# the full method of @sec-abl-components. Its share of labelled images is fixed, as in all small presets; for
+# this switch the arm, not the reference, follows the code.
 
 # %% tags=["parameters"]
 results = 'results'  # folder of results
@@ -16,8 +16,15 @@ results = 'results'  # folder of results
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
 from semidetr.train.config import differences
-from semidetr.lab.report import markdown_table
-from semidetr.lab.report import arm_table, plot_differences, read_records, scale_line, verdicts, with_arm
+from semidetr.lab.report import (
+    arm_table,
+    markdown_table,
+    plot_differences,
+    read_records,
+    scale_line,
+    verdicts,
+    with_arm,
+)
 
 # %%
 #| hide
@@ -26,7 +33,7 @@ switches = dict(
         'weight of the L1 loss',
         'criterion.l1_weight',
         '5',
-        '10: two logged halves are summed as well',
+        '10: two logged parts of the term are added to the loss once more',
         '5',
     ),
     enc_labels=(
@@ -40,14 +47,14 @@ switches = dict(
         'content of cross-view queries',
         'consistency.cross',
         'swap',
-        'one content, from the teacher\'s view, for both decoders',
-        'of both views, crossed',
+        "from the teacher's view, for both decoders",
+        'from each view for the other decoder',
     ),
     norm=(
         'consistency loss',
         'consistency.norm',
         'false',
-        'of unit vectors, times 10 and $w_u$',
+        'squared error of unit vectors, times 10 and $w_u$',
         'plain squared error, times 1',
     ),
     until=('consistency lasts', 'consistency.until', 'end', 'until $T_1$', 'to the end'),
@@ -91,13 +98,13 @@ switches = dict(
         'consistency.slot_weights',
         'slots',
         'one product of means for all',
-        'not mentioned; here: each slot its own',
+        'not mentioned; here: one per slot',
     ),
     box_noise=(
         'noise of denoising boxes',
         'detector.denoising.box_noise',
         '1',
-        '.4, as in the first DINO',
+        '0.4, as in the first DINO',
         'not mentioned; here: as in mmdetection',
     ),
     ratio=(
@@ -110,47 +117,43 @@ switches = dict(
 )
 names = dict(reference='code (reference)', **{a: s[0].partition('<br>')[0] for a, s in switches.items()})
 full = read_records(results, 'components')
-runs = with_arm(
-    read_records(results, 'fidelity', [s for s in switches if s != 'init']), full, 'shm_cqc_cpm', 'reference'
-)
-runs = with_arm(runs, full, 'shm_cqc', 'init')  # another study has it
-changed = lambda r, arm: {
-    d.partition(':')[0] for d in differences(r['arms']['reference']['config'], r['arms'][arm]['config'])
-}
-also = dict(norm={'consistency.weight'}, mining={'mining.init'}, init={'consistency.boxes'})
-assert all(changed(r, arm) == {s[1]} | also.get(arm, set()) for r in runs for arm, s in switches.items())
+runs = read_records(results, 'fidelity', [s for s in switches if s != 'init'])
+runs = with_arm(runs, full, 'shm_cqc_cpm', 'reference')
+runs = with_arm(runs, full, 'shm_cqc', 'init')  # an arm of that study
 
-assert all(
-    r['arms']['norm']['config']['consistency']['weight']
-    * r['arms']['norm']['config']['method']['unsup_weight']
-    == 1
-    for r in runs
-)
+
+def changed(r, arm):
+    "Settings in which an arm differs from the reference"
+    lines = differences(r['arms']['reference']['config'], r['arms'][arm]['config'])
+    return {line.partition(':')[0] for line in lines}
+
+
+also = dict(norm={'consistency.weight'}, mining={'mining.init'}, init={'consistency.boxes'})
+for r in runs:
+    assert all(changed(r, arm) == {s[1]} | also.get(arm, set()) for arm, s in switches.items())
+    config = r['arms']['norm']['config']
+    assert config['consistency']['weight'] * config['method']['unsup_weight'] == 1
 
 # %% [markdown]
 # ## The switches
 
 # %%
 #| label: tbl-abl-fidelity-switches
-#| tbl-cap: "What each arm changes. Every other setting is that of the reference."
+#| tbl-cap: "What each arm changes. All other settings are those of the reference."
 #| echo: false
-markdown(
-    markdown_table(
-        ['what, and the setting of the arm', 'code', 'paper'],
-        [[f'{what}<br>`{key}={value}`', code, paper] for what, key, value, code, paper in switches.values()],
-        align='lll',
-    )
-)
+columns = ['difference, and the setting of the arm', 'code', 'paper']
+rows = [[f'{what}<br>`{key}={value}`', code, paper] for what, key, value, code, paper in switches.values()]
+markdown(markdown_table(columns, rows, align='lll'))
 
 # %% [markdown]
-# With the first of the mining switches alone nothing is left to mine, since every initial box is trusted
-# already: that row is the arm SHM + CQC of @sec-abl-components. Three differences in behaviour have no row.
-# Five copies of each cross-view query (`consistency.groups`) give the loss and the gradients of one at five
-# times the cost, and boxes that leave the strong view are dropped in every arm (`pseudo.min_side`); the
-# supervised start, which the code does not have, is shared by all arms. Sizes and schedules ($k$, threshold,
-# weights, decay, learning rate) are those of the small preset (@sec-abl-hyper).
+# With the first mining switch alone there is nothing left to mine, since every initial box is already above
+# the threshold: this row is the arm SHM + CQC of @sec-abl-components. Three differences in behaviour have no
+# row. Five copies of each cross-view query (`consistency.groups`) give the loss and the gradients of one at
+# five times the cost. Boxes that leave the strong view are dropped in every arm (`pseudo.min_side`). The
+# supervised burn-in, which the code does not have, is shared by all arms. Sizes and schedules ($k$,
+# threshold, weights, decay, learning rate) are those of the small preset (@sec-abl-hyper).
 #
-# ## What came out
+# ## Results
 
 # %%
 #| label: tbl-abl-fidelity
@@ -160,7 +163,7 @@ markdown(arm_table(runs, names, 'reference'))
 
 # %%
 #| label: fig-abl-fidelity
-#| fig-cap: "Differences to the code's behaviour, as it is and both suppressed; with 95 % intervals where there are several seeds."
+#| fig-cap: "Differences to the code's behaviour, both arms without NMS and both with NMS; 95 % intervals where there are several seeds."
 #| fig-alt: "Differences of twelve switches to the reference, with intervals"
 #| echo: false
 plot_differences(runs, names, 'reference', ('AP', 'AP_nms'))
@@ -171,14 +174,14 @@ plt.show()
 markdown(verdicts(runs, names, 'reference') + '\n\n' + scale_line(runs, names))
 
 # %% [markdown]
-# Of so many comparisons chance alone makes one in about half of the cases leave out zero (@sec-abl-hyper says
-# how much chance gives).
+# With so many comparisons, at least one interval excludes zero by chance with a probability of about one half
+# (@sec-abl-hyper shows how large differences by chance are).
 #
 # ## Summary
 #
-# - The default is the code; the paper is a switch away, and nobody has to guess which of the two made a
-#   number.
-# - What a switch does to the losses is tested exactly, with values (@sec-methods); what it does to AP is
+# - The default follows the code, a switch follows the paper, and each number states which of the two it was
+#   measured with.
+# - The effect of a switch on the losses is tested with exact values (@sec-methods); its effect on AP is
 #   measured here, at this scale.
-# - Where an interval covers zero, the lines say that no difference was found; they are computed.
-# - To repeat: `semidetr ablate fidelity`, after `semidetr ablate components`.
+# - Where an interval includes zero, the computed sentences say that no difference was found.
+# - To reproduce: `semidetr ablate fidelity`, after `semidetr ablate components`.
