@@ -1,7 +1,10 @@
 "What a machine can do: cores, kept memory, the bfloat16 probe, the report"
 
-import os, subprocess, sys
-import pytest, torch
+import os
+import subprocess
+import sys
+import pytest
+import torch
 from semidetr.train import machine as M
 
 
@@ -26,14 +29,14 @@ def test_usable_cores(tmp_path, monkeypatch, files, cores):
 
 
 def test_threads_fit(monkeypatch):
-    said = []
-    monkeypatch.setattr(torch, 'get_num_threads', lambda: said[-1] if said else 64)
-    monkeypatch.setattr(torch, 'set_num_threads', said.append)
+    calls = []
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: calls[-1] if calls else 64)
+    monkeypatch.setattr(torch, 'set_num_threads', calls.append)
     monkeypatch.setattr(M, 'usable_cores', lambda: 2)
     monkeypatch.setenv('OMP_NUM_THREADS', '64')
-    assert M.fit_threads() == 64 and not said
+    assert M.fit_threads() == 64 and not calls
     monkeypatch.delenv('OMP_NUM_THREADS')
-    assert M.fit_threads() == 2 and said == [2]
+    assert M.fit_threads() == 2 and calls == [2]
 
 
 KEEP = '''
@@ -51,20 +54,23 @@ print(on, faults()-before)
 
 
 def kept(**env):
-    env = (
-        {k: v for k, v in os.environ.items() if not k.startswith('MALLOC_')} | dict(OMP_NUM_THREADS='1') | env
-    )
-    on, n = subprocess.run(
-        [sys.executable, '-c', KEEP], capture_output=True, text=True, check=True, env=env
-    ).stdout.split()
+    "(is memory kept, page faults of five steps) in a process with these variables"
+    clean = {k: v for k, v in os.environ.items() if not k.startswith('MALLOC_')}
+    env = clean | dict(OMP_NUM_THREADS='1') | env
+    done = subprocess.run([sys.executable, '-c', KEEP], capture_output=True, text=True, check=True, env=env)
+    on, n = done.stdout.split()
     return on == 'True', int(n)
 
 
 @pytest.mark.skipif(sys.platform != 'linux' or M.platform.libc_ver()[0] != 'glibc', reason='needs glibc')
 def test_memory_is_kept():
-    "Tensors of 48 MB (glibc keeps nothing above 32 by itself), made five times over: no new page with the setting, all of them again without"
-    (on, few), (off, many) = kept(), kept(SEMIDETR_KEEP_MEMORY='0')
-    assert on and not off and few < many / 2  # the first blocks have to come from somewhere
+    """Tensors of 48 MB, allocated five times: hardly a new page with the setting, all of them again without.
+
+    By default glibc keeps no block above 32 MB.
+    """
+    on, few = kept()
+    off, many = kept(SEMIDETR_KEEP_MEMORY='0')
+    assert on and not off and few < many / 2  # the first blocks need new pages in any case
     assert not kept(MALLOC_ARENA_MAX='4')[0] and not kept(GLIBC_TUNABLES='glibc.malloc.hugetlb=0')[0]
 
 
@@ -78,18 +84,14 @@ def test_probe_leaves_the_random_state():
     assert 0.01 < M.bf16_speed(rounds=1) < 100 and torch.equal(state, torch.get_rng_state())
 
 
-def test_report_has_one_fact_a_line(monkeypatch):
-    monkeypatch.setattr(
-        M,
-        'ops_status',
-        lambda: dict(
-            mode='auto',
-            cpu=dict(ready=True, source='built', path='/x/cpu.so', reason='', isa='v4'),
-            cuda=dict(ready=False, source='', path='', reason='no nvcc'),
-        ),
+def test_report_has_one_fact_per_line(monkeypatch):
+    status = dict(
+        mode='auto',
+        cpu=dict(ready=True, source='built', path='/x/cpu.so', reason='', isa='v4'),
+        cuda=dict(ready=False, source='', path='', reason='no nvcc'),
     )
+    monkeypatch.setattr(M, 'ops_status', lambda: status)
     lines = list(M.environment_lines(probe=False))
-    assert all('\n' not in l for l in lines) and any(
-        'native, built, instruction set v4, /x/cpu.so' in l for l in lines
-    )
-    assert 'no nvcc. Cure: semidetr build-ops --device cuda' in M._op_line('cuda', M.ops_status())
+    assert all('\n' not in line for line in lines)
+    assert any('native, built, instruction set v4, /x/cpu.so' in line for line in lines)
+    assert 'no nvcc. Cure: semidetr build-ops --device cuda' in M._op_line('cuda', status)

@@ -1,7 +1,11 @@
-"Prediction: pixels of the file, batches that change nothing, COCO results that pycocotools reads, folders with broken files"
+"Prediction: pixels of the file, batches that change nothing, COCO results, folders with broken files"
 
-import contextlib, io, json
-import numpy as np, pytest, torch
+import contextlib
+import io
+import json
+import numpy as np
+import pytest
+import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from semidetr.boxes import box_iou, normalize_boxes
@@ -20,10 +24,8 @@ SIZES = [(96, 96), (60, 200), (96, 96), (130, 70), (60, 200)]  # (H, W)
 
 
 def picture(seed, size):
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 255, (size[0] // 8, size[1] // 8, 3), dtype=np.uint8)).resize(
-        size[::-1]
-    )
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[0] // 8, size[1] // 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize(size[::-1])
 
 
 @pytest.fixture(scope='module')
@@ -33,7 +35,7 @@ def images():
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-    "A checkpoint whose two networks differ; its backbone weights file is gone"
+    "A checkpoint whose two networks differ; the file with the backbone weights does not exist"
     cfg = resolve(override(preset('digits'), TINY), list('0123456789'))
     torch.manual_seed(0)
     networks = [Detector(cfg.detector).state_dict() for _ in range(2)]
@@ -54,7 +56,7 @@ def model(run):
 
 
 class Oracle(torch.nn.Module):
-    "Answers with given boxes (parts of the image), class 3, one score each"
+    "Predicts given boxes (fractions of the image), class 3, one score each"
 
     def __init__(self, cxcywh, scores):
         super().__init__()
@@ -78,24 +80,21 @@ def test_boxes_are_pixels_of_the_file(run):
     for h, w in ((60, 200), (600, 2000), (200, 160)):
         p = with_oracle(run, normalize_boxes(truth, (h, w)), [0.9])
         found = p(picture(0, (h, w)))
-        assert (
-            torch.allclose(found['boxes'], truth, atol=1e-3)
-            and found['names'] == ['3']
-            and found['labels'].tolist() == [3]
-        )
+        assert torch.allclose(found['boxes'], truth, atol=1e-3)
+        assert found['names'] == ['3'] and found['labels'].tolist() == [3]
 
 
 def test_threshold_and_suppression(run):
     two = [[0.5, 0.5, 0.4, 0.4], [0.52, 0.5, 0.4, 0.4], [0.2, 0.2, 0.1, 0.1]]
-    n = lambda **k: with_oracle(run, two, [0.9, 0.6, 0.2], **k)(picture(0, (96, 96)))['scores'].tolist()
-    assert (
-        n() == pytest.approx([0.9, 0.6])
-        and n(threshold=0.7) == pytest.approx([0.9])
-        and n(threshold=0.95) == []
-    )
-    assert n(threshold=0.1, nms=0.5) == pytest.approx([0.9, 0.2]) and n(
-        threshold=0.1, nms=1.0
-    ) == pytest.approx([0.9, 0.6, 0.2])
+
+    def scores(**kwargs):
+        return with_oracle(run, two, [0.9, 0.6, 0.2], **kwargs)(picture(0, (96, 96)))['scores'].tolist()
+
+    assert scores() == pytest.approx([0.9, 0.6])
+    assert scores(threshold=0.7) == pytest.approx([0.9])
+    assert scores(threshold=0.95) == []
+    assert scores(threshold=0.1, nms=0.5) == pytest.approx([0.9, 0.2])
+    assert scores(threshold=0.1, nms=1.0) == pytest.approx([0.9, 0.6, 0.2])
     for bad in (dict(threshold=1.5), dict(threshold=-0.1), dict(nms=0.0), dict(nms=2.0)):
         with pytest.raises(ConfigError, match='outside'):
             Predictor(run, 'cpu', **bad)
@@ -123,20 +122,13 @@ def test_agrees_with_evaluation(model, images, tmp_path):
 
 def test_detections_are_inside_and_sorted(model, images):
     for image, d in zip(images, model(images)):
-        assert (
-            (d['boxes'] >= 0).all()
-            and (d['boxes'] <= torch.tensor(image.size * 2)).all()
-            and (d['scores'].diff() <= 0).all()
-        )
+        assert (d['boxes'] >= 0).all() and (d['boxes'] <= torch.tensor(image.size * 2)).all()
+        assert (d['scores'].diff() <= 0).all()
     thin = Predictor.__new__(Predictor)
     thin.__dict__ = {**model.__dict__, 'nms': 0.3}
     for d in thin(images):
-        same = (
-            box_iou(d['boxes'], d['boxes'])
-            * (d['labels'][:, None] == d['labels'])
-            * (1 - torch.eye(len(d['labels'])))
-        )
-        assert same.max() <= 0.3 + 1e-5
+        overlap = box_iou(d['boxes'], d['boxes']).fill_diagonal_(0)
+        assert overlap[d['labels'][:, None] == d['labels']].max() <= 0.3 + 1e-5
 
 
 def test_both_networks(run, images):
@@ -170,19 +162,16 @@ def test_broken_checkpoints_are_named(run, tmp_path):
 def test_every_kind_of_image(model, tmp_path):
     image = picture(3, (60, 90))
     image.save(tmp_path / 'a.png')
-    ways = [
-        model(x)['boxes'] for x in (tmp_path / 'a.png', str(tmp_path / 'a.png'), image, np.asarray(image))
-    ]
-    assert all(torch.equal(ways[0], w) for w in ways)
+    forms = tmp_path / 'a.png', str(tmp_path / 'a.png'), image, np.asarray(image)
+    boxes = [model(form)['boxes'] for form in forms]
+    assert all(torch.equal(boxes[0], b) for b in boxes)
     exif = Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / 'turned.jpg', exif=exif)
     Image.fromarray(np.full((40, 50), 30000, np.uint16)).save(tmp_path / 'deep.png')
     image.convert('RGBA').save(tmp_path / 'alpha.png')
-    assert (
-        as_sample(tmp_path / 'turned.jpg').size == (90, 60)
-        and as_sample(tmp_path / 'alpha.png').image.mode == 'RGB'
-    )
+    assert as_sample(tmp_path / 'turned.jpg').size == (90, 60)
+    assert as_sample(tmp_path / 'alpha.png').image.mode == 'RGB'
     assert 100 < np.asarray(as_sample(tmp_path / 'deep.png').image).mean() < 130
 
 
@@ -206,6 +195,11 @@ def write_images(folder, images, suffix='.jpg'):
     return folder
 
 
+def files_in(folder):
+    "Names of the files in a folder and below it"
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file())
+
+
 def load_results(truth, results):
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
@@ -215,60 +209,41 @@ def load_results(truth, results):
 
 
 def test_folder(model, images, tmp_path):
-    "Pictures of the right size in the tree of the source; results that pycocotools loads; nothing else in the folder"
+    "Pictures of the right size in the tree of the source; results that pycocotools loads; no other file"
     source = write_images(tmp_path / 'in', images[:2])
     write_images(source / 'sub', images[2:])
-    results, broken = predict_folder(model, source, tmp_path / 'out')
-    written = sorted(
-        p.relative_to(tmp_path / 'out').as_posix() for p in (tmp_path / 'out').rglob('*') if p.is_file()
-    )
-    assert (
-        written == ['0.png', '1.png', 'detections.json', 'sub/0.png', 'sub/1.png', 'sub/2.png'] and not broken
-    )
-    assert json.loads((tmp_path / 'out' / 'detections.json').read_text()) == results
-    drawn = Image.open(tmp_path / 'out' / '1.png')
-    assert (
-        drawn.size == images[1].size
-        and np.abs(np.asarray(drawn, int) - np.asarray(Image.open(source / '1.jpg'), int)).max() > 50
-    )
+    out = tmp_path / 'out'
+    results, broken = predict_folder(model, source, out)
+    assert files_in(out) == ['0.png', '1.png', 'detections.json', 'sub/0.png', 'sub/1.png', 'sub/2.png']
+    assert not broken
+    assert json.loads((out / 'detections.json').read_text()) == results
+    drawn = np.asarray(Image.open(out / '1.png'), int)
+    plain = np.asarray(Image.open(source / '1.jpg'), int)
+    assert drawn.shape == plain.shape and np.abs(drawn - plain).max() > 50
     files = {r['image_id'] for r in results}
     assert files == {'0.jpg', '1.jpg', 'sub/0.jpg', 'sub/1.jpg', 'sub/2.jpg'}
-    truth = dict(
-        info={},
-        images=[dict(id=f) for f in files],
-        categories=[dict(id=n + 1, name=str(n)) for n in range(10)],
-        annotations=[],
-    )
-    loaded = load_results(truth, results)
-    assert len(loaded.anns) == len(results) and all(
-        r['category'] == str(r['category_id'] - 1) for r in results
-    )
-    first = model(source / '1.jpg')
-    of = [r for r in results if r['image_id'] == '1.jpg']
-    xywh = torch.tensor([r['bbox'] for r in of])
-    assert torch.allclose(torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1), first['boxes'], atol=0.02)
-    assert [r['score'] for r in of] == pytest.approx(first['scores'].tolist(), abs=1e-4)
+    categories = [dict(id=n + 1, name=str(n)) for n in range(10)]
+    truth = dict(info={}, images=[dict(id=f) for f in files], categories=categories, annotations=[])
+    assert len(load_results(truth, results).anns) == len(results)
+    assert all(r['category'] == str(r['category_id'] - 1) for r in results)
+    alone = model(source / '1.jpg')
+    rows = [r for r in results if r['image_id'] == '1.jpg']
+    xywh = torch.tensor([r['bbox'] for r in rows])
+    assert torch.allclose(torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1), alone['boxes'], atol=0.02)
+    assert [r['score'] for r in rows] == pytest.approx(alone['scores'].tolist(), abs=1e-4)
 
 
 def test_ids_of_an_annotation_file(model, images, tmp_path):
     source = write_images(tmp_path / 'in', images[:2])
     cats = [dict(id=90 - n, name=str(n)) for n in range(10)]
-    truth = dict(
-        info={},
-        images=[
-            dict(id=70 + n, file_name=f'{n}.jpg', height=s[0], width=s[1]) for n, s in enumerate(SIZES[:2])
-        ],
-        annotations=[],
-        categories=cats,
-    )
+    rows = [dict(id=70 + n, file_name=f'{n}.jpg', height=h, width=w) for n, (h, w) in enumerate(SIZES[:2])]
+    truth = dict(info={}, images=rows, annotations=[], categories=cats)
     (tmp_path / 't.json').write_text(json.dumps(truth))
     results, _ = predict_folder(model, source, tmp_path / 'out', False, tmp_path / 't.json')
-    assert {r['image_id'] for r in results} == {70, 71} and all(
-        r['category_id'] == 90 - int(r['category']) for r in results
-    )
-    assert len(load_results(truth, results).anns) == len(results) and sorted(
-        p.name for p in (tmp_path / 'out').iterdir()
-    ) == ['detections.json']
+    assert {r['image_id'] for r in results} == {70, 71}
+    assert all(r['category_id'] == 90 - int(r['category']) for r in results)
+    assert len(load_results(truth, results).anns) == len(results)
+    assert files_in(tmp_path / 'out') == ['detections.json']
     for change, words in (
         (dict(images=truth['images'][:1]), '1.jpg'),
         (dict(categories=cats[:-1]), "class '9'"),
@@ -279,23 +254,14 @@ def test_ids_of_an_annotation_file(model, images, tmp_path):
     assert not (tmp_path / 'new').exists()
 
 
-def test_broken_images_cost_themselves_alone(model, images, tmp_path):
+def test_broken_images_are_left_out(model, images, tmp_path):
     source = write_images(tmp_path / 'in', images)
     (source / '0.jpg').write_bytes((source / '0.jpg').read_bytes()[:600])
     (source / '3.jpg').write_bytes(b'')
     results, broken = predict_folder(model, source, tmp_path / 'out', batch=2)
-    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == [
-        '1.png',
-        '2.png',
-        '4.png',
-        'detections.json',
-    ]
-    assert (
-        len(broken) == 2
-        and '0.jpg' in broken[0]
-        and '3.jpg' in broken[1]
-        and {r['image_id'] for r in results} == {'1.jpg', '2.jpg', '4.jpg'}
-    )
+    assert files_in(tmp_path / 'out') == ['1.png', '2.png', '4.png', 'detections.json']
+    assert len(broken) == 2 and '0.jpg' in broken[0] and '3.jpg' in broken[1]
+    assert {r['image_id'] for r in results} == {'1.jpg', '2.jpg', '4.jpg'}
     for n in (1, 2, 4):
         (source / f'{n}.jpg').unlink()
     with pytest.raises(DataError, match='0.jpg.*1 more'):
@@ -306,7 +272,7 @@ def test_broken_images_cost_themselves_alone(model, images, tmp_path):
 
 
 def test_output_beside_and_inside_the_source(model, images, tmp_path):
-    "Pictures are never taken for sources, and never written over them"
+    "Pictures in the output folder are not used as sources, and none is written over a source"
     source = write_images(tmp_path / 'in', images[:2])
     first, _ = predict_folder(model, source, source / 'out')
     again, _ = predict_folder(model, source, source / 'out')
@@ -318,14 +284,10 @@ def test_output_beside_and_inside_the_source(model, images, tmp_path):
     for s in (one, one / 'a.png'):
         with pytest.raises(ConfigError, match='overwrite'):
             predict_folder(model, s, one)
-    assert (one / 'a.png').read_bytes() == before and sorted(p.name for p in one.iterdir()) == ['a.png']
+    assert (one / 'a.png').read_bytes() == before and files_in(one) == ['a.png']
     images[1].save(one / 'a.jpg')
     predict_folder(model, one, tmp_path / 'twins')
-    assert sorted(p.name for p in (tmp_path / 'twins').iterdir()) == [
-        'a.jpg.png',
-        'a.png.png',
-        'detections.json',
-    ]
+    assert files_in(tmp_path / 'twins') == ['a.jpg.png', 'a.png.png', 'detections.json']
     with pytest.raises(DataError, match='no such'):
         predict_folder(model, tmp_path / 'nowhere', tmp_path / 'x')
     (tmp_path / 'bare').mkdir()
@@ -339,14 +301,12 @@ def test_no_detection_is_an_empty_list(run, images, tmp_path):
     assert found['boxes'].shape == (0, 4) and found['names'] == [] and to_coco(found, 'x') == []
     assert p.draw(images[0]).size == images[0].size
     images[0].save(tmp_path / 'a.png')
-    assert (
-        predict_folder(p, tmp_path / 'a.png', tmp_path / 'out') == ([], [])
-        and json.loads((tmp_path / 'out' / 'detections.json').read_text()) == []
-    )
+    assert predict_folder(p, tmp_path / 'a.png', tmp_path / 'out') == ([], [])
+    assert json.loads((tmp_path / 'out' / 'detections.json').read_text()) == []
 
 
 def test_detections_of_a_trained_detector_score(tmp_path):
-    "End to end: learn two scenes by heart, and find their digits in files"
+    "End to end: overfit two scenes, and find their digits"
     from semidetr.train.trainer import Trainer
 
     cfg = override(

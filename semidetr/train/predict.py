@@ -13,30 +13,32 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from ..data.augment import eval_view
-from .checkpoint import load_checkpoint, load_weights
-from .config import from_dict
 from ..core import ConfigError, DataError, atomic_write, pick_device
-from ..data.datasets import CocoDataset, Sample
-from ..detectors.detector import Detector, post_process
 from ..draw import draw_on_image
-from ..data.loader import collate
 from ..data.files import load_image, read_folder, reason
+from ..data.datasets import CocoDataset, Sample
+from ..data.augment import eval_view
+from ..data.loader import collate
+from ..detectors.detector import Detector, post_process
+from .config import from_dict
+from .checkpoint import load_checkpoint, load_weights
+from .evaluation import to_device
 
 # %% ../../nbs/train/09_predict.ipynb #05d3abed
 def load_model(
     path,  # folder of a run, or its .pt file
     which: str = 'teacher',  # or 'student'
-    device='cpu',
+    device='cpu',  # where to put the detector
 ):  # (Detector in eval mode, Config, class names)
-    "The detector of a run, without needing the files its backbone was started from"
+    "The detector of a run; the file with the pre-trained backbone is not needed"
     if which not in ('teacher', 'student'):
         raise ConfigError(f"'{which}' is not a network of a run; known: student, teacher")
     state = load_checkpoint(path)
-    if lost := [k for k in ('config', 'classes', which) if k not in state]:
-        raise DataError(
-            f"{path}: this checkpoint holds no '{lost[0]}'; give the folder of a run, or its last.pt"
-        )
+    for key in ('config', 'classes', which):
+        if key not in state:
+            raise DataError(
+                f"{path}: this checkpoint holds no '{key}'; give the folder of a run, or its last.pt"
+            )
     try:
         cfg = from_dict(state['config'])
     except ConfigError as e:
@@ -50,9 +52,9 @@ def load_model(
 
 # %% ../../nbs/train/09_predict.ipynb #1cd96c9f
 def as_sample(
-    image,  # path, PIL image (taken as it is), or (H,W,3) uint8 array
+    image,  # path, PIL image (used as it is), or (H,W,3) uint8 array
 ) -> Sample:  # without boxes
-    "An image of any kind, ready for a view; DataError if it is none"
+    "An image of any kind, ready for a view; `DataError` if it is not an image"
     path = str(image) if isinstance(image, (str, Path)) else None
     if path:
         try:
@@ -77,14 +79,19 @@ def as_sample(
     )
 
 # %% ../../nbs/train/09_predict.ipynb #a53c5ec3
+def _batches(items, size):
+    "Lists of at most `size` items, in order"
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
 class Predictor:
     "Detect objects in images: `Predictor('runs/mine')('photo.jpg')`"
 
     def __init__(
         self,
         path,  # folder of a run, or its .pt file
-        device: str = 'auto',
-        threshold: float = 0.3,  # least score of a detection
+        device: str = 'auto',  # as for `pick_device`
+        threshold: float = 0.3,  # scores must be larger
         nms: float = None,  # IoU of per-class suppression; None: none, as DETR is meant to be used
         which: str = 'teacher',  # or 'student'
     ):
@@ -96,65 +103,62 @@ class Predictor:
         self.model, self.cfg, self.classes = load_model(path, which, self.device)
         self.threshold, self.nms = threshold, nms
 
-    def _same_size(self, views):  # views of one size -> detections in pixels of the files
-        part = collate(views, self.cfg.view.pad_multiple)
+    def _same_size(self, views):
+        "Detections of views of one size, in pixels of the files"
+        batch = to_device(collate(views, self.cfg.view.pad_multiple), self.device)
         with torch.inference_mode():
-            out = self.model(part['images'].to(self.device), part['mask'].to(self.device))
-        found = post_process(out, [v.orig_size for v in views], nms=self.nms, score_threshold=self.threshold)
-        return [
-            {k: v.cpu().clone() for k, v in f.items()}
-            | dict(names=[self.classes[i] for i in f['labels'].tolist()])
-            for f in found
-        ]
+            outputs = self.model(batch['images'], batch['mask'])
+        sizes = [v.orig_size for v in views]
+        detections = []
+        for d in post_process(outputs, sizes, nms=self.nms, score_threshold=self.threshold):
+            d = {k: v.cpu().clone() for k, v in d.items()}  # ordinary tensors, not those of inference mode
+            detections.append(d | dict(names=[self.classes[i] for i in d['labels'].tolist()]))
+        return detections
 
     def __call__(
         self,
         image,  # path, PIL image, (H,W,3) uint8 array, or a list of these
-        batch: int = 8,  # most images at a time
+        batch: int = 8,  # most images per forward pass
     ):  # dict(boxes (K,4) xyxy pixels, labels (K,), scores (K,) descending, names), or a list of these
         "Detections of one image or of several, in pixels of the files (@eq-predict-pixels)"
         if not isinstance(image, (list, tuple)):
             return self([image])[0]
-        views, sizes, out = [eval_view(as_sample(i), self.cfg.view) for i in image], {}, {}
+        views = [eval_view(as_sample(i), self.cfg.view) for i in image]
+        by_size, out = {}, [None] * len(views)
         for n, v in enumerate(views):
-            sizes.setdefault(v.size, []).append(n)
-        groups = [g[i : i + batch] for g in sizes.values() for i in range(0, len(g), batch)]
-        for g in groups:
-            out |= dict(zip(g, self._same_size([views[n] for n in g])))
-        return [out[n] for n in range(len(views))]
+            by_size.setdefault(v.size, []).append(n)
+        for numbers in by_size.values():
+            for group in _batches(numbers, batch):
+                for n, detections in zip(group, self._same_size([views[n] for n in group])):
+                    out[n] = detections
+        return out
 
     def draw(
         self,
-        image,  # as for a call, one image
+        image,  # one image, as for a call
         found: dict = None,  # its detections; None: detect them
-    ) -> Image.Image:
+    ) -> Image.Image:  # of the same size
         "The image with its detections"
         image = as_sample(image).image
-        found = self(image) if found is None else found
-        return draw_on_image(
-            image, found['boxes'], found['labels'], found['scores'], self.classes, kind='teacher'
-        )
+        d = self(image) if found is None else found
+        return draw_on_image(image, d['boxes'], d['labels'], d['scores'], self.classes, kind='teacher')
 
 # %% ../../nbs/train/09_predict.ipynb #09422793
 def to_coco(
-    found: dict,  # of `Predictor`
+    found: dict,  # boxes (K,4) xyxy pixels, labels (K,), scores (K,), names; from `Predictor`
     image_id,  # file name, or the id in a COCO file
     category_ids=None,  # label -> id; None: label + 1
 ) -> list:  # of dicts in COCO's result format, boxes xywh pixels
     "Detections of one image as COCO results"
     boxes = found['boxes'].clone()
     boxes[:, 2:] -= boxes[:, :2]
-    ids = [c + 1 if category_ids is None else category_ids[c] for c in found['labels'].tolist()]
-    return [
-        dict(
-            image_id=image_id,
-            category_id=c,
-            category=n,
-            bbox=[round(x, 2) for x in b],
-            score=round(float(s), 4),
-        )
-        for b, c, s, n in zip(boxes.tolist(), ids, found['scores'], found['names'])
-    ]
+    labels, scores = found['labels'].tolist(), found['scores'].tolist()
+    results = []
+    for label, name, box, score in zip(labels, found['names'], boxes.tolist(), scores):
+        category = label + 1 if category_ids is None else category_ids[label]
+        row = dict(image_id=image_id, category_id=category, category=name)
+        results.append(row | dict(bbox=[round(x, 2) for x in box], score=round(score, 4)))
+    return results
 
 
 def coco_ids(
@@ -163,37 +167,38 @@ def coco_ids(
     path,  # COCO annotation file that names them
     classes: list,  # of the run
 ):  # (file -> image id, label -> category id)
-    "The numbers that an annotation file gives to images and classes"
+    "Ids that an annotation file gives to images and classes; `DataError` where it lacks one of them"
     ds = CocoDataset(path, folder)
-    known = {Path(f).name: i for f, i in zip(ds.files, ds.ids)} | dict(zip(ds.files, ds.ids))
+    by_path = dict(zip(ds.files, ds.ids))
+    known = {Path(f).name: i for f, i in by_path.items()} | by_path
     ids = {f: known.get(f, known.get(Path(f).name)) for f in files}
     for f, i in ids.items():
         if i is None:
             raise DataError(f'{path}: does not name the image {f}; leave the file out, or the image')
     for c in classes:
         if c not in ds.classes:
-            raise DataError(
-                f"{path}: does not have the class '{c}' of the run; it has {', '.join(ds.classes[:10])}"
-            )
+            known = ', '.join(ds.classes[:10])
+            raise DataError(f"{path}: does not have the class '{c}' of the run; it has {known}")
     return ids, [ds.cat_ids[ds.classes.index(c)] for c in classes]
 
 # %% ../../nbs/train/09_predict.ipynb #64098a07
-def _sources(source, out):  # -> (folder, {path below it, also the image id}) of what is to be looked at
-    source = Path(source)
+def _sources(source, out):
+    "(folder, paths below it) of the images to process; those in the output folder are left out"
+    source, out = Path(source), Path(out)
     if not source.exists():
         raise DataError(f'{source}: no such image or folder')
     if source.is_file():
         return source.parent, [source.name]
-    inside = Path(out).resolve()
-    files = [im['file_name'] for im in read_folder(source).data['images']]
-    if inside != source.resolve():
-        files = [f for f in files if inside not in (source / f).resolve().parents]
+    files = [image['file_name'] for image in read_folder(source).data['images']]
+    if out.resolve() != source.resolve():
+        files = [f for f in files if out.resolve() not in (source / f).resolve().parents]
     if not files:
         raise DataError(f'{source}: no image but those in the output folder {out}')
     return source, files
 
 
-def _pictures(files, folder, out):  # file -> picture to write, none of them a source
+def _pictures(files, folder, out):
+    "{file: picture to write}; `ConfigError` if one of them would overwrite an image"
     stems = [Path(f).with_suffix('').as_posix() for f in files]
     paths = {f: Path(out) / f"{s if stems.count(s) == 1 else f}.png" for f, s in zip(files, stems)}
     for p in paths.values():
@@ -202,7 +207,8 @@ def _pictures(files, folder, out):  # file -> picture to write, none of them a s
     return paths
 
 
-def _readable(files, folder, broken):  # [(file, image)] of what can be decoded; the rest goes to `broken`
+def _readable(files, folder, broken):
+    "[(file, image)] of the files that can be decoded; errors of the others are appended to `broken`"
     out = []
     for f in files:
         try:
@@ -213,33 +219,34 @@ def _readable(files, folder, broken):  # [(file, image)] of what can be decoded;
 
 # %% ../../nbs/train/09_predict.ipynb #f9e3728d
 def predict_folder(
-    predictor: Predictor,
-    source,  # image or folder of images, subfolders too
+    predictor: Predictor,  # with network, threshold and suppression
+    source,  # image, or folder of images with its subfolders
     out,  # folder for pictures and detections.json
-    draw: bool = True,
+    draw: bool = True,  # write pictures
     ids=None,  # COCO annotation file whose image and category ids to use; None: file names, label + 1
-    batch: int = 8,  # most images at a time
+    batch: int = 8,  # most images per forward pass
     progress=lambda x: x,  # wraps the list of batches
 ):  # (COCO results of all images, one line for each file that could not be read)
-    "Detect in every image; pictures and one JSON file are written"
+    "Detect objects in every image; write pictures and one JSON file"
     out, broken, results, done = Path(out), [], [], 0
     folder, files = _sources(source, out)
-    names, cats = coco_ids(files, folder, ids, predictor.classes) if ids else (dict(zip(files, files)), None)
+    image_ids, category_ids = dict(zip(files, files)), None
+    if ids:
+        image_ids, category_ids = coco_ids(files, folder, ids, predictor.classes)
     pictures = _pictures(files, folder, out) if draw else {}
-    for some in progress([files[i : i + batch] for i in range(0, len(files), batch)]):
-        pairs = _readable(some, folder, broken)
-        done += len(pairs)
-        for (f, image), found in zip(pairs, predictor([i for _, i in pairs], batch)):
-            results += to_coco(found, names[f], cats)
-            if not draw:
-                continue
-            png = io.BytesIO()
-            predictor.draw(image, found).save(png, 'PNG')
-            atomic_write(pictures[f], png.getvalue())
+    for group in progress(_batches(files, batch)):
+        images = _readable(group, folder, broken)
+        done += len(images)
+        detections = predictor([image for _, image in images], batch)
+        for (f, image), found in zip(images, detections):
+            results += to_coco(found, image_ids[f], category_ids)
+            if draw:
+                png = io.BytesIO()
+                predictor.draw(image, found).save(png, 'PNG')
+                atomic_write(pictures[f], png.getvalue())
     if not done:
-        raise DataError(
-            broken[0]
-            + (f' (and {len(broken) - 1} more; no image of {source} can be read)' if len(broken) > 1 else '')
-        )
+        others = len(broken) - 1
+        more = f' (and {others} more; no image of {source} can be read)' if others else ''
+        raise DataError(broken[0] + more)
     atomic_write(out / 'detections.json', json.dumps(results))
     return results, broken

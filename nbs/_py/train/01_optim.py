@@ -1,12 +1,12 @@
 # %% [markdown]
 # # The optimiser {#sec-optim}
 #
-# > How fast the weights move: a rate for each part of the network, a schedule, and one gradient for all
+# > Set up the optimiser: a learning rate for each part of the network, a schedule, and one gradient for all
 # > processes.
 #
-# A detection transformer trains with AdamW, a constant or falling rate, and a strong clip of the gradient.
-# The backbone comes from another task and gets a smaller rate, or it would forget faster than the transformer
-# learns.
+# A detection transformer is trained with AdamW, a constant or decaying learning rate, and strong gradient
+# clipping. The backbone is pre-trained on another task and gets a smaller rate, or it would lose its features
+# faster than the transformer learns to use them.
 
 # %%
 #| default_exp train.optim
@@ -31,8 +31,8 @@ import matplotlib.pyplot as plt
 # \eta_t(\theta) = \eta\, m(\theta)\, f(t), \qquad m(\theta) = \text{backbone_mult for the backbone, 1 elsewhere}
 # $$ {#eq-optim-rate}
 #
-# The base rate $\eta$ is multiplied for each group by $m$, and in each iteration $t$ by the schedule $f$.
-# Modules that a method trains beside the detector, as the projector of the cross-view queries
+# The base rate $\eta$ is multiplied by $m$ for each group, and by the schedule $f$ in each iteration $t$.
+# Modules that a method trains beside the detector, such as the projector of the cross-view queries
 # (@sec-consistency), join the group with $m=1$.
 
 # %%
@@ -59,14 +59,16 @@ def build_optimizer(
 toy = torch.nn.ModuleDict(dict(backbone=torch.nn.Linear(2, 2), head=torch.nn.Linear(2, 1)))
 toy_cfg = SimpleNamespace(lr=1e-3, backbone_mult=0.1, weight_decay=1e-4)
 optimizer = build_optimizer(toy, toy_cfg, [torch.nn.Linear(3, 3)])
-assert [len(g['params']) for g in optimizer.param_groups] == [4, 2] and optimizer.param_groups[1][
-    'lr'
-] == 1e-4
+assert [len(g['params']) for g in optimizer.param_groups] == [4, 2]
+assert optimizer.param_groups[1]['lr'] == 1e-4
 [(len(g['params']), g['lr']) for g in optimizer.param_groups]
 
 
 # %% [markdown]
 # ## The schedule
+#
+# The factor $f(t)$ is the product of a linear warm-up and one of three schedules: constant, half a cosine, or
+# a tenth at each of the given steps.
 
 # %%
 #| export
@@ -74,7 +76,7 @@ def lr_factor(
     step: int,  # iteration, from 0
     cfg,  # OptimConfig
 ) -> float:  # multiplies every group's rate
-    "Warm-up times schedule"
+    "Linear warm-up times schedule: $f(t)$ of @eq-optim-rate"
     warm = min(1.0, (step + 1) / (cfg.warmup + 1))
     if cfg.schedule == 'constant':
         return warm
@@ -90,7 +92,7 @@ assert lr_factor(0, cosine) == 0.1 and abs(lr_factor(50, cosine) - 0.5) < 1e-9 a
 
 # %%
 #| label: fig-optim-schedules
-#| fig-cap: "The paper trains at a constant rate; short runs end better on a cosine, which lets the average settle."
+#| fig-cap: "The paper trains at a constant rate; short runs end better with a cosine, which lets the averaged weights settle."
 #| fig-alt: "Three schedules over a hundred iterations"
 fig, ax = plt.subplots(figsize=(4.5, 2.4), dpi=80)
 for name, extra in (('constant', {}), ('cosine', {}), ('step', dict(steps=(60, 80)))):
@@ -102,18 +104,18 @@ plt.show()
 
 
 # %% [markdown]
-# ## One gradient for all
+# ## One gradient for all processes
 #
-# With several processes every one computes the gradient of its own images; the step is taken with the mean.
-# The gradients travel in one message.
+# Each process computes the gradient on its own images, and all take the step with the mean. The gradients are
+# exchanged in one message.
 
 # %%
 #| export
 @torch.no_grad()
 def average_gradients(
-    params,  # iterable of parameters
+    params,  # iterable of parameters, any shapes; the same order in every process
 ):
-    "Mean of the gradients over all processes, in one message; parameters without gradient count as zero"
+    "Replace gradients by their mean over all processes, in one message; a missing gradient counts as zero"
     if world_size() == 1:
         return
     params = [p for p in params if p.requires_grad]
@@ -126,9 +128,9 @@ def average_gradients(
 
 @torch.no_grad()
 def gradient_norm(
-    params,  # iterable of parameters
+    params,  # iterable of parameters, any shapes
 ) -> float:  # 0 where nothing has a gradient
-    "L2 norm of the gradient of some parameters, for the log"
+    "L2 norm of the gradient over all of the parameters, for the log"
     grads = [p.grad for p in params if p.grad is not None]
     return float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
 
@@ -144,12 +146,12 @@ weight.grad
 # %% [markdown]
 # ## Summary
 #
-# - AdamW with one base rate; the backbone's is smaller by a factor.
-# - Warm-up times schedule multiplies every group alike.
-# - Processes share the mean of their gradients; a parameter without gradient counts as zero.
+# - AdamW with one base rate; the backbone's rate is smaller by a factor.
+# - Warm-up and schedule multiply the rate of every group by the same factor.
+# - All processes use the mean of their gradients; a parameter without gradient counts as zero.
 #
 # ## Exercises
 #
 # 1. Why is the mean over processes not the gradient of the joint loss when each process normalises by its own
 #    number of objects?
-# 2. What does a cosine schedule do to the exponential average of the weights?
+# 2. What does a cosine schedule do to the exponential moving average of the weights?

@@ -1,12 +1,12 @@
 # %% [markdown]
 # # Checkpoints {#sec-checkpoint}
 #
-# > All state in, all state out: a run that was stopped goes on as if nothing had happened.
+# > Save and restore the whole state of a run, so that a stopped run continues exactly as it would have
+# > without the stop.
 #
-# A checkpoint that forgets the random state, or the position in the data, or the optimiser's moments, does
-# not continue a run: it starts another one from the same weights. Everything random or counted is therefore
-# in one file, and the file holds tensors and plain Python values only, so that it can be read without running
-# any code from it.
+# A checkpoint without the random state, the position in the data or the optimiser's moments does not continue
+# a run: it starts another one from the same weights. All of this state is therefore in one file. The file
+# holds tensors and plain Python values only, so that reading it runs no code.
 
 # %%
 #| default_exp train.checkpoint
@@ -26,19 +26,19 @@ from semidetr.core import DataError, atomic_write, is_main, world_size
 
 # %%
 #| export
-FORMAT = 1  # raised when the layout of the file changes
+FORMAT = 1  # goes up when the layout of the file changes
 
 
 def pack_rng(
-    state: dict,  # of `rng_state`
-) -> dict:  # the same in tensors, lists and numbers
-    "Make the generators' state readable with `weights_only=True`"
+    state: dict,  # from `rng_state`
+) -> dict:  # the same state as tensors, lists and numbers
+    "Convert the state of the generators so that `weights_only=True` can read it"
     name, keys, pos, has_gauss, cached = state['numpy']
     return {**state, 'numpy': (name, torch.from_numpy(keys.astype('int64')), pos, has_gauss, cached)}
 
 
 def unpack_rng(
-    state: dict,  # of `pack_rng`
+    state: dict,  # from `pack_rng`
 ) -> dict:  # for `set_rng_state`
     "Undo `pack_rng`"
     name, keys, pos, has_gauss, cached = state['numpy']
@@ -53,10 +53,10 @@ def unpack_rng(
 # %%
 #| export
 def save_checkpoint(
-    path,  # file
+    path,  # file to write
     **state,  # tensors, state dicts and plain values
 ):
-    "Write all state at once: a crash while writing leaves the old file as it was"
+    "Write all state in one atomic step: a crash while writing leaves the old file as it was"
     buffer = io.BytesIO()
     torch.save(dict(format=FORMAT, **state), buffer)
     atomic_write(path, buffer.getvalue())
@@ -64,9 +64,9 @@ def save_checkpoint(
 
 def load_checkpoint(
     path,  # file written by `save_checkpoint`, or a run's folder (its `last.pt`)
-    device='cpu',
-) -> dict:
-    "Read a checkpoint without running code from it; a DataError says what is wrong with the file"
+    device='cpu',  # where the tensors go
+) -> dict:  # the saved state, and `format`
+    "Read a checkpoint without running code from it; `DataError` if the file is missing, damaged or foreign"
     path = Path(path)
     if path.is_dir():
         path = path / 'last.pt'
@@ -75,15 +75,15 @@ def load_checkpoint(
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:
+        why = str(e).splitlines()[0][:100]
         raise DataError(
-            f'{path}: not readable as a checkpoint ({str(e).splitlines()[0][:100]}); the file is damaged or from another program'
+            f'{path}: not readable as a checkpoint ({why}); the file is damaged or from another program'
         ) from e
     if not isinstance(state, dict) or 'format' not in state:
         raise DataError(f'{path}: holds no semidetr checkpoint; it was written by another program')
     if state['format'] > FORMAT:
-        raise DataError(
-            f"{path}: written by a newer semidetr (format {state['format']}, this one reads {FORMAT}); upgrade"
-        )
+        newer = f"format {state['format']}, this one reads {FORMAT}"
+        raise DataError(f'{path}: written by a newer semidetr ({newer}); upgrade')
     return state
 
 
@@ -91,21 +91,21 @@ def load_checkpoint(
 #| export
 def load_weights(
     model,  # nn.Module
-    state: dict,  # its state dict
-    origin='',  # named in the error
+    state: dict,  # state dict with the same names and shapes
+    origin='',  # file or folder to name in the error
 ):
-    "Strict loading whose error says which tensors differ, in one line"
+    "Load weights strictly; a one-line `DataError` lists the tensors that do not fit"
     own = model.state_dict()
-    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    shape = [k for k in own if k in state and own[k].shape != state[k].shape]
-    if missing or extra or shape:
-        parts = [
-            f'{len(v)} {what} (first: {v[0]})'
-            for v, what in ((missing, 'missing'), (extra, 'not known'), (shape, 'of another shape'))
-            if v
-        ]
+    mismatches = {
+        'missing': sorted(set(own) - set(state)),
+        'not known': sorted(set(state) - set(own)),
+        'of another shape': [k for k in own if k in state and own[k].shape != state[k].shape],
+    }
+    faults = [f'{len(names)} {kind} (first: {names[0]})' for kind, names in mismatches.items() if names]
+    if faults:
         raise DataError(
-            f'{origin}: weights do not fit this model: {", ".join(parts)}; use the configuration it was trained with'
+            f'{origin}: weights do not fit this model: {", ".join(faults)}; '
+            'use the configuration it was trained with'
         )
     model.load_state_dict(state)
 
@@ -113,45 +113,41 @@ def load_weights(
 # %% [markdown]
 # ## What a run writes
 #
-# A run's folder holds `run.json` (the resolved configuration, versions, commit, data fingerprint, times,
-# metrics), `log.jsonl` (a line every `log_every` iterations), `last.pt` (all state), `best.pt` (the weights
-# that were best on the development part, where it is evaluated on the way) and TensorBoard events. Reports
-# read `run.json` and `log.jsonl` and nothing else.
+# The folder of a run holds `run.json` (the resolved configuration, versions, commit, data fingerprint, times,
+# metrics), `log.jsonl` (one line every `log_every` iterations), `last.pt` (all state), `best.pt` (the weights
+# that scored best on the development part, if it is evaluated during training) and TensorBoard events.
+# Reports read `run.json` and `log.jsonl` only.
 
 # %%
 #| export
-WRITTEN = ('nbs/ablations/results', 'nbs/ablations/runs')  # by the runs themselves
+WRITTEN = ('nbs/ablations/results', 'nbs/ablations/runs')  # runs write here: no change of the code
 
 
 def git_commit(
     package,  # folder of the package
-) -> str:  # first 12 digits; None if that is not a checkout of this project
-    "Commit of the checkout; with `-dirty` if files that git knows have changed since, other than results"
+) -> str | None:  # first 12 digits; None if the folder is not in a checkout of this project
+    "Commit of the checkout, with `-dirty` if tracked files other than results have changed since"
 
     def git(*args):
-        return subprocess.run(
+        done = subprocess.run(
             ['git', *args], cwd=package, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+        )
+        return done.stdout.strip()
 
     try:
         if Path(git('rev-parse', '--show-toplevel')).resolve() != Path(package).resolve().parent:
             return None
-        changed = git(
-            'status',
-            '--porcelain',
-            '--untracked-files=no',
-            '--',
-            ':/',
-            *(f':(top,exclude){f}' for f in WRITTEN),
-        )
+        but_results = [f':(top,exclude){folder}' for folder in WRITTEN]
+        changed = git('status', '--porcelain', '--untracked-files=no', '--', ':/', *but_results)
         return git('rev-parse', '--short=12', 'HEAD') + ('-dirty' if changed else '')
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def environment() -> dict:  # plain values for run.json
-    "Versions, machine and commit of this run"
-    import numpy, torchvision
+    "Versions, commit and machine of this run"
+    import numpy
+    import torchvision
     from semidetr import __version__
 
     return dict(
@@ -172,30 +168,29 @@ def environment() -> dict:  # plain values for run.json
 
 def cpu_seconds() -> float:
     "CPU time of this process and of its finished children"
-    return sum(
-        r.ru_utime + r.ru_stime
-        for r in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    )
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.ru_utime + own.ru_stime + (children.ru_utime + children.ru_stime)
 
 
 def peak_memory_mb() -> float:
-    "Largest resident size of this process so far, MB"
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        1024**2 if sys.platform == 'darwin' else 1024
-    )
+    "Largest resident memory of this process so far, in MB"
+    per_mb = 1024**2 if sys.platform == 'darwin' else 1024  # macOS counts bytes, Linux kB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_mb
 
 
 # %%
 #| export
 class RunLog:
-    "log.jsonl and TensorBoard of the main process; what was logged after the checkpoint of a resumed run is dropped"
+    "log.jsonl and TensorBoard of the main process; on resuming, lines later than the checkpoint are dropped"
 
     def __init__(
         self,
         folder,  # of the run
-        step: int = 0,  # iterations done
+        step: int = 0,  # finished iterations
     ):
-        self.path, self.board = Path(folder) / 'log.jsonl', None
+        self.path = Path(folder) / 'log.jsonl'
+        self.board = None
         if not is_main():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,8 +201,11 @@ class RunLog:
 
         self.board = SummaryWriter(str(self.path.parent), purge_step=step)
 
-    def write(self, row: dict):
-        "One line; `step` counts finished iterations"
+    def write(
+        self,
+        row: dict,  # names and plain values; `step` counts finished iterations
+    ):
+        "Append one line; numbers also go to TensorBoard"
         if not is_main():
             return
         with self.path.open('a') as f:
@@ -217,14 +215,16 @@ class RunLog:
                 self.board.add_scalar(k, v, row['step'])
 
     def close(self):
+        "Close the TensorBoard file"
         if self.board is not None:
             self.board.close()
 
 
 # %% [markdown]
-# ## Going on as if nothing had happened
+# ## Resuming exactly
 #
-# Ten draws, a snapshot, five more draws; and from the file, in any later process, the same five:
+# Ten random draws, a checkpoint, five more draws. Restored from the file, in any later process, the
+# generators give the same five:
 
 # %%
 #| hide
@@ -234,9 +234,14 @@ import numpy as np
 import matplotlib.pyplot as plt
 from semidetr.core import rng_state, seed_everything, set_rng_state
 
+
 # %%
+def draw():
+    "One number from each generator"
+    return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+
 seed_everything(3)
-draw = lambda: [random.random(), float(np.random.rand()), float(torch.rand(()))]
 before = [draw() for _ in range(10)]
 folder = Path(tempfile.mkdtemp())
 layer = torch.nn.Linear(2, 2)
@@ -250,7 +255,7 @@ after[0]
 
 # %%
 #| label: fig-checkpoint-rng
-#| fig-cap: "Restoring weights alone continues with other random numbers (grey); restoring everything continues the very sequence (orange on blue)."
+#| fig-cap: "Restoring the weights alone continues with other random numbers (grey); restoring all state continues the same sequence (orange on blue)."
 #| fig-alt: "A random walk, continued with and without the saved random state"
 set_rng_state(unpack_rng(back['rng']))
 same = np.cumsum([draw()[2] - 0.5 for _ in range(40)])
@@ -267,7 +272,7 @@ ax.legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# A file that is damaged, or somebody else's, is one clear error:
+# A damaged file, a missing one and weights of another model each raise an error of one line:
 
 # %%
 (folder / 'broken.pt').write_bytes((folder / 'last.pt').read_bytes()[:100])
@@ -287,13 +292,13 @@ messages
 # %% [markdown]
 # ## Summary
 #
-# - One file holds all state; it is written at once and read without running code from it.
-# - Random states of Python, NumPy and torch are part of it.
-# - Loading is strict and says what does not fit.
-# - `run.json` and `log.jsonl` are the run's memory for pages and people.
+# - One file holds all state; it is written atomically and read without running code from it.
+# - The random states of Python, NumPy and torch are part of it.
+# - Loading is strict; the error names the tensors that do not fit.
+# - `run.json` and `log.jsonl` are what pages and readers use.
 #
 # ## Exercises
 #
-# 1. Which part of the state would you miss first if it were lost: moments, data position, or random state?
+# 1. Moments, data position, random state: which of them, if lost, changes the rest of a run most?
 # 2. Why is the temporary file in the same folder as the checkpoint?
 # 3. What can a malicious file do to `torch.load` without `weights_only=True`?

@@ -1,14 +1,13 @@
 # %% [markdown]
 # # Metrics {#sec-metrics}
 #
-# > Say how good a set of detections is, in the numbers that papers print, and know what those numbers leave
-# > out.
+# > Measure a set of detections with the numbers that papers report, and know what those numbers leave out.
 #
 # Average precision is quoted to a tenth and computed in a dozen ways. The COCO numbers here come from
-# pycocotools, the field's own program, wrapped so that it is silent, accepts image ids of any kind and
-# survives empty sets. The PASCAL VOC number is small enough to write down, and serves to explain both. A
-# third measure, on hidden truth, says how good *pseudo labels* are; it is for watching a run, never for
-# training it.
+# pycocotools, the reference implementation, wrapped so that it is silent, accepts image ids of any type and
+# handles empty sets. The PASCAL VOC number is simple enough to implement here, and serves to explain both. A
+# third measure compares *pseudo labels* with hidden ground truth; it is for monitoring a run, never for
+# training.
 
 # %%
 #| default_exp train.metrics
@@ -33,28 +32,29 @@ import matplotlib.pyplot as plt
 # %% [markdown]
 # ## Hits
 #
-# The detections of one class in one image are taken in order of their scores. Each looks at the object it
-# overlaps most. If the overlap is at least .5 and the object is still free, that is a hit; a second detection
-# of the same object is a false alarm. Crowds and difficult objects are neither to be found nor to be punished
-# for: what falls on them is not counted.
+# The detections of one class in one image are taken in order of their scores. Each is compared with the
+# object that it overlaps most. If the IoU is at least .5 and the object is still free, the detection is a hit
+# (a true positive); a second detection of the same object is a false positive. Crowds and difficult objects
+# are ignored: they need not be found, and detections that fall on them are not counted.
 
 # %%
 #| export
 def match_detections(
     boxes,  # (K,4) xyxy detections of one class in one image, best score first
-    gt,  # (N,4) xyxy objects of that class
+    gt,  # (N,4) xyxy objects of that class, same unit
     ignore=None,  # (N,) bool: crowd or difficult, neither hit nor miss; None = none
-    iou: float = 0.5,  # least overlap of a hit
-) -> np.ndarray:  # (K,) 1 hit, 0 false alarm, -1 not counted
-    "PASCAL VOC rule: each detection looks at the object it overlaps most; an object counts once"
-    boxes, gt = (torch.as_tensor(x, dtype=torch.float64).reshape(-1, 4) for x in (boxes, gt))
+    iou: float = 0.5,  # smallest overlap of a hit
+) -> np.ndarray:  # (K,) 1 hit, 0 false positive, -1 not counted
+    "PASCAL VOC rule: each detection is compared with the object it overlaps most; an object counts once"
+    boxes = torch.as_tensor(boxes, dtype=torch.float64).reshape(-1, 4)
+    gt = torch.as_tensor(gt, dtype=torch.float64).reshape(-1, 4)
     ignore = np.zeros(len(gt), bool) if ignore is None else np.asarray(ignore, bool)
     out, taken = np.zeros(len(boxes), int), ignore.copy()
     if not len(gt):
         return out
     best, index = box_iou(boxes, gt).max(1)
-    for i, (o, j) in enumerate(zip(best.tolist(), index.tolist())):
-        if o < iou:
+    for i, (overlap, j) in enumerate(zip(best.tolist(), index.tolist())):
+        if overlap < iou:
             continue
         if ignore[j]:
             out[i] = -1
@@ -64,7 +64,8 @@ def match_detections(
 
 
 # %%
-cell, other = (0, 0, 10, 10), (50, 50, 60, 60)
+cell = (0, 0, 10, 10)
+other = (50, 50, 60, 60)
 verdict = match_detections([cell, (0, 0, 10, 9), (50, 50, 60, 54)], [cell, other])
 assert verdict.tolist() == [1, 0, 0]  # found; found again; overlap .4
 assert match_detections([cell, cell], [cell], ignore=[True]).tolist() == [-1, -1]
@@ -74,15 +75,15 @@ verdict
 # %% [markdown]
 # ## Precision, recall, and the area between
 #
-# Over all images, let $h_1, h_2, \dots$ say which of the sorted detections are hits, and $n$ be the number of
-# objects. After $k$ detections
+# Sort the detections of all images by score. Let $h_i$ be 1 if the $i$-th of them is a hit and 0 otherwise,
+# and $n$ the number of objects. After $k$ detections
 #
 # $$
 # \mathrm{recall}_k = \frac{1}{n}\sum_{i\le k} h_i, \qquad \mathrm{precision}_k = \frac{1}{k}\sum_{i\le k} h_i.
 # $$ {#eq-metrics-pr}
 #
-# Precision zigzags. Average precision first raises each value to the best one at the same or higher recall,
-# and takes the area:
+# Precision zigzags. For average precision, each value is first raised to the best one at the same or a higher
+# recall; then the area under the curve is taken:
 #
 # $$
 # \mathrm{AP} = \sum_k (\mathrm{recall}_k-\mathrm{recall}_{k-1})\,\max_{l\ge k}\mathrm{precision}_l.
@@ -92,36 +93,35 @@ verdict
 #| export
 def precision_recall(
     scores,  # (K,) scores of all detections of a class, any order
-    hits,  # (K,) 1 hit, 0 false alarm, -1 not counted
-    n_gt: int,  # objects to be found
-):  # (recall, precision), one point a counted detection, best score first
-    "Precision and recall after each detection"
-    scores, hits = np.asarray(scores, float), np.asarray(hits)
-    order = np.argsort(-scores, kind='stable')
-    h = hits[order]
-    h = h[h >= 0]
-    tp = h.cumsum()
-    return tp / n_gt if n_gt else np.full(len(h), np.nan), tp / np.arange(1, len(h) + 1)
+    hits,  # (K,) 1 hit, 0 false positive, -1 not counted
+    n_gt: int,  # objects to be found; 0: recall is nan
+):  # (recall, precision), one point per counted detection, best score first
+    "Recall and precision after each detection (@eq-metrics-pr)"
+    order = np.argsort(-np.asarray(scores, float), kind='stable')
+    hits = np.asarray(hits)[order]
+    hits = hits[hits >= 0]
+    tp = hits.cumsum()
+    recall = tp / n_gt if n_gt else np.full(len(hits), np.nan)
+    return recall, tp / np.arange(1, len(hits) + 1)
 
 
 # %%
 recall, precision = precision_recall([0.9, 0.8, 0.7, 0.6, 0.5], hits=[1, 0, 1, 0, 1], n_gt=4)
-assert np.allclose(precision, [1, 1 / 2, 2 / 3, 2 / 4, 3 / 5]) and np.allclose(
-    recall, [0.25, 0.25, 0.5, 0.5, 0.75]
-)
+assert np.allclose(precision, [1, 1 / 2, 2 / 3, 2 / 4, 3 / 5])
+assert np.allclose(recall, [0.25, 0.25, 0.5, 0.5, 0.75])
 recall, precision
 
 
 # %%
 #| export
 def average_precision(
-    recall,  # (K,) rising
+    recall,  # (K,) never falling
     precision,  # (K,)
 ) -> float:  # in 0..1
-    "Area under the precision-recall curve after each precision is raised to the best one at higher recall (all points)"
-    r = np.concatenate([[0.0], recall])
+    "Area under the raised precision-recall curve, over all points (@eq-metrics-ap)"
+    steps = np.diff(np.concatenate([[0.0], recall]))
     envelope = np.maximum.accumulate(np.asarray(precision, float)[::-1])[::-1]
-    return float((np.diff(r) * envelope).sum())
+    return float((steps * envelope).sum())
 
 
 # %% [markdown]
@@ -135,10 +135,11 @@ average_precision(recall, precision), by_hand
 
 # %%
 #| label: fig-metrics-pr
-#| fig-cap: "Average precision is the shaded area under the raised curve: a false alarm costs only until a later hit makes up for it, an object never found costs its whole strip."
+#| fig-cap: "Average precision is the shaded area under the raised curve: a false positive costs only until a later hit makes up for it, an object that is never found costs its whole strip."
 #| fig-alt: "Precision against recall: a zigzag of five points, a staircase above it, and the shaded area under the staircase from recall 0 to .75."
 envelope = np.maximum.accumulate(precision[::-1])[::-1]
-corners_r, corners_p = np.repeat([0, *recall], 2)[1:-1], np.repeat(envelope, 2)
+corners_r = np.repeat([0, *recall], 2)[1:-1]
+corners_p = np.repeat(envelope, 2)
 fig, ax = plt.subplots(figsize=(4.5, 2.8), dpi=80, layout='constrained')
 ax.fill_between(corners_r, corners_p, color='#1f77b4', alpha=0.2)
 ax.plot(corners_r, corners_p, color='#1f77b4', label='raised')
@@ -151,26 +152,27 @@ plt.show()
 
 
 # %% [markdown]
-# ## Detections and truth
+# ## Detections and ground truth
 #
 # Detections are a dictionary from image id to `scores` (K,), `labels` (K,) and `boxes` (K,4), corners in
-# pixels of the *original* image. An image without an entry has none. Whatever cannot be meant (an unknown
-# image, a label that is no class, a NaN) is refused by name.
+# pixels of the *original* image. An image without an entry has no detections. Invalid input (an unknown
+# image, a label outside the classes, a NaN) raises an error that names the image.
 
 # %%
 #| export
+def _array(x):
+    "A tensor or sequence as a float64 array"
+    return np.asarray(torch.as_tensor(x).detach().cpu(), float)
+
+
 def _check(ds, detections):
-    "Detections as float64 arrays; unknown images, unknown classes and non-finite numbers are refused"
+    "{image_id: (scores, labels, boxes)} as arrays, best score first; `DataError` if any of it is invalid"
     known, out = set(ds.ids), {}
     for image_id, d in detections.items():
         if image_id not in known:
-            raise DataError(
-                f'detections for image {image_id!r}, which is not in {getattr(ds, "name", "the data set")}'
-            )
-        s, l, b = (
-            np.asarray(torch.as_tensor(d[k]).detach().cpu(), float) for k in ('scores', 'labels', 'boxes')
-        )
-        b = b.reshape(-1, 4)
+            name = getattr(ds, 'name', 'the data set')
+            raise DataError(f'detections for image {image_id!r}, which is not in {name}')
+        s, l, b = _array(d['scores']), _array(d['labels']), _array(d['boxes']).reshape(-1, 4)
         if not len(s) == len(l) == len(b):
             raise DataError(f'image {image_id!r}: {len(s)} scores, {len(l)} labels, {len(b)} boxes')
         if not (np.isfinite(s).all() and np.isfinite(b).all()):
@@ -183,7 +185,7 @@ def _check(ds, detections):
 
 
 def _truth(ds):
-    "{image_id: (labels, xyxy boxes, ignore)} from the data set's COCO dictionary"
+    "{image_id: (labels, xyxy boxes, ignore)} as arrays, from the data set's COCO dictionary"
     rows = {i: [] for i in ds.ids}
     for a in ds.coco_dict()['annotations']:
         x, y, w, h = a['bbox']
@@ -206,7 +208,8 @@ blood = dict(
 ds = SimpleNamespace(name='blood', classes=['cell', 'platelet'], ids=['a', 'b'], coco_dict=lambda: blood)
 
 
-def detected(*rows):  # rows (score, label, x1, y1, x2, y2)
+def detected(*rows):
+    "Detections of one image from rows (score, label, x1, y1, x2, y2)"
     t = torch.tensor(rows).reshape(-1, 6)
     return dict(scores=t[:, 0], labels=t[:, 1].long(), boxes=t[:, 2:])
 
@@ -222,13 +225,13 @@ refusal
 # %% [markdown]
 # ## PASCAL VOC
 #
-# The VOC number is the mean of @eq-metrics-ap over the classes, at overlap .5. A class without objects has no
-# AP (`nan`) and does not enter the mean.
+# VOC AP is the mean of @eq-metrics-ap over the classes, at IoU .5. A class without objects has no AP (`nan`)
+# and does not enter the mean.
 
 # %%
 #| export
 def _mean(x):
-    "Mean over what is defined, nan if nothing is"
+    "Mean of the values that are defined, nan if none is"
     x = np.asarray(x, float)
     x = x[~np.isnan(x)]
     return float(x.mean()) if len(x) else float('nan')
@@ -237,13 +240,13 @@ def _mean(x):
 def voc_ap50(
     ds,  # data set: `classes`, `ids`, `coco_dict()`
     detections: dict,  # image_id -> scores (K,), labels (K,), boxes (K,4) xyxy pixels
-    iou: float = 0.5,  # least overlap of a hit
+    iou: float = 0.5,  # smallest overlap of a hit
     per_class: bool = False,  # also return {class name: AP}
-):  # mean AP over the classes that occur, 0..100; nan without any
-    "PASCAL VOC AP (all points, difficult objects not counted, at most all detections)"
+):  # mean AP over the classes that occur, 0..100; nan if none does
+    "PASCAL VOC AP: all points of the curve, all detections, difficult objects ignored"
     det, truth, aps = _check(ds, detections), _truth(ds), {}
     for c, name in enumerate(ds.classes):
-        scores, hits, n_gt = [], [], 0
+        scores, hits, n_gt = [np.zeros(0)], [np.zeros(0, int)], 0
         for image_id, (labels, boxes, ignore) in truth.items():
             mine = labels == c
             n_gt += int((mine & ~ignore).sum())
@@ -252,13 +255,14 @@ def voc_ap50(
             s, l, b = det[image_id]
             scores.append(s[l == c])
             hits.append(match_detections(b[l == c], boxes[mine], ignore[mine], iou))
-        s, h = (np.concatenate(x) if x else np.zeros(0) for x in (scores, hits))
-        aps[name] = 100 * average_precision(*precision_recall(s, h, n_gt)) if n_gt else float('nan')
-    return (_mean(list(aps.values())), aps) if per_class else _mean(list(aps.values()))
+        curve = precision_recall(np.concatenate(scores), np.concatenate(hits), n_gt)
+        aps[name] = 100 * average_precision(*curve) if n_gt else float('nan')
+    mean = _mean(list(aps.values()))
+    return (mean, aps) if per_class else mean
 
 
 # %% [markdown]
-# Two cells; the detector finds one, raises a false alarm, then finds the other:
+# Two cells; the detector finds one, makes a false detection, then finds the other:
 # $\tfrac12\cdot 1+\tfrac12\cdot\tfrac23$.
 
 # %%
@@ -274,18 +278,18 @@ per_class
 # %% [markdown]
 # ## COCO
 #
-# COCO's AP differs in four points. It is averaged over ten overlaps .50, .55, ..., .95. The raised precision
-# is read at 101 recalls 0, .01, ..., 1 instead of being integrated. At most 100 detections an image count.
-# And a detection takes the best object that is still *free*. The letters s, m, l restrict it to objects below
-# $32^2$, up to $96^2$, and above that many pixels; AR100 is the mean recall.
+# COCO's AP differs in four points. It is averaged over ten IoU thresholds .50, .55, ..., .95. The raised
+# precision is sampled at 101 recalls 0, .01, ..., 1 instead of being integrated. At most 100 detections per
+# image count. And a detection takes the best object that is still *free*. The letters s, m, l restrict it to
+# objects below $32^2$, up to $96^2$, and above that many pixels; AR100 is the mean recall.
 #
-# Two habits of pycocotools are dealt with here: it prints, and it takes an annotation with id 0 for none at
-# all.
+# Two quirks of pycocotools are handled here: it prints, and it treats an object with annotation id 0 as
+# unmatched.
 
 # %%
 #| export
 def _coco(images, categories, annotations):
-    "A pycocotools object from rows, without a file and without a word"
+    "A pycocotools object from rows, without a file and without output"
     coco = COCO()
     coco.dataset = dict(images=images, categories=categories, annotations=annotations)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -294,37 +298,19 @@ def _coco(images, categories, annotations):
 
 
 def _coco_eval(ds, det, brief=False):
-    "COCOeval after accumulate(); image ids become 1..n, annotation ids start at 1 (pycocotools reads id 0 as unmatched)"
+    "COCOeval after accumulate(), with image ids 1..n and annotation ids from 1 on"
     number = {image_id: n for n, image_id in enumerate(ds.ids, 1)}
-    data = ds.coco_dict()
     images = [dict(id=n) for n in number.values()]
-    categories = [dict(id=c + 1, name=name) for c, name in enumerate(ds.classes)]
+    categories = [dict(id=c, name=name) for c, name in enumerate(ds.classes, 1)]
     gt, dt = [], []
-    for a in data['annotations']:
+    for a in ds.coco_dict()['annotations']:
+        row = dict(id=len(gt) + 1, image_id=number[a['image_id']], category_id=a['category_id'])
         area = a['area'] if a.get('area') is not None else a['bbox'][2] * a['bbox'][3]
-        gt.append(
-            dict(
-                id=len(gt) + 1,
-                image_id=number[a['image_id']],
-                category_id=a['category_id'],
-                bbox=list(a['bbox']),
-                area=area,
-                iscrowd=int(a.get('iscrowd', 0)),
-            )
-        )
+        gt.append(row | dict(bbox=list(a['bbox']), area=area, iscrowd=int(a.get('iscrowd', 0))))
     for image_id, (s, l, b) in det.items():
         for score, label, (x, y, X, Y) in zip(s.tolist(), l.tolist(), b.tolist()):
-            dt.append(
-                dict(
-                    id=len(dt) + 1,
-                    image_id=number[image_id],
-                    category_id=label + 1,
-                    bbox=[x, y, X - x, Y - y],
-                    area=(X - x) * (Y - y),
-                    iscrowd=0,
-                    score=score,
-                )
-            )
+            row = dict(id=len(dt) + 1, image_id=number[image_id], category_id=label + 1, score=score)
+            dt.append(row | dict(bbox=[x, y, X - x, Y - y], area=(X - x) * (Y - y), iscrowd=0))
     with contextlib.redirect_stdout(io.StringIO()):
         e = COCOeval(_coco(images, categories, gt), _coco(images, categories, dt), 'bbox')
         if brief:
@@ -336,19 +322,23 @@ def _coco_eval(ds, det, brief=False):
 
 # %%
 #| export
+def _percent(values):
+    "A result of COCOeval (...,areas,limits) in 0..100 at its limit of 100 detections, nan instead of -1"
+    return np.where(values < 0, np.nan, 100 * values)[..., -1]
+
+
 def evaluate(
     ds,  # data set: `classes`, `ids`, `coco_dict()`
-    detections: dict,  # image_id -> scores (K,), labels (K,), boxes (K,4) xyxy in pixels of the original image
-    brief: bool = False,  # AP and AP50 alone: no sizes, no classes, less to count
-) -> dict:  # AP, AP50, AP75, APs, APm, APl, AR100, voc_AP50 in 0..100 (nan where undefined), per_class={name: {AP, AP50}}
-    "COCO metrics (at most 100 detections an image) and VOC AP50; images without an entry have no detections"
-    det = _check(ds, detections)
-    e = _coco_eval(ds, det, brief)
-    precision, recall = (np.where(e.eval[k] < 0, np.nan, 100 * e.eval[k]) for k in ('precision', 'recall'))
-    p, r = (
-        precision[..., -1],
-        recall[..., -1],
-    )  # the last of maxDets 1, 10, 100; p (T,R,classes,areas), r (T,classes,areas)
+    detections: dict,  # image_id -> scores (K,), labels (K,), boxes (K,4) xyxy, pixels of the original image
+    brief: bool = False,  # only AP and AP50: no sizes, no classes, less to compute
+) -> dict:  # AP, AP50, AP75, APs, APm, APl, AR100, voc_AP50; per_class={name: {AP, AP50}}
+    """COCO metrics (at most 100 detections per image) and VOC AP50, in 0..100, nan where undefined.
+
+    An image without an entry has no detections; invalid detections raise `DataError`.
+    """
+    e = _coco_eval(ds, _check(ds, detections), brief)
+    p = _percent(e.eval['precision'])  # (IoU thresholds, recalls, classes, areas)
+    r = _percent(e.eval['recall'])  # (IoU thresholds, classes, areas)
     at = {round(100 * t): i for i, t in enumerate(e.params.iouThrs)}
     out = dict(AP=_mean(p[:, :, :, 0]), AP50=_mean(p[at[50], :, :, 0]))
     if brief:
@@ -373,8 +363,8 @@ assert abs(result['AP50'] - 100 * (51 * 1 + 50 * 2 / 3) / 101) < 1e-9  # 51 of t
 {k: v if isinstance(v, dict) else round(v, 2) for k, v in result.items()}
 
 # %% [markdown]
-# 83.50 and 83.33: the same curve, read at 101 points and integrated. A detection that overlaps its object by
-# .7 counts at five of the ten thresholds; nothing detected is 0, nothing to detect is not a number.
+# 83.50 and 83.33: the same curve, sampled at 101 points and integrated. A detection whose IoU with its object
+# is .7 counts at five of the ten thresholds. Without detections AP is 0, without objects it is `nan`.
 
 # %%
 loose = evaluate(ds, {'a': detected((0.9, 0, 0, 0, 10, 7)), 'b': detected((0.8, 0, 50, 50, 60, 57))})
@@ -390,46 +380,43 @@ loose['AP'], blank['AP'], desert['AP']
 # %% [markdown]
 # ::: {.callout-note}
 # ## What a number here can be compared with
-# AP, AP50 and the others are pycocotools' own and comparable with published COCO numbers on the same images.
-# VOC AP50 uses all points, as VOC does since 2010, on boxes as real intervals: the original toolkit counts
-# pixels (it adds 1 to widths), which matters for boxes of a few pixels only. In the COCO numbers, difficult
-# objects of VOC are treated as crowds.
+# AP, AP50 and the others come from pycocotools and are comparable with published COCO numbers on the same
+# images. VOC AP50 uses all points, as VOC has done since 2010, and continuous box coordinates: the original
+# toolkit counts pixels (it adds 1 to widths), which matters only for boxes of a few pixels. In the COCO
+# numbers, difficult objects of VOC are treated as crowds.
 # :::
 #
 # ## Pseudo labels against hidden truth
 #
 # In an experiment the labels of the "unlabelled" images exist and are hidden. Comparing pseudo boxes with
-# them tells early whether a run is going wrong: precision says how much the student is taught nonsense,
-# recall how many objects it is taught to be background.
+# them shows early whether a run is going wrong: where precision is low, the student learns wrong objects;
+# where recall is low, it learns that objects are background.
 
 # %%
 #| export
 def pseudo_quality(
     boxes: Tensor,  # (K,4) xyxy pseudo boxes, best first
     labels: Tensor,  # (K,)
-    gt_boxes: Tensor,  # (N,4) xyxy hidden truth, same unit
+    gt_boxes: Tensor,  # (N,4) xyxy hidden ground truth, same unit
     gt_labels: Tensor,  # (N,)
-    iou: float = 0.5,  # least overlap of a hit
+    iou: float = 0.5,  # smallest overlap of a hit
 ) -> tuple[int, int, int]:  # (hits, pseudo boxes, objects): precision is hits/boxes, recall hits/objects
-    "How many pseudo labels are right: class and overlap must agree, each object counts once"
+    "Count correct pseudo labels: the class must agree, the IoU reach `iou`, and each object counts once"
     overlap = box_iou(boxes.reshape(-1, 4), gt_boxes.reshape(-1, 4)) * (labels[:, None] == gt_labels[None])
-    o, hits = overlap.detach().cpu().numpy().copy(), 0
-    for row in o if o.size else ():
+    free, hits = overlap.detach().cpu().numpy().copy(), 0  # (K,N), 0 in the columns of objects found before
+    for row in free if free.size else ():
         j = int(row.argmax())
         if row[j] >= iou:
             hits += 1
-            o[:, j] = 0
+            free[:, j] = 0
     return hits, len(boxes), len(gt_boxes)
 
 
 # %%
-hidden, classes = (
-    torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60], [80, 80, 99, 99]]),
-    torch.tensor([0, 1, 0]),
-)
-pseudo = torch.tensor(
-    [[0.0, 0, 10, 9], [1, 0, 10, 10], [50, 50, 60, 60]]
-)  # good; the same object again; wrong class
+hidden = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60], [80, 80, 99, 99]])
+classes = torch.tensor([0, 1, 0])
+# correct; the same object again; wrong class
+pseudo = torch.tensor([[0.0, 0, 10, 9], [1, 0, 10, 10], [50, 50, 60, 60]])
 hits, n_pred, n_gt = pseudo_quality(pseudo, torch.tensor([0, 0, 0]), hidden, classes)
 assert (hits, n_pred, n_gt) == (1, 3, 3)
 f'precision {hits / n_pred:.2f}, recall {hits / n_gt:.2f}'
@@ -437,14 +424,14 @@ f'precision {hits / n_pred:.2f}, recall {hits / n_gt:.2f}'
 # %% [markdown]
 # ## Summary
 #
-# * A hit needs class, overlap and a free object; ignored objects neither help nor harm.
+# * A hit needs the right class, enough overlap and a free object; ignored objects do not count either way.
 # * AP is the area under the raised precision-recall curve, per class, then the mean over classes that occur.
-# * `evaluate` gives COCO's numbers and VOC's, in 0..100; `nan` where there is nothing to find.
-# * Faulty detections are refused with image and reason.
-# * `pseudo_quality` counts what `precision` and `recall` of pseudo labels are made of.
+# * `evaluate` computes the COCO and VOC numbers, in 0..100; `nan` where there is nothing to find.
+# * Invalid detections raise an error with the image and the reason.
+# * `pseudo_quality` returns the counts from which precision and recall of pseudo labels follow.
 #
 # ## Exercises
 #
-# 1. Add a thousand detections of score .001 far from everything: what happens to both numbers?
-# 2. Give every detection the class of its neighbour: which of the two numbers of `pseudo_quality` changes?
+# 1. Add a thousand detections of score .001 far from all objects: what happens to COCO AP and to VOC AP?
+# 2. Give every pseudo label the class of its neighbour: does precision change, recall, or both?
 # 3. Find five detections for which "most overlapping object" and "best free object" disagree.

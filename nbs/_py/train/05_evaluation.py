@@ -1,11 +1,11 @@
 # %% [markdown]
 # # Evaluation {#sec-evaluation}
 #
-# > From a network and a data set to detections in pixels of the files, and to COCO metrics.
+# > Run a network over a data set, and get detections in pixels of the files and COCO metrics.
 #
-# A detector sees a resized view and speaks in its coordinates; the metric counts in those of the file.
-# Between the two lies one scale an axis, and one decision: whether to suppress duplicates. A detection
-# transformer trained one-to-one needs no suppression, so the default is none, and asking for it is an
+# A detector sees a resized view and predicts in its coordinates; the metric is computed in those of the file.
+# Between the two lie one scale factor per axis and one decision: whether to suppress duplicates. A detection
+# transformer trained one-to-one needs no suppression, so there is none by default; switching it on is an
 # experiment.
 
 # %%
@@ -22,23 +22,24 @@ from semidetr.core import rank, rng_state, set_rng_state, world_size
 from semidetr.data.datasets import Subset
 from semidetr.detectors.detector import post_process
 from semidetr.data.loader import EvalLoader
+from semidetr.semi.teacher import keep_boxes
 from semidetr.train.metrics import evaluate
 
 
 # %%
 #| export
 def to_device(
-    part,  # nested dicts and lists of tensors
-    device,
-):
-    "Move every tensor of a batch"
-    if isinstance(part, torch.Tensor):
-        return part.to(device, non_blocking=True)
-    if isinstance(part, dict):
-        return {k: to_device(v, device) for k, v in part.items()}
-    if isinstance(part, list):
-        return [to_device(v, device) for v in part]
-    return part
+    batch,  # nested dicts and lists of tensors and other values
+    device,  # where the tensors go
+):  # the same nesting
+    "Move every tensor of a batch; other values stay as they are"
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {k: to_device(v, device) for k, v in batch.items()}
+    if isinstance(batch, list):
+        return [to_device(v, device) for v in batch]
+    return batch
 
 
 @torch.no_grad()
@@ -46,35 +47,31 @@ def detect(
     model,  # Detector
     ds,  # DetectionDataset
     view,  # ViewConfig
-    device='cpu',
-    batch_size: int = 8,
+    device='cpu',  # where the model is
+    batch_size: int = 8,  # images
     nms=None,  # IoU of per-class suppression; None: none
-    top_k: int = 300,
-    progress: str = '',  # text of the bar; '' for no bar
-    num_workers: int = 0,
-) -> dict:  # image_id -> dict(scores, labels, boxes xyxy in pixels of the file)
+    top_k: int = 300,  # most detections per image
+    progress: str = '',  # text of the progress bar; '' for no bar
+    num_workers: int = 0,  # processes that load images
+) -> dict:  # image_id -> dict(scores (K,), labels (K,), boxes (K,4) xyxy in pixels of the file)
     "Detections of a whole data set"
     training = model.training
     model.eval()
+    min_score = 0.0 if nms is None else 0.01
     out = {}
     try:
         loader = EvalLoader(ds, view, batch_size, num_workers)
-        for part in tqdm(loader, desc=progress, disable=not progress, leave=False):
-            part = to_device(part, device)
-            found = post_process(
-                model(part['images'], part['mask']),
-                [t['size'] for t in part['targets']],
-                top_k=top_k,
-                nms=nms,
-                score_threshold=0.0 if nms is None else 0.01,
-            )
-            for t, d in zip(part['targets'], found):
+        for batch in tqdm(loader, desc=progress, disable=not progress, leave=False):
+            batch = to_device(batch, device)
+            outputs = model(batch['images'], batch['mask'])
+            sizes = [t['size'] for t in batch['targets']]
+            detections = post_process(outputs, sizes, top_k=top_k, nms=nms, score_threshold=min_score)
+            for t, d in zip(batch['targets'], detections):
                 h, w = t['size']
-                oh, ow = t['orig_size']
-                scale = torch.tensor([ow / w, oh / h, ow / w, oh / h], device=d['boxes'].device)
-                out[t['image_id']] = dict(
-                    scores=d['scores'].cpu(), labels=d['labels'].cpu(), boxes=(d['boxes'] * scale).cpu()
-                )
+                file_h, file_w = t['orig_size']
+                factors = file_w / w, file_h / h, file_w / w, file_h / h
+                d['boxes'] = d['boxes'] * torch.tensor(factors, device=d['boxes'].device)
+                out[t['image_id']] = {k: v.cpu() for k, v in d.items()}
     finally:
         model.train(training)
     return out
@@ -84,7 +81,7 @@ def detect(
 #| export
 @contextlib.contextmanager
 def same_rng():
-    "What runs inside leaves the random state as it found it (starting worker processes draws a number)"
+    "Restore the random state on leaving (starting worker processes draws a number)"
     state = rng_state()
     try:
         yield
@@ -93,37 +90,38 @@ def same_rng():
 
 
 def suppress(
-    found: dict,  # of `detect`
-    iou: float = 0.6,  # of two boxes of one class, of which the lower score goes
-    least: float = 0.01,  # score
+    detections: dict,  # from `detect`
+    iou: float = 0.6,  # above it, the lower-scoring of two boxes of a class is removed
+    min_score: float = 0.01,  # scores must be larger
 ) -> dict:  # the same with fewer detections
-    "Per-class suppression of the detections that are there. (The published code suppresses before it cuts to `top_k` in its first stage: `detect(nms=.6)`)"
-    out = {}
-    for i, d in found.items():
-        d = {k: v[d['scores'] > least] for k, v in d.items()}
-        keep = batched_nms(d['boxes'], d['scores'], d['labels'], iou)
-        out[i] = {k: v[keep] for k, v in d.items()}
-    return out
+    """Per-class suppression after the cut to `top_k`.
+
+    In its first stage the published code suppresses before that cut: `detect(nms=.6)`.
+    """
+    kept = list(detections.values())
+    kept = keep_boxes(kept, [d['scores'] > min_score for d in kept])
+    kept = keep_boxes(kept, [batched_nms(d['boxes'], d['scores'], d['labels'], iou) for d in kept])
+    return dict(zip(detections, kept))
 
 
 def evaluate_model(
     model,  # Detector
     ds,  # DetectionDataset with boxes
     view,  # ViewConfig
-    device='cpu',
-    nms=None,  # IoU; None: no suppression
-    progress: str = '',
-    num_workers: int = 0,
-    both: bool = False,  # count again with `suppress`: adds AP_nms and AP50_nms
-) -> dict:  # of `evaluate`
+    device='cpu',  # where the model is
+    nms=None,  # IoU of per-class suppression; None: none
+    progress: str = '',  # text of the progress bar; '' for no bar
+    num_workers: int = 0,  # processes that load images
+    both: bool = False,  # evaluate again after `suppress`: adds AP_nms and AP50_nms
+) -> dict:  # from `evaluate`
     "COCO metrics of one network; several processes share the images"
-    part = Subset(ds, range(rank(), len(ds), world_size())) if world_size() > 1 else ds
+    share = Subset(ds, range(rank(), len(ds), world_size())) if world_size() > 1 else ds
     with same_rng():
-        found = detect(model, part, view, device, nms=nms, progress=progress, num_workers=num_workers)
+        found = detect(model, share, view, device, nms=nms, progress=progress, num_workers=num_workers)
     if world_size() > 1:
-        parts = [None] * world_size()
-        dist.all_gather_object(parts, found)
-        found = {k: v for p in parts for k, v in p.items()}
+        shares = [None] * world_size()
+        dist.all_gather_object(shares, found)
+        found = {k: v for s in shares for k, v in s.items()}
     result = evaluate(ds, found)
     if both:
         result |= {f'{k}_nms': v for k, v in evaluate(ds, suppress(found), brief=True).items()}
@@ -131,10 +129,10 @@ def evaluate_model(
 
 
 # %% [markdown]
-# ## A detector that knows everything
+# ## A check with a perfect detector
 #
-# A stand-in that returns the true boxes, one query an object, must come out with AP 100, whatever the size of
-# the view. If the scale between view and file were wrong anywhere, it would not.
+# A stand-in that returns the true boxes, one query per object, must reach AP 100 at every size of the view.
+# An error in the scale between view and file would lower it.
 
 # %%
 #| hide
@@ -146,14 +144,15 @@ from semidetr.data.catalog import open_dataset
 
 # %%
 class Oracle(torch.nn.Module):
-    "True boxes of scene after scene, moved by a share of their width"
+    "Returns the true boxes, scene by scene, shifted by a fraction of their width"
 
     def __init__(self, ds, shift=0.0):
         super().__init__()
         self.ds, self.shift, self.next = ds, shift, 0
 
     def forward(self, images, mask):
-        logits, boxes = torch.full((len(images), 8, 10), -9.0), torch.full((len(images), 8, 4), 0.5)
+        logits = torch.full((len(images), 8, 10), -9.0)
+        boxes = torch.full((len(images), 8, 4), 0.5)
         for b in range(len(images)):
             a = self.ds.annotation(self.next)
             n = len(a['labels'])
@@ -172,12 +171,12 @@ perfect['AP'], perfect['AP50']
 
 
 # %% [markdown]
-# A detector that says everything twice loses AP to its duplicates; suppression gives it back. The difference
-# between the two counts tells whether a network still needs suppression:
+# A detector that predicts every box twice loses AP to the duplicates; suppression recovers it. The difference
+# between the two results shows whether a network still needs suppression:
 
 # %%
 class Twice(Oracle):
-    "Every true box a second time, a little to the side"
+    "Returns every true box a second time, slightly shifted"
 
     def forward(self, images, mask):
         out = super().forward(images, mask)
@@ -190,28 +189,28 @@ round(doubled['AP'], 1), round(doubled['AP_nms'], 1)
 
 # %%
 #| label: fig-evaluation-shift
-#| fig-cap: "Boxes that are a tenth of their width off cost AP dearly and AP50 nothing: AP averages over IoU thresholds up to 0.95."
+#| fig-cap: "A shift by a tenth of the width costs much AP and no AP50: AP averages over IoU thresholds up to 0.95."
 #| fig-alt: "AP, AP50 and AP75 against the shift of all boxes"
 shifts = [0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4]
 rows = [evaluate_model(Oracle(scenes, s), scenes, view) for s in shifts]
 fig, ax = plt.subplots(figsize=(5, 2.8), dpi=80)
 for key in ('AP', 'AP50', 'AP75'):
     ax.plot(shifts, [r[key] for r in rows], 'o-', label=key)
-ax.set(xlabel='shift, of the width')
+ax.set(xlabel='shift, as a fraction of the width')
 ax.legend()
 plt.show()
 
 # %% [markdown]
 # ## Summary
 #
-# - `detect` runs a network over a data set and speaks in pixels of the files.
-# - `evaluate_model` adds the COCO metrics; several processes share the images. With `both` it counts with and
-#   without suppression.
-# - Evaluating draws no random number that training would miss: the random state is put back.
+# - `detect` runs a network over a data set and returns boxes in pixels of the files.
+# - `evaluate_model` computes the COCO metrics; several processes share the images. With `both` it evaluates
+#   with and without suppression.
+# - Evaluation does not change the random numbers of training: the random state is restored.
 # - No suppression is the default; `nms` is for one-to-many stages.
 #
 # ## Exercises
 #
-# 1. From the picture: which IoU does a box have that is shifted by a tenth of its width?
-# 2. Which detections does the top-300 cut lose when there are 900 queries and 80 classes?
+# 1. From the figure: what is the IoU of a box with a copy of itself, shifted by a tenth of the width?
+# 2. Which detections does the cut to the best 300 lose when there are 900 queries and 80 classes?
 # 3. Why must `detect` put the network back into training mode even after an error?
