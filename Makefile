@@ -25,7 +25,7 @@ help:
 	@echo 'make site   the site alone'
 	@echo 'make bench  all timings, about ten minutes on a quiet machine, and their page; BENCH=--quick: a smoke version without the page'
 	@echo 'make ablations-smoke  every study of the book, seconds a run, into a temporary folder; make ablations  those whose records are committed, hours'
-	@echo 'make nb NB=detectors/01_attention   bring the text of one notebook into it, export its module, run it'
+	@echo 'make nb NB=semi/01_mining   bring the text of one notebook into it, export its module, run it'
 
 # --- the environment: built from the project's own files, and again only when they change ------------------------------
 env: $(STAMP)
@@ -70,7 +70,7 @@ ablations: $(STAMP)
 clean:
 	rm -rf _docs build .pytest_cache .ruff_cache
 
-# --- one notebook: edit nbs/_py/NN_name.py, then `make nb NB=NN_name` -------------------------------------------------
+# --- one notebook: edit nbs/_py/LAYER/NN_name.py, then `make nb NB=LAYER/NN_name` -------------------------------------------------
 nb-export:
 	@$(BIN)/python tests/nbtool.py export $(NB)
 nb: nb-export

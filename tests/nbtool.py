@@ -1,9 +1,9 @@
-"""Keep one notebook, its text twin and its module together: `nbtool.py export|run NAME ...` (`make nb NB=detectors/01_attention`).
+"""Keep one notebook, its text twin and its module together: `nbtool.py export|run NAME ...` (`make nb NB=semi/01_mining`).
 
 export: text twin -> notebook (outputs and cell ids of unchanged cells stay) -> module and index of names.
 run:    the same, then execute the notebook in place and clean it, so that the committed outputs are fresh.
 check:  say which twins differ from their notebooks.
-Without a NAME: all notebooks. Names are paths below nbs/ without the ending: 10_attention, ablations/02_txl_pbc."""
+Without a NAME: all notebooks. Names are paths below nbs/ without the ending: semi/01_mining, ablations/02_txl_pbc."""
 
 import contextlib, os, subprocess, sys
 from pathlib import Path

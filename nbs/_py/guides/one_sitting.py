@@ -38,8 +38,8 @@ from semidetr.train.trainer import total_loss
 # and 260 lose their boxes: training never gets them (@sec-datasets, @sec-splits).
 
 # %%
-home = Path(tempfile.mkdtemp())
-(home / 'images').mkdir()
+home = Path(tempfile.mkdtemp()) / 'digits'
+(home / 'images').mkdir(parents=True)
 scenes = open_dataset('digits:n=300')
 truth = scenes.coco_dict()
 for i, image in enumerate(truth['images']):
@@ -63,6 +63,7 @@ image_grid([ds[i].image for i in range(4)], [ds[i].boxes for i in range(4)])
 # and metrics (@sec-trainer); here it takes about a minute on one core.
 
 # %%
+#| slow
 common = [f'data.data={home}', 'data.count=20', 'data.dev=20', 'loader.num_workers=0', 'run.test=false']
 burn_in = override(
     preset('digits'),
@@ -80,6 +81,7 @@ round(start['metrics']['dev']['teacher']['AP50'], 1)
 # own, so a box moves from weak to strong by $M_s M_w^{-1}$ (@sec-augment).
 
 # %%
+#| slow
 settings = override(
     burn_in,
     [
@@ -108,6 +110,7 @@ weak['images'].shape, strong['images'].shape, strong['targets'][0]['matrix']
 # runs both halves once and keeps what further queries need.
 
 # %%
+#| slow
 student, teacher = run.student.train(), run.teacher
 with torch.no_grad():
     teacher_view, student_view = encode_decode(teacher, weak), encode_decode(student, strong)
@@ -123,6 +126,7 @@ with torch.no_grad():
 # losses.
 
 # %%
+#| slow
 mined = mine_pseudo_labels(
     teacher_view.outputs, student_view.outputs, weak['targets'], strong['targets'], settings
 )
@@ -136,10 +140,11 @@ assert counts['candidates'] >= counts['mined'] >= counts['targets']
 counts
 
 # %%
+#| slow
 #| label: fig-sitting-mined
 #| fig-cap: "Left: the teacher's boxes in a weak view (orange: targets, dashed: mined for consistency alone). Middle: the targets, carried to the strong view. Right: matching costs of the candidates and the threshold between the two components."
 #| fig-alt: "A scene with boxes in its weak view, the same scene distorted with its boxes, and a histogram of costs with two curves."
-best = max(range(6), key=lambda i: int(mined['sup'][i].sum()))
+best = max(range(6), key=lambda i: int(mined['con'][i].sum()))
 fig, axes = plt.subplots(1, 3, figsize=(7.5, 2.5), dpi=80)
 view = settings.view
 show_image(axes[0], weak['images'][best], view.mean, view.std, 'weak: teacher')
@@ -164,6 +169,7 @@ plt.show()
 # one query, so that the final detector needs no suppression of duplicates (@sec-matching).
 
 # %%
+#| slow
 targets = [
     dict(labels=t['labels'][m], boxes=t['boxes'][m])
     for t, m in zip(mined['strong'], mined['sup'], strict=True)
@@ -183,6 +189,7 @@ dict(objects=objects, one_to_many=many, one_to_one=one)
 # then the teacher follows the student by an exponential moving average (@sec-teacher).
 
 # %%
+#| slow
 with same_rng():
     batch = next(run.batches())[0]
 losses, scalars, _ = run.method.step(student, teacher, batch, t=0)
@@ -202,6 +209,7 @@ assert all(k in losses for k in parts.values())
 # @sec-abl-components, with five seeds.
 
 # %%
+#| slow
 supervised = override(settings, ['method.name=supervised', 'method.T1=0', 'loader.n_labelled=8'])
 results = {
     name: Trainer(cfg, home / 'runs' / name, progress=False).fit()
@@ -210,6 +218,7 @@ results = {
 {name: round(r['metrics']['dev']['teacher']['AP50'], 1) for name, r in results.items()}
 
 # %%
+#| slow
 #| label: fig-sitting-curve
 #| fig-cap: "Losses of the semi-supervised run and pseudo boxes per image. After iteration 60 matching is one-to-one, which the class losses show."
 #| fig-alt: "Two panels: supervised and unsupervised class loss over iterations; pseudo boxes per image over iterations."
@@ -231,6 +240,7 @@ fig.tight_layout()
 plt.show()
 
 # %%
+#| slow
 #| label: fig-sitting-found
 #| fig-cap: "Detections above .3 of the trained teacher on four scenes of the development part (blue) and the true boxes (green)."
 #| fig-alt: "Four scenes with blue detections and green true boxes."
