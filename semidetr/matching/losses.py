@@ -73,7 +73,7 @@ class CriterionConfig:
     loss_l1: float = 10.0  # L1 term of the loss (effective weight of the code: 10; paper: 5)
     enc_labels: str = 'zero'  # labels of the encoder output: 'zero' = object or not (code), 'true' (DINO)
     cls_loss: str = (
-        'focal'  # one-to-one stage: 'focal' (paper), 'task_aligned' or 'varifocal' (towards the IoU)
+        'focal'  # one-to-one stage: 'focal' (paper); 'task_aligned', 'varifocal' (towards the IoU)
     )
     o2m: str = 'task_aligned'  # one-to-many assignment; for comparison 'max_iou', 'atss', 'simota'
     k: int = 13  # task_aligned: maximum number of positives per object
@@ -200,9 +200,7 @@ def set_criterion(
     denoising: bool = True,  # False: denoising queries get no loss (unlabelled images of stage 1)
     stats: dict = None,  # gets positives_per_object of the last decoder layer, where there is an object
     o2m=assign_o2m,  # one-to-many assignment, see `assign`
-) -> (
-    dict
-):  # scalars loss_cls, loss_l1, loss_giou with suffixes _0, ..., _enc, _dn_0, ...; their sum is the loss
+) -> dict:  # scalars loss_cls, loss_l1, loss_giou with suffixes _0, ..., _enc, _dn_0, ...; minimise their sum
     """All losses of a batch (@eq-losses-o2m). NonFiniteError where a matching cost is NaN (an image without
     objects has none: there the loss becomes NaN), DataError where a label is not a class"""
     logits, boxes, names = _stacked(outputs)

@@ -8,8 +8,7 @@
 # query. The detector then needs no non-maximum suppression, but an inaccurate pseudo box spoils the only
 # positive that an object has, and few queries learn. *One-to-many* matching gives each object several
 # queries, weighted by their quality. Training is faster and tolerates inaccurate boxes, but the detector
-# produces duplicates. Semi-DETR uses both, one after the other (*stage-wise hybrid matching*, section 3.2 of
-# the paper).
+# produces duplicates. Semi-DETR uses both, one after the other: *stage-wise hybrid matching*.
 
 # %%
 #| default_exp matching.matching
