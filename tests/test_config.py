@@ -32,7 +32,7 @@ def test_paper_settings():
         c.loader.n_labelled,
         c.loader.n_unlabelled,
     ) == (60_000, 120_000, 4.0, 1, 4)
-    assert (c.criterion.w_cls, c.criterion.w_l1, c.criterion.w_giou, c.criterion.k) == (2.0, 5.0, 2.0, 13)
+    assert (c.criterion.w_cls, c.criterion.cost_l1, c.criterion.w_giou, c.criterion.k) == (2.0, 5.0, 2.0, 13)
     full = preset('coco-full')
     assert (full.optim.steps, full.method.unsup_weight, full.loader.n_labelled, full.loader.n_unlabelled) == (
         (120_000, 160_000),

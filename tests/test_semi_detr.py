@@ -11,7 +11,6 @@ from semidetr.semi.consistency import (
     cross_view_extras,
     cross_view_losses,
     pair_boxes,
-    pick_boxes,
 )
 from semidetr.detectors.detector import Detector
 from semidetr.matching.losses import CriterionConfig, set_criterion
@@ -22,12 +21,12 @@ from semidetr.semi.methods import (
     mean_teacher,
     method_parts,
     mine_pseudo_labels,
-    select,
     semi_detr,
     weighted,
 )
-from semidetr.semi.mining import CostMemory, MiningConfig
+from semidetr.semi.mining import MiningConfig
 from semidetr.semi.teacher import PseudoConfig, keep_boxes, make_teacher
+from semidetr.semi.variants import CostMemory, box_picker
 from semidetr.train.trainer import Trainer
 from test_methods import part, small
 
@@ -375,14 +374,13 @@ def published_order(student, teacher, data, step, cfg):
         taught = teacher(weak['images'], weak['mask'])
         first = student(strong['images'], strong['mask'])
     mined = mine_pseudo_labels(taught, first, weak['targets'], strong['targets'], cfg)
-    targets, cdn = select(mined['strong'], mined['sup']), has_denoising(stage, cfg.method)
+    targets, cdn = keep_boxes(mined['strong'], mined['sup']), has_denoising(stage, cfg.method)
     extras, con = student.denoise(targets) if cdn else [], {}
     asked = []
     if stage == 'o2m':
-        picked = pick_boxes(
+        picked = box_picker(cfg.consistency)(
             *(keep_boxes(mined['weak'], mined[k]) for k in ('con', 'sup')),
             [t['size'] for t in weak['targets']],
-            cfg.consistency,
         )
         pairs = pair_boxes(picked, weak['targets'], strong['targets'], cfg.consistency)
         asked, same = cross_view_extras(
@@ -559,7 +557,7 @@ SWITCHES = {  # name -> (settings of `config`, iteration, losses that change: a 
     'cpm_init': (dict(mining=dict(init='score')), 3, 'con_', 'loss_cls'),
     'cpm_union': (dict(mining=dict(union=False)), 3, 'con_', 'cls'),
     'sup_filter': (dict(mining=dict(sup_filter='top_k', top_k=1)), 3, 'unsup_cls', 'loss_cls'),
-    'l1_weight': (dict(crit=dict(l1_weight=5.0)), 3, 'l1', 'cls'),
+    'loss_l1': (dict(crit=dict(loss_l1=5.0)), 3, 'l1', 'cls'),
     'enc_labels': (dict(crit=dict(enc_labels='true')), 3, 'cls_enc', 'cls_0'),
     'unsup_cdn': (dict(unsup_cdn='always'), 3, 'unsup_cls_dn', 'unsup_con'),
     'unsup_cdn_never': (dict(unsup_cdn='never'), 10, 'unsup_cls_dn', 'loss_cls'),

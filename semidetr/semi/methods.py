@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'MethodConfig', 'StepConfig', 'supervised', 'unsup_weight', 'to_original', 'weighted', 'look',
-           'has_denoising', 'mean_teacher', 'pseudo_stats', 'method_parts', 'select', 'mine_pseudo_labels',
-           'encode_decode', 'ask_both', 'semi_detr', 'mining_stats']
+           'has_denoising', 'mean_teacher', 'pseudo_stats', 'method_parts', 'mine_pseudo_labels', 'encode_decode',
+           'ask_both', 'semi_detr', 'mining_stats']
 
 # %% ../../nbs/semi/03_methods.ipynb #7ae8c397
 from dataclasses import dataclass
@@ -18,25 +18,38 @@ from semidetr.semi.consistency import (
     consistency_active,
     cross_view_extras,
     cross_view_losses,
-    hungarian_consistency,
     pair_boxes,
-    pick_boxes,
 )
 from ..core import ConfigError, suggest
 from ..matching.losses import CriterionConfig, set_criterion
 from ..matching.matching import stage_of
 from semidetr.semi.mining import (
-    ClassRates,
-    CostMemory,
     MiningConfig,
-    class_rates,
     gather_costs,
     initial_boxes,
     matched_costs,
     mine,
     mining_threshold,
 )
-from .teacher import PseudoConfig, fixed_threshold, keep_boxes, teacher_detections, transport
+from semidetr.semi.teacher import (
+    PseudoConfig,
+    fixed_threshold,
+    in_both_views,
+    keep_boxes,
+    teacher_detections,
+    transport,
+)
+from semidetr.semi.variants import (
+    ClassRates,
+    CostMemory,
+    box_picker,
+    class_rates,
+    hungarian_consistency,
+    initial_filter,
+    label_filters,
+    mixture_solver,
+    one_to_many_assigner,
+)
 
 # %% ../../nbs/semi/03_methods.ipynb #487811b1
 @dataclass(frozen=True)
@@ -79,7 +92,8 @@ def supervised(
     "Losses of the labelled images alone (@eq-methods-sup)"
     part = batch['labelled']
     outputs = student(part['images'], part['mask'], part['targets'])
-    losses = set_criterion(outputs, part['targets'], stage_of(step, cfg.method.T1), cfg.criterion)
+    o2m = one_to_many_assigner(cfg.criterion)
+    losses = set_criterion(outputs, part['targets'], stage_of(step, cfg.method.T1), cfg.criterion, o2m=o2m)
     return losses, dict(
         labelled_boxes=sum(len(t['labels']) for t in part['targets']) / max(1, len(part['targets']))
     )
@@ -158,7 +172,9 @@ def mean_teacher(
     stage = stage_of(step, cfg.method.T1)
     cdn = has_denoising(stage, cfg.method)
     outputs = student(strong['images'], strong['mask'], targets if cdn else None)
-    losses |= weighted(set_criterion(outputs, targets, stage, cfg.criterion, denoising=cdn), weight, 'unsup')
+    o2m = one_to_many_assigner(cfg.criterion)
+    unsup = set_criterion(outputs, targets, stage, cfg.criterion, denoising=cdn, o2m=o2m)
+    losses |= weighted(unsup, weight, 'unsup')
     return losses, stats | pseudo_stats(seen, pseudo, targets) | dict(
         pseudo=to_original(pseudo, weak['targets'])
     )
@@ -193,19 +209,11 @@ def method_parts(
         parts.rates = ClassRates(class_rates(labelled, cfg.detector.num_classes), cfg.mining.rate_window)
     if cfg.mining.memory:
         parts.memory = CostMemory(cfg.mining.memory)
-    if (c := cfg.consistency).asks:
+    if (c := cfg.consistency).needs_queries:
         parts.projector = Projector(cfg.detector.transformer.d_model, c.hidden, c.projector)
     return parts
 
-
-def select(
-    targets: list,  # per image dict with `boxes`, `labels`, `scores` of the same length, among others
-    masks: list,  # per image (K,) bool
-) -> list:
-    "Fewer boxes, everything else as it was"
-    return [{**t, **{k: t[k][m] for k in ('boxes', 'labels', 'scores')}} for t, m in zip(targets, masks)]
-
-# %% ../../nbs/semi/03_methods.ipynb #2e3cd2c9
+# %% ../../nbs/semi/03_methods.ipynb #14f6dac0
 @torch.no_grad()
 def mine_pseudo_labels(
     taught: dict,  # outputs of the teacher on the weak view
@@ -216,18 +224,17 @@ def mine_pseudo_labels(
 ) -> dict:  # seen: all detections; weak: B^0 in the weak view; strong: the same boxes as targets; sup, con: masks; costs, tau, mixture
     "From the teacher's detections to B^sup and B^con (@sec-mining)"
     seen = teacher_detections(taught, weak, cfg.pseudo)
-    first = keep_boxes(seen, initial_boxes(seen, cfg.mining, cfg.pseudo.threshold))
+    first = keep_boxes(seen, initial_boxes(seen, initial_filter(cfg.mining, cfg.pseudo.threshold)))
     moved = transport(first, weak, strong, cfg.pseudo.min_side)
-    first = [
-        {k: v[m['source']] for k, v in d.items()} for d, m in zip(first, moved)
-    ]  # what the student can see at all
+    first = in_both_views(first, moved)  # what the student can see at all
     costs = matched_costs(outputs, moved, cfg.criterion)
     pooled = gather_costs(costs)
     if hasattr(cfg.parts, 'memory'):
         pooled = cfg.parts.memory.add(pooled)
-    tau, mixture = mining_threshold(pooled, cfg.mining.solver)
-    least = cfg.parts.rates.add(seen) if hasattr(cfg.parts, 'rates') else None
-    sup, con = mine(first, costs, tau, cfg.mining, cfg.pseudo.threshold, least)
+    tau, mixture = mining_threshold(pooled, mixture_solver(cfg.mining))
+    min_scores = cfg.parts.rates.add(seen) if hasattr(cfg.parts, 'rates') else None
+    filters = label_filters(cfg.mining, min_scores)
+    sup, con = mine(first, costs, tau, cfg.pseudo.threshold, cfg.mining.union, *filters)
     return dict(seen=seen, weak=first, strong=moved, sup=sup, con=con, costs=costs, tau=tau, mixture=mixture)
 
 # %% ../../nbs/semi/03_methods.ipynb #9a1b0c49
@@ -257,7 +264,7 @@ def ask_both(
             ours[1], theirs[1], weak['targets'], strong['targets'], c
         )
     con, sup = (keep_boxes(mined['weak'], mined[k]) for k in ('con', 'sup'))
-    picked = pick_boxes(con, sup, [t['size'] for t in weak['targets']], c, proposals=mined['seen'])
+    picked = box_picker(c)(con, sup, [t['size'] for t in weak['targets']], proposals=mined['seen'])
     pairs = pair_boxes(picked, weak['targets'], strong['targets'], c, cfg.pseudo.min_side)
     frames = weak['images'].shape[-2:], strong['images'].shape[-2:]
     asked, same = cross_view_extras(cfg.parts.projector, theirs[0], ours[0], pairs, frames, c)
@@ -284,17 +291,17 @@ def semi_detr(
         theirs = encode_decode(teacher, weak)
     ours = encode_decode(student, strong)
     mined = mine_pseudo_labels(theirs[1], ours[1], weak['targets'], strong['targets'], cfg)
-    targets, cdn = select(mined['strong'], mined['sup']), has_denoising(stage, cfg.method)
+    targets, cdn = keep_boxes(mined['strong'], mined['sup']), has_denoising(stage, cfg.method)
     extras = student.denoise(targets) if cdn else []
     if consistency_active(step, cfg.method.T1, c := cfg.consistency) and (
-        c.asks or c.correspondence == 'hungarian'
+        c.needs_queries or c.correspondence == 'hungarian'
     ):
         outputs, con = ask_both(student, teacher, ours, theirs, mined, extras, batch, cfg)
     else:
         outputs, con = student.decode(ours[0], extras, ours[1]), {}
-    losses |= weighted(
-        {**set_criterion(outputs, targets, stage, cfg.criterion, cdn, stats), **con}, weight, 'unsup'
-    )
+    o2m = one_to_many_assigner(cfg.criterion)
+    unsup = set_criterion(outputs, targets, stage, cfg.criterion, cdn, stats, o2m)
+    losses |= weighted({**unsup, **con}, weight, 'unsup')
     if con:
         stats['loss_con'] = sum(v.item() for v in con.values())
     return losses, stats | mining_stats(mined, targets, weak['targets'])
