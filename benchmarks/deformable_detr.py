@@ -25,7 +25,7 @@ SIZE = TransformerConfig(
 )
 CLASSES, CRITERION = (
     80,
-    CriterionConfig(w_cls=1.0, w_l1=5.0, w_giou=2.0, l1_weight=5.0),
+    CriterionConfig(w_cls=1.0, cost_l1=5.0, w_giou=2.0, loss_l1=5.0),
 )  # their weights, in cost and loss
 
 

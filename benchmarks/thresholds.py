@@ -12,7 +12,7 @@ from semidetr.data.datasets import Subset
 from semidetr.data.loader import EvalLoader
 from semidetr.train.metrics import pseudo_quality
 from semidetr.semi.methods import look, to_original
-from semidetr.semi.mining import class_rates
+from semidetr.semi.variants import class_rates
 from semidetr.train.predict import load_model
 from semidetr.train.trainer import build_data
 

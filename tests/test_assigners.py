@@ -1,6 +1,7 @@
-"The other one-to-many assignments against their definitions read aloud, and their behaviour where there is nothing to choose from"
+"The other one-to-many assignments against their definitions, and where there is nothing to choose from"
 
-import math, statistics
+import math
+import statistics
 import pytest
 import torch
 from semidetr.matching.assigners import (
@@ -39,7 +40,7 @@ def case(sizes, Q=20, C=4, layers=2, seed=0, near=True, dtype=torch.float64):
     return torch.randn(layers, len(sizes), Q, C, generator=g).to(dtype), pred, targets
 
 
-# --- the definitions, one number at a time ----------------------------------------------------------------------------
+# --- the definitions, one number at a time --------------------------------------------------------
 def sig(z):
     return 1 / (1 + math.exp(-z))
 
@@ -60,11 +61,11 @@ def wants_atss(z, boxes, u, labels, gt, k=9):
     for i, (x, y, w, h) in enumerate(gt):
         near = sorted(range(len(boxes)), key=lambda j: (boxes[j][0] - x) ** 2 + (boxes[j][1] - y) ** 2)[:k]
         values = [u[j][i] for j in near]
-        least = sum(values) / len(values) + (statistics.stdev(values) if len(values) > 1 else 0)
+        min_iou = sum(values) / len(values) + (statistics.stdev(values) if len(values) > 1 else 0)
         for j in near:
             if (
                 u[j][i] > 0
-                and u[j][i] >= least
+                and u[j][i] >= min_iou
                 and abs(boxes[j][0] - x) < w / 2
                 and abs(boxes[j][1] - y) < h / 2
             ):
@@ -269,7 +270,7 @@ def test_simota_by_hand():
     assert set(assign_simota(z, near, two).target.tolist()) == {1}
 
 
-# --- background that fits better --------------------------------------------------------------------------------------
+# --- background that fits better ------------------------------------------------------------------
 def slow_misplaced(m, boxes, truth):
     lost, weight = [], []
     for layer in range(boxes.shape[0]):
@@ -326,8 +327,8 @@ def test_misplaced_background_by_hand():
         lost=1.0, weight=1.0, objects=1
     )  # the shifted box takes the third
     two = assign_o2m(z, pred, pseudo, k=2)  # the second and the third; the first is background
-    seen = misplaced_background(two, pred, truth)
-    assert two.query.tolist() == [1, 2] and seen['lost'] == 1 and seen['weight'] == 1
+    got = misplaced_background(two, pred, truth)
+    assert two.query.tolist() == [1, 2] and got['lost'] == 1 and got['weight'] == 1
     assert misplaced_background(assign_o2m(z, pred, pseudo, k=3), pred, truth) == dict(
         lost=0.0, weight=0.0, objects=1
     )

@@ -1,13 +1,21 @@
-"Cross-view queries: levels, features, boxes, masks, loss, gradients, empty batches, the Hungarian alternative (acceptance 8, 28-32)"
+"Cross-view queries: levels, features, boxes, masks, loss, gradients, empty batches (acceptance 8, 28-32)"
 
 import copy
 import itertools
+import math
 from dataclasses import replace
-import pytest, torch
+import pytest
+import torch
 from torch import nn
 from torchvision.ops import roi_align
 import semidetr.detectors.detector as detector
 from semidetr.boxes import denormalize_boxes, inverse_sigmoid
+from semidetr.core import ConfigError
+from semidetr.detectors.denoising import denoising_queries
+from semidetr.detectors.detector import Detector, DetectorConfig
+from semidetr.detectors.transformer import TransformerConfig
+from semidetr.matching.matching import pair_cost
+from semidetr.semi import consistency
 from semidetr.semi.consistency import (
     ConsistencyConfig,
     Projector,
@@ -16,21 +24,13 @@ from semidetr.semi.consistency import (
     cross_view_extras,
     cross_view_losses,
     cross_view_queries,
-    grid_boxes,
-    hungarian_consistency,
-    match_views,
     pair_boxes,
-    pick_boxes,
     pyramid_strides,
-    random_boxes,
     roi_features,
     roi_level,
 )
-from semidetr.core import ConfigError
-from semidetr.detectors.denoising import denoising_queries
-from semidetr.detectors.detector import Detector, DetectorConfig
-from semidetr.matching.matching import pair_cost
-from semidetr.detectors.transformer import TransformerConfig
+from semidetr.semi.teacher import in_both_views, keep_boxes, transport
+from semidetr.semi.variants import box_picker, grid_boxes, hungarian_consistency, match_views, random_boxes
 
 CFG, D = ConsistencyConfig(), 32
 TINY = TransformerConfig(
@@ -134,10 +134,10 @@ class World:
 
     def outputs(self, enc=None):
         t, s = enc or self.encode()
-        ask, check = self.extras((t, s))
+        q_s, q_t = self.extras((t, s))
         with torch.no_grad():
-            seen = self.teacher.decode(t, check)
-        return self.student.decode(s, ask), seen
+            teacher_out = self.teacher.decode(t, q_t)
+        return self.student.decode(s, q_s), teacher_out
 
     def losses(self):
         return cross_view_losses(*self.outputs(), self.cfg)
@@ -158,7 +158,7 @@ def gradients(world):
     }
 
 
-# --- configuration ------------------------------------------------------------------------------------------------
+# --- configuration --------------------------------------------------------------------------------
 
 
 def test_defaults_and_bad_values():
@@ -198,7 +198,7 @@ def test_until():
     assert not consistency_active(0, 0, CFG) and not consistency_active(0, 10, replace(CFG, weight=0.0))
 
 
-# --- levels and features (acceptance 28) --------------------------------------------------------------------------
+# --- levels and features (acceptance 28) ----------------------------------------------------------
 
 
 def test_levels():
@@ -240,7 +240,7 @@ def test_features_against_one_call_a_box():
 
 
 def test_features_of_a_ramp_are_places():
-    "On maps that hold the x and y of their cells a feature is the centre of its bin: half-pixel alignment, both strides"
+    "Maps of the x and y of their cells give the centres of the bins: half-pixel alignment, both strides"
     frame, shapes = (
         (200, 150),
         [(26, 19), (13, 10)],
@@ -293,7 +293,7 @@ def test_features_of_nothing():
     assert some.shape == (1, 5, 7, 7)
 
 
-# --- projector ----------------------------------------------------------------------------------------------------
+# --- projector ------------------------------------------------------------------------------------
 
 
 def test_projector_layers():
@@ -342,14 +342,14 @@ def test_idle_projector():
     assert p.idle() == 0 and all(q.grad is not None and not q.grad.any() for q in p.parameters())
 
 
-# --- boxes --------------------------------------------------------------------------------------------------------
+# --- boxes ----------------------------------------------------------------------------------------
 
 
 def test_which_boxes():
     con, sup, sizes = [detections(3), detections(0)], [detections(1), detections(0)], [(64, 64), (48, 64)]
 
     def pick(generator=None, **kw):
-        return pick_boxes(con, sup, sizes, replace(CFG, **kw), generator)
+        return box_picker(replace(CFG, **kw))(con, sup, sizes, generator)
 
     for name, wanted in (('mined', con), ('score', sup)):
         assert all(torch.equal(a[k], b[k]) for a, b in zip(pick(boxes=name), wanted) for k in a)
@@ -392,28 +392,22 @@ def test_random_boxes_fill_the_view():
 
 
 def test_dense_boxes():
-    con = [detections(2), detections(0)]
-    dense = pick_boxes(con, con, [(64, 64), (48, 80)], replace(CFG, density='dense', grid=2))
+    con, sizes = [detections(2), detections(0)], [(64, 64), (48, 80)]
+
+    def pick(proposals=None, **kw):
+        return box_picker(replace(CFG, density='dense', **kw))(con, con, sizes, proposals=proposals)
+
+    dense = pick(grid=2)
     assert [len(p['boxes']) for p in dense] == [6, 4]
     assert dense[1]['boxes'].tolist() == [[0, 0, 40, 24], [40, 0, 80, 24], [0, 24, 40, 48], [40, 24, 80, 48]]
-    assert torch.equal(dense[0]['boxes'][:2], con[0]['boxes']) and dense[0]['labels'].shape == dense[0][
-        'scores'
-    ].shape == (6,)
-    seen = [detections(5, seed=3), detections(1, seed=4)]
-    given = pick_boxes(
-        con, con, [(64, 64), (48, 80)], replace(CFG, density='dense', boxes='none'), proposals=seen
-    )
-    assert all(torch.equal(a[k], b[k]) for a, b in zip(given, seen) for k in a)
-    half = pick_boxes(
-        con,
-        con,
-        [(64, 64), (48, 80)],
-        replace(CFG, density='dense', boxes='none', grid=2),
-        proposals=[seen[0], detections(0)],
-    )
-    assert torch.equal(half[0]['boxes'], seen[0]['boxes']) and torch.equal(
-        half[1]['boxes'], dense[1]['boxes']
-    )  # a silent teacher: a grid
+    assert torch.equal(dense[0]['boxes'][:2], con[0]['boxes'])
+    assert dense[0]['labels'].shape == dense[0]['scores'].shape == (6,)
+    found = [detections(5, seed=3), detections(1, seed=4)]
+    given = pick(found, boxes='none')
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(given, found) for k in a)
+    half = pick([found[0], detections(0)], boxes='none', grid=2)  # no detection: a grid
+    assert torch.equal(half[0]['boxes'], found[0]['boxes'])
+    assert torch.equal(half[1]['boxes'], dense[1]['boxes'])
     area = (lambda b: (b[:, 2:] - b[:, :2]).prod(1).sum())(grid_boxes((30, 70), 3, torch.zeros(0)))
     assert torch.allclose(area, torch.tensor(2100.0))
 
@@ -443,7 +437,35 @@ def test_pairs_are_the_same_box_in_both_views():
     assert len(pair_boxes(picked, weak, strong, replace(CFG, slot_weights='slots'))[1]['weight']) == 0
 
 
-# --- queries and mask (acceptance 8, 30) --------------------------------------------------------------------------
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_boxes_are_transported_once(monkeypatch, dtype):
+    "Mined boxes keep their place in the strong view: the same bits as if they were moved again"
+
+    def turned(shift, c=math.cos(0.3), s=math.sin(0.3)):
+        return torch.tensor([[c, -s, shift], [s, c, -5.1], [0, 0, 1]], dtype=torch.float64)
+
+    sizes = [(640, 480), (333, 500), (96, 96), (64, 48)]
+    weak = [view((h, w), flipped(w)) for h, w in sizes]
+    strong = [view((h + 40, w - 7), turned(0.4 * w)) for h, w in sizes]
+    b0 = [detections(n, size=s, seed=n) for n, s in zip((60, 7, 1, 0), sizes)]
+    b0 = [d | dict(boxes=d['boxes'].to(dtype)) for d in b0]
+    moved = transport(b0, weak, strong, 2.0)
+    first = in_both_views(b0, moved)
+    assert 0 < sum(len(d['boxes']) for d in first) < 68  # some have left the view
+    g = torch.Generator().manual_seed(0)
+    for share in (1.0, 0.5, 0.1):
+        con = keep_boxes(first, [torch.rand(len(d['scores']), generator=g) < share for d in first])
+        for slots in ('code', 'slots'):
+            cfg = replace(CFG, slot_weights=slots)
+            plain = [{k: v for k, v in d.items() if k != 'boxes_strong'} for d in con]
+            twice = pair_boxes(plain, weak, strong, cfg, 2.0)
+            with monkeypatch.context() as patch:
+                patch.setattr(consistency, 'transport', None)  # must not be called
+                once = pair_boxes(box_picker(cfg)(con, con, sizes), weak, strong, cfg, 2.0)
+            assert all(torch.equal(a[k], b[k]) for a, b in zip(once, twice, strict=True) for k in b)
+
+
+# --- queries and mask (acceptance 8, 30) ----------------------------------------------------------
 
 
 def test_slots():
@@ -478,16 +500,16 @@ def test_slots():
 
 def test_queries_stand_in_their_own_view(student):
     w = World(student)
-    ask, check = w.extras()
-    assert torch.equal(ask[0].content, check[0].content) and not torch.equal(ask[0].boxes, check[0].boxes)
-    assert ask[0].content.requires_grad and not check[0].content.requires_grad
+    q_s, q_t = w.extras()
+    assert torch.equal(q_s[0].content, q_t[0].content) and not torch.equal(q_s[0].boxes, q_t[0].boxes)
+    assert q_s[0].content.requires_grad and not q_t[0].content.requires_grad
     b, t = (
-        denormalize_boxes(ask[0].boxes[0, :3].sigmoid(), (72, 64)),
-        denormalize_boxes(check[0].boxes[0, :3].sigmoid(), (64, 64)),
+        denormalize_boxes(q_s[0].boxes[0, :3].sigmoid(), (72, 64)),
+        denormalize_boxes(q_t[0].boxes[0, :3].sigmoid(), (64, 64)),
     )
     assert torch.allclose(t, w.picked[0]['boxes'], atol=0.01)
     assert torch.allclose(b, torch.stack([64 - t[:, 2], t[:, 1], 64 - t[:, 0], t[:, 3]], 1), atol=0.02)
-    assert ask[0].meta['weight'].tolist() == [[1, 1, 1], [1, -1, -1]]
+    assert q_s[0].meta['weight'].tolist() == [[1, 1, 1], [1, -1, -1]]
 
 
 @pytest.mark.parametrize('double,tol', [(False, 1e-5), (True, 1e-12)])
@@ -498,15 +520,15 @@ def test_matching_and_denoising_queries_do_not_notice(student, double, tol, cros
     dtype = torch.float64 if double else torch.float32
     targets = [dict(labels=torch.tensor([0, 3]), boxes=torch.rand(2, 4, dtype=dtype) * 0.2 + 0.4)] * 2
     dn = denoising_queries(targets, student.label_enc, 4)
-    ask, _ = w.extras((t, s))
-    plain, crowded = student.decode(s), student.decode(s, ask + [dn])
+    q_s, _ = w.extras((t, s))
+    plain, crowded = student.decode(s), student.decode(s, q_s + [dn])
     for k in ('pred_logits', 'pred_boxes', 'hs'):
         assert (plain[k] - crowded[k]).abs().max() < tol
     alone, both = student.decode(s, [dn])['extra']['denoising'], crowded['extra']['denoising']
     for k in ('pred_logits', 'pred_boxes', 'hs'):
         assert (alone[k] - both[k]).abs().max() < tol
-    other = student.decode(s, ask)['extra']
-    for q in ask:
+    other = student.decode(s, q_s)['extra']
+    for q in q_s:
         assert (other[q.name]['hs'] - crowded['extra'][q.name]['hs']).abs().max() < tol
 
 
@@ -533,7 +555,7 @@ def test_groups_are_copies(student, cfg, counts):
     assert one[0] > 0
 
 
-# --- loss (acceptance 29) -----------------------------------------------------------------------------------------
+# --- loss (acceptance 29) -------------------------------------------------------------------------
 
 
 def test_scale():
@@ -618,7 +640,7 @@ def test_memory_grows_with_the_slots_only():
     assert 0 < largest <= s.numel()
 
 
-# --- gradients (acceptance 31) ------------------------------------------------------------------------------------
+# --- gradients (acceptance 31) --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('cross', ['one', 'swap', 'both'])
@@ -628,8 +650,8 @@ def test_who_learns(student, cross, projector):
     for p in w.teacher.parameters():
         p.requires_grad_(True)  # even then
     t, s = w.teacher.encode(w.x_weak, w.masks[0]), w.student.encode(w.x_strong, w.masks[1])
-    ask, check = w.extras((t, s))
-    sum(cross_view_losses(student.decode(s, ask), w.teacher.decode(t, check), w.cfg).values()).backward()
+    q_s, q_t = w.extras((t, s))
+    sum(cross_view_losses(student.decode(s, q_s), w.teacher.decode(t, q_t), w.cfg).values()).backward()
     assert all(p.grad is None for p in w.teacher.parameters())
     assert all(
         p.grad is not None and p.grad.any() for n, p in w.projector.named_parameters() if 'bias' not in n
@@ -649,7 +671,7 @@ def test_no_gradient_when_inactive(student):
     assert not any(p.grad.any() for p in w.projector.parameters())
 
 
-# --- directions ---------------------------------------------------------------------------------------------------
+# --- directions -----------------------------------------------------------------------------------
 
 
 def test_both_adds_the_mirrored_term(student):
@@ -686,17 +708,17 @@ def test_both_adds_the_mirrored_term(student):
 def test_swap_gives_each_decoder_the_features_of_the_other(student):
     w = World(student, cfg=replace(CFG, cross='both'))
     enc = w.encode()
-    ask, check = w.extras(enc)
+    q_s, q_t = w.extras(enc)
     w.cfg = replace(w.cfg, cross='swap')
-    ask2, check2 = w.extras(enc)
-    assert len(ask2) == len(check2) == 1 and torch.equal(
-        ask2[0].content, ask[0].content
+    swap_s, swap_t = w.extras(enc)
+    assert len(swap_s) == len(swap_t) == 1 and torch.equal(
+        swap_s[0].content, q_s[0].content
     )  # student: teacher's features
-    assert torch.equal(check2[0].content, check[1].content) and torch.equal(
-        check2[0].boxes, check[0].boxes
+    assert torch.equal(swap_t[0].content, q_t[1].content) and torch.equal(
+        swap_t[0].boxes, q_t[0].boxes
     )  # teacher: student's
-    assert not torch.equal(ask2[0].content, check2[0].content) and not check2[0].content.requires_grad
-    assert [q.name for q in ask] == [q.name for q in check] == ['consistency', 'consistency_mirror']
+    assert not torch.equal(swap_s[0].content, swap_t[0].content) and not swap_t[0].content.requires_grad
+    assert [q.name for q in q_s] == [q.name for q in q_t] == ['consistency', 'consistency_mirror']
 
 
 def test_identical_networks_and_views_agree(student):
@@ -710,14 +732,14 @@ def test_identical_networks_and_views_agree(student):
         assert total < 1e-9 and max(g.abs().max() for g in grads.values()) < 1e-4
 
 
-# --- empty (acceptance 32) ----------------------------------------------------------------------------------------
+# --- empty (acceptance 32) ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('cross', ['one', 'swap', 'both'])
 @pytest.mark.parametrize('projector', ['code', 'mlp'])
 def test_batch_without_any_box(student, cross, projector):
     w = World(student, (0, 0), replace(CFG, cross=cross, projector=projector, groups=5))
-    out, seen = w.outputs()
+    out, _ = w.outputs()
     assert (
         out['extra']['consistency']['hs'].shape[2] == 5
         and out['extra']['consistency']['meta']['weight'].eq(0).all()
@@ -755,7 +777,7 @@ def test_code_mode_halves_the_loss_of_a_batch_with_an_empty_image():
     )
 
 
-# --- the Hungarian alternative ------------------------------------------------------------------------------------
+# --- the Hungarian alternative --------------------------------------------------------------------
 
 
 def predictions(Q, C=3, layers=2, d=8, seed=0):
@@ -839,7 +861,7 @@ def test_hungarian_on_networks(student):
     assert student.backbone.steps[0].weight.grad.any()
 
 
-# --- it teaches ---------------------------------------------------------------------------------------------------
+# --- it teaches -----------------------------------------------------------------------------------
 
 
 def test_a_few_steps_bring_the_answers_together(student):

@@ -1,16 +1,18 @@
 "The criterion against a slow float64 loop that shares no code with it, and its properties"
 
-import dataclasses, math, time
+import dataclasses
+import math
+import time
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 from torchvision.ops import generalized_box_iou_loss
 from torchvision.ops import sigmoid_focal_loss as torchvision_focal
 import semidetr.matching.losses as losses
-from semidetr.matching.assigners import ASSIGNERS
 from semidetr.boxes import cxcywh_to_xyxy
 from semidetr.core import ConfigError, DataError
 from semidetr.detectors.denoising import DenoisingConfig, denoising_queries
+from semidetr.matching.assigners import ASSIGNERS
 from semidetr.matching.losses import (
     CriterionConfig,
     box_losses,
@@ -78,7 +80,7 @@ def total(d):
     return sum(v for k, v in d.items() if k.startswith('loss_'))
 
 
-# --- the slow reference: plain numbers, one formula a line -----------------------------------------------------------
+# --- the slow reference: plain numbers, one formula per line ----------------------------------------
 def sig(z):
     return 1 / (1 + math.exp(-z))
 
@@ -122,7 +124,7 @@ def slow_match(z, boxes, labels, gt, stage, c):
         cost = [
             [
                 c.w_cls * (focal(p[j][i], 1) - focal(p[j][i], 0))
-                + c.w_l1 * l1(boxes[j], gt[i])
+                + c.cost_l1 * l1(boxes[j], gt[i])
                 - c.w_giou * iou_giou(boxes[j], gt[i])[1]
                 for i in range(N)
             ]
@@ -167,7 +169,7 @@ def slow_layer(z, boxes, targets, labels, pairs, stage, c, live=None, soft=None)
                 else:
                     cls += focal(p, t)
     n = max(1, n)
-    return c.w_cls * cls / n, c.l1_weight * box / n, c.w_giou * giou / n
+    return c.w_cls * cls / n, c.loss_l1 * box / n, c.w_giou * giou / n
 
 
 def slow_criterion(o, targets, stage, c, denoising=True):
@@ -211,11 +213,11 @@ def slow_criterion(o, targets, stage, c, denoising=True):
     return out
 
 
-# --- tests ------------------------------------------------------------------------------------------------------------
+# --- tests ----------------------------------------------------------------------------------------
 CONFIGS = [
     CriterionConfig(),
-    CriterionConfig(l1_weight=5, enc_labels='true', k=3),
-    CriterionConfig(w_cls=1, w_l1=3, w_giou=0.5, w_enc=0.5, w_dn=0.25, alpha=0.5, beta=2),
+    CriterionConfig(loss_l1=5, enc_labels='true', k=3),
+    CriterionConfig(w_cls=1, cost_l1=3, w_giou=0.5, w_enc=0.5, w_dn=0.25, alpha=0.5, beta=2),
     CriterionConfig(cls_loss='task_aligned'),
     CriterionConfig(cls_loss='varifocal'),
 ]
@@ -276,7 +278,7 @@ def test_doubling_a_weight_doubles_its_terms(stage):
     o, targets = make()
     base, cfg = set_criterion(o, targets, stage), CriterionConfig()
     for field, hits in dict(
-        l1_weight=lambda k: '_l1' in k, w_enc=lambda k: k.endswith('_enc'), w_dn=lambda k: '_dn_' in k
+        loss_l1=lambda k: '_l1' in k, w_enc=lambda k: k.endswith('_enc'), w_dn=lambda k: '_dn_' in k
     ).items():
         twice = set_criterion(o, targets, stage, dataclasses.replace(cfg, **{field: 2 * getattr(cfg, field)}))
         for k in base:
@@ -285,7 +287,7 @@ def test_doubling_a_weight_doubles_its_terms(stage):
                 k,
             )
     both = set_criterion(
-        o, targets, stage, dataclasses.replace(cfg, w_cls=4, w_giou=4, w_l1=10, l1_weight=20)
+        o, targets, stage, dataclasses.replace(cfg, w_cls=4, w_giou=4, cost_l1=10, loss_l1=20)
     )  # costs keep their proportions
     for k in base:
         assert both[k].item() == pytest.approx(2 * base[k].item(), rel=1e-9)
@@ -356,7 +358,7 @@ def test_low_precision_is_computed_in_float32(dtype):
 
 
 def test_normalisers_with_several_processes(monkeypatch):
-    "Classes of stage 2 and denoising: positives of this process; all the rest: the mean over the processes, exchanged once"
+    "Classes of stage 2 and denoising: positives of this process; the rest: their mean over the processes"
     o, targets = make((3, 0, 2))
     alone = {s: set_criterion(o, targets, s) for s in ('o2o', 'o2m')}
     calls = []
@@ -482,7 +484,7 @@ def test_match_stats():
 
 
 def test_it_is_cheap():
-    "3 decoder layers and the encoder, 8 images, 100 queries: a few milliseconds; the limit leaves room for a busy machine"
+    "3 decoder layers and the encoder, 8 images, 100 queries: a few milliseconds; the limit is generous"
     o, targets = make((6,) * 8, layers=3, Q=100, C=10, dn=False, dtype=torch.float32, grad=True)
     best = 1e9
     for _ in range(7):
@@ -492,11 +494,18 @@ def test_it_is_cheap():
     assert best < 0.03
 
 
-@pytest.mark.parametrize('name', ['max_iou', 'atss', 'simota'])
+def o2m_of(name):
+    "An assignment with the signature that the criterion calls; k belongs to the task-aligned one"
+    return lambda logits, boxes, padded, labels, k, alpha, beta: ASSIGNERS[name](
+        logits, boxes, padded, labels, alpha=alpha, beta=beta
+    )
+
+
+@pytest.mark.parametrize('name', ASSIGNERS)
 def test_another_assignment_in_the_first_stage(name):
     o, targets = make(layers=2, Q=30)
     cfg = CriterionConfig(o2m=name, alpha=0.5, beta=2.0)
-    got = set_criterion(o, targets, 'o2m', cfg)
+    got = set_criterion(o, targets, 'o2m', cfg, o2m=o2m_of(name))
     logits, boxes, names = losses._stacked(o)
     padded = pad_targets(targets)
     labels = padded.labels.expand(3, -1, -1).clone()
@@ -509,15 +518,23 @@ def test_another_assignment_in_the_first_stage(name):
                 (sums[term][i] / m.weight[m.layer == i].sum().clamp(min=1)).item(), rel=1e-9
             )
     usual = set_criterion(o, targets, 'o2m', CriterionConfig(alpha=0.5, beta=2.0))
-    assert (
-        any(got[k] != usual[k] for k in ('loss_cls', 'loss_l1', 'loss_giou'))
-        and got['loss_l1_dn_0'] == usual['loss_l1_dn_0']
-    )
+    assert any(got[k] != usual[k] for k in ('loss_cls', 'loss_l1', 'loss_giou'))
+    assert got['loss_l1_dn_0'] == usual['loss_l1_dn_0']
     one = set_criterion(o, targets, 'o2o', cfg)
     for k, v in set_criterion(o, targets, 'o2o', CriterionConfig(alpha=0.5, beta=2.0)).items():
         assert one[k].equal(v)
 
 
+def test_a_named_assignment_without_its_function_is_refused():
+    "A setting that is silently ignored would compare an assignment with itself"
+    o, targets = make(layers=2)
+    for f in (set_criterion, match_stats):
+        with pytest.raises(ConfigError, match="criterion.o2m='atss'.*one_to_many_assigner"):
+            f(o, targets, 'o2m', CriterionConfig(o2m='atss'))
+
+
 def test_unknown_assignment_is_refused():
-    with pytest.raises(ConfigError, match="o2m='simotta'.*'simota'"):
+    with pytest.raises(ConfigError, match="criterion.o2m='simotta'.*'simota'"):
         CriterionConfig(o2m='simotta')
+    for name in ASSIGNERS:
+        CriterionConfig(o2m=name)

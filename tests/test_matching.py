@@ -1,6 +1,7 @@
-"Matching against brute force, a slow loop, the values of the specification and the recorded outputs of the official code"
+"Matching against brute force, a slow loop, the specification and recorded outputs of the official code"
 
-import itertools, json
+import itertools
+import json
 from pathlib import Path
 import pytest
 import torch
@@ -60,7 +61,7 @@ def random_case(g, sizes, Q=20, C=4, dtype=torch.float32):
 
 
 def slow_one_to_many(logits, boxes, labels, gt, k, alpha, beta):
-    "The definition, read aloud, in float64: {query: (object, soft target)}"
+    "The definition in float64, pair by pair: {query: (object, soft target)}"
     if not len(gt):
         return {}
     p, iou = logits.double().sigmoid(), box_iou(cxcywh_to_xyxy(boxes.double()), cxcywh_to_xyxy(gt.double()))

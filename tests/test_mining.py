@@ -1,39 +1,63 @@
-"Mining: the values of the specification, the recorded thresholds of the official code, and scikit-learn on hundreds of data sets"
+"Mining: the specification, recorded thresholds of the official code, scikit-learn on hundreds of data sets"
 
-import dataclasses, json, math, subprocess, sys, warnings
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+import warnings
+from functools import partial
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from semidetr.semi import mining
 from semidetr.core import ConfigError
 from semidetr.matching.losses import CriterionConfig
 from semidetr.matching.matching import hungarian, pair_cost
 from semidetr.semi.mining import (
-    FILTERS,
-    ClassRates,
-    CostMemory,
     MiningConfig,
     Mixture,
-    class_rates,
+    confident_boxes,
     fit_mixture,
-    fit_mixture_sklearn,
     gather_costs,
     initial_boxes,
     log_joint,
     matched_costs,
+    mean_std,
     mine,
+    mined_boxes,
     mining_threshold,
+)
+from semidetr.semi.teacher import fixed_threshold
+from semidetr.semi.variants import (
+    ClassRates,
+    CostMemory,
+    class_rates,
+    fit_mixture_sklearn,
+    initial_filter,
+    label_filters,
+    mixture_solver,
 )
 
 GOLDEN = json.loads((Path(__file__).parent / 'golden' / 'gmm.json').read_text())
 SOLVERS = ('torch', 'sklearn')
+FILTERS = ('score', 'mean_std', 'top_k', 'per_class', 'all', 'cpm')
 solvers = pytest.mark.parametrize('solver', SOLVERS)
 
 
 def tau(costs, solver='torch'):
-    return float(mining_threshold(costs, solver)[0])
+    return float(mining_threshold(costs, mixture_solver(MiningConfig(solver=solver)))[0])
+
+
+def mine_as(detections, costs, tau, threshold=0.4, min_scores=None, **settings):
+    "`mine` with the filters and the union that the settings name"
+    cfg = MiningConfig(**settings)
+    return mine(detections, costs, tau, threshold, cfg.union, *label_filters(cfg, min_scores))
+
+
+def initial_as(images, init, threshold=0.4):
+    return initial_boxes(images, initial_filter(MiningConfig(init=init), threshold))
 
 
 def data_sets():
@@ -65,7 +89,7 @@ def data_sets():
 
 
 def slow_fit(x, reg=1e-5):
-    "The algorithm read aloud, one number at a time: weights, means, variances"
+    "The algorithm one number at a time: weights, means, variances"
     w, mu, var, bound = [0.5, 0.5], [min(x), max(x)], [1.0, 1.0], -math.inf
     for _ in range(100):
         joint = [
@@ -88,7 +112,7 @@ def slow_fit(x, reg=1e-5):
     return w, mu, var
 
 
-# --- the fit ----------------------------------------------------------------------------------------------------------
+# --- the fit --------------------------------------------------------------------------------------
 @solvers
 @pytest.mark.parametrize('case', range(len(GOLDEN)))
 def test_recorded_thresholds_of_the_official_code(case, solver):
@@ -110,7 +134,8 @@ def test_recorded_thresholds_of_the_official_code(case, solver):
 )
 def test_values_of_the_specification(costs, want, solver):  # 23
     assert tau(costs, solver) == want
-    t, _ = mining_threshold(torch.tensor(costs, dtype=torch.float32), solver)
+    fit = mixture_solver(MiningConfig(solver=solver))
+    t, _ = mining_threshold(torch.tensor(costs, dtype=torch.float32), fit)
     assert t.dtype == torch.float32 and t.ndim == 0 and float(t) == pytest.approx(want)
 
 
@@ -158,30 +183,6 @@ def test_fit_is_its_definition():
             assert have.tolist() == pytest.approx(want, rel=1e-7, abs=1e-9), name
 
 
-def test_fits_side_by_side_are_the_fits_alone():
-    sets = [torch.from_numpy(x) for _, x in list(data_sets())[::25]] + [
-        torch.zeros(0, dtype=torch.float64),
-        torch.tensor([1.5]).double(),
-    ]
-    width = max(map(len, sets))
-    x, mask = (
-        torch.full((len(sets), width), 1e9, dtype=torch.float64),
-        torch.zeros(len(sets), width, dtype=torch.bool),
-    )  # what is masked is not read
-    for i, s in enumerate(sets):
-        x[i, : len(s)], mask[i, : len(s)] = s, True
-    perm = torch.randperm(width, generator=torch.Generator().manual_seed(0))
-    together = fit_mixture(x[None, :, perm], mask[None, :, perm])
-    assert together.means.shape == (1, len(sets), 2)
-    for i, s in enumerate(sets):
-        for f in ('weights', 'means', 'variances'):
-            torch.testing.assert_close(
-                getattr(together, f)[0, i], getattr(fit_mixture(s), f), atol=1e-9, rtol=1e-9, equal_nan=True
-            )
-    assert together.means[0, -2].isnan().all() and not together.means[0, :-2].isnan().any()
-    assert fit_mixture(torch.zeros(3, 0)).means.shape == (3, 2)
-
-
 def test_scikit_learn_is_silent():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -190,7 +191,7 @@ def test_scikit_learn_is_silent():
             fit_mixture_sklearn(torch.tensor(GOLDEN[1]['costs']))
 
 
-# --- the threshold ------------------------------------------------------------------------------------------------------
+# --- the threshold --------------------------------------------------------------------------------
 def test_threshold_is_a_cost_of_the_low_cluster_with_the_highest_likelihood():  # 24
     for name, x in list(data_sets())[::3]:
         t, mix = mining_threshold(x.tolist())
@@ -217,13 +218,12 @@ def test_threshold_forgets_the_order_and_follows_a_shift():  # 24
             assert tau((x + 7).tolist()) == pytest.approx(tau(x.tolist()) + 7, abs=1e-9), name
 
 
-def test_empty_low_component_falls_back(monkeypatch):
+def test_empty_low_component_falls_back():
     "A wide component 1 that is likelier everywhere: every cost counts"
     fitted = Mixture(
         *(torch.tensor(v, dtype=torch.float64) for v in ([0.01, 0.99], [-50.0, 2.0], [1.0, 1.0]))
     )
-    monkeypatch.setattr(mining, 'fit_mixture', lambda x: fitted)
-    assert tau([0.0, 1.75, 2.5, 9.0]) == 1.75
+    assert float(mining_threshold([0.0, 1.75, 2.5, 9.0], lambda x: fitted)[0]) == 1.75
 
 
 def test_costs_that_are_not_finite_are_left_out():
@@ -243,7 +243,7 @@ def test_about_half_of_the_low_cluster_passes():
     )
 
 
-# --- costs of boxes -----------------------------------------------------------------------------------------------------
+# --- costs of boxes -------------------------------------------------------------------------------
 def case(sizes, Q=20, C=4, seed=0):
     g = torch.Generator().manual_seed(seed)
 
@@ -260,9 +260,9 @@ def case(sizes, Q=20, C=4, seed=0):
 
 def test_costs_are_those_of_the_assignment():
     out, targets = case([3, 0, 7])
-    for weights in (CriterionConfig(), CriterionConfig(w_cls=1.0, w_l1=2.0, w_giou=0.5)):
+    for weights in (CriterionConfig(), CriterionConfig(w_cls=1.0, cost_l1=2.0, w_giou=0.5)):
         costs = matched_costs(out, targets, weights)
-        w = dict(w_cls=weights.w_cls, w_l1=weights.w_l1, w_giou=weights.w_giou)
+        w = dict(w_cls=weights.w_cls, w_l1=weights.cost_l1, w_giou=weights.w_giou)
         assert [len(c) for c in costs] == [3, 0, 7]
         for b, (q, t) in enumerate(hungarian(out, targets, **w)):
             pairs = pair_cost(
@@ -326,7 +326,7 @@ def test_no_gradient_and_no_state():  # 27
     assert net.norm.weight.grad is None and all(v.equal(before[k]) for k, v in net.state_dict().items())
 
 
-# --- which boxes --------------------------------------------------------------------------------------------------------
+# --- which boxes ----------------------------------------------------------------------------------
 def detections(*scores, labels=None):
     return [
         dict(
@@ -344,25 +344,32 @@ def kept(masks):
 
 def test_initial_boxes():  # 25
     images = detections([0.9, 0.1, 0.1, 0.1], [0.9, 0.8], [0.9], [])
-    assert kept(initial_boxes(images)) == [[0], [], [], []]
-    assert kept(initial_boxes(images, MiningConfig(init='score'), 0.85)) == [[0], [0], [0], []]
-    assert kept(initial_boxes(images, MiningConfig(init='all'))) == [[0, 1, 2, 3], [0, 1], [0], []]
+    assert kept(initial_boxes(images)) == kept(initial_as(images, 'mean_std')) == [[0], [], [], []]
+    assert kept(initial_as(images, 'score', 0.85)) == [[0], [0], [0], []]
+    assert kept(initial_boxes(images, partial(fixed_threshold, threshold=0.85))) == [[0], [0], [0], []]
+    assert kept(initial_as(images, 'all')) == [[0, 1, 2, 3], [0, 1], [0], []]
     assert not initial_boxes(detections([0.9] * 18 + [0.05] * 18))[0].any()  # the pitfall of crowded images
-    assert initial_boxes(detections([0.9] * 18 + [0.05] * 18), MiningConfig(init='score'))[0].sum() == 18
+    assert initial_as(detections([0.9] * 18 + [0.05] * 18), 'score')[0].sum() == 18
+
+
+@pytest.mark.parametrize(
+    'scores,passed', [([0.9, 0.1, 0.1, 0.1], [0]), ([0.9, 0.8], []), ([0.9], []), ([], [])]
+)
+def test_mean_std(scores, passed):
+    assert mean_std(torch.tensor(scores)).nonzero().flatten().tolist() == passed
 
 
 def test_boxes_without_area_are_dropped():
     d = detections([0.9, 0.9, 0.9, 0.9])
     d[0]['boxes'] = torch.tensor([[0.0, 0, 9, 9], [5, 5, 5, 9], [0, 9, 9, 9], [9, 0, 0, 9]])
-    assert kept(initial_boxes(d, MiningConfig(init='all'))) == [[0]]
+    assert kept(initial_as(d, 'all')) == [[0]]
 
 
 def test_sets_are_nested():  # 26
     g = torch.Generator().manual_seed(3)
-    for con in (*FILTERS, 'cpm'):
-        for sup in (*FILTERS, 'cpm'):
-            cfg = MiningConfig(con_filter=con, sup_filter=sup)
-            seen = [
+    for con in FILTERS:
+        for sup in FILTERS:
+            images = [
                 dict(
                     scores=torch.rand(n, generator=g),
                     labels=torch.randint(0, 3, (n,), generator=g),
@@ -370,31 +377,25 @@ def test_sets_are_nested():  # 26
                 )
                 for n in (0, 1, 5, 30)
             ]
-            costs = [torch.randn(len(d['scores']), generator=g) for d in seen]
-            for s, c, d in zip(*mine(seen, costs, torch.tensor(0.1), cfg), seen):
-                assert (
-                    s.dtype == c.dtype == torch.bool
-                    and s.shape == c.shape == d['scores'].shape
-                    and not (s & ~c).any()
-                ), (con, sup)
+            costs = [torch.randn(len(d['scores']), generator=g) for d in images]
+            sets = mine_as(images, costs, torch.tensor(0.1), con_filter=con, sup_filter=sup)
+            for s, c, d in zip(*sets, images):
+                assert s.dtype == c.dtype == torch.bool and s.shape == c.shape == d['scores'].shape
+                assert not (s & ~c).any(), (con, sup)
 
 
 def test_union_and_the_paper():
-    seen, costs = detections([0.9, 0.5, 0.3, 0.2]), [torch.tensor([2.0, -1, -3, 0.0])]
-    assert list(map(kept, mine(seen, costs, -1.0))) == [[[0, 1]], [[0, 1, 2]]]
-    assert list(map(kept, mine(seen, costs, -1.0, MiningConfig(union=False)))) == [[[0, 1]], [[1, 2]]]
-    assert list(map(kept, mine(seen, costs, -1.0, MiningConfig(con_filter='score')))) == [
-        [[0, 1]],
-        [[0, 1]],
-    ]  # mining switched off: B^con = B^sup
-    assert list(
-        map(kept, mine(seen, costs, -1.0, MiningConfig(con_filter='score', sup_filter='top_k', top_k=1)))
-    ) == [[[0]], [[0]]]
-    assert list(map(kept, mine(seen, costs, -1.0, MiningConfig(sup_filter='cpm'), 0.6))) == [
-        [[1, 2]],
-        [[1, 2]],
-    ]
-    assert list(map(kept, mine(seen, costs, -1.0, threshold=0.6))) == [[[0]], [[0, 1, 2]]]
+    images, costs = detections([0.9, 0.5, 0.3, 0.2]), [torch.tensor([2.0, -1, -3, 0.0])]
+
+    def sets(*threshold, **settings):
+        return [kept(m) for m in mine_as(images, costs, -1.0, *threshold, **settings)]
+
+    assert [kept(m) for m in mine(images, costs, -1.0)] == sets() == [[[0, 1]], [[0, 1, 2]]]
+    assert sets(union=False) == [[[0, 1]], [[1, 2]]]
+    assert sets(con_filter='score') == [[[0, 1]], [[0, 1]]]  # mining switched off: B^con = B^sup
+    assert sets(con_filter='score', sup_filter='top_k', top_k=1) == [[[0]], [[0]]]
+    assert sets(0.6, sup_filter='cpm') == [[[1, 2]], [[1, 2]]]
+    assert sets(0.6) == [[[0]], [[0, 1, 2]]]
 
 
 def test_threshold_itself_passes_in_every_precision():
@@ -407,9 +408,18 @@ def test_threshold_itself_passes_in_every_precision():
 
 
 def run(name, scores, labels=None, threshold=0.4, **kw):
+    "Rows that a filter of B^sup keeps"
     scores = torch.tensor(scores)
     labels = torch.zeros(len(scores), dtype=torch.long) if labels is None else torch.tensor(labels)
-    return FILTERS[name](scores, labels, MiningConfig(**kw), threshold).nonzero().flatten().tolist()
+    keep, _ = label_filters(MiningConfig(sup_filter=name, **kw))
+    mask = keep(dict(scores=scores, labels=labels), torch.zeros(len(scores)), -1.0, threshold)
+    return mask.nonzero().flatten().tolist()
+
+
+def test_default_filters_are_those_of_the_chapter():
+    assert label_filters() == (confident_boxes, mined_boxes)
+    sup, con = label_filters(MiningConfig(sup_filter='per_class', con_filter='score'))
+    assert con is sup
 
 
 def test_filters():
@@ -470,7 +480,7 @@ def test_unknown_words_are_refused(kw, word):
         MiningConfig(**kw)
 
 
-# --- as many as there are labels ------------------------------------------------------------------------------------------
+# --- as many as there are labels ------------------------------------------------------------------
 def test_class_rates_of_a_data_set():
     class Two:
         def __len__(self):
@@ -512,7 +522,7 @@ def by_rate(window, rates, batches, width=256):
 
 @pytest.mark.parametrize('width', [256, 3])
 def test_thresholds_follow_the_rates(width):
-    "Against plain lists, with empty images, a class without labels, fewer boxes than wanted, and more than the memory holds"
+    "Against plain lists: empty images, a class without labels, too few boxes, more than the memory holds"
     g = torch.Generator().manual_seed(0)
     rates = [2.0, 0.4, 0.0, 30.0, 0.05]
     batches = [
@@ -534,14 +544,22 @@ def test_thresholds_follow_the_rates(width):
 
 
 RATES = """
-import json, sys, torch, torch.distributed as dist
-from semidetr.semi.mining import ClassRates
-store, r, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-dist.init_process_group('gloo', init_method='file://'+store, rank=r, world_size=2)
-rule, said = ClassRates(torch.tensor([1., .5]), 2), []
-for scores in ([[.9, .5], [.8, .1]], [[], []])[r], ([[.7]], [[.6, .3], [.2]])[r]: # images of this process; numbers differ
-    said.append(rule.add([dict(scores=torch.tensor(s), labels=torch.zeros(len(s), dtype=torch.long)) for s in scores]).tolist())
-open(out, 'w').write(json.dumps([said, rule.images.tolist()])); dist.destroy_process_group()
+import json
+import sys
+import torch
+import torch.distributed as dist
+from semidetr.semi.variants import ClassRates
+
+store, rank, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+dist.init_process_group('gloo', init_method='file://' + store, rank=rank, world_size=2)
+rule, thresholds = ClassRates(torch.tensor([1.0, 0.5]), 2), []
+batches = ([[.9, .5], [.8, .1]], [[], []])[rank], ([[.7]], [[.6, .3], [.2]])[rank]  # numbers of images differ
+for images in batches:
+    found = [dict(scores=torch.tensor(s), labels=torch.zeros(len(s), dtype=torch.long)) for s in images]
+    thresholds.append(rule.add(found).tolist())
+with open(out, 'w') as f:
+    json.dump([thresholds, rule.images.tolist()], f)
+dist.destroy_process_group()
 """
 
 
@@ -574,15 +592,13 @@ def test_growing_scores_let_no_more_boxes_in():
             dict(scores=torch.rand(20, generator=g) ** power, labels=torch.zeros(20, dtype=torch.long))
             for _ in range(6)
         ]
-        least = rule.add(batch)
-        masks = mine(batch, [torch.zeros(20)] * 6, -1.0, MiningConfig(sup_filter='class_rate'), least=least)[
-            0
-        ]
+        t_c = rule.add(batch)
+        masks, _ = mine_as(batch, [torch.zeros(20)] * 6, -1.0, min_scores=t_c, sup_filter='class_rate')
         kept.append((sum(int((d['scores'] >= 0.3).sum()) for d in batch), sum(int(m.sum()) for m in masks)))
     assert [n for _, n in kept] == [18] * 4 and kept[0][0] < kept[1][0] < kept[2][0] < kept[3][0]
 
 
-# --- memory -------------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 def test_memory_of_nothing_passes_through():
     m, x = CostMemory(), torch.tensor([3.0, 1.0])
     assert m.add(x) is x and m.state_dict()['costs'].numel() == 0

@@ -11,13 +11,13 @@ from semidetr.semi.consistency import (
     cross_view_extras,
     cross_view_losses,
     pair_boxes,
-    pick_boxes,
 )
 from semidetr.detectors.detector import Detector
 from semidetr.matching.losses import CriterionConfig, set_criterion
-from semidetr.semi.methods import MethodConfig, has_denoising, mine_pseudo_labels, select, weighted
-from semidetr.semi.mining import CostMemory, MiningConfig
+from semidetr.semi.methods import MethodConfig, has_denoising, mine_pseudo_labels, weighted
+from semidetr.semi.mining import MiningConfig
 from semidetr.semi.teacher import PseudoConfig, keep_boxes, make_teacher
+from semidetr.semi.variants import CostMemory, box_picker
 from semidetr.train.trainer import Trainer
 from test_methods import part, small
 
@@ -363,14 +363,13 @@ def published_order(student, teacher, data, step, method):
         taught = teacher(weak['images'], weak['mask'])
         first = student(strong['images'], strong['mask'])
     mined = mine_pseudo_labels(taught, first, weak['targets'], strong['targets'], cfg)
-    targets, cdn = select(mined['strong'], mined['sup']), has_denoising(stage, cfg.method)
+    targets, cdn = keep_boxes(mined['strong'], mined['sup']), has_denoising(stage, cfg.method)
     extras, con = student.denoise(targets) if cdn else [], {}
     asked = []
     if stage == 'o2m':
-        picked = pick_boxes(
+        picked = box_picker(cfg.consistency)(
             *(keep_boxes(mined['weak'], mined[k]) for k in ('con', 'sup')),
             [t['size'] for t in weak['targets']],
-            cfg.consistency,
         )
         pairs = pair_boxes(picked, weak['targets'], strong['targets'], cfg.consistency)
         asked, same = cross_view_extras(

@@ -1,14 +1,15 @@
 "Averaging, pseudo labels, transport: spec items 25, 33, 36, 39"
 
-import pytest, torch
+import pytest
+import torch
 from torch import nn
 from semidetr.semi.teacher import (
     EmaConfig,
     ema_decay,
     fixed_threshold,
+    in_both_views,
     keep_boxes,
     make_teacher,
-    mean_std,
     PseudoConfig,
     teacher_detections,
     transport,
@@ -24,7 +25,7 @@ def test_decay_values(t, m):
 
 
 def test_decay_of_a_teacher_that_was_trained_before():
-    "No ramp by itself; `start` says how far along the ramp the first teacher is, and 0 is the ramp from its beginning"
+    "No ramp by itself; `start` is the number of updates that the first teacher stands for, 0 the whole ramp"
     assert [ema_decay(t, EmaConfig(0.99), True) for t in (0, 5, 500)] == [0.99] * 3
     assert (
         [ema_decay(t, EmaConfig(0.99, start=0), True) for t in (0, 1, 9, 500)]
@@ -65,17 +66,6 @@ def test_teacher_is_frozen_and_buffers_follow():
     assert torch.equal(teacher.running_mean, student.running_mean)
 
 
-@pytest.mark.parametrize(
-    'scores,kept', [([0.9, 0.1, 0.1, 0.1], [0]), ([0.9, 0.8], []), ([0.9], []), ([], [])]
-)
-def test_mean_std(scores, kept):
-    assert mean_std(torch.tensor(scores)).nonzero().flatten().tolist() == kept
-
-
-def test_mean_std_of_18_good_and_18_bad_boxes_keeps_none():  # spec section 8, small images
-    assert mean_std(torch.tensor([0.9] * 18 + [0.05] * 18)).sum() == 0
-
-
 def outputs(boxes, logits):
     return dict(pred_boxes=torch.tensor([boxes]), pred_logits=torch.tensor([logits]))
 
@@ -88,7 +78,7 @@ def test_suppression_is_per_class():
 
 
 @pytest.mark.parametrize('iou,kept', [(1.0, [1, 0]), (0.99, [1, 0]), (0.6, [1])])
-def test_one_box_a_place(iou, kept):
+def test_one_box_per_place(iou, kept):
     "Boxes of two classes with an IoU of .975: the higher score stays where `cross_nms` is below that"
     near = [[0.5, 0.5, 0.4, 0.4], [0.505, 0.5, 0.4, 0.4]]
     found = teacher_detections(
@@ -101,7 +91,7 @@ def test_one_box_a_place(iou, kept):
     )
 
 
-def test_one_box_a_place_of_nothing():
+def test_one_box_per_place_of_nothing():
     assert (
         len(
             teacher_detections(
@@ -156,3 +146,28 @@ def test_transport_drops_what_left_and_keeps_order():
 def test_keep_boxes_and_threshold():
     d = [dict(boxes=torch.zeros(3, 4), scores=torch.tensor([0.5, 0.4, 0.39]))]
     assert keep_boxes(d, [fixed_threshold(d[0]['scores'])])[0]['scores'].tolist() == pytest.approx([0.5, 0.4])
+
+
+def test_keep_boxes_leaves_the_rest_of_a_target():
+    "What belongs to boxes is selected, also where another entry happens to have as many rows"
+    t = view(EYE) | dict(
+        boxes=torch.rand(3, 4), labels=torch.arange(3), scores=torch.rand(3), source=torch.tensor([0, 4, 5])
+    )
+    (kept,) = keep_boxes([t], [torch.tensor([True, False, True])])
+    assert kept['labels'].tolist() == [0, 2] and kept['source'].tolist() == [0, 5]
+    assert kept['matrix'] is t['matrix'] and kept['size'] is t['size'] and len(t['boxes']) == 3
+
+
+def test_boxes_in_both_views():
+    "Rows that `transport` has dropped go; the others know their place in the strong view"
+    det = [
+        dict(
+            boxes=torch.tensor([[60.0, 20, 90, 40], [0, 0, 20, 20]]),
+            labels=torch.tensor([1, 2]),
+            scores=torch.tensor([0.5, 0.6]),
+        )
+    ]
+    moved = transport(det, [view(EYE)], [view([[1.0, 0, 50], [0, 1, 0], [0, 0, 1]])])
+    (both,) = in_both_views(det, moved)
+    assert both['labels'].tolist() == [2] and both['boxes'].tolist() == [[0, 0, 20, 20]]
+    assert both['boxes_strong'].equal(moved[0]['boxes']) and set(det[0]) == {'boxes', 'labels', 'scores'}

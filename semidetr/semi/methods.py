@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'WITH_UNLABELLED', 'StepResult', 'Method', 'MethodConfig', 'Supervised', 'unsup_weight', 'to_original',
            'weighted', 'teacher_predict', 'has_denoising', 'MeanTeacher', 'pseudo_stats', 'mine_pseudo_labels', 'View',
-           'encode_decode', 'select', 'SemiDETR', 'mining_stats', 'mined_boxes']
+           'encode_decode', 'SemiDETR', 'mining_stats', 'monitored_boxes']
 
 # %% ../../nbs/semi/04_methods.ipynb #7ae8c397
 from dataclasses import dataclass
@@ -21,21 +21,28 @@ from semidetr.semi.consistency import (
     consistency_active,
     cross_view_extras,
     cross_view_losses,
-    hungarian_consistency,
     pair_boxes,
-    pick_boxes,
 )
-from semidetr.semi.mining import (
+from .mining import gather_costs, initial_boxes, matched_costs, mine, mining_threshold
+from semidetr.semi.teacher import (
+    PseudoConfig,
+    fixed_threshold,
+    in_both_views,
+    keep_boxes,
+    teacher_detections,
+    transport,
+)
+from semidetr.semi.variants import (
     ClassRates,
     CostMemory,
+    box_picker,
     class_rates,
-    gather_costs,
-    initial_boxes,
-    matched_costs,
-    mine,
-    mining_threshold,
+    hungarian_consistency,
+    initial_filter,
+    label_filters,
+    mixture_solver,
+    one_to_many_assigner,
 )
-from .teacher import PseudoConfig, fixed_threshold, keep_boxes, teacher_detections, transport
 
 # %% ../../nbs/semi/04_methods.ipynb #487811b1
 class StepResult(NamedTuple):
@@ -134,9 +141,9 @@ class Supervised(Method):
         return StepResult(losses, dict(labelled_boxes=boxes / max(1, len(part['targets']))), {})
 
     def criterion(self, outputs, targets, t, denoising=True, stats=None):
-        "`set_criterion` in the stage of iteration t"
-        stage = stage_of(t, self.cfg.method.T1)
-        return set_criterion(outputs, targets, stage, self.cfg.criterion, denoising, stats)
+        "`set_criterion` in the stage of iteration t, with the one-to-many assignment of the settings"
+        stage, cfg = stage_of(t, self.cfg.method.T1), self.cfg.criterion
+        return set_criterion(outputs, targets, stage, cfg, denoising, stats, one_to_many_assigner(cfg))
 
 # %% ../../nbs/semi/04_methods.ipynb #13d4eaa2
 def unsup_weight(
@@ -247,17 +254,19 @@ def mine_pseudo_labels(
 ) -> dict:  # detections; weak, strong: B^0 in both views; sup, con: masks of B^0; costs, tau, mixture
     "From the teacher's detections to B^sup and B^con (@sec-mining)"
     detections = teacher_detections(teacher_out, weak, cfg.pseudo)
-    first = keep_boxes(detections, initial_boxes(detections, cfg.mining, cfg.pseudo.threshold))
+    first = keep_boxes(
+        detections, initial_boxes(detections, initial_filter(cfg.mining, cfg.pseudo.threshold))
+    )
     moved = transport(first, weak, strong, cfg.pseudo.min_side)
-    # boxes that the strong view has lost cannot be matched
-    first = keep_boxes(first, [m['source'] for m in moved])
+    first = in_both_views(first, moved)  # boxes that left the strong view cannot be matched
     costs = matched_costs(student_out, moved, cfg.criterion)
     pooled = gather_costs(costs)
     if memory is not None:
         pooled = memory.add(pooled)
-    tau, mixture = mining_threshold(pooled, cfg.mining.solver)
+    tau, mixture = mining_threshold(pooled, mixture_solver(cfg.mining))
     min_scores = None if rates is None else rates.add(detections)
-    sup, con = mine(first, costs, tau, cfg.mining, cfg.pseudo.threshold, min_scores)
+    filters = label_filters(cfg.mining, min_scores)
+    sup, con = mine(first, costs, tau, cfg.pseudo.threshold, cfg.mining.union, *filters)
     return dict(
         detections=detections,
         weak=first,
@@ -285,14 +294,6 @@ def encode_decode(
     encoded = detector.encode(part['images'], part['mask'])
     return View(encoded, detector.decode(encoded))
 
-
-def select(
-    targets: list,  # per image dict with `boxes`, `labels`, `scores` of the same length, among others
-    masks: list,  # per image (K,) bool
-) -> list:
-    "Fewer boxes, everything else as it was"
-    return [{**t, **{k: t[k][m] for k in ('boxes', 'labels', 'scores')}} for t, m in zip(targets, masks)]
-
 # %% ../../nbs/semi/04_methods.ipynb #9d5714ea
 class SemiDETR(Supervised):
     "Labelled losses plus w_u times detection losses on B^sup and consistency on B^con (@eq-methods-semi)"
@@ -310,7 +311,7 @@ class SemiDETR(Supervised):
             self.rates = ClassRates(class_rates(labelled, cfg.detector.num_classes), mining.rate_window)
         if mining.memory:
             self.memory = CostMemory(mining.memory)
-        if consistency.asks:
+        if consistency.needs_queries:
             self.projector = Projector(
                 cfg.detector.transformer.d_model, consistency.hidden, consistency.projector
             )
@@ -326,7 +327,7 @@ class SemiDETR(Supervised):
         student_view = encode_decode(student, strong)
         outputs = teacher_view.outputs, student_view.outputs
         mined = mine_pseudo_labels(*outputs, weak['targets'], strong['targets'], cfg, self.memory, self.rates)
-        targets = select(mined['strong'], mined['sup'])
+        targets = keep_boxes(mined['strong'], mined['sup'])
         denoising = has_denoising(stage_of(t, cfg.method.T1), cfg.method)
         extras = student.denoise(targets) if denoising else []
         outputs, con = self.consistency(student, teacher, student_view, teacher_view, mined, extras, batch, t)
@@ -335,31 +336,29 @@ class SemiDETR(Supervised):
         if con:
             scalars['loss_con'] = sum(v.item() for v in con.values())
         scalars |= mining_stats(mined, targets)
-        return StepResult(losses, scalars, mined_boxes(mined, weak['targets']))
+        return StepResult(losses, scalars, monitored_boxes(mined, weak['targets']))
 
     def consistency(self, student, teacher, student_view, teacher_view, mined, extras, batch, t):
         "The student's outputs with all extra queries, and the consistency losses (@eq-consistency-loss)"
         c, weak, strong = self.cfg.consistency, batch['weak'], batch['strong']
-        if not consistency_active(t, self.cfg.method.T1, c) or not (
-            c.asks or c.correspondence == 'hungarian'
-        ):
-            return student.decode(student_view.encoded, extras, student_view.outputs), {}
-        if c.correspondence == 'hungarian':
-            con = hungarian_consistency(
-                student_view.outputs, teacher_view.outputs, weak['targets'], strong['targets'], c
-            )
-            return student.decode(student_view.encoded, extras, student_view.outputs), con
+        outputs, teacher_out = student_view.outputs, teacher_view.outputs
+        active = consistency_active(t, self.cfg.method.T1, c)
+        if not active or self.projector is None:
+            con = {}
+            if active and c.correspondence == 'hungarian':
+                con = hungarian_consistency(outputs, teacher_out, weak['targets'], strong['targets'], c)
+            return student.decode(student_view.encoded, extras, outputs), con
         con, sup = (keep_boxes(mined['weak'], mined[k]) for k in ('con', 'sup'))
         sizes = [target['size'] for target in weak['targets']]
-        picked = pick_boxes(con, sup, sizes, c, proposals=mined['detections'])
+        picked = box_picker(c)(con, sup, sizes, proposals=mined['detections'])
         pairs = pair_boxes(picked, weak['targets'], strong['targets'], c, self.cfg.pseudo.min_side)
         frames = weak['images'].shape[-2:], strong['images'].shape[-2:]
         queries, same = cross_view_extras(
             self.projector, teacher_view.encoded, student_view.encoded, pairs, frames, c
         )
-        outputs = student.decode(student_view.encoded, [*queries, *extras], student_view.outputs)
+        outputs = student.decode(student_view.encoded, [*queries, *extras], outputs)
         with torch.no_grad():
-            teacher_out = teacher.decode(teacher_view.encoded, same, teacher_view.outputs)
+            teacher_out = teacher.decode(teacher_view.encoded, same, teacher_out)
         return outputs, cross_view_losses(outputs, teacher_out, c)
 
     @classmethod
@@ -392,7 +391,7 @@ def mining_stats(
     return out
 
 
-def mined_boxes(
+def monitored_boxes(
     mined: dict,  # of `mine_pseudo_labels`
     weak: list,  # targets of the weak views
 ) -> dict:  # pseudo: B^sup, mined: B^con, initial: B^0, in pixels of the files

@@ -31,7 +31,7 @@ from semidetr.lab.report import (
 switches = dict(
     l1_weight=(
         'weight of the L1 loss',
-        'criterion.l1_weight',
+        'criterion.loss_l1',
         '5',
         '10: two logged parts of the term are added to the loss once more',
         '5',
