@@ -15,7 +15,7 @@ results = 'results'  # folder of results
 #| hide
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
-from semidetr.train.config import differences
+from semidetr.train.config import differences, from_saved, to_dict
 from semidetr.lab.report import (
     arm_table,
     markdown_table,
@@ -124,7 +124,8 @@ runs = with_arm(runs, full, 'shm_cqc', 'init')  # an arm of that study
 
 def changed(r, arm):
     "Settings in which an arm differs from the reference"
-    lines = differences(r['arms']['reference']['config'], r['arms'][arm]['config'])
+    a, b = (to_dict(from_saved(r['arms'][name]['config'])) for name in ('reference', arm))
+    lines = differences(a, b)
     return {line.partition(':')[0] for line in lines}
 
 
