@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from semidetr.core import DataError
+from semidetr.data.catalog import open_dataset
 from semidetr.data.datasets import (
     CocoDataset,
     ImageFolder,
@@ -13,7 +14,6 @@ from semidetr.data.datasets import (
     Unlabelled,
     VocDataset,
     YoloDataset,
-    open_dataset,
 )
 from semidetr.data.digits import DigitsScenes, glyphs, photos
 from semidetr.data.files import load_image, read_size
@@ -176,7 +176,7 @@ REFUSED = {
         ['annotation 1', 'outside the image of 60x40', 'scale'],
     ),
     'list': (lambda d: d['annotations'], ['list', 'one object']),
-    'keys': (lambda d: {'shapes': []}, ["'images'", 'not a COCO']),
+    'keys': (lambda d: {'shapes': []}, ["'images'", 'one object']),
     'empty images': (lambda d: d.update(images=[]), ['empty']),
     'no file name': (lambda d: d['images'][0].pop('file_name') and None, ['images[0]', 'file_name']),
 }

@@ -412,7 +412,7 @@ def test_bad_requests(kw, error):
 def test_ready_for_spawn():
     "Start methods that do not fork send the work by pickle"
     work = pickle.loads(pickle.dumps(L._Work(make()._make)))
-    assert same(L._land(work[3], VIEW), make().batch(3))
+    assert same(L._receive(work[3], VIEW), make().batch(3))
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------------
