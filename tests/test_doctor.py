@@ -10,7 +10,7 @@ from semidetr.data.datasets import CocoDataset, Subset, Unlabelled
 from semidetr.data.digits import DigitsScenes
 from semidetr.data.doctor import Fault, check_dataset, contact_sheet
 from semidetr.data.splits import make_split, save_split
-from test_datasets import base, picture, voc
+from test_datasets import REAL, base, picture, voc
 
 
 def kinds(report, level=None):
@@ -422,16 +422,6 @@ def test_contact_sheet(tmp_path):
     assert contact_sheet(str(tmp_path)).tobytes() == contact_sheet(ds).tobytes()
     (tmp_path / 'images/a.jpg').unlink()
     contact_sheet(ds)  # says so on the tile
-
-
-REAL = next(
-    (
-        p
-        for p in (os.environ.get('SEMIDETR_DATA'), Path(__file__).parents[2] / 'shared' / 'data')
-        if p and Path(p).is_dir()
-    ),
-    None,
-)
 
 
 @pytest.mark.skipif(REAL is None, reason='SEMIDETR_DATA is not set')

@@ -464,6 +464,6 @@ all_gather_cat(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
 #
 # 1. Rank the images by `random.Random(seed).shuffle` instead of by hash. What happens to the 1 % when ten
 #    images join the data set?
-# 2. Two processes see 1 and 9 boxes. What is the loss gradient of one box on each if every process divides by
-#    its own count? And with @eq-core-mean?
+# 2. Two processes have 1 and 9 boxes. What is the loss gradient of one box on each if every process divides
+#    by its own count? And with @eq-core-mean?
 # 3. Why must the temporary file of `atomic_write` lie in the folder of its target and not in `/tmp`?

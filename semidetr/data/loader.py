@@ -191,7 +191,7 @@ def _workers(work, steps, num_workers, persistent):
 
 
 def _next(it):
-    "Next payload; a dead worker is an error with a cure"
+    "Next payload; the error of a dead worker names a cure"
     try:
         return next(it)
     except RuntimeError as e:

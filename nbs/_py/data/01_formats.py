@@ -13,15 +13,15 @@
 # images where the common tools put them, and records what is wrong with the files instead of stopping, so
 # that the doctor can report everything at once.
 #
-# With the size $(H, W)$ of the image, the box $[x, y, w, h]$ of a source is
+# With the size $(H, W)$ of the image, a box becomes $[x, y, w, h]$ in pixels as in @tbl-formats-box.
 #
-# $$
-# \begin{aligned}
-# \text{COCO: } & [x,\; y,\; w,\; h] \\
-# \text{VOC: } & [x_{\min} - 1,\; y_{\min} - 1,\; x_{\max} - x_{\min} + 1,\; y_{\max} - y_{\min} + 1] \\
-# \text{YOLO: } & [(c_x - w'/2)\,W,\; (c_y - h'/2)\,H,\; w' W,\; h' H]
-# \end{aligned}
-# $$ {#eq-formats-box}
+# | format | box in the file | box in the source |
+# |:--|:--|:--|
+# | COCO | $x, y, w, h$ | $[x, y, w, h]$ |
+# | VOC | $x_{\min}, y_{\min}, x_{\max}, y_{\max}$ | $[x_{\min}-1, y_{\min}-1, x_{\max}-x_{\min}+1, y_{\max}-y_{\min}+1]$ |
+# | YOLO | $c_x, c_y, w', h'$ | $[(c_x-w'/2)W, (c_y-h'/2)H, w'W, h'H]$ |
+#
+# : Boxes of the three formats. {#tbl-formats-box}
 
 # %%
 #| export

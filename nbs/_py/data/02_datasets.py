@@ -405,7 +405,7 @@ class Subset(DetectionDataset):
 
     def __init__(
         self,
-        ds: DetectionDataset,  # whole
+        ds: DetectionDataset,  # the whole data set
         indices,  # positions in it
     ):
         n = len(ds)

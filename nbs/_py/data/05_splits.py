@@ -225,7 +225,7 @@ import numpy as np
 # %%
 #| label: fig-splits-strip
 #| fig-cap: "A larger percentage only adds labels, and the development images (grey) are the same in every row. Rows: 10, 25 and 50 % of sixty images in two folds; dark: labelled, light: unlabelled."
-#| fig-alt: "Six rows of sixty cells; dark labelled cells of a row are contained in the row below within each fold; grey cells stand in the same columns everywhere."
+#| fig-alt: "Six rows of sixty cells; dark labelled cells of a row are contained in the row below within each fold; grey cells are in the same columns everywhere."
 
 
 class Sixty(TwentyImages):
