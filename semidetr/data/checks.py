@@ -201,10 +201,16 @@ def copy_faults(
     return faults_at(source.where, found, _CURES)
 
 # %% ../../nbs/data/08_checks.ipynb #6c909872
+def _class_names(source):  # in the order of the labels
+    return [str(c.get('name')) for c in label_order(coco_entries(source.data, 'categories'))]
+
+
+def _file_of(source):  # image id as text -> file name
+    return {str(im.get('id')): im.get('file_name') for im in coco_entries(source.data, 'images')}
+
+
 def _class_mismatch(a, b):  # how the class names differ, or None
-    names_a, names_b = (
-        [str(c.get('name')) for c in label_order(coco_entries(s.data, 'categories'))] for s in (a, b)
-    )
+    names_a, names_b = _class_names(a), _class_names(b)
     if not names_a or not names_b or names_a == names_b:
         return None
     differ = []
@@ -221,17 +227,13 @@ def _shared(a, b, keys_a, keys_b):
     for image_id, key in keys_b.items():
         if key in id_of:
             yield 'shared-image', f'image {image_id} is pixel for pixel image {id_of[key]} of {a.where}'
-    files_a, files_b = (
-        {str(im.get('id')): im.get('file_name') for im in coco_entries(s.data, 'images')} for s in (a, b)
-    )
+    files_a, files_b = _file_of(a), _file_of(b)
     ids = files_a.keys() & files_b.keys()
     same = [k for k in ids if files_a[k] == files_b[k]]
     if same:
         example = f'{same[0]} ({files_a[same[0]]})'
-        yield (
-            'shared-file-name',
-            f'{len(same):,} images share id and file name with {a.where}, e.g. {example}',
-        )
+        item = f'{len(same):,} images share id and file name with {a.where}, e.g. {example}'
+        yield 'shared-file-name', item
     elif ids:
         yield 'shared-ids', f'{len(ids):,} image ids also occur in {a.where}, with other files'
 

@@ -201,7 +201,9 @@ def check_dataset(
         if ds.dropped:
             report.counts['boxes without area, dropped'] = ds.dropped
     ids = [im.get('id') for im in coco_entries(source.data, 'images')]
-    for f in [split_files] if isinstance(split_files, str | Path) else split_files:
+    if isinstance(split_files, str | Path):
+        split_files = [split_files]
+    for f in split_files:
         report.faults += split_faults(f, ids, keys, fingerprint)
     return report
 
