@@ -1,4 +1,4 @@
-"Views: constants, frequencies, and matrices that tell the truth about where pixels went."
+"Views: constants, frequencies, and matrices that agree with where the pixels are."
 
 import math, pickle, random
 from collections import Counter
@@ -61,7 +61,7 @@ def find(image):
     return np.array([(d.sum(0) * xs).sum() / d.sum(), (d.sum(1) * ys).sum() / d.sum()]), d
 
 
-# --- constants and frequencies (spec 41, 42) ---------------------------------------------------------------------------
+# --- constants and frequencies (spec 41, 42) ------------------------------------------------------
 
 
 def test_magnitudes():
@@ -148,7 +148,7 @@ def test_weak_and_strong_are_independent_even_with_one_seed():
     assert near(same_size, 1 / 11, 3000) and near(same_flip, 1 / 2, 3000)
 
 
-# --- matrices (spec 36, 43) --------------------------------------------------------------------------------------------
+# --- matrices (spec 36, 43) -----------------------------------------------------------------------
 
 OPS = [
     ('resize', 64),
@@ -206,7 +206,7 @@ def test_marker_random_chains(seed):
 
 @pytest.mark.parametrize('kind', [weak_view, labelled_view, strong_view])
 def test_marker_in_real_views(kind):
-    cfg, seen = replace(scaled_views(200), erase_patches=(0, 0)), 0
+    cfg, found = replace(scaled_views(200), erase_patches=(0, 0)), 0
     for seed in range(80):
         x, y = 100 + seed % 30, 90 + seed % 17
         view = kind(sample(image=marker(x, y, 240, 200, r=4)), cfg, seed, raw=True)
@@ -214,9 +214,9 @@ def test_marker_in_real_views(kind):
         told = (view.matrix @ torch.tensor([x + 0.5, y + 0.5, 1.0], dtype=torch.float64)).numpy()[:2]
         if d.max() == 0 or (kind is strong_view and any(n in COLOR_OPS[1:] for n, _ in view.ops[:-1])):
             continue  # colour before a warp: its fill differs from the background
-        seen += 1
+        found += 1
         assert np.abs(where - told).max() < 0.5, (view.ops, where, told)
-    assert seen > 30
+    assert found > 30
 
 
 def test_between_views_carries_a_marker():
@@ -269,9 +269,9 @@ def test_against_torchvision_boxes():
         ('translate_y', -0.1, dict(translate=[0.0, -9.0])),
     ):
         args = dict(angle=0.0, translate=[0.0, 0.0], scale=1.0, shear=[0.0, 0.0]) | kw
-        mine = render(s, [(name, value)], replace(SMALL, min_box=-1)).boxes
-        theirs = F.clamp_bounding_boxes(F.affine(boxes, **args)).as_subclass(torch.Tensor)
-        assert torch.allclose(mine, theirs, atol=1e-2), name
+        got = render(s, [(name, value)], replace(SMALL, min_box=-1)).boxes
+        expected = F.clamp_bounding_boxes(F.affine(boxes, **args)).as_subclass(torch.Tensor)
+        assert torch.allclose(got, expected, atol=1e-2), name
 
 
 def test_warp_against_grid_sample():
@@ -302,7 +302,7 @@ def test_fill_and_canvas():
     assert (render(white, [('translate_x', 0.1)], SMALL, raw=True).image[:, :, :10] == 125).all()
 
 
-# --- colours -----------------------------------------------------------------------------------------------------------
+# --- colours --------------------------------------------------------------------------------------
 
 
 def test_colors_are_the_ones_of_torchvision_tensors():
@@ -328,7 +328,7 @@ def test_colors_are_the_ones_of_torchvision_tensors():
     assert blur < x.float().diff(dim=-1).abs().mean() < sharp
 
 
-# --- boxes -------------------------------------------------------------------------------------------------------------
+# --- boxes ----------------------------------------------------------------------------------------
 
 
 def test_boxes_follow_and_degenerate_ones_go():
@@ -364,7 +364,7 @@ def test_erasing_leaves_boxes_and_stays_in_the_image():
     assert (np.asarray(s.image) == 0).all()  # the sample's own image is untouched
 
 
-# --- sizes -------------------------------------------------------------------------------------------------------------
+# --- sizes ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -431,7 +431,7 @@ def test_config_from_json_lists():
     assert ViewConfig(short_sides=[480], mean=[0.5] * 3) == ViewConfig(short_sides=(480,), mean=(0.5,) * 3)
 
 
-# --- purity ------------------------------------------------------------------------------------------------------------
+# --- purity ---------------------------------------------------------------------------------------
 
 
 def test_pure_function_of_sample_config_seed():

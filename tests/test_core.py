@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
 
 
-# --- errors -----------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 def test_errors_are_one_family():
     for kind in (DataError, ConfigError):
         assert issubclass(kind, SemiDETRError) and not issubclass(kind, (ValueError, KeyError))
@@ -70,7 +70,7 @@ def test_in_range(value, range_, want):
     assert said == want
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 def test_atomic_write_text_bytes_folders(tmp_path):
     f = tmp_path / 'a' / 'b' / 'c.json'
     atomic_write(f, 'Straße')
@@ -96,27 +96,36 @@ def test_atomic_write_failure_keeps_the_old_file(tmp_path, monkeypatch, where):
     assert f.read_text() == 'old' and [p.name for p in tmp_path.iterdir()] == ['run.json']
 
 
+WRITER = """
+import sys
+from semidetr.core import atomic_write
+print('go', flush=True)
+while True:
+    for c in (b'a', b'b'):
+        atomic_write(sys.argv[1], c * 300_000)
+"""
+
+
 def test_atomic_write_survives_a_kill(tmp_path):
     f = tmp_path / 'big'
     atomic_write(f, b'a' * 300_000)
-    code = "import sys; from semidetr.core import atomic_write\nprint('go', flush=True)\nwhile True:\n  for c in (b'a', b'b'): atomic_write(sys.argv[1], c*300_000)"
-    p = subprocess.Popen([sys.executable, '-c', code, str(f)], env=ENV, stdout=subprocess.PIPE)
+    p = subprocess.Popen([sys.executable, '-c', WRITER, str(f)], env=ENV, stdout=subprocess.PIPE)
     try:
         assert p.stdout.readline() == b'go\n'
-        seen = set()
+        contents = set()
         for _ in range(60):
             data = f.read_bytes()
             assert len(data) == 300_000 and len(set(data)) == 1
-            seen.add(data[:1])
+            contents.add(data[:1])
             time.sleep(0.005)
     finally:
         p.kill()
         p.wait()
     data = f.read_bytes()
-    assert len(data) == 300_000 and len(set(data)) == 1 and seen == {b'a', b'b'}
+    assert len(data) == 300_000 and len(set(data)) == 1 and contents == {b'a', b'b'}
 
 
-# --- hashes -----------------------------------------------------------------------------------------------------------
+# --- hashes ---------------------------------------------------------------------------------------
 FIXED = [
     ((), 8203414616412130826),
     ((0,), 3456079177858693020),
@@ -166,7 +175,7 @@ def test_stable_hash_is_uniform():
     assert ((count - 200) ** 2 / 200).sum() < 43.8  # chi square, 19 degrees of freedom, 0.1 %
 
 
-# --- generators -------------------------------------------------------------------------------------------------------
+# --- generators -----------------------------------------------------------------------------------
 def _draw():
     return [
         random.random(),
@@ -214,7 +223,7 @@ def test_seed_everything():
     seed_everything(stable_hash('seed'))  # 63 bits are fine
 
 
-# --- device -----------------------------------------------------------------------------------------------------------
+# --- device ---------------------------------------------------------------------------------------
 def test_pick_device(monkeypatch):
     assert pick_device('cpu') == torch.device('cpu')
     with pytest.raises(ConfigError, match='auto, cpu, cuda'):
@@ -237,7 +246,7 @@ def test_pick_device_counts_gpus(monkeypatch):
         pick_device('cuda:2')
 
 
-# --- processes --------------------------------------------------------------------------------------------------------
+# --- processes ------------------------------------------------------------------------------------
 def test_alone_everything_is_the_identity():
     assert (world_size(), rank(), is_main()) == (1, 0, True)
     x = torch.randn(3, 2, requires_grad=True)
@@ -252,13 +261,15 @@ WORKER = textwrap.dedent('''
     dist.init_process_group('gloo', init_method='file://'+store, rank=r, world_size=2)
     x = torch.tensor([1. if r == 0 else 4.], requires_grad=True)
     n = [3, 0][r]
-    res = dict(hash=stable_hash('fold', 0), pyhash=hash('fold'), world=world_size(), rank=rank(), main=is_main(),
+    res = dict(hash=stable_hash('fold', 0), pyhash=hash('fold'),
+               world=world_size(), rank=rank(), main=is_main(),
                mean=all_reduce_mean(x).tolist(), untouched=x.tolist(), grad=all_reduce_mean(x).requires_grad,
                mean_int=all_reduce_mean(torch.tensor(2*r+1)).item(),
                first=all_gather_cat(torch.arange(n*2.).view(n, 2)+1).tolist(),
                last=all_gather_cat(torch.arange([0, 2][r])*10).tolist(),
                uneven=all_gather_cat(torch.full((r+1, 1), float(r), requires_grad=True)).tolist(),
-               none=list(all_gather_cat(torch.zeros(0, 4)).shape), bools=all_gather_cat(torch.tensor([True, False][:r+1])).tolist(),
+               none=list(all_gather_cat(torch.zeros(0, 4)).shape),
+               bools=all_gather_cat(torch.tensor([True, False][:r+1])).tolist(),
                strided=all_gather_cat(torch.arange(6.).view(2, 3).T[:2+r]).tolist(),
                nan=all_gather_cat(torch.tensor([float('nan')]*(1-r))).isnan().tolist())
     open(out, 'w').write(json.dumps(res)); dist.destroy_process_group()

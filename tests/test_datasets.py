@@ -1,10 +1,11 @@
-"""Formats, decoding, refusals, hidden labels, digits scenes. Every data set is made here; real ones are used if they are there."""
+"Formats, decoding, refusals, hidden labels, digits scenes; real data sets are used if they are there"
 
 import json, os, pickle
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from semidetr.core import DataError
+from semidetr.data.catalog import open_dataset
 from semidetr.data.datasets import (
     CocoDataset,
     ImageFolder,
@@ -13,7 +14,6 @@ from semidetr.data.datasets import (
     Unlabelled,
     VocDataset,
     YoloDataset,
-    open_dataset,
 )
 from semidetr.data.digits import DigitsScenes, glyphs, photos
 from semidetr.data.files import load_image, read_size
@@ -59,18 +59,15 @@ def coco(tmp_path):
     return make
 
 
-# --- COCO ---------------------------------------------------------------------------------------------------------------
+# --- COCO -----------------------------------------------------------------------------------------
 def test_coco_content(coco):
     ds = CocoDataset(coco())
     assert (ds.ids, ds.classes, ds.cat_ids) == ([7, 3, 11], ['ant', 'dog', 'zebra'], [1, 18, 90])
     s = ds[0]
     assert isinstance(s, Sample) and s.image.mode == 'RGB' and s.size == (40, 60) and s.image_id == 7
-    assert (
-        s.boxes.tolist() == [[1, 2, 11, 22], [50, 30, 60, 40]] and s.boxes.dtype == torch.float32
-    )  # clipped; the empty one is gone
-    assert (
-        s.labels.tolist() == [1, 0] and s.labels.dtype == torch.int64 and s.ignore.tolist() == [False, False]
-    )
+    assert s.boxes.tolist() == [[1, 2, 11, 22], [50, 30, 60, 40]]  # clipped; the empty one is dropped
+    assert s.boxes.dtype == torch.float32 and s.labels.dtype == torch.int64
+    assert s.labels.tolist() == [1, 0] and s.ignore.tolist() == [False, False]
     assert ds.dropped == 1
     assert ds[1].ignore.tolist() == [True] and ds[1].labels.tolist() == [2]
     assert ds[2].boxes.shape == (0, 4) and ds[2].labels.shape == (0,) and ds[2].ignore.dtype == torch.bool
@@ -98,21 +95,17 @@ def test_coco_dict_is_what_pycocotools_reads(coco):
     api.createIndex()
     assert sorted(api.getCatIds()) == [1, 2, 3] and sorted(api.getImgIds()) == [3, 7, 11]
     a = api.loadAnns(api.getAnnIds(imgIds=[7]))
-    assert [x['bbox'] for x in a] == [[1, 2, 10, 20], [50, 30, 10, 10]] and [x['category_id'] for x in a] == [
-        2,
-        1,
-    ]
+    assert [x['bbox'] for x in a] == [[1, 2, 10, 20], [50, 30, 10, 10]]
+    assert [x['category_id'] for x in a] == [2, 1]
     assert [x['area'] for x in a] == [77, 100]  # the file's area if it gives one
     assert [x['iscrowd'] for x in api.loadAnns(api.getAnnIds(imgIds=[3]))] == [1]
 
 
 def test_fingerprint(coco, tmp_path):
     a = CocoDataset(coco()).fingerprint()
-    tmp_path / 'moved'
     os.rename(tmp_path / 'images', tmp_path / 'pics')
-    assert (
-        CocoDataset(tmp_path / 'instances_train.json', tmp_path / 'pics').fingerprint() == a
-    )  # the folder does not count
+    moved = CocoDataset(tmp_path / 'instances_train.json', tmp_path / 'pics')
+    assert moved.fingerprint() == a  # the folder does not count
     edits = [
         lambda d: d['annotations'][0].update(bbox=[1, 2, 10, 21]),
         lambda d: d['annotations'][0].update(category_id=1),
@@ -176,7 +169,7 @@ REFUSED = {
         ['annotation 1', 'outside the image of 60x40', 'scale'],
     ),
     'list': (lambda d: d['annotations'], ['list', 'one object']),
-    'keys': (lambda d: {'shapes': []}, ["'images'", 'not a COCO']),
+    'keys': (lambda d: {'shapes': []}, ["'images'", 'one object']),
     'empty images': (lambda d: d.update(images=[]), ['empty']),
     'no file name': (lambda d: d['images'][0].pop('file_name') and None, ['images[0]', 'file_name']),
 }
@@ -245,7 +238,7 @@ def test_file_without_annotations_is_unlabelled(coco):
         assert not ds.has_boxes and len(ds) == 3 and ds[0].boxes.shape == (0, 4)
 
 
-# --- decoding -------------------------------------------------------------------------------------------------------------
+# --- decoding -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     'mode,name',
     [
@@ -274,9 +267,8 @@ def test_modes(tmp_path, mode, name):
 def test_sixteen_bits_are_scaled(tmp_path):
     Image.fromarray(np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)).save(tmp_path / 'x.png')
     a = np.asarray(load_image(tmp_path / 'x.png'))
-    assert (
-        a.shape == (8, 8, 3) and a.max() == 255 and 120 < a.mean() < 135
-    )  # a plain convert would give white
+    assert a.shape == (8, 8, 3) and a.max() == 255
+    assert 120 < a.mean() < 135  # a plain convert would give white
 
 
 def exif(o):
@@ -303,17 +295,19 @@ def test_exif_against_the_annotations(tmp_path):
     assert load_image(tmp_path / 'x.jpg').size == (20, 50)
 
 
-# --- VOC --------------------------------------------------------------------------------------------------------------------
+# --- VOC ------------------------------------------------------------------------------------------
 def voc(root, objects, ids=('000001', '000002'), splits=('trainval',)):
     for i in ids:
         picture(root / 'JPEGImages' / f'{i}.jpg')
-        rows = ''.join(
-            f'<object><name>{n}</name>{"" if d is None else f"<difficult>{d}</difficult>"}<bndbox><xmin>{b[0]}</xmin><ymin>{b[1]}</ymin><xmax>{b[2]}</xmax><ymax>{b[3]}</ymax></bndbox></object>'
-            for n, b, d in (objects if i == ids[0] else [])
-        )
+        rows = ''
+        for name, box, difficult in objects if i == ids[0] else []:
+            corners = ''.join(f'<{k}>{v}</{k}>' for k, v in zip(('xmin', 'ymin', 'xmax', 'ymax'), box))
+            mark = '' if difficult is None else f'<difficult>{difficult}</difficult>'
+            rows += f'<object><name>{name}</name>{mark}<bndbox>{corners}</bndbox></object>'
         (root / 'Annotations').mkdir(exist_ok=True)
         (root / 'Annotations' / f'{i}.xml').write_text(
-            f'<annotation><filename>{i}.jpg</filename><size><width>60</width><height>40</height><depth>3</depth></size>{rows}</annotation>'
+            f'<annotation><filename>{i}.jpg</filename><size><width>60</width><height>40</height>'
+            f'<depth>3</depth></size>{rows}</annotation>'
         )
     (root / 'ImageSets/Main').mkdir(parents=True, exist_ok=True)
     for s in splits:
@@ -328,11 +322,8 @@ def test_voc(tmp_path):
     ds = VocDataset(root)
     s = ds[0]
     assert ds.ids == ['000001', '000002'] and len(ds.classes) == 20 and ds.classes[11] == 'dog'
-    assert s.boxes.tolist() == [
-        [0, 0, 60, 40],
-        [10, 5, 20, 15],
-        [4, 4, 5, 9],
-    ]  # 1..60 is the whole width; one pixel is one pixel
+    boxes = [[0, 0, 60, 40], [10, 5, 20, 15], [4, 4, 5, 9]]
+    assert s.boxes.tolist() == boxes  # 1..60 is the whole width; one pixel is one pixel wide
     assert s.labels.tolist() == [11, 14, 11] and s.ignore.tolist() == [False, True, False]
     assert len(ds[1].boxes) == 0
     assert VocDataset(root, keep_difficult=False)[0].ignore.tolist() == [False, False]
@@ -361,7 +352,7 @@ def test_voc_faults(tmp_path):
         VocDataset(root)
 
 
-# --- YOLO and folders ---------------------------------------------------------------------------------------------------------
+# --- YOLO and folders -----------------------------------------------------------------------------
 def test_yolo(tmp_path):
     picture(tmp_path / 'images/train/a.jpg', 100, 50)
     picture(tmp_path / 'images/train/b.jpg', 100, 50)
@@ -372,11 +363,8 @@ def test_yolo(tmp_path):
     )
     for ds in (YoloDataset(tmp_path), open_dataset(str(tmp_path))):
         assert ds.classes == ['cat', 'dog'] and ds.ids == ['images/train/a.jpg', 'images/train/b.jpg']
-        assert (
-            torch.allclose(ds[0].boxes, torch.tensor([[40.0, 15, 60, 35], [10, 10, 30, 30]]))
-            and ds[0].labels.tolist() == [1, 0]
-            and len(ds[1].boxes) == 0
-        )
+        assert torch.allclose(ds[0].boxes, torch.tensor([[40.0, 15, 60, 35], [10, 10, 30, 30]]))
+        assert ds[0].labels.tolist() == [1, 0] and len(ds[1].boxes) == 0
     with pytest.raises(DataError, match="names 'images/val' for val, which is not there"):
         open_dataset(str(tmp_path), 'val')
     with pytest.raises(DataError, match="no split 'test'"):
@@ -405,27 +393,21 @@ def test_folder(tmp_path):
         ds.annotation(1)
 
 
-# --- open_dataset ----------------------------------------------------------------------------------------------------------------
+# --- open_dataset ---------------------------------------------------------------------------------
 def test_open_by_name_and_what_it_says_if_not(coco, tmp_path, monkeypatch):
     coco(where='cells/instances_train.json', images='cells/images')
     monkeypatch.delenv('SEMIDETR_DATA', raising=False)
     with pytest.raises(DataError) as e:
         open_dataset('cells')
-    assert (
-        'cells' in str(e.value)
-        and 'SEMIDETR_DATA is not set' in str(e.value)
-        and str(Path('cells').absolute()) in str(e.value)
-    )
+    assert all(w in str(e.value) for w in ('SEMIDETR_DATA is not set', str(Path('cells').absolute())))
     monkeypatch.setenv('SEMIDETR_DATA', str(tmp_path))
     assert len(open_dataset('cells')) == 3
     with pytest.raises(DataError) as e:
         open_dataset('cell')
     assert "did you mean 'cells'" in str(e.value) and str(tmp_path / 'cell') in str(e.value)
     monkeypatch.setenv('SEMIDETR_DATA', '/nowhere')
-    assert (
-        len(open_dataset('cells', data_root=tmp_path)) == 3
-        and len(open_dataset(str(tmp_path / 'cells/instances_train.json'))) == 3
-    )
+    assert len(open_dataset('cells', data_root=tmp_path)) == 3
+    assert len(open_dataset(str(tmp_path / 'cells/instances_train.json'))) == 3
 
 
 def test_a_missing_split_is_not_taken_for_a_folder_of_images(coco, tmp_path):
@@ -449,38 +431,37 @@ def test_open_digits():
         open_dataset('digits', 'trainval')
 
 
-# --- parts, and labels that stay hidden --------------------------------------------------------------------------------------------
+# --- parts, and labels that stay hidden -----------------------------------------------------------
 def test_subset(coco):
     ds = CocoDataset(coco())
     sub = Subset(ds, [2, 0])
     assert sub.ids == [11, 7] and sub[1].boxes.tolist() == ds[0].boxes.tolist() and sub.index_of(7) == 1
-    assert sub.fingerprint() != ds.fingerprint() and {
-        a['image_id'] for a in sub.coco_dict()['annotations']
-    } == {7}
+    assert sub.fingerprint() != ds.fingerprint()
+    assert {a['image_id'] for a in sub.coco_dict()['annotations']} == {7}
     for bad in ([3], [-1]):
         with pytest.raises(DataError, match='does not exist'):
             Subset(ds, bad)
     assert len(Subset(ds, [])) == 0
 
 
-def every_tensor(x, depth=0, seen=None):
+def every_tensor(x, depth=0, visited=None):
     "Every tensor and array that can be reached through public attributes and containers"
-    seen = set() if seen is None else seen
-    if id(x) in seen or depth > 6:
+    visited = set() if visited is None else visited
+    if id(x) in visited or depth > 6:
         return
-    seen.add(id(x))
+    visited.add(id(x))
     if isinstance(x, (torch.Tensor, np.ndarray)):
         yield x
     elif isinstance(x, dict):
         for v in x.values():
-            yield from every_tensor(v, depth + 1, seen)
+            yield from every_tensor(v, depth + 1, visited)
     elif isinstance(x, (list, tuple)):
         for v in x:
-            yield from every_tensor(v, depth + 1, seen)
+            yield from every_tensor(v, depth + 1, visited)
     elif hasattr(x, '__dict__') and not isinstance(x, (Image.Image, type)):
         for k, v in vars(x).items():
             if not k.startswith('_'):
-                yield from every_tensor(v, depth + 1, seen)
+                yield from every_tensor(v, depth + 1, visited)
 
 
 @pytest.mark.parametrize(
@@ -502,25 +483,13 @@ def test_unlabelled_never_gives_a_box(coco, wrap, kind):
     for i in range(len(ds)):
         a, s = ds.annotation(i), ds[i]
         assert s.image.tobytes() == full[full.index_of(s.image_id)].image.tobytes()  # the picture is the same
-        assert (
-            a['boxes'].shape == (0, 4)
-            and all(len(a[k]) == 0 for k in ('labels', 'ignore', 'area'))
-            and a['size'] == s.size
-        )
+        assert a['boxes'].shape == (0, 4) and all(len(a[k]) == 0 for k in ('labels', 'ignore', 'area'))
+        assert a['size'] == s.size
         assert s.boxes.shape == (0, 4) and len(s.labels) == len(s.ignore) == 0
     assert all(t.size == 0 if isinstance(t, np.ndarray) else t.numel() == 0 for t in every_tensor(ds))
-    public = [n for n in dir(ds) if not n.startswith('_')]
-    assert set(public) <= {
-        'annotation',
-        'classes',
-        'coco_dict',
-        'fingerprint',
-        'has_boxes',
-        'ids',
-        'index_of',
-        'indices',
-        'name',
-    }, public
+    public = {n for n in dir(ds) if not n.startswith('_')}
+    known = 'annotation classes coco_dict fingerprint has_boxes ids index_of indices name'
+    assert public <= set(known.split()), public
 
 
 def test_unlabelled_files_hold_no_box_in_memory(coco):
@@ -529,18 +498,14 @@ def test_unlabelled_files_hold_no_box_in_memory(coco):
     assert all(len(v) == 0 for v in inner._packed.values()) and len(full[0].boxes) == 2
 
 
-# --- workers ----------------------------------------------------------------------------------------------------------------------------
+# --- workers --------------------------------------------------------------------------------------
 def first_boxes(ds):
     return ds[0].boxes.tolist()
 
 
 def test_picklable_and_usable_in_a_worker(coco):
-    for ds in (
-        CocoDataset(coco()),
-        Subset(CocoDataset(coco()), [0]),
-        Unlabelled(CocoDataset(coco())),
-        DigitsScenes(n=3),
-    ):
+    full = CocoDataset(coco())
+    for ds in (full, Subset(full, [0]), Unlabelled(full), DigitsScenes(n=3)):
         ds[0]
         twin = pickle.loads(pickle.dumps(ds))
         assert first_boxes(twin) == first_boxes(ds) and twin.fingerprint() == ds.fingerprint()
@@ -553,27 +518,21 @@ def test_picklable_and_usable_in_a_worker(coco):
     assert [s.image_id for s in loader] == [7, 3, 11]
 
 
-# --- digits scenes ------------------------------------------------------------------------------------------------------------------------
+# --- digits scenes --------------------------------------------------------------------------------
 def test_scene_is_a_function_of_its_number():
     a, b = DigitsScenes(n=40), DigitsScenes(n=20)
     late = a[17]
     [a[i] for i in (3, 9)]
-    assert a[17].image.tobytes() == late.image.tobytes() == b[17].image.tobytes() and torch.equal(
-        b[17].boxes, late.boxes
-    )
-    assert torch.equal(a.annotation(17)['boxes'], late.boxes) and torch.equal(
-        a.annotation(17)['labels'], late.labels
-    )
-    assert (
-        DigitsScenes(n=20, seed=1)[17].image.tobytes() != late.image.tobytes()
-        and DigitsScenes('val', n=20)[17].image.tobytes() != late.image.tobytes()
-    )
+    assert a[17].image.tobytes() == late.image.tobytes() == b[17].image.tobytes()
+    assert torch.equal(b[17].boxes, late.boxes)
+    assert torch.equal(a.annotation(17)['boxes'], late.boxes)
+    assert torch.equal(a.annotation(17)['labels'], late.labels)
+    for other in (DigitsScenes(n=20, seed=1), DigitsScenes('val', n=20)):
+        assert other[17].image.tobytes() != late.image.tobytes()
     state = torch.get_rng_state()
     np_state = np.random.get_state()[1].copy()
-    a[5]
-    assert (
-        torch.equal(state, torch.get_rng_state()) and (np_state == np.random.get_state()[1]).all()
-    )  # no global draw
+    a[5]  # draws from no global generator
+    assert torch.equal(state, torch.get_rng_state()) and (np_state == np.random.get_state()[1]).all()
 
 
 def test_scene_content():
@@ -583,13 +542,8 @@ def test_scene_content():
     boxes = torch.cat([ds.annotation(i)['boxes'] for i in range(200)])
     labels = torch.cat([ds.annotation(i)['labels'] for i in range(200)])
     side = (boxes[:, 2:] - boxes[:, :2]).amax(1) / 96
-    assert (
-        boxes.min() >= 0
-        and boxes.max() <= 96
-        and side.min() > 0.15
-        and side.max() < 0.48
-        and side.std() > 0.05
-    )
+    assert boxes.min() >= 0 and boxes.max() <= 96
+    assert side.min() > 0.15 and side.max() < 0.48 and side.std() > 0.05
     assert labels.bincount(minlength=10).min() > 30 and ds.classes == list('0123456789')
 
 
@@ -609,36 +563,26 @@ def test_boxes_are_tight_to_the_ink():
 
 
 def test_splits_share_no_digit_and_no_background():
+    from semidetr.data.digits import _BANDS
     from sklearn.datasets import load_digits
 
     splits = ('train', 'val', 'test')
     assert sum(len(glyphs(s)) for s in splits) == len(load_digits().target)
     ink = {s: {g.tobytes() for _, g in glyphs(s)} for s in splits}
     assert not (ink['train'] & ink['val'] or ink['train'] & ink['test'] or ink['val'] & ink['test'])
-    widths = [sum(photos(s)[k][0].width for s in splits) for k in range(len(photos('train')))]
-    from semidetr.data.digits import _BANDS
-
-    assert [_BANDS[s] for s in splits] == [(0, 0.5), (0.5, 0.75), (0.75, 1)] and min(
-        widths
-    ) > 400  # bands that only touch
+    assert [_BANDS[s] for s in splits] == [(0, 0.5), (0.5, 0.75), (0.75, 1)]  # bands that only touch
+    assert min(sum(photos(s)[k][0].width for s in splits) for k in range(len(photos('train')))) > 400
     ids = [set(DigitsScenes(s).ids) for s in splits]
     assert not (ids[0] & ids[1] or ids[0] & ids[2] or ids[1] & ids[2])
 
 
 def test_digits_fingerprint():
-    assert (
-        len(
-            {
-                DigitsScenes(**k).fingerprint()
-                for k in ({}, {'n': 5}, {'size': 64}, {'seed': 1}, {'split': 'val'})
-            }
-        )
-        == 5
-    )
+    variants = ({}, {'n': 5}, {'size': 64}, {'seed': 1}, {'split': 'val'})
+    assert len({DigitsScenes(**k).fingerprint() for k in variants}) == 5
     assert Subset(DigitsScenes(n=9), [1, 2]).fingerprint() == Subset(DigitsScenes(n=9), [1, 2]).fingerprint()
 
 
-# --- real data, if there ------------------------------------------------------------------------------------------------------------------
+# --- real data, if there --------------------------------------------------------------------------
 REAL = next(
     (
         p

@@ -10,7 +10,7 @@ from semidetr.data.datasets import CocoDataset, Subset, Unlabelled
 from semidetr.data.digits import DigitsScenes
 from semidetr.data.doctor import Fault, check_dataset, contact_sheet
 from semidetr.data.splits import make_split, save_split
-from test_datasets import base, picture, voc
+from test_datasets import REAL, base, picture, voc
 
 
 def kinds(report, level=None):
@@ -36,36 +36,24 @@ def test_healthy(tmp_path):
     data['annotations'][1]['iscrowd'] = 0
     data['annotations'].append(dict(id=9, image_id=11, category_id=3, bbox=[0, 0, 8, 8]))
     data['annotations'][2]['bbox'] = [50, 30, 10, 10]
-    r = check_dataset(str(tmp_path), split='train') if make(tmp_path, data) else None
-    assert (
-        r.faults == []
-        and r.exit_code == 0
-        and 'fit for training: 0 errors, 0 warnings, 0 notes' in r.to_text()
-    )
-    assert (
-        r.counts['images'] == 3 and r.counts['boxes'] == 4 and r.histogram == {'zebra': 1, 'ant': 2, 'dog': 1}
-    )
+    make(tmp_path, data)
+    r = check_dataset(str(tmp_path), split='train')
+    assert r.faults == [] and r.exit_code == 0
+    assert 'fit for training: 0 errors, 0 warnings, 0 notes' in r.to_text()
+    assert r.counts['images'] == 3 and r.counts['boxes'] == 4
+    assert r.histogram == {'zebra': 1, 'ant': 2, 'dog': 1}
     assert r.box_sizes['95 %'] > r.box_sizes['median'] > r.box_sizes['5 %'] > 4
 
 
 def test_handled_things_are_no_errors(tmp_path):
     r = check_dataset(str(make(tmp_path)))
-    assert (
-        kinds(r) == ['class-never-seen', 'gaps-in-class-ids', 'images-without-boxes', 'overhang', 'zero-area']
-        and kinds(r, 'error') == []
-        and r.exit_code == 0
-    )
-    assert (
-        r.of(kind='class-never-seen')[0].item == "class 'zebra' has no box that counts"
-    )  # its only box is a crowd
-    assert (
-        r.counts['ignored boxes'] == 1
-        and r.counts['images without a box'] == 1
-        and r.counts['boxes without area, dropped'] == 1
-    )
-    assert (
-        r.of(kind='images-without-boxes')[0].level == 'info' and r.of(kind='zero-area')[0].level == 'warning'
-    )
+    handled = ['class-never-seen', 'gaps-in-class-ids', 'images-without-boxes', 'overhang', 'zero-area']
+    assert kinds(r) == handled and kinds(r, 'error') == [] and r.exit_code == 0
+    unused = r.of(kind='class-never-seen')[0]  # its only box is a crowd region
+    assert unused.item == "class 'zebra' has no box that counts"
+    for name in ('ignored boxes', 'images without a box', 'boxes without area, dropped'):
+        assert r.counts[name] == 1
+    assert r.of('info', 'images-without-boxes') and r.of('warning', 'zero-area')
 
 
 def test_all_faults_in_one_pass(tmp_path):
@@ -166,6 +154,22 @@ def test_broken_file(tmp_path, text, word):
         and 'instances_train.json' in str(r.faults[0])
     )
     json.loads(r.to_json())
+
+
+@pytest.mark.parametrize(
+    'spoil,kind',
+    [
+        (lambda d: d['images'][0].update(width='60'), 'bad-image-size'),
+        (lambda d: d.pop('categories'), 'schema'),
+        (lambda d: d.update(annotations=3), 'schema'),
+        (lambda d: d.update(categories=[4, {}]), 'bad-category'),
+    ],
+)
+def test_entries_of_the_wrong_type_are_faults(tmp_path, spoil, kind):
+    d = base()
+    spoil(d)
+    report = check_dataset(str(make(tmp_path, d)), quick=True)
+    assert report.of('error', kind) and report.exit_code == 2
 
 
 def test_nothing_there(tmp_path, monkeypatch):
@@ -279,7 +283,7 @@ def test_exif_is_a_note_and_no_mismatch(tmp_path):
         assert r.exit_code == 0 and len(r.of(kind='exif-rotated')) == 2
 
 
-# --- more than one set ------------------------------------------------------------------------------------------------
+# --- more than one set ----------------------------------------------------------------------------
 def second(root, edit=lambda d: None):
     d = base()
     for im in d['images']:
@@ -386,7 +390,7 @@ def test_split_files(tmp_path):
     assert kinds(check_dataset(str(path), split_files=[str(tmp_path / 'bad.json')]), 'error') == ['bad-split']
 
 
-# --- other formats ------------------------------------------------------------------------------------------------------
+# --- other formats --------------------------------------------------------------------------------
 def test_voc_and_folder_and_digits(tmp_path):
     root = voc(tmp_path / 'voc', [('dog', (1, 1, 60, 40), 0), ('cat', (9, 9, 5, 5), 0)], ids=('1', '2', '3'))
     (root / 'Annotations/2.xml').write_text('<annotation>')
@@ -418,16 +422,6 @@ def test_contact_sheet(tmp_path):
     assert contact_sheet(str(tmp_path)).tobytes() == contact_sheet(ds).tobytes()
     (tmp_path / 'images/a.jpg').unlink()
     contact_sheet(ds)  # says so on the tile
-
-
-REAL = next(
-    (
-        p
-        for p in (os.environ.get('SEMIDETR_DATA'), Path(__file__).parents[2] / 'shared' / 'data')
-        if p and Path(p).is_dir()
-    ),
-    None,
-)
 
 
 @pytest.mark.skipif(REAL is None, reason='SEMIDETR_DATA is not set')

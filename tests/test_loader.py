@@ -72,7 +72,7 @@ def ids(part):
     return [t['image_id'] for t in part['targets']]
 
 
-# --- draws -------------------------------------------------------------------------------------------------------------
+# --- draws ----------------------------------------------------------------------------------------
 
 
 def test_each_epoch_is_a_permutation():
@@ -82,17 +82,10 @@ def test_each_epoch_is_a_permutation():
         )
     epochs = [[draw_index(3, 'p', 50, e * 50 + k) for k in range(50)] for e in range(3)]
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    assert epochs[0] != [draw_index(4, 'p', 50, k) for k in range(50)] and epochs[0] != [
-        draw_index(3, 'q', 50, k) for k in range(50)
-    ]
-    assert [draw_index(0, 'labelled', 6, k) for k in range(6)] == [
-        2,
-        4,
-        0,
-        3,
-        5,
-        1,
-    ]  # frozen: runs must stay repeatable
+    for seed, pool in ((4, 'p'), (3, 'q')):
+        assert epochs[0] != [draw_index(seed, pool, 50, k) for k in range(50)]
+    frozen = [draw_index(0, 'labelled', 6, k) for k in range(6)]
+    assert frozen == [2, 4, 0, 3, 5, 1]  # runs must stay repeatable
 
 
 def test_binomial_counts():
@@ -111,7 +104,7 @@ def test_binomial_counts():
 @pytest.mark.parametrize('ratio', ['fixed', 'binomial'])
 @pytest.mark.parametrize('world', [1, 2])
 def test_draws_tile_the_pools(ratio, world):
-    "Over steps and ranks the draw numbers are 0, 1, 2, ... without a gap or a repeat, also over the blocks' border"
+    "Over steps and ranks the draw numbers are 0, 1, 2, ... without gap or repetition, across blocks too"
     first, second = [], []
     for t in range(2500 if world == 1 else 1500):
         for r in range(world):
@@ -136,7 +129,7 @@ def test_no_unlabelled_means_no_chance():
     assert plan_draws(3, 4, 0, 'binomial') == (range(12, 16), range(0))
 
 
-# --- collate -----------------------------------------------------------------------------------------------------------
+# --- collate --------------------------------------------------------------------------------------
 
 
 def test_collate_against_views():
@@ -150,28 +143,21 @@ def test_collate_against_views():
             and part['mask'].shape == (b, h, w)
         )
         for v, x, mask, t in zip(views, part['images'], part['mask'], part['targets']):
-            assert (
-                torch.equal(x[:, : v.size[0], : v.size[1]], v.image)
-                and not mask[: v.size[0], : v.size[1]].any()
-            )
+            assert torch.equal(x[:, : v.size[0], : v.size[1]], v.image)
+            assert not mask[: v.size[0], : v.size[1]].any()
             assert (x[:, mask] == 0).all() and mask.sum() == h * w - v.size[0] * v.size[1]
-            assert torch.allclose(
-                denormalize_boxes(t['boxes'], t['size']), v.boxes, atol=1e-3
-            ) and torch.equal(t['labels'], v.labels)
-            assert (t['orig_size'], t['size'], t['image_id']) == (
-                v.orig_size,
-                v.size,
-                v.image_id,
-            ) and torch.equal(t['matrix'], v.matrix)
+            assert torch.allclose(denormalize_boxes(t['boxes'], t['size']), v.boxes, atol=1e-3)
+            assert torch.equal(t['labels'], v.labels) and torch.equal(t['matrix'], v.matrix)
+            assert all(t[k] == getattr(v, k) for k in ('orig_size', 'size', 'image_id'))
     with pytest.raises(DataError):
         collate([])
 
 
-# --- batches -----------------------------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------
 
 
 def test_batch_is_what_the_views_say():
-    "The 8-bit road of the workers ends where collating float views ends"
+    "8-bit images, normalised after stacking, give the same batch as collating float views"
     loader = make()
     batch = next(loader)
     first, second = loader.draws(0)
@@ -254,10 +240,9 @@ def test_two_ranks_are_disjoint(ratio):
     n = Fake(600)
     loaders = [make(labelled=n, unlabelled=n, ratio=ratio, rank=r, world=2) for r in range(2)]
     for pool in (0, 1):
-        seen = [[i for t in range(50) for _, i in l.draws(t)[pool]] for l in loaders]
-        assert set(seen[0]).isdisjoint(seen[1]) and len(set(seen[0])) == len(
-            seen[0]
-        )  # no image twice before the pool is through
+        drawn = [[i for t in range(50) for _, i in l.draws(t)[pool]] for l in loaders]
+        assert set(drawn[0]).isdisjoint(drawn[1])
+        assert len(set(drawn[0])) == len(drawn[0])  # no image twice within an epoch of the pool
     a, b = (l.batch(0) for l in loaders)
     assert set(ids(a['labelled'])).isdisjoint(ids(b['labelled']))
 
@@ -266,15 +251,8 @@ def test_pool_smaller_than_the_batch():
     one = Subset(Fake(), [0])
     batch = make(labelled=one, n_labelled=4).batch(0)
     assert ids(batch['labelled']) == [100] * 4
-    assert (
-        len(
-            {
-                tuple(t['matrix'].flatten().tolist())
-                for t in make(labelled=one, n_labelled=8).batch(0)['labelled']['targets']
-            }
-        )
-        > 1
-    )  # other views
+    targets = make(labelled=one, n_labelled=8).batch(0)['labelled']['targets']
+    assert len({tuple(t['matrix'].flatten().tolist()) for t in targets}) > 1  # other views
 
 
 def test_zero_unlabelled():
@@ -335,7 +313,7 @@ def test_truth_of_unlabelled_does_not_matter():
     )
 
 
-# --- real data on disk -------------------------------------------------------------------------------------------------
+# --- real data on disk ----------------------------------------------------------------------------
 
 
 def write_coco(root, n=4):
@@ -412,10 +390,10 @@ def test_bad_requests(kw, error):
 def test_ready_for_spawn():
     "Start methods that do not fork send the work by pickle"
     work = pickle.loads(pickle.dumps(L._Work(make()._make)))
-    assert same(L._land(work[3], VIEW), make().batch(3))
+    assert same(L._receive(work[3], VIEW), make().batch(3))
 
 
-# --- evaluation --------------------------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -435,7 +413,7 @@ def test_eval_loader(workers):
     assert list(EvalLoader(Fake(0), VIEW, num_workers=workers)) == []
 
 
-# --- shutdown ----------------------------------------------------------------------------------------------------------
+# --- shutdown -------------------------------------------------------------------------------------
 
 SCRIPT = """
 import os, sys, traceback
@@ -446,17 +424,21 @@ for k, what in enumerate(ENDS): # one import for all: each case is a child of th
     sys.stderr = open(f'{folder}/{{k}}.err', 'w')
     loader = make(num_workers=2, unlabelled=Fake(20, slow=.02))
     next(loader)
-    os.write(1, (' '.join(map(str, [k]+[w.pid for w in loader._loader._iterator._workers]))+'\\n').encode()) # one write: three processes share the pipe
+    pids = [k] + [w.pid for w in loader._loader._iterator._workers]
+    os.write(1, (' '.join(map(str, pids)) + '\\n').encode()) # one write: three processes share the pipe
     exec(what)
     break
 else:
     for _ in ENDS: os.wait()
 """
+INTERRUPT = """import signal
+signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background jobs ignore SIGINT
+signal.raise_signal(signal.SIGINT)"""
 ENDS = {
     'raise ValueError("boom")': 'ValueError',
     'os.kill(os.getpid(), 9)': '',
-    'import signal; signal.signal(signal.SIGINT, signal.default_int_handler); signal.raise_signal(signal.SIGINT)': 'KeyboardInterrupt',
-}  # a shell's background jobs ignore SIGINT
+    INTERRUPT: 'KeyboardInterrupt',
+}
 
 
 def alive(pid):

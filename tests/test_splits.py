@@ -80,7 +80,8 @@ def test_no_reading_order_no_library_type():
 
 def test_stable_over_processes_and_time():
     "The list itself is frozen here: a change of the hash would change every published number"
-    code = "from semidetr.data.splits import rank_ids; print(rank_ids(range(8), 0, 0), rank_ids(['b', 'a', 'c'], 0, 'dev'))"
+    code = "from semidetr.data.splits import rank_ids\n"
+    code += "print(rank_ids(range(8), 0, 0), rank_ids(['b', 'a', 'c'], 0, 'dev'))"
     out = subprocess.run(
         [sys.executable, '-c', code],
         capture_output=True,

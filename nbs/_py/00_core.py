@@ -1,8 +1,9 @@
 # %% [markdown]
 # # Core {#sec-core}
 #
-# > Make a run that can be repeated, stopped and resumed: errors that name their cure, files that are never
-# > half written, chance that is the same on every machine, and sums over processes that vanish on one.
+# > Make runs that can be repeated, stopped and resumed: errors that say how to fix them, files that are never
+# > half written, choices that are the same on every machine, and means over processes that cost nothing on
+# > one.
 
 # %%
 #| default_exp core
@@ -32,22 +33,22 @@ from semidetr.draw import COLORS
 # %% [markdown]
 # ## Why
 #
-# The numbers of semi-supervised detection are hard to repeat: a result hangs on which 1 % of the images was
-# labelled, on the order of the batches and on where a run was resumed. Three habits cure most of it. What
-# must be the same everywhere (which images are labelled, the seed of a view) is a *hash* and no draw. What is
-# drawn comes from generators whose state is part of the checkpoint. And what is written is written whole.
-# This chapter holds these habits, and nothing about detection.
+# Results of semi-supervised detection are hard to reproduce: they depend on which 1 % of the images was
+# labelled, on the order of the batches and on where a run was resumed. Three rules solve most of this. What
+# must be the same everywhere (which images are labelled, the seed of a view) is a *hash*, not a random draw.
+# What is drawn comes from generators whose state is part of the checkpoint. And files are written completely
+# or not at all. This chapter implements these rules; nothing in it is about detection.
 
 # %% [markdown]
-# ## Errors that name the cure
+# ## Errors that say how to fix them
 #
-# A fault that the user can cure is a `SemiDETRError`: the command line prints its message in one line and
-# leaves with exit code 2. Everything else is a fault of the package and keeps its traceback.
+# A fault that the user can fix is a `SemiDETRError`: the command line prints its message in one line and
+# exits with code 2. Everything else is a bug of the package and keeps its traceback.
 
 # %%
 #| export
 class SemiDETRError(Exception):
-    "Base of the errors that a user can cure: the message names the file, the item and the cure, in one line"
+    "Base of the errors that a user can fix: the message names file, item and cure in one line"
 
 
 class DataError(SemiDETRError):
@@ -62,7 +63,7 @@ def suggest(
     word: str,  # what was written
     known,  # iterable of what may be written
 ) -> str:  # sentence to append to an error message
-    "The nearest known word, or the list of them all"
+    "The most similar known word, or the list of all"
     known = sorted(map(str, known))
     near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
@@ -71,23 +72,24 @@ def suggest(
 def need(
     module: str,  # one that comes with an extra of this package
     user: str,  # what needs it, for the message
-    extra: str = 'book',
+    extra: str = 'book',  # name of the extra
 ):  # the module
-    "Import it; `ConfigError` says what to install"
+    "Import an optional module; the `ConfigError` says what to install"
     try:
         return import_module(module)
     except ImportError as e:
         raise ConfigError(
-            f"{user} needs '{e.name}', which comes with the extra [{extra}]: in a checkout of the project run `pip install -e .[{extra}]`"
+            f"{user} needs '{e.name}', which comes with the extra [{extra}]: "
+            f'in a checkout of the project run `pip install -e .[{extra}]`'
         ) from None
 
 
 def one_of(
     group: str,  # name of the group of settings, for the message
     cfg,  # has the fields
-    **known,  # field -> its legal values
+    **known,  # field -> its allowed values
 ):
-    "`ConfigError` unless each named field of `cfg` has one of its legal values"
+    "`ConfigError` unless each named field of `cfg` has one of its allowed values"
     for name, values in known.items():
         if (v := getattr(cfg, name)) not in values:
             raise ConfigError(f"{group}.{name}='{v}' is unknown; {suggest(v, values)}")
@@ -96,20 +98,18 @@ def one_of(
 def in_range(
     group: str,  # name of the group of settings, for the message
     cfg,  # has the fields
-    **ranges,  # field -> smallest legal number, or (smallest, largest)
+    **ranges,  # field -> smallest allowed number, or (smallest, largest)
 ):
     "`ConfigError` unless each named field of `cfg` is None or lies in its range; nan never does"
     for name, r in ranges.items():
         low, high = r if isinstance(r, tuple) else (r, math.inf)
         if (v := getattr(cfg, name)) is not None and not low <= v <= high:
-            raise ConfigError(
-                f'{group}.{name}={v} must '
-                + (f'be at least {low}' if high == math.inf else f'lie between {low} and {high}')
-            )
+            wanted = f'be at least {low}' if high == math.inf else f'lie between {low} and {high}'
+            raise ConfigError(f'{group}.{name}={v} must {wanted}')
 
 
 # %% [markdown]
-# A slip of the pen is answered by the word that was meant, a guess by the list, an impossible number by its
+# A typo is answered by the most similar word, an unknown word by the list, a number out of range by the
 # range:
 
 # %%
@@ -127,11 +127,10 @@ message, bound
 
 
 # %% [markdown]
-# ## Files that are whole
+# ## Files that are complete
 #
-# A run is stopped at any moment, and a page may read a result while it is written. So every file is written
-# beside its target, flushed to the disk and then renamed onto it: within one folder a rename either happened
-# or did not.
+# A run may be stopped at any moment, and a page may read a result while it is written. So every file is
+# written beside its target, flushed to disk and then renamed: within one folder a rename is atomic.
 
 # %%
 #| export
@@ -139,7 +138,7 @@ def atomic_write(
     path,  # file to write; missing folders are made
     data: str | bytes,  # its whole content; text is written as UTF-8
 ):
-    "Write a file so that a reader, or a crash, sees the old content or the new one and nothing between"
+    "Write a file so that readers, also after a crash, find either the old content or the new one"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
@@ -154,8 +153,7 @@ def atomic_write(
 
 
 # %% [markdown]
-# A write that fails half way (here: the content is of the wrong type) leaves the old file, and nothing beside
-# it:
+# A write that fails (here because the content has the wrong type) leaves the old file and no temporary one:
 
 # %%
 with tempfile.TemporaryDirectory() as d:
@@ -171,16 +169,16 @@ left
 
 
 # %% [markdown]
-# ## Chance that is no chance
+# ## Choices by hash
 #
-# Let $p_1,\dots,p_n$ be the parts that decide something: a seed, a fold, an image id. Their hash is
+# Let $p_1,\dots,p_n$ be the parts that a choice depends on: a seed, a fold, an image id. Their hash is
 #
 # $$ h(p_1,\dots,p_n) = \left\lfloor \tfrac12\, \mathrm{SHA256}_{64}\big(r(p_1)\,|\,\dots\,|\,r(p_n)\big) \right\rfloor \in [0, 2^{63}) $$ {#eq-core-hash}
 #
 # where $r(p)$ is the text that Python prints for $p$, the bar is a separator that no printed text contains,
-# and $\mathrm{SHA256}_{64}$ are the first 64 bits of the digest. Python's own `hash` changes with the
-# process; a generator changes with whatever drew from it before; $h$ changes with nothing but its parts. A
-# thing whose text is not stable (an object that prints its address, a tensor that prints rounded) is refused.
+# and $\mathrm{SHA256}_{64}$ are the first 64 bits of the digest. Python's own `hash` differs between
+# processes; a random generator depends on all draws before; $h$ depends on its parts alone. Objects whose
+# text is not stable (one that prints its address, a tensor that prints rounded numbers) are refused.
 
 # %%
 #| export
@@ -192,7 +190,8 @@ def _stable_repr(p):
         return f"({','.join(map(_stable_repr, p))})"
     if isinstance(p, (Tensor, np.ndarray)) or ' at 0x' in repr(p):
         raise TypeError(
-            f'stable_hash cannot hash a {type(p).__name__}: its text is not the same everywhere; pass ints, floats, strings or tuples of them'
+            f'stable_hash cannot hash a {type(p).__name__}: its text is not the same everywhere; '
+            'pass ints, floats, strings or tuples of them'
         )
     return repr(p)
 
@@ -206,7 +205,7 @@ def stable_hash(
 
 
 # %% [markdown]
-# The number below is the same on every computer; the tests keep it. The type counts: image `7` and image
+# The number below is the same on every computer; a test checks it. The type matters: image `7` and image
 # `'7'` are two images.
 
 # %%
@@ -215,29 +214,22 @@ assert stable_hash(7) != stable_hash('7') and stable_hash('a', 'b') != stable_ha
 stable_hash('fold', 0)
 
 # %% [markdown]
-# What it is for: rank the images by $h(\text{seed}, \text{fold}, \text{id})$ and label the first $p$ percent.
-# The order does not depend on how many are taken, so that the 1 % is inside the 5 % and that inside the 10 %;
-# another fold is another order; and an image that joins the data set moves no other past its neighbour.
+# An application: rank the images by $h(\text{seed}, \text{fold}, \text{id})$ and label the first $p$ percent.
+# The order does not depend on how many are taken, so the 1 % are contained in the 5 %, and those in the 10 %;
+# another fold is another order; and adding an image to the data set does not change the order of the others.
 
 # %%
 #| label: fig-core-hash
-#| fig-cap: "The labelled images of 1, 5 and 10 % are nested within a fold, and spread evenly over the ids: a hash is as good as a draw, and can be repeated."
+#| fig-cap: "The labelled images of 1, 5 and 10 % are nested within a fold and spread evenly over the ids: a hash is as good as a random draw, and reproducible."
 #| fig-alt: "For three folds, three rows of marks each over image ids 0 to 199; every mark of the 1 % row is also in the 5 % row, every mark of the 5 % row in the 10 % row."
 fig, ax = plt.subplots(figsize=(5.5, 2.2), dpi=80)
 chosen = {}
 for fold in range(3):
     order = sorted(range(200), key=lambda i: stable_hash(0, fold, i))
     for k, percent in enumerate((1, 5, 10)):
-        chosen[fold, percent] = set(order[: 200 * percent // 100])
-        ax.plot(
-            sorted(chosen[fold, percent]),
-            [4 * fold + k] * len(chosen[fold, percent]),
-            '|',
-            ms=9,
-            mew=2,
-            color=COLORS['truth'],
-            alpha=1 - 0.3 * k,
-        )
+        ids = chosen[fold, percent] = set(order[: 200 * percent // 100])
+        style = dict(ms=9, mew=2, color=COLORS['truth'], alpha=1 - 0.3 * k)
+        ax.plot(sorted(ids), [4 * fold + k] * len(ids), '|', **style)
 ax.set(xlabel='image id', yticks=[4 * f + k for f in range(3) for k in range(3)])
 ax.invert_yaxis()
 ax.set_yticklabels([f'fold {f}, {p} %' for f in range(3) for p in (1, 5, 10)], fontsize=7)
@@ -247,10 +239,10 @@ assert chosen[0, 10] != chosen[1, 10]
 
 
 # %% [markdown]
-# ## Chance that can be continued
+# ## Random generators that can be resumed
 #
-# The rest (dropout, the noise of denoising queries, initial weights) is drawn. A resumed run must draw what
-# the uninterrupted one would have drawn.
+# The rest (dropout, the noise of denoising queries, initial weights) is drawn. A resumed run must draw the
+# same numbers as an uninterrupted one.
 
 # %%
 #| export
@@ -264,7 +256,7 @@ def seed_everything(
 
 
 def rng_state() -> dict:  # picklable
-    "Snapshot of all generators of this process"
+    "State of all generators of this process"
     state = dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state())
     if torch.cuda.is_available():
         state['cuda'] = torch.cuda.get_rng_state_all()
@@ -274,7 +266,7 @@ def rng_state() -> dict:  # picklable
 def set_rng_state(
     state: dict,  # from `rng_state`
 ):
-    "Put all generators back where the snapshot found them"
+    "Set all generators to a saved state"
     random.setstate(state['python'])
     np.random.set_state(state['numpy'])
     torch.set_rng_state(state['torch'].cpu())
@@ -283,7 +275,7 @@ def set_rng_state(
 
 
 # %% [markdown]
-# Draw, take a snapshot, draw on; go back (through a file, as a checkpoint does) and draw again:
+# Draw, save the state, draw again; restore the state (pickled, as in a checkpoint) and repeat the draw:
 
 # %%
 def draws():
@@ -308,7 +300,7 @@ again
 def pick_device(
     name: str = 'auto',  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 ) -> torch.device:
-    "The device to run on; `auto` takes a GPU where there is one; `ConfigError` where it is not there"
+    "The device to run on; `auto` takes a GPU if there is one; `ConfigError` if the device is not there"
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
@@ -323,7 +315,8 @@ def pick_device(
         dev = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)) if dev.index is None else dev.index)
         if dev.index >= torch.cuda.device_count():
             raise ConfigError(
-                f"device '{dev}' was asked for, but torch sees {torch.cuda.device_count()} GPU(s); count from cuda:0"
+                f"device '{dev}' was asked for, but torch sees {torch.cuda.device_count()} GPU(s); "
+                'count from cuda:0'
             )
         torch.cuda.set_device(dev)
     return dev
@@ -339,8 +332,8 @@ answer
 
 
 # %% [markdown]
-# Half precision is good enough for the network and too coarse for costs, boxes and losses. Those are computed
-# in float32 at least, whatever comes in:
+# Half precision is sufficient for the network, but not for costs, boxes and losses. Those are computed in
+# float32 at least, whatever the input is:
 
 # %%
 #| export
@@ -359,8 +352,8 @@ at_least_float32(torch.ones(1, dtype=torch.bfloat16)).dtype
 # %% [markdown]
 # ## One process or many
 #
-# A launcher may start $W$ processes, one a device, that each see their own images. Every function below is
-# the identity where it runs alone, so that no other chapter asks how many there are.
+# A launcher may start $W$ processes, one per device, each with its own images. Every function below is the
+# identity in a single process, so that no other chapter needs to check how many there are.
 
 # %%
 #| export
@@ -396,13 +389,13 @@ world_size(), rank(), is_main()
 
 
 # %% [markdown]
-# Losses are divided by the number of boxes, and must be divided by the *same* number on every process, or an
-# image would weigh more for having poor neighbours. With $x_w$ the count on process $w$,
+# Losses are divided by the number of boxes, and every process must divide by the *same* number; otherwise a
+# box would weigh more on a process with few boxes. With $x_w$ the count on process $w$,
 #
 # $$ \bar x = \frac1W \sum_{w=0}^{W-1} x_w $$ {#eq-core-mean}
 #
-# is that number: gradients are averaged over the $W$ processes afterwards, so that together they are divided
-# by the total $W\bar x$.
+# is that number: gradients are averaged over the $W$ processes afterwards, so that in total they are divided
+# by the number of all boxes, $W\bar x$.
 
 # %%
 #| export
@@ -423,9 +416,9 @@ all_reduce_mean(torch.tensor([3.0], requires_grad=True))
 
 
 # %% [markdown]
-# Cost-based mining fits a mixture to the matching costs of *all* processes, and each has another number of
-# them, perhaps none. So lengths travel first, then rows padded to the longest, and the padding is cut again.
-# What arrives is the same on every process and in the order of the ranks.
+# Cost-based mining fits a mixture to the matching costs of *all* processes, which may have different numbers
+# of them, or none. So the lengths are exchanged first, then the rows, padded to the longest, and the padding
+# is removed. The result is the same on every process and in the order of the ranks.
 
 # %%
 #| export
@@ -450,8 +443,8 @@ def all_gather_cat(
 
 
 # %% [markdown]
-# Alone it gives back its rows, also when there are none. (The tests run it in two real processes with lengths
-# 3 and 0.)
+# In a single process it returns its rows, even if there are none. (The tests run it in two processes with
+# lengths 3 and 0.)
 
 # %%
 assert all_gather_cat(torch.zeros(0, 4)).shape == (0, 4)
@@ -460,17 +453,17 @@ all_gather_cat(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
 # %% [markdown]
 # ## Summary
 #
-# * A fault that a user can cure is a `DataError` or a `ConfigError`, one line, with the cure in it.
-# * `atomic_write` leaves the old file or the new one.
-# * What must be the same everywhere is a `stable_hash` of what it depends on; percents of a hashed order are
-#   nested.
-# * What is drawn can be continued: `rng_state` goes into every checkpoint.
-# * `all_reduce_mean` and `all_gather_cat` do nothing on one process, so that no other chapter asks.
+# * A fault that a user can fix is a `DataError` or a `ConfigError` of one line that says how.
+# * `atomic_write` leaves either the old file or the new one.
+# * What must be the same everywhere is a `stable_hash` of what it depends on; percentages of a hashed order
+#   are nested.
+# * Random draws can be resumed: `rng_state` goes into every checkpoint.
+# * `all_reduce_mean` and `all_gather_cat` are the identity in a single process.
 #
 # ## Exercises
 #
 # 1. Rank the images by `random.Random(seed).shuffle` instead of by hash. What happens to the 1 % when ten
 #    images join the data set?
-# 2. Two processes see 1 and 9 boxes. What is the loss gradient of one box on each if every process divides by
-#    its own count? And with @eq-core-mean?
+# 2. Two processes have 1 and 9 boxes. What is the loss gradient of one box on each if every process divides
+#    by its own count? And with @eq-core-mean?
 # 3. Why must the temporary file of `atomic_write` lie in the folder of its target and not in `/tmp`?

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Drawing {#sec-draw}
 #
-# > Draw boxes, matches, sampling points and curves of many seeds, always in the same colours.
+# > Draw boxes, matches, sampling points and curves over several seeds, always in the same colours.
 
 # %%
 #| default_exp draw
@@ -19,19 +19,19 @@ import matplotlib.pyplot as plt
 # %% [markdown]
 # ## Why
 #
-# A semi-supervised detector goes wrong in ways that a loss curve does not show: the teacher calls a shadow an
-# object, the student copies it, and both losses fall. One look at twelve images shows it, if the picture
-# tells at once *who said* a box: the data set, the teacher or the student. So all pictures of this book, of
-# the commands and of the reports are made by the functions of this chapter, and a colour means the same
+# A semi-supervised detector fails in ways that a loss curve does not show: the teacher detects a shadow as an
+# object, the student learns it, and both losses fall. Twelve images show it, if the picture makes clear
+# *where* a box *comes from*: the data set, the teacher or the student. So all pictures of this book, of the
+# commands and of the reports are made by the functions of this chapter, and a colour means the same
 # everywhere.
 
 # %% [markdown]
 # ## One colour code
 #
-# **Colour is who says it, line is how it came about.** The student is blue, the teacher orange, the truth
-# green. A mined box is the teacher's word as well, so it is orange, but *dashed*: it was not confident enough
-# by its score and was won back by its matching cost. Numbers printed in papers are grey and dotted, so that
-# nobody takes them for ours.
+# **The colour tells the source, the line style how the box was selected.** The student is blue, the teacher
+# orange, the ground truth green. A mined box comes from the teacher as well, so it is orange, but *dashed*:
+# its score was too low, and it was kept because of its matching cost. Numbers from papers are grey and
+# dotted, so that nobody takes them for results of this book.
 
 # %%
 #| export
@@ -39,7 +39,7 @@ COLORS = dict(student='#1f77b4', teacher='#ff7f0e', truth='#2ca02c', mined='#ff7
 STYLES = dict(student='-', teacher='-', truth='-', mined='--', paper=':')
 
 
-def _look(kind):
+def _style_of(kind):
     "Colour and line style of a kind"
     if kind not in COLORS:
         raise ConfigError(f"drawing kind '{kind}' is unknown; {suggest(kind, COLORS)}")
@@ -47,14 +47,14 @@ def _look(kind):
 
 
 def _ink(color):
-    "Black or white, whichever can be read on the colour"
+    "Black or white, whichever is legible on the colour"
     r, g, b = ImageColor.getrgb(color)
     return 'black' if 0.299 * r + 0.587 * g + 0.114 * b > 140 else 'white'
 
 
 # %%
 #| label: fig-draw-colors
-#| fig-cap: "Colour is who says it, line is how it came about."
+#| fig-cap: "The colour tells where a box comes from, the line style how it was selected."
 #| fig-alt: "Five horizontal lines: student blue, teacher orange, truth green, mined orange dashed, paper grey dotted."
 fig_colors, ax_colors = plt.subplots(figsize=(3.5, 1.3), dpi=80)
 for height, kind in enumerate(COLORS):
@@ -67,19 +67,19 @@ assert COLORS['mined'] == COLORS['teacher'] and STYLES['mined'] != STYLES['teach
 # %% [markdown]
 # ## Any image
 #
-# Images come as PIL pictures from a file, as `uint8` arrays, and as the normalised tensors that a detector
-# eats, $x = (v-\mu)/\sigma$ with $v\in[0,1]$ the pixel. The last cannot be drawn without $\mu$ and $\sigma$,
-# and a picture in false colours hides faults of the augmentation: so a float image that leaves $[0,1]$ is
-# refused until it is told how it was normalised, and so is one that holds a NaN.
+# Images come as PIL images from a file, as `uint8` arrays, and as the normalised tensors that are the input
+# of a detector, $x = (v-\mu)/\sigma$ with the pixel $v\in[0,1]$. The last cannot be drawn without $\mu$ and
+# $\sigma$, and a picture in false colours hides faults of the augmentation: so a float image that leaves
+# $[0,1]$ is refused unless its normalisation is given, and so is one that contains a NaN.
 
 # %%
 #| export
 def to_pil(
     img,  # PIL image; uint8 array or tensor, HWC, CHW or HW; float array or tensor, CHW or HW
-    mean=None,
-    std=None,  # 3 numbers each: float pixels were normalised with (x-mean)/std
+    mean=None,  # 3 numbers: float pixels were normalised with (x-mean)/std
+    std=None,  # 3 numbers
 ) -> Image.Image:  # RGB
-    "Any picture that this package handles, as a PIL image"
+    "Any image that this package handles, as a PIL image"
     if isinstance(img, Image.Image):
         return img.convert('RGB')
     x = torch.as_tensor(img).detach().cpu()
@@ -102,7 +102,8 @@ def to_pil(
             raise DataError('the image holds pixels that are NaN or infinite; look at the view that made it')
         if x.numel() and (x.min() < -0.02 or x.max() > 1.02):
             raise DataError(
-                f'float pixels run from {x.min():.2f} to {x.max():.2f}, not from 0 to 1; pass the mean and std they were normalised with'
+                f'float pixels run from {x.min():.2f} to {x.max():.2f}, not from 0 to 1; '
+                'pass the mean and std they were normalised with'
             )
         x = (x * 255).round().clamp(0, 255)
     return Image.fromarray(x.to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
@@ -112,11 +113,8 @@ def to_pil(
 rows, columns = np.mgrid[:60, :80]
 toy = np.stack([3 * columns, 4 * rows, 128 + 0 * rows], -1).astype(np.uint8)
 toy[10:40, 15:45], toy[35:55, 50:75] = (250, 220, 60), (60, 40, 120)
-toy_boxes, toy_labels, toy_classes = (
-    torch.tensor([[15.0, 10, 45, 40], [50, 35, 75, 55]]),
-    torch.tensor([0, 1]),
-    ['sun', 'box'],
-)
+toy_boxes = torch.tensor([[15.0, 10, 45, 40], [50, 35, 75, 55]])
+toy_labels, toy_classes = torch.tensor([0, 1]), ['sun', 'box']
 normalised = (torch.tensor(toy).permute(2, 0, 1) / 255 - 0.5) / 0.25
 for same in (Image.fromarray(toy), torch.tensor(toy), torch.tensor(toy).permute(2, 0, 1)):
     assert (np.asarray(to_pil(same)) == toy).all()
@@ -133,11 +131,11 @@ refusal
 def show_image(
     ax,  # matplotlib axes
     img,  # anything `to_pil` takes
-    mean=None,
-    std=None,  # 3 numbers each, for normalised tensors
+    mean=None,  # 3 numbers, for normalised tensors
+    std=None,  # 3 numbers, for normalised tensors
     title=None,  # text above
 ):
-    "Show an image so that pixel (0,0) covers the square from 0 to 1, as boxes count"
+    "Show an image so that pixel (0,0) covers the square from 0 to 1, as in the coordinates of boxes"
     img = to_pil(img, mean, std)
     ax.imshow(img, extent=(0, img.width, img.height, 0), interpolation='nearest')
     ax.set(xlim=(0, img.width), ylim=(img.height, 0))
@@ -148,8 +146,8 @@ def show_image(
 
 
 # %% [markdown]
-# Boxes count edges: a box that fills the image runs from $(0,0)$ to $(W,H)$. `imshow` alone would put the
-# centre of the first pixel at 0 and every box half a pixel off.
+# The coordinates of boxes refer to pixel edges: a box that fills the image extends from $(0,0)$ to $(W,H)$.
+# `imshow` alone would put the centre of the first pixel at 0 and shift every box by half a pixel.
 
 # %%
 #| label: fig-draw-show
@@ -163,18 +161,22 @@ assert (*ax_show.get_xlim(), *ax_show.get_ylim()) == (0, 80, 60, 0)
 # %% [markdown]
 # ## Boxes
 #
-# Captions hold class and score as far as they are known. A box that is not finite cannot be drawn, but it is
-# counted in red: a picture must not look healthy when the detector is not. A box whose corners are swapped (a
-# fault that the check of a data set wants to show) is drawn as if they were not.
+# Captions give class and score as far as they are known. A box that is not finite cannot be drawn, but it is
+# counted in red: the picture of a broken detector must not look normal. A box with swapped corners, a fault
+# of the data that should be visible, is drawn as if they were not swapped.
 
 # %%
 #| export
+def _floats(x):
+    "Anything that holds numbers as a float64 tensor on the CPU; None holds none"
+    return torch.as_tensor([] if x is None else x).detach().cpu().double()
+
+
 def _rows(xyxy):
-    "Boxes as float64 (N,4) with ordered corners, and which of them are finite"
-    x = torch.as_tensor([] if xyxy is None else xyxy).detach().cpu().double().reshape(-1, 4)
-    return torch.cat(
-        [torch.minimum(x[:, :2], x[:, 2:]), torch.maximum(x[:, :2], x[:, 2:])], 1
-    ).tolist(), torch.isfinite(x).all(1).tolist()
+    "Boxes as lists of four floats with ordered corners, and which of them are finite"
+    x = _floats(xyxy).reshape(-1, 4)
+    lo, hi = torch.minimum(x[:, :2], x[:, 2:]), torch.maximum(x[:, :2], x[:, 2:])
+    return torch.cat([lo, hi], 1).tolist(), torch.isfinite(x).all(1).tolist()
 
 
 def _caption(i, labels, scores, classes):
@@ -182,7 +184,7 @@ def _caption(i, labels, scores, classes):
     words = []
     if labels is not None:
         c = int(labels[i])
-        words.append(str(classes[c]) if classes is not None and 0 <= c < len(classes) else str(c))
+        words.append(str(classes[c] if classes is not None and 0 <= c < len(classes) else c))
     if scores is not None:
         words.append(f'{float(scores[i]):.2f}')
     return ' '.join(words)
@@ -206,69 +208,53 @@ def draw_boxes(
     lw: float = 1.5,  # line width, points
     fontsize: float = 6,  # of the captions
 ) -> list:  # the rectangles
-    "Draw boxes; those that are not finite are counted in red instead of dropped in silence"
+    "Draw boxes; those that are not finite are counted in red instead of being dropped silently"
     from matplotlib.patches import Rectangle
 
-    color, style = _look(kind)
+    color, style = _style_of(kind)
     boxes, finite = _rows(xyxy)
     out = []
     for i, (x1, y1, x2, y2) in enumerate(boxes):
         if not finite[i]:
             continue
         out.append(ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=color, ls=style, lw=lw)))
-        text = _caption(i, labels, scores, classes)
+        text, label = _caption(i, labels, scores, classes), dict(fc=color, ec='none', pad=0.6)
         if text:
-            ax.text(
-                x1,
-                y1,
-                text,
-                fontsize=fontsize,
-                color=_ink(color),
-                va='bottom',
-                clip_on=True,
-                bbox=dict(fc=color, ec='none', pad=0.6),
-            )
+            font = dict(fontsize=fontsize, color=_ink(color))
+            ax.text(x1, y1, text, va='bottom', clip_on=True, bbox=label, **font)
     if len(out) < len(boxes):
-        ax.text(
-            0.02, 0.02, f'{len(boxes) - len(out)} not finite', color='red', fontsize=8, transform=ax.transAxes
-        )
+        lost = f'{len(boxes) - len(out)} not finite'
+        ax.text(0.02, 0.02, lost, color='red', fontsize=8, transform=ax.transAxes)
     return out
 
 
 # %%
 #| label: fig-draw-boxes
-#| fig-cap: "Truth, student and a mined box of the teacher on one image; the student's third box is NaN, and the picture says so."
+#| fig-cap: "Ground truth, student and a mined box of the teacher on one image; the student's third box is NaN and is counted in red."
 #| fig-alt: "A toy image with a yellow square and a violet box. Green, blue and dashed orange rectangles lie around them; red text: 1 not finite."
 fig_boxes, ax_boxes = plt.subplots(figsize=(3.6, 2.7), dpi=80)
 show_image(ax_boxes, toy)
 drawn_truth = draw_boxes(ax_boxes, toy_boxes)
 drawn_mined = draw_boxes(ax_boxes, [[47.0, 33, 77, 57]], kind='mined')
-drawn = draw_boxes(
-    ax_boxes,
-    torch.tensor([[13.0, 12, 44, 43], [52, 37, 72, 56], [0, 0, float('nan'), 9]]),
-    [0, 1, 1],
-    [0.9, 0.6, 0.5],
-    toy_classes,
-    'student',
-)
+predicted = [[13.0, 12, 44, 43], [52, 37, 72, 56], [0, 0, float('nan'), 9]]
+drawn = draw_boxes(ax_boxes, predicted, [0, 1, 1], [0.9, 0.6, 0.5], toy_classes, 'student')
 assert len(drawn_truth) == 2 and len(drawn) == 2 and draw_boxes(ax_boxes, torch.zeros(0, 4)) == []
 
 
 # %% [markdown]
 # ## Many images
 #
-# A grid for a look at a batch. `boxes` is one entry an image, or several such lists by kind, laid over each
-# other.
+# A grid shows a batch. `boxes` has one entry per image; a dict of several such lists draws several kinds over
+# each other.
 
 # %%
 #| export
 def _figure(nrows, ncols, width, height):
-    "A closed figure and its axes: it is shown once, where a cell ends with it"
+    "A closed figure and its axes, so that a cell that ends with it shows it only once"
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(
-        max(nrows, 1), ncols, figsize=(width, max(height, 1)), dpi=80, squeeze=False, layout='constrained'
-    )
+    size, layout = (width, max(height, 1)), dict(squeeze=False, layout='constrained')
+    fig, axes = plt.subplots(max(nrows, 1), ncols, figsize=size, dpi=80, **layout)
     plt.close(fig)
     for ax in axes.flat:
         ax.axis('off')
@@ -295,16 +281,16 @@ _item({'boxes': toy_boxes, 'labels': toy_labels})
 #| export
 def image_grid(
     images,  # list of anything `to_pil` takes
-    boxes=None,  # one entry an image: (N,4) xyxy pixels, or {'boxes','labels','scores'}, or None; or {kind: such a list}
-    labels=None,  # one (N,) an image, for boxes given as tensors
-    scores=None,  # one (N,) an image
+    boxes=None,  # per image (N,4) xyxy pixels, {'boxes','labels','scores'} or None; or {kind: such a list}
+    labels=None,  # per image (N,), for boxes given as tensors
+    scores=None,  # per image (N,), for boxes given as tensors
     classes=None,  # names of the classes
     kind: str = 'truth',  # of the boxes, key of `COLORS`
-    titles=None,  # one text an image
-    ncols: int = 4,  # images in a row
+    titles=None,  # one text per image
+    ncols: int = 4,  # images per row
     cell: float = 1.5,  # side of a cell, inches
-    mean=None,
-    std=None,  # for normalised tensors
+    mean=None,  # 3 numbers, for normalised tensors
+    std=None,  # 3 numbers, for normalised tensors
 ):  # matplotlib Figure
     "Images in rows, with their boxes"
     images = list(images)
@@ -312,91 +298,73 @@ def image_grid(
     nrows = -(-len(images) // ncols)
     fig, axes = _figure(nrows, ncols, ncols * cell, nrows * (cell + 0.2 * (titles is not None)))
     layers = boxes if isinstance(boxes, dict) else {kind: boxes}
+    at = lambda rows, i: None if rows is None else rows[i]
     for i, (ax, img) in enumerate(zip(axes.flat, images)):
-        show_image(ax, img, mean, std, None if titles is None else titles[i])
+        show_image(ax, img, mean, std, at(titles, i))
         for k, rows in layers.items():
-            if rows is None:
-                continue
-            draw_boxes(
-                ax,
-                *_item(rows[i], None if labels is None else labels[i], None if scores is None else scores[i]),
-                classes,
-                k,
-            )
+            draw_boxes(ax, *_item(at(rows, i), at(labels, i), at(scores, i)), classes, k)
     return fig
 
 
 # %%
 #| label: fig-draw-grid
-#| fig-cap: "An image without boxes is as normal as one with two."
+#| fig-cap: "A grid of images with two boxes, one box and no box; the first image has two layers."
 #| fig-alt: "Three toy images in a row, titled two, one and none, with two, one and no green boxes; the first has a blue box too."
-image_grid(
-    [toy, toy[:, ::-1].copy(), toy],
-    {
-        'truth': [toy_boxes, torch.tensor([[35.0, 10, 65, 40]]), None],
-        'student': [[[12.0, 12, 44, 43]], None, None],
-    },
-    titles=['two', 'one', 'none'],
+by_kind = dict(
+    truth=[toy_boxes, torch.tensor([[35.0, 10, 65, 40]]), None], student=[[[12.0, 12, 44, 43]], None, None]
 )
+image_grid([toy, toy[:, ::-1].copy(), toy], by_kind, titles=['two', 'one', 'none'])
 
 
 # %% [markdown]
-# The question of every report is how models differ on the *same* images. The truth stands in the first column
-# and lies, thin, under every prediction, so that a miss shows as a green box with nothing over it.
+# Reports compare models on the *same* images. The ground truth is in the first column and, as thin lines,
+# below every prediction, so that a missed object shows as a green box with nothing over it.
 
 # %%
 #| export
 def compare(
     images,  # list of images, {image_id: image}, or list of samples (with .image, .image_id, .boxes, .labels)
-    predictions: dict,  # {name of the model: detections}, detections by image id, or a list in the order of the images
+    predictions: dict,  # {model: detections by image id, or a list of them in the order of the images}
     truth=None,  # the same with {'boxes','labels'}; None: that of the samples, if they are samples
     classes=None,  # names of the classes
     threshold: float = 0.3,  # lowest score that is drawn
-    kinds: dict = None,  # {name of the model: kind}; default: the name if it is a kind, else student
+    kinds: dict = None,  # {model: kind}; default: the name if it is a kind, else student
     cell: float = 1.5,  # side of a cell, inches
-    mean=None,
-    std=None,  # for normalised tensors
+    mean=None,  # 3 numbers, for normalised tensors
+    std=None,  # 3 numbers, for normalised tensors
 ):  # matplotlib Figure
-    "One row an image, one column a model; the truth stands first and lies, thin, under every prediction"
-    images = (
-        {getattr(s, 'image_id', i): s for i, s in enumerate(images)}
-        if not isinstance(images, dict)
-        else images
-    )
+    "One row per image, one column per model; the ground truth is first and, thin, below every prediction"
+    if not isinstance(images, dict):
+        images = {getattr(s, 'image_id', i): s for i, s in enumerate(images)}
     if truth is None:
         truth = {k: s for k, s in images.items() if hasattr(s, 'boxes')}
-
-    def at(rows, key):
-        return rows.get(key) if isinstance(rows, dict) else rows[list(images).index(key)]
-
-    fig, axes = _figure(
-        len(images), 1 + len(predictions), (1 + len(predictions)) * cell, len(images) * cell + 0.2
-    )
+    ncols = 1 + len(predictions)
+    fig, axes = _figure(len(images), ncols, ncols * cell, len(images) * cell + 0.2)
     for i, (key, s) in enumerate(images.items()):
-        t_boxes, t_labels, _ = _item(at(truth, key))
-        for j, (ax, name) in enumerate(zip(axes[i], ['truth', *predictions])):
+        at = lambda rows: rows.get(key) if isinstance(rows, dict) else rows[i]  # of this image
+        for name, ax in zip(['truth', *predictions], axes[i]):
             show_image(ax, getattr(s, 'image', s), mean, std, None if i else name)
-            if j == 0:
-                draw_boxes(ax, t_boxes, t_labels, None, classes)
-                continue
-            draw_boxes(ax, t_boxes, lw=0.8)
-            b, lab, sc = _item(at(predictions[name], key))
-            if b is not None and sc is not None:
-                on = ~(torch.as_tensor(sc) < threshold)  # a NaN score stays visible
-                b, lab, sc = (
-                    torch.as_tensor(b)[on],
-                    None if lab is None else torch.as_tensor(lab)[on],
-                    torch.as_tensor(sc)[on],
-                )
-            draw_boxes(
-                ax, b, lab, sc, classes, (kinds or {}).get(name, name if name in COLORS else 'student')
-            )
+        boxes, labels, _ = _item(at(truth))
+        draw_boxes(axes[i, 0], boxes, labels, None, classes)
+        for (name, detections), ax in zip(predictions.items(), axes[i, 1:]):
+            draw_boxes(ax, boxes, lw=0.8)
+            kind = (kinds or {}).get(name, name if name in COLORS else 'student')
+            draw_boxes(ax, *_above(_item(at(detections)), threshold), classes, kind)
     return fig
+
+
+def _above(item, threshold):
+    "The rows of (boxes, labels, scores) whose score is not below the threshold; a NaN score stays visible"
+    boxes, labels, scores = item
+    if boxes is None or scores is None:
+        return item
+    keep = ~(torch.as_tensor(scores) < threshold)
+    return [None if x is None else torch.as_tensor(x)[keep] for x in item]
 
 
 # %%
 #| label: fig-draw-compare
-#| fig-cap: "The supervised model misses the box, the student finds both; what scores below the threshold is not drawn."
+#| fig-cap: "The supervised model misses the violet box, the student finds both objects; detections below the threshold are not drawn."
 #| fig-alt: "One row of three toy images: truth with two green boxes; supervised with one blue box; student with two blue boxes."
 one = {'boxes': torch.tensor([[14.0, 9, 43, 42]]), 'labels': torch.tensor([0]), 'scores': torch.tensor([0.8])}
 two = {
@@ -410,20 +378,26 @@ table = compare(
     {7: {'boxes': toy_boxes, 'labels': toy_labels}},
     toy_classes,
 )
-assert [len(panel.patches) for panel in table.axes] == [2, 2 + 1, 2 + 2] and [
-    panel.get_title() for panel in table.axes
-] == ['truth', 'supervised', 'student']
+assert [len(panel.patches) for panel in table.axes] == [2, 2 + 1, 2 + 2]
+assert [panel.get_title() for panel in table.axes] == ['truth', 'supervised', 'student']
 table
 
 
 # %% [markdown]
 # ## Without a figure
 #
-# The prediction command and the check of a data set write images, and need neither axes nor margins. The
-# frame lies on the first and the last pixel that the box touches.
+# The prediction command and the doctor write images and need neither axes nor margins. The frame is drawn on
+# the first and the last pixel that the box touches.
 
 # %%
 #| export
+def _touched(box, size):
+    "First and last pixel that a box touches in an image of (width, height), clipped to it: x1, y1, x2, y2"
+    x1, y1, x2, y2 = (min(max(v, 0), side) for v, side in zip(box, size * 2))
+    x1, y1 = min(int(x1), size[0] - 1), min(int(y1), size[1] - 1)
+    return x1, y1, max(int(np.ceil(x2)) - 1, x1), max(int(np.ceil(y2)) - 1, y1)
+
+
 def draw_on_image(
     img,  # PIL image, or anything `to_pil` takes
     xyxy,  # (N,4) pixels; N may be 0
@@ -433,27 +407,22 @@ def draw_on_image(
     kind: str = 'student',  # key of `COLORS`
     width: int = None,  # line width in pixels; default grows with the image
 ) -> Image.Image:  # a new RGB image of the same size
-    "Boxes burnt into a copy of the image, without matplotlib; what leaves the image is drawn on its border"
-    color, style = _look(kind)
+    "Boxes drawn into a copy of the image, without matplotlib; parts outside of it are drawn on its border"
+    color, style = _style_of(kind)
     img, (boxes, finite) = to_pil(img).copy(), _rows(xyxy)
     width = width or max(1, round(min(img.size) / 200))
     frames, corners = np.zeros((img.height, img.width), bool), {}
-    for i in (i for i, ok in enumerate(finite) if ok):
-        x1, y1, x2, y2 = (min(max(v, 0), side) for v, side in zip(boxes[i], img.size * 2))
-        x1, y1 = min(int(x1), img.width - 1), min(int(y1), img.height - 1)
-        corners[i] = (
-            x1,
-            y1,
-            max(int(np.ceil(x2)) - 1, x1),
-            max(int(np.ceil(y2)) - 1, y1),
-        )  # first and last pixel that it touches
-        inside = frames[y1 : corners[i][3] + 1, x1 : corners[i][2] + 1]
-        inside[:width] = inside[-width:] = inside[:, :width] = inside[:, -width:] = True
+    for i, box in enumerate(boxes):
+        if finite[i]:
+            x1, y1, x2, y2 = _touched(box, img.size)
+            inside = frames[y1 : y2 + 1, x1 : x2 + 1]
+            inside[:width] = inside[-width:] = inside[:, :width] = inside[:, -width:] = True
+            corners[i] = x1, y1
     if style != '-':  # stripes along both axes
         frames &= np.add.outer(np.arange(img.height), np.arange(img.width)) // (4 * width) % 2 == 0
     img.paste(color, mask=Image.fromarray(frames * np.uint8(255)))
     draw, font = ImageDraw.Draw(img), ImageFont.load_default(max(9, round(min(img.size) / 40)))
-    for i, (x1, y1, _, _) in corners.items():
+    for i, (x1, y1) in corners.items():
         text = _caption(i, labels, scores, classes)
         if not text:
             continue
@@ -468,50 +437,40 @@ def draw_on_image(
 
 # %%
 #| label: fig-draw-burnt
-#| fig-cap: "Mined boxes burnt into the pixels of an image three times as large, with class and score."
+#| fig-cap: "Mined boxes drawn into the pixels of an image, with class and score."
 #| fig-alt: "The toy image with two dashed orange frames and the captions sun 0.90 and box 0.40."
-burnt = draw_on_image(toy, toy_boxes, kind='teacher')
-assert burnt.size == (80, 60) and burnt.getpixel((15, 10)) == burnt.getpixel((44, 39)) == ImageColor.getrgb(
-    COLORS['teacher']
-)
-assert (
-    burnt.getpixel((45, 40)) == tuple(toy[40, 45])
-    and draw_on_image(toy, torch.zeros(0, 4)).tobytes() == to_pil(toy).tobytes()
-)
-draw_on_image(
-    Image.fromarray(toy).resize((240, 180)),
-    3 * toy_boxes,
-    toy_labels,
-    [0.9, 0.4],
-    toy_classes,
-    'mined',
-    width=2,
-)
+marked, orange = draw_on_image(toy, toy_boxes, kind='teacher'), ImageColor.getrgb(COLORS['teacher'])
+assert marked.size == (80, 60) and marked.getpixel((15, 10)) == marked.getpixel((44, 39)) == orange
+assert marked.getpixel((45, 40)) == tuple(toy[40, 45])
+assert draw_on_image(toy, torch.zeros(0, 4)).tobytes() == to_pil(toy).tobytes()
+enlarged = Image.fromarray(toy).resize((240, 180))
+draw_on_image(enlarged, 3 * toy_boxes, toy_labels, [0.9, 0.4], toy_classes, 'mined', width=2)
 
 
 # %% [markdown]
-# ## Numbers of several seeds
+# ## Results of several seeds
 #
-# One run is an anecdote. With $y_r$ the value of run $r$ of $R$, at a step or at the end, every plot shows
+# A single run proves little. With $y_r$ the value of run $r$ of $R$, at a step or at the end, every plot
+# shows
 #
 # $$ \bar y = \frac1R\sum_{r=1}^{R} y_r, \qquad s = \sqrt{\frac{1}{R-1}\sum_{r=1}^{R}(y_r-\bar y)^2} $$ {#eq-draw-spread}
 #
-# as line and band, and $n=R$ in its legend. $s$ is the spread of runs, not the error of the mean (that is
-# $s/\sqrt R$). For one run there is no band, and a NaN in any run leaves a gap.
+# as line and band, and $n=R$ in its legend. $s$ is the standard deviation of the runs, not the standard error
+# of the mean, which is $s/\sqrt R$. For one run there is no band, and a NaN in any run leaves a gap.
 
 # %%
 #| export
 def curve(
     ax,  # matplotlib axes
     x,  # (T,) steps
-    y_runs,  # (R,T), one row a seed; or (T,)
+    y_runs,  # (R,T), one row per seed; or (T,)
     label: str = '',  # name in the legend; the number of seeds is added
     kind: str = 'student',  # key of `COLORS`
-    color=None,  # another colour, where a picture holds more curves than there are kinds
+    color=None,  # another colour, if there are more curves than kinds
 ):
     "Mean over the seeds as a line, one sample standard deviation as a band; a NaN leaves a gap"
-    base, style = _look(kind)
-    color = color or base
+    kind_color, style = _style_of(kind)
+    color = color or kind_color
     runs = [np.atleast_1d(np.asarray(r, float)) for r in y_runs]
     if runs and np.ndim(y_runs[0]) == 0:
         runs = [np.concatenate(runs)]
@@ -528,7 +487,7 @@ def curve(
 
 # %%
 #| label: fig-draw-curve
-#| fig-cap: "Three seeds a curve. The bands overlap until step 55: up to there nobody may say that one is better."
+#| fig-cap: "Three seeds per curve. The bands overlap until step 55: up to there it is not clear which one is better."
 #| fig-alt: "Two rising curves with bands; the orange one ends above the blue one."
 steps = np.arange(0, 101, 5)
 toy_runs = {
@@ -539,16 +498,15 @@ fig_curve, ax_curve = plt.subplots(figsize=(4.5, 2.6), dpi=80)
 lines = [curve(ax_curve, steps, y, kind, kind) for kind, y in toy_runs.items()]
 ax_curve.set(xlabel='step', ylabel='AP')
 ax_curve.legend()
-bands = [(np.mean(y, 0) - s, np.mean(y, 0) + s) for y in toy_runs.values() for s in [np.std(y, 0, ddof=1)]]
-assert steps[bands[0][1] >= bands[1][0]].max() == 55
-assert (
-    np.allclose(lines[0].get_ydata(), np.mean(toy_runs['student'], 0))
-    and lines[0].get_label() == 'student (n=3)'
-)
+mean = {kind: np.mean(y, 0) for kind, y in toy_runs.items()}
+std = {kind: np.std(y, 0, ddof=1) for kind, y in toy_runs.items()}
+overlap = mean['student'] + std['student'] >= mean['teacher'] - std['teacher']
+assert steps[overlap].max() == 55
+assert np.allclose(lines[0].get_ydata(), mean['student']) and lines[0].get_label() == 'student (n=3)'
 
 
 # %% [markdown]
-# The results of a study, next to what a paper prints. Every seed is a dot, so that a mean cannot hide that
+# The results of a study, next to the numbers of a paper. Every seed is a dot, so that a mean cannot hide that
 # one of three runs failed.
 
 # %%
@@ -558,21 +516,14 @@ def dots(
     results: dict,  # {name: values of its seeds}, drawn from top to bottom
     paper: dict = None,  # {name: published value}
     kinds: dict = None,  # {name: key of `COLORS`}; default student
-    unit: str = 'AP',  # under the axis
+    unit: str = 'AP',  # label of the axis
 ):
     "Every seed as a dot, mean and standard deviation as a bar with n, published numbers as a grey ring"
     for i, (name, values) in enumerate(results.items()):
-        v, color = np.asarray(list(values), float), _look((kinds or {}).get(name, 'student'))[0]
+        v, color = np.asarray(list(values), float), _style_of((kinds or {}).get(name, 'student'))[0]
         if len(v):
-            ax.errorbar(
-                v.mean(),
-                i,
-                xerr=v.std(ddof=1) if len(v) > 1 else None,
-                fmt='|',
-                ms=12,
-                capsize=3,
-                color=color,
-            )
+            std = v.std(ddof=1) if len(v) > 1 else None
+            ax.errorbar(v.mean(), i, xerr=std, fmt='|', ms=12, capsize=3, color=color)
         ax.plot(v, np.full(len(v), i), 'o', ms=4, alpha=0.5, mec='none', color=color)
         if name in (paper or {}):
             ax.plot(paper[name], i, 'o', mfc='none', color=COLORS['paper'])
@@ -586,24 +537,18 @@ def dots(
 #| fig-cap: "Toy numbers: each seed, mean and standard deviation, and a published value as a grey ring."
 #| fig-alt: "Three rows with dots, a bar with caps, and for the last row a grey ring."
 fig_dots, ax_dots = plt.subplots(figsize=(4.5, 1.8), dpi=80, layout='constrained')
-dots(
-    ax_dots,
-    {'supervised': [20.1, 21.0, 19.2], 'mean teacher': [24.5, 25.5, 21.0], 'Semi-DETR': [27.0]},
-    paper={'Semi-DETR': 30.5},
-    kinds={'mean teacher': 'teacher'},
-)
-assert [t.get_text() for t in ax_dots.get_yticklabels()] == [
-    'supervised (n=3)',
-    'mean teacher (n=3)',
-    'Semi-DETR (n=1)',
-]
+toy_results = {'supervised': [20.1, 21.0, 19.2], 'mean teacher': [24.5, 25.5, 21.0], 'Semi-DETR': [27.0]}
+dots(ax_dots, toy_results, paper={'Semi-DETR': 30.5}, kinds={'mean teacher': 'teacher'})
+tick_texts = [t.get_text() for t in ax_dots.get_yticklabels()]
+assert tick_texts == ['supervised (n=3)', 'mean teacher (n=3)', 'Semi-DETR (n=1)']
 
 
 # %% [markdown]
 # ## Matches, sampling points, mixtures
 #
-# Three pictures that later chapters need more than once: who was matched to whom (@sec-matching), where an
-# attention head looks (@sec-attention), and how a mixture divides matching costs when pseudo boxes are mined.
+# Three pictures that later chapters need more than once: which boxes are matched (@sec-matching), where an
+# attention head samples (@sec-attention), and how a mixture separates matching costs when pseudo boxes are
+# mined (@sec-mining).
 
 # %%
 #| export
@@ -611,8 +556,8 @@ def draw_matches(
     ax,  # matplotlib axes that show the image
     a,  # (N,4) xyxy, e.g. predictions
     b,  # (M,4) xyxy, e.g. truth
-    pairs,  # (index into a, index into b): two index lists, as a matcher returns them
-    weights=None,  # one number a pair in [0,1]: opacity of its line
+    pairs,  # (indices into a, indices into b), as a matcher returns them
+    weights=None,  # one number in [0,1] for each pair: opacity of its line
     kinds=('student', 'truth'),  # of a and of b
 ) -> list:  # the lines
     "Join the centres of matched boxes"
@@ -629,16 +574,12 @@ def draw_matches(
 
 # %%
 #| label: fig-draw-matches
-#| fig-cap: "Two predictions are joined to their objects; the third has no partner."
+#| fig-cap: "Two predictions are joined to the objects they are matched to; the third is unmatched."
 #| fig-alt: "Three blue boxes and two green ones on the toy image; black lines join the centres of two pairs."
 fig_match, ax_match = plt.subplots(figsize=(3, 2.2), dpi=80)
 show_image(ax_match, toy)
-joins = draw_matches(
-    ax_match,
-    torch.tensor([[3.0, 20, 30, 45], [40, 20, 70, 40], [60, 2, 70, 12]]),
-    toy_boxes,
-    ([0, 1], [0, 1]),
-)
+proposals = torch.tensor([[3.0, 20, 30, 45], [40, 20, 70, 40], [60, 2, 70, 12]])
+joins = draw_matches(ax_match, proposals, toy_boxes, ([0, 1], [0, 1]))
 assert len(joins) == 2 and joins[0].get_xydata().tolist() == [[16.5, 32.5], [30.0, 25.0]]
 
 
@@ -649,29 +590,18 @@ def draw_points(
     xy,  # (N,2) pixels
     weights=None,  # (N,) attention weights: area of the dots
     kind: str = 'student',  # key of `COLORS`
-    size: float = 60.0,  # area of the heaviest dot, points squared
+    size: float = 60.0,  # area of the largest dot, points squared
 ):
-    "Sampling points of an attention head, as heavy as their weights"
-    xy = torch.as_tensor(xy).detach().cpu().double().reshape(-1, 2).numpy()
-    w = (
-        np.ones(len(xy))
-        if weights is None
-        else torch.as_tensor(weights).detach().cpu().double().reshape(-1).numpy()
-    )
-    return ax.scatter(
-        xy[:, 0],
-        xy[:, 1],
-        s=size * w / max(w.max(initial=0), 1e-12),
-        color=_look(kind)[0],
-        edgecolor='white',
-        lw=0.5,
-        zorder=3,
-    )
+    "Sampling points of an attention head; the area of a dot is proportional to its weight"
+    xy = _floats(xy).reshape(-1, 2).numpy()
+    w = np.ones(len(xy)) if weights is None else _floats(weights).reshape(-1).numpy()
+    area, color = size * w / max(w.max(initial=0), 1e-12), _style_of(kind)[0]
+    return ax.scatter(xy[:, 0], xy[:, 1], s=area, color=color, edgecolor='white', lw=0.5, zorder=3)
 
 
 # %%
 #| label: fig-draw-points
-#| fig-cap: "An attention head that looks at the middle of the square: the area of a dot is its weight."
+#| fig-cap: "An attention head that attends to the middle of the square: the area of a dot is its weight."
 #| fig-alt: "Four blue dots of different size on the toy image, the largest in the middle of the yellow square."
 fig_points, ax_points = plt.subplots(figsize=(3, 2.2), dpi=80)
 show_image(ax_points, toy)
@@ -688,19 +618,18 @@ def draw_mixture(
     stds=(),  # (K,)
     weights=(),  # (K,) sum 1
     threshold: float = None,  # drawn as a vertical line
-    bins: int = 20,
+    bins: int = 20,  # of the histogram
 ):
-    "Histogram, the Gaussians fitted to it, and where the line was drawn"
-    v = torch.as_tensor(values).detach().cpu().double().reshape(-1).numpy()
+    "Histogram, the Gaussians fitted to the values, and the threshold"
+    v = _floats(values).reshape(-1).numpy()
     if len(v):
         ax.hist(v, bins=bins, density=True, color=COLORS['paper'], alpha=0.4)
     marks = np.concatenate([v, np.asarray(means, float)])
     if len(marks):
         g = np.linspace(marks.min() - 1e-3, marks.max() + 1e-3, 300)
         for m, s, w in zip(means, stds, weights):
-            ax.plot(
-                g, w * np.exp(-0.5 * ((g - m) / s) ** 2) / (s * np.sqrt(2 * np.pi)), color=COLORS['student']
-            )
+            density = w * np.exp(-0.5 * ((g - m) / s) ** 2) / (s * np.sqrt(2 * np.pi))
+            ax.plot(g, density, color=COLORS['student'])
     if threshold is not None:
         ax.axvline(float(threshold), color=COLORS['mined'], ls=STYLES['mined'])
     return ax
@@ -708,37 +637,33 @@ def draw_mixture(
 
 # %%
 #| label: fig-draw-mixture
-#| fig-cap: "Costs of ten confident and six doubtful boxes, two Gaussians, and a threshold between them (toy numbers)."
+#| fig-cap: "Costs of ten reliable and six unreliable boxes, two Gaussians, and a threshold between them (toy numbers)."
 #| fig-alt: "A grey histogram with two humps, two blue bell curves over them and a dashed orange vertical line between."
 costs = np.concatenate([np.linspace(-4.4, -3.6, 10), np.linspace(-1.5, 0.5, 6)])
 fig_mix, ax_mix = plt.subplots(figsize=(4, 2.2), dpi=80)
-draw_mixture(
-    ax_mix,
-    costs,
-    [costs[:10].mean(), costs[10:].mean()],
-    [costs[:10].std(), costs[10:].std()],
-    [10 / 16, 6 / 16],
-    threshold=-3.6,
-)
+low, high = costs[:10], costs[10:]
+fitted = [low.mean(), high.mean()], [low.std(), high.std()], [10 / 16, 6 / 16]
+draw_mixture(ax_mix, costs, *fitted, threshold=-3.6)
 ax_mix.set(xlabel='matching cost')
 assert len(ax_mix.lines) == 3
 
 # %% [markdown]
 # ## Summary
 #
-# * Blue is the student, orange the teacher, green the truth; dashed is mined, grey dotted is a paper's
-#   number.
-# * `show_image` and `to_pil` take every kind of image, and refuse one whose normalisation they were not told.
+# * Blue is the student, orange the teacher, green the ground truth; dashed is a mined box, grey and dotted a
+#   number from a paper.
+# * `show_image` and `to_pil` take every kind of image, and refuse normalised ones if the normalisation is not
+#   given.
 # * `draw_boxes`, `image_grid` and `compare` are for figures; `draw_on_image` writes pixels without
 #   matplotlib.
-# * `curve` and `dots` show the mean, the spread over seeds and $n$.
-# * What is not finite is counted in red and never left out in silence.
+# * `curve` and `dots` show the mean, the standard deviation over seeds and $n$.
+# * Boxes that are not finite are counted in red and never dropped silently.
 #
 # ## Exercises
 #
-# 1. Draw a batch of strong views with their boxes by `image_grid`. Which of the four geometric operations do
+# 1. Draw a batch of strong views with their boxes by `image_grid`. Which of the four geometric operations can
 #    you recognise?
-# 2. `dots` draws the standard deviation of the seeds. With three seeds, how far apart must two means be
-#    before you would bet on the better one?
-# 3. Give `compare` the detections of student and teacher of one checkpoint and set `threshold` to .05. What
-#    do the low scores have in common?
+# 2. `dots` draws the standard deviation of the seeds. With three seeds, how far apart must two means be for
+#    the difference to be significant?
+# 3. Give `compare` the detections of student and teacher of one checkpoint and set `threshold` to 0.05. What
+#    do the detections with low scores have in common?

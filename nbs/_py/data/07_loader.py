@@ -4,16 +4,12 @@
 # > Feed a semi-supervised run from any labelled and unlabelled data sets, and resume it exactly.
 #
 # A loader usually *has a state*: a shuffled list, a position, generators in several worker processes.
-# Resuming then means replaying, or accepting other batches than an uninterrupted run would have seen. Here a
-# batch is a pure function of the seed and the step number. Its state is one integer; workers may come and go;
-# and any batch can be made again later, for example the one that produced a NaN.
+# Resuming then means replaying, or accepting other batches than an uninterrupted run would get. Here a batch
+# is a pure function of the seed and the step number. The state is one integer; workers may be stopped and
+# restarted; and any batch can be made again later, for example the one that produced a NaN.
 
 # %%
 #| default_exp data.loader
-
-# %%
-#| hide
-from nbdev.showdoc import show_doc
 
 # %%
 #| export
@@ -40,12 +36,12 @@ from semidetr.core import ConfigError, DataError, SemiDETRError, stable_hash
 # %% [markdown]
 # ## Which image is draw number $k$?
 #
-# A pool of $n$ images is gone through in epochs, each with its own permutation $\pi_e$:
+# A pool of $n$ images is traversed in epochs, each with its own permutation $\pi_e$:
 #
 # $$ \text{image}(k)=\pi_{\lfloor k/n\rfloor}(k \bmod n). $$ {#eq-loader-draw}
 #
-# Every image is used once before any is used twice, and $k$ may be as large as one likes: a pool smaller than
-# the batch is simply gone through several times.
+# Every image is used once before any is used twice, and $k$ may be arbitrarily large: a pool smaller than the
+# batch is simply traversed several times.
 
 # %%
 #| export
@@ -61,7 +57,7 @@ def _permutation(seed, pool, n, epoch):
 
 
 def draw_index(
-    seed: int,
+    seed: int,  # of the run
     pool: str,  # name of the pool: pools are shuffled independently
     n: int,  # its size
     k: int,  # draw number, 0, 1, 2, ...
@@ -78,14 +74,14 @@ order
 # %% [markdown]
 # ## How many labelled images are in batch $t$?
 #
-# `ratio='fixed'` takes the numbers given. `ratio='binomial'` is the published sampler: of $n$ images the
+# `ratio='fixed'` uses the given numbers. `ratio='binomial'` is the published sampler: of $n$ images the
 # number of labelled ones is
 #
 # $$ n_t=\min(\max(b,1),\,n-1),\qquad b\sim\mathrm{Binomial}(n,p),\quad p=\frac{n_{labelled}}{n}. $$ {#eq-loader-binomial}
 #
 # For $n=5$, $p=0.2$ the mean is $1+0.8^5-0.2^5=1.327$, not 1: the "1 : 4" of the paper is 1.33 : 3.67 in its
-# code. The draws before step $t$ are counted in blocks, so that even here the pools are gone through without
-# gaps and a batch needs no history.
+# code. The draws before step $t$ are counted in blocks, so that the pools are traversed without gaps here too
+# and a batch needs no history.
 
 # %%
 #| export
@@ -94,9 +90,9 @@ _BLOCK = 1024  # steps
 
 @lru_cache(maxsize=4)
 def labelled_counts(
-    seed: int,
+    seed: int,  # of the run
     block: int,  # number of a block of 1024 steps
-    n: int,  # images a batch
+    n: int,  # images per batch
     p: float,  # labelled share
     world: int = 1,  # processes
 ) -> np.ndarray:  # (1024, world) int
@@ -111,34 +107,32 @@ def _block_total(*key):
 
 def plan_draws(
     t: int,  # step
-    n_labelled: int,
-    n_unlabelled: int,  # images a batch and process
+    n_labelled: int,  # labelled images per batch and process
+    n_unlabelled: int,  # unlabelled images per batch and process
     ratio: str = 'fixed',  # or 'binomial'
-    seed: int = 0,
-    rank: int = 0,
-    world: int = 1,
+    seed: int = 0,  # of the run
+    rank: int = 0,  # number of this process
+    world: int = 1,  # processes
 ):  # (range of labelled draw numbers, range of unlabelled draw numbers)
     "The draws of one process at one step: disjoint over steps and processes, without gaps"
     n, turn = n_labelled + n_unlabelled, t * world + rank
     if ratio == 'fixed' or n_unlabelled == 0:
-        return range(turn * n_labelled, (turn + 1) * n_labelled), range(
-            turn * n_unlabelled, (turn + 1) * n_unlabelled
-        )
-    block, row = divmod(t, _BLOCK)
-    key = n, n_labelled / n, world
-    here = labelled_counts(seed, block, *key)
-    start = sum(_block_total(seed, b, *key) for b in range(block)) + int(
-        here[:row].sum() + here[row, :rank].sum()
-    )
-    count = int(here[row, rank])
-    rest = turn * n - start
-    return range(start, start + count), range(rest, rest + n - count)
+        first, count = turn * n_labelled, n_labelled
+    else:
+        block, row = divmod(t, _BLOCK)
+        key = n, n_labelled / n, world
+        counts = labelled_counts(seed, block, *key)
+        first = sum(_block_total(seed, b, *key) for b in range(block))
+        first += int(counts[:row].sum() + counts[row, :rank].sum())
+        count = int(counts[row, rank])
+    rest = turn * n - first
+    return range(first, first + count), range(rest, rest + n - count)
 
 
 # %%
-counts = np.concatenate([labelled_counts(0, b, 5, 0.2) for b in range(40)])
-assert abs(counts.mean() - 1.32736) < 0.02 and counts.min() == 1 and counts.max() == 4
-print(f'mean labelled images a batch: {counts.mean():.3f}')
+sampled = np.concatenate([labelled_counts(0, b, 5, 0.2) for b in range(40)])
+assert abs(sampled.mean() - 1.32736) < 0.02 and sampled.min() == 1 and sampled.max() == 4
+print(f'mean number of labelled images per batch: {sampled.mean():.3f}')
 [plan_draws(t, 1, 4, 'binomial') for t in range(3)]
 
 
@@ -147,10 +141,10 @@ print(f'mean labelled images a batch: {counts.mean():.3f}')
 #
 # Images of a batch differ in size; they are padded with zeros at the right and bottom, and a mask marks the
 # padding. `multiple` rounds the padded size up, so that fewer different shapes occur. Targets keep what is
-# needed to come back: matrix, sizes, image id.
+# needed to map back: matrix, sizes, image id.
 #
-# An unlabelled image must not carry its truth, even where its file has annotations. So for weak and strong
-# views the keys `boxes` and `labels` *do not exist*: code that would peek fails at once.
+# An unlabelled image must not carry its ground truth, even if its file has annotations. So for weak and
+# strong views the keys `boxes` and `labels` *do not exist*: code that tries to read them fails at once.
 
 # %%
 #| export
@@ -164,9 +158,11 @@ def _stack(views, multiple):
 
 
 def _target(view, truth):
-    "What is known of a view beside its pixels"
-    known = dict(image_id=view.image_id, orig_size=view.orig_size, size=view.size, matrix=view.matrix)
-    return dict(labels=view.labels, boxes=normalize_boxes(view.boxes, view.size), **known) if truth else known
+    "What a batch holds of a view besides its pixels"
+    place = dict(image_id=view.image_id, orig_size=view.orig_size, size=view.size, matrix=view.matrix)
+    if not truth:
+        return place
+    return dict(labels=view.labels, boxes=normalize_boxes(view.boxes, view.size), **place)
 
 
 def _finish(images, targets, cfg=None):
@@ -185,7 +181,7 @@ def _finish(images, targets, cfg=None):
 def collate(
     views,  # list of `View`
     multiple: int = 1,  # the padded size is a multiple of this
-    truth: bool = True,  # with boxes and labels
+    truth: bool = True,  # include boxes and labels
 ) -> dict:  # images (B,3,H,W), mask (B,H,W) True = padding, targets: list of dict
     "Views to one part of a batch"
     if not views:
@@ -200,36 +196,25 @@ from semidetr.data.augment import View
 
 # %%
 def plain_view(h, w, boxes=()):
-    return View(
-        torch.ones(3, h, w),
-        torch.tensor(boxes).reshape(-1, 4),
-        torch.zeros(len(boxes), dtype=torch.long),
-        torch.eye(3).double(),
-        (h, w),
-        0,
-        (h, w),
-    )
+    image, labels = torch.ones(3, h, w), torch.zeros(len(boxes), dtype=torch.long)
+    return View(image, torch.tensor(boxes).reshape(-1, 4), labels, torch.eye(3).double(), (h, w), 0, (h, w))
 
 
 part = collate([plain_view(4, 6, [[0.0, 0, 3, 4]]), plain_view(5, 2)], multiple=4)
 assert part['images'].shape == (2, 3, 8, 8) and (~part['mask']).sum((1, 2)).tolist() == [24, 10]
-assert part['targets'][0]['boxes'].tolist() == [[0.25, 0.5, 0.5, 1.0]], (
-    'normalised by the size without padding'
-)
-assert (
-    part['targets'][1]['boxes'].shape == (0, 4)
-    and 'boxes' not in collate([plain_view(4, 6)], truth=False)['targets'][0]
-)
+assert part['targets'][0]['boxes'].tolist() == [[0.25, 0.5, 0.5, 1.0]]  # by the size without padding
+assert part['targets'][1]['boxes'].shape == (0, 4)
+assert 'boxes' not in collate([plain_view(4, 6)], truth=False)['targets'][0]
 {k: v for k, v in part['targets'][0].items() if k != 'matrix'}
 
 
 # %% [markdown]
 # ## Between processes
 #
-# Workers send 8-bit images, a quarter of the bytes, and the training process normalises them: that costs it
-# no more than mapping four times as much shared memory. Small tensors travel as arrays inside the message,
-# not as one shared file each. An error that a user can cure (`DataError`: this file, this image, this cure)
-# comes back as a value and is raised in the training process, without a worker's traceback around it.
+# Workers send 8-bit images, a quarter of the bytes, and the training process normalises them: that costs no
+# more than mapping four times as much shared memory. Small tensors are sent as arrays inside the message, not
+# as one shared file each. An error that a user can fix (a `DataError` with file, image and cure) is returned
+# as a value and raised in the training process, without the traceback of a worker.
 
 # %%
 #| export
@@ -242,33 +227,35 @@ class _Work:
     "Map-style data set over batch numbers: what a worker does"
 
     def __init__(self, make):
-        self.make = make  # batch number -> {part name: (views, truth)}
+        self.make = make  # batch number -> {part name: (views, multiple, truth)}
 
     def __getitem__(self, t):
+        out = {}
         try:
-            return {
-                k: (_stack(v, m), _to([_target(x, truth) for x in v], torch.Tensor.numpy))
-                for k, (v, m, truth) in self.make(t).items()
-            }
+            for name, (views, multiple, truth) in self.make(t).items():
+                targets = [_target(v, truth) for v in views]
+                out[name] = _stack(views, multiple), _to(targets, torch.Tensor.numpy)
         except SemiDETRError as e:
             return type(e)(str(e))
+        return out
 
 
-def _land(payload, cfg):
-    "What a worker sent, as a batch; its error, as an exception here"
+def _receive(payload, cfg):
+    "The batch that a worker sent; its error is raised here"
     if isinstance(payload, Exception):
         raise payload
-    return {
-        k: _finish(images, _to(targets, torch.from_numpy), cfg) for k, (images, targets) in payload.items()
-    }
+    out = {}
+    for name, (images, targets) in payload.items():
+        out[name] = _finish(images, _to(targets, torch.from_numpy), cfg)
+    return out
 
 
 def _as_is(x):
-    return x  # else the DataLoader makes a shared tensor of every small array
+    return x  # otherwise the DataLoader makes a shared tensor of every small array
 
 
 def _worker_start(_):
-    "Ctrl-C is for the training process, which then ends its workers"
+    "Ctrl-C is for the training process, which then stops its workers"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -290,23 +277,23 @@ def _workers(work, steps, num_workers, persistent):
 
 
 def _next(it):
-    "Next payload; a dead worker is an error with a cure"
+    "Next payload; the error of a dead worker names a cure"
     try:
         return next(it)
     except RuntimeError as e:
         if 'DataLoader worker' not in str(e) or 'Traceback' in str(e):
             raise
         raise SemiDETRError(
-            f'{str(e).splitlines()[0].rstrip(".")}; memory or shared memory ran out: use num_workers=0, fewer or smaller images'
+            f'{str(e).splitlines()[0].rstrip(".")}; '
+            'memory or shared memory ran out: use num_workers=0, fewer or smaller images'
         ) from None
 
 
 # %% [markdown]
 # ## The semi-supervised loader
 #
-# Each unlabelled image is decoded once and seen twice, as `batch['weak']` and `batch['strong']`, in the same
-# order. View seeds are hashes of the draw number, so an image meets other augmentations each time it is
-# drawn.
+# Each unlabelled image is decoded once and used twice, in `batch['weak']` and `batch['strong']`, in the same
+# order. View seeds are hashes of the draw number, so an image gets other augmentations each time it is drawn.
 #
 # **Paper vs. code.** The published sampler keeps wide and tall images in separate batches to save padding,
 # and drops images below 32 pixels. Here batches mix orientations, and small images are enlarged by the resize
@@ -319,8 +306,8 @@ def _with_boxes(ds):
     return [i for i in range(len(ds)) if not all(ds.annotation(i)['ignore'])]
 
 
-def _blind(sample):
-    "A sample without its truth"
+def _without_truth(sample):
+    "A sample without its annotations"
     return replace(sample, boxes=sample.boxes[:0], labels=sample.labels[:0], ignore=sample.ignore[:0])
 
 
@@ -328,14 +315,8 @@ class _Batches:
     "Batch number -> views; everything that a worker needs, and picklable"
 
     def __init__(self, labelled, unlabelled, kept, plan, view, seed):
-        self.labelled, self.unlabelled, self.kept, self.plan, self.view, self.seed = (
-            labelled,
-            unlabelled,
-            kept,
-            plan,
-            view,
-            seed,
-        )
+        self.labelled, self.unlabelled, self.kept = labelled, unlabelled, kept
+        self.plan, self.view, self.seed = plan, view, seed
 
     def draws(self, t):
         "(draw number, position in the data set) of both pools"
@@ -345,31 +326,26 @@ class _Batches:
             [(k, draw_index(self.seed, 'unlabelled', len(self.unlabelled), k)) for k in second],
         )
 
+    def _views(self, kind, make, samples):
+        "Views of one kind, seeded by (seed, kind, draw number)"
+        return [make(s, self.view, stable_hash(self.seed, kind, k), raw=True) for k, s in samples]
+
     def __call__(self, t):
         first, second = self.draws(t)
-        view, seed, m = self.view, self.seed, self.view.pad_multiple
-        out = {}
-        if first:
-            out['labelled'] = (
-                [
-                    labelled_view(self.labelled[i], view, stable_hash(seed, 'labelled', k), raw=True)
-                    for k, i in first
-                ],
-                m,
-                True,
-            )
-        if not second:
-            return out
-        blind = [(k, _blind(self.unlabelled[i])) for k, i in second]
-        for kind, make in (('weak', weak_view), ('strong', strong_view)):
-            out[kind] = [make(s, view, stable_hash(seed, kind, k), raw=True) for k, s in blind], m, False
+        multiple = self.view.pad_multiple
+        samples = ((k, self.labelled[i]) for k, i in first)  # decoded one at a time
+        out = dict(labelled=(self._views('labelled', labelled_view, samples), multiple, True))
+        if second:
+            samples = [(k, _without_truth(self.unlabelled[i])) for k, i in second]  # decoded once for both
+            out['weak'] = self._views('weak', weak_view, samples), multiple, False
+            out['strong'] = self._views('strong', strong_view, samples), multiple, False
         return out
 
 
 # %%
 #| export
-class _From:
-    "Step numbers from a loader's current step on"
+class _Steps:
+    "Step numbers, beginning with a loader's current step"
 
     def __init__(self, loader):
         self.loader = loader
@@ -381,15 +357,15 @@ class _From:
 # %%
 #| export
 class _Stream:
-    "Batches of consecutive steps, made here or by workers; its only state is the next step"
+    "Batches of consecutive steps, made here or by workers; the only state is the number of the next step"
 
     def __init__(self, make, view, num_workers, start):
         self._make, self.view, self.num_workers, self.step = make, view, num_workers, start
         self._loader = self._iter = None
 
     def batch(self, t: int) -> dict:
-        "Make batch `t` here and now; the state is left alone"
-        return _land(_Work(self._make)[t], self.view)
+        "Make batch `t` in this process; the state does not change"
+        return _receive(_Work(self._make)[t], self.view)
 
     def __iter__(self):
         return self
@@ -399,11 +375,11 @@ class _Stream:
             out = self.batch(self.step)
         else:
             if self._loader is None:
-                self._loader = _workers(_Work(self._make), _From(self), self.num_workers, True)
+                self._loader = _workers(_Work(self._make), _Steps(self), self.num_workers, True)
             if self._iter is None:
                 self._iter = iter(self._loader)
             try:
-                out = _land(_next(self._iter), self.view)
+                out = _receive(_next(self._iter), self.view)
             except BaseException:
                 self.close()
                 raise
@@ -419,7 +395,7 @@ class _Stream:
         self.step, self._iter = int(state['step']), None
 
     def close(self):
-        "End the workers; the next batch starts them again"
+        "Stop the workers; the next batch starts them again"
         self._iter = self._loader = None
 
     def __enter__(self):
@@ -436,7 +412,8 @@ def _check(labelled, unlabelled, n_labelled, n_unlabelled, ratio, num_workers):
         raise ConfigError(f"ratio '{ratio}' is unknown; known: binomial, fixed")
     if n_labelled < 1 or n_unlabelled < 0:
         raise ConfigError(
-            f'a batch needs at least one labelled image and no negative number (n_labelled={n_labelled}, n_unlabelled={n_unlabelled})'
+            'a batch needs at least one labelled image and no negative number '
+            f'(n_labelled={n_labelled}, n_unlabelled={n_unlabelled})'
         )
     if num_workers < 0:
         raise ConfigError(f'num_workers={num_workers} is negative')
@@ -444,7 +421,8 @@ def _check(labelled, unlabelled, n_labelled, n_unlabelled, ratio, num_workers):
         raise DataError(f'{labelled.name}: the labelled data set is empty')
     if n_unlabelled and (unlabelled is None or not len(unlabelled)):
         raise DataError(
-            f'n_unlabelled={n_unlabelled}, but there are no unlabelled images; give some, or set n_unlabelled=0'
+            f'n_unlabelled={n_unlabelled}, but there are no unlabelled images; '
+            'give some, or set n_unlabelled=0'
         )
 
 
@@ -454,15 +432,15 @@ class SemiLoader(_Stream):
     def __init__(
         self,
         labelled,  # data set with boxes
-        unlabelled=None,  # any data set, boxes or not: they are never shown
-        n_labelled: int = 4,
-        n_unlabelled: int = 0,  # images a batch, in this process
-        view: ViewConfig = ViewConfig(),
-        seed: int = 0,
+        unlabelled=None,  # any data set; if it has boxes, they are not passed on
+        n_labelled: int = 4,  # labelled images per batch, in this process
+        n_unlabelled: int = 0,  # unlabelled images per batch, in this process
+        view: ViewConfig = ViewConfig(),  # sizes and strengths of the views
+        seed: int = 0,  # of draws and views
         ratio: str = 'fixed',  # or 'binomial': the published sampler
-        num_workers: int = 2,  # processes; 0 = in the training process
-        rank: int = 0,
-        world: int = 1,  # this process among those that train together
+        num_workers: int = 2,  # processes; 0: in the training process
+        rank: int = 0,  # number of this process among those that train together
+        world: int = 1,  # how many train together
         start: int = 0,  # first step
         keep_empty: bool = False,  # also draw labelled images without a box
     ):
@@ -490,11 +468,11 @@ class EvalLoader:
     def __init__(
         self,
         ds,  # data set; if it has boxes, the targets have them too
-        view: ViewConfig = ViewConfig(),
-        batch_size: int = 8,
-        num_workers: int = 0,
-        rank: int = 0,
-        world: int = 1,  # this process takes every world-th image
+        view: ViewConfig = ViewConfig(),  # only the evaluation size is used
+        batch_size: int = 8,  # images per batch
+        num_workers: int = 0,  # processes; 0: in this one
+        rank: int = 0,  # this process takes image `rank` and then every `world`-th
+        world: int = 1,  # processes that share the data set
     ):
         if batch_size < 1:
             raise ConfigError(f'batch_size={batch_size} is below 1')
@@ -507,30 +485,24 @@ class EvalLoader:
     def _views(self, t):
         "Views of batch `t`"
         chosen = self.indices[t * self.batch_size : (t + 1) * self.batch_size]
-        return dict(
-            part=(
-                [eval_view(self.ds[i], self.view, raw=True) for i in chosen],
-                self.view.pad_multiple,
-                getattr(self.ds, 'has_boxes', True),
-            )
-        )
+        views = [eval_view(self.ds[i], self.view, raw=True) for i in chosen]
+        return dict(part=(views, self.view.pad_multiple, getattr(self.ds, 'has_boxes', True)))
 
     def __iter__(self):
         work, steps = _Work(self._views), range(len(self))
-        it = (
-            iter(_workers(work, steps, self.num_workers, False))
-            if self.num_workers and len(self)
-            else map(work.__getitem__, steps)
-        )
+        if self.num_workers and len(self):
+            payloads = iter(_workers(work, steps, self.num_workers, False))
+        else:
+            payloads = map(work.__getitem__, steps)
         for _ in steps:
-            yield _land(_next(it), self.view)['part']
+            yield _receive(_next(payloads), self.view)['part']
 
 
 # %% [markdown]
-# ## Seen
+# ## Stop and resume
 #
-# A batch of the digits scenes. The loader is stopped after three batches; another one, told only the step,
-# goes on with the same images.
+# Batches of the digits scenes. A loader is stopped after three batches; another one that is given only the
+# step number continues with the same images.
 
 # %%
 #| hide
@@ -538,30 +510,26 @@ from semidetr.data.augment import scaled_views
 from semidetr.data.digits import DigitsScenes
 
 # %%
-digits, sizes = (
-    DigitsScenes('train', n=200, size=96),
-    scaled_views(96, smallest=0.6, mean=(0.5,) * 3, std=(0.5,) * 3),
-)
+digits = DigitsScenes('train', n=200, size=96)
+sizes = scaled_views(96, smallest=0.6, mean=(0.5,) * 3, std=(0.5,) * 3)
 first = SemiLoader(digits, digits, 2, 4, sizes, num_workers=0)
 whole = list(itertools.islice(first, 5))
 second = SemiLoader(digits, digits, 2, 4, sizes, num_workers=0)
 second.load_state_dict({'step': 3})
 resumed = next(second)
-assert torch.equal(resumed['strong']['images'], whole[3]['strong']['images']) and second.state_dict() == {
-    'step': 4
-}
-assert 'boxes' not in resumed['weak']['targets'][0]
+assert torch.equal(resumed['strong']['images'], whole[3]['strong']['images'])
+assert second.state_dict() == {'step': 4} and 'boxes' not in resumed['weak']['targets'][0]
 {k: tuple(p['images'].shape) for k, p in resumed.items()}, second.draws(3)
 
 # %%
 #| hide
 import matplotlib.pyplot as plt
 from semidetr.boxes import denormalize_boxes
-from semidetr.draw import draw_boxes, to_pil
+from semidetr.draw import draw_boxes, show_image, to_pil
 
 # %%
 #| label: fig-loader-batch
-#| fig-cap: "Images of different sizes share one tensor; padding (blue) lies at the right and bottom only, and the mask knows it. Row 1: labelled images with their boxes; row 2: weak views; row 3: strong views of the same images, in the same order, without boxes."
+#| fig-cap: "Images of different sizes share one tensor; padding (blue) is at the right and bottom only, and the mask marks it. Row 1: labelled images with their boxes; row 2: weak views; row 3: strong views of the same images, in the same order, without boxes."
 #| fig-alt: "Three rows of digit scenes with blue padding at the right and bottom edges; only the first row has green boxes."
 
 fig, axes = plt.subplots(3, 4, figsize=(4.4, 3.4), dpi=80)
@@ -569,9 +537,9 @@ for ax in axes.flat:
     ax.axis('off')
 for row, (kind, p) in zip(axes, whole[1].items()):
     for ax, x, m, t in zip(row, p['images'], p['mask'], p['targets']):
-        seen = np.array(to_pil(x, sizes.mean, sizes.std))
-        seen[m.numpy()] = 31, 119, 180
-        ax.imshow(seen)
+        pixels = np.array(to_pil(x, sizes.mean, sizes.std))
+        pixels[m.numpy()] = 31, 119, 180
+        show_image(ax, pixels)
         if 'boxes' in t:
             draw_boxes(ax, denormalize_boxes(t['boxes'], t['size']))
     row[0].set_title(kind, fontsize=8, loc='left')
@@ -580,7 +548,7 @@ plt.show()
 
 
 # %% [markdown]
-# The worker processes change nothing but the speed, and an unreadable image reaches the training process as
+# Worker processes change only the speed, and an unreadable image reaches the training process as an error of
 # one line.
 
 # %%
@@ -595,7 +563,7 @@ class OneBad(DigitsScenes):
 
 with SemiLoader(OneBad('train', n=6, size=96), None, 2, 0, sizes, num_workers=1) as broken:
     try:
-        seen_before = len(list(itertools.islice(broken, 10)))
+        list(itertools.islice(broken, 10))
     except DataError as e:
         line = str(e)
 assert '\n' not in line
@@ -606,16 +574,17 @@ line
 #
 # * Batch $t$ is a pure function of seed and $t$: the state is one integer, and `loader.batch(t)` makes any
 #   batch again.
-# * Draw numbers tile the pools over steps and processes: within an epoch of a pool no image is drawn twice,
-#   on whatever process.
+# * Draw numbers cover the pools over steps and processes without gap or overlap: within an epoch of a pool no
+#   image is drawn twice by any process.
 # * `ratio='binomial'` is the published sampler, with 1.327 labelled images where the paper says 1; `fixed`
-#   keeps the numbers.
-# * Truth of unlabelled images is removed before the views are made, and the keys for it do not exist.
-# * Workers send bytes, not floats; their errors arrive as errors.
+#   uses the given numbers.
+# * The annotations of unlabelled images are removed before the views are made, and their keys do not exist in
+#   the targets.
+# * Workers send bytes, not floats; their errors are raised in the training process.
 #
 # ## Exercises
 #
-# 1. With 12 labelled images and 4 a batch, how often is each image seen in 1000 steps? And with 12,000?
+# 1. With 12 labelled images and 4 per batch, how often is each image drawn in 1000 steps? And with 12,000?
 # 2. Two ranks, `binomial`: may they have different numbers of labelled images in the same step? What does
-#    that ask of a loss that is averaged over ranks?
+#    that require of a loss that is averaged over ranks?
 # 3. Show that the mean of @eq-loader-binomial is $np+(1-p)^n-p^n$.

@@ -1,21 +1,17 @@
 # %% [markdown]
-# # Splits that every machine agrees on {#sec-splits}
+# # Splits that are the same on every machine {#sec-splits}
 #
 # > Divide any data set into labelled, unlabelled and development images, by percentage and fold, and get the
 # > same lists on every machine.
 #
-# "10 % of COCO" is a sentence about a *list of images*. The lists behind published tables were often drawn
-# with a seed that nobody wrote down, stored as positions in a list whose order depends on a library, or kept
-# on a drive that is gone. Then two results that carry the same percentage were trained on different images,
-# and with one percent of the labels the choice of images moves the result by several points. So a split here
-# is computed, not drawn: whoever has the data has the list.
+# "10 % of COCO" stands for a *list of images*. The lists behind published tables were often drawn with a seed
+# that nobody wrote down, stored as positions in a list whose order depends on a library, or kept on a drive
+# that no longer exists. Then two results with the same percentage were trained on different images, and with
+# one percent of the labels the choice of images changes the result by several points. So a split here is
+# computed, not drawn: whoever has the data has the list.
 
 # %%
 #| default_exp data.splits
-
-# %%
-#| hide
-from nbdev.showdoc import show_doc
 
 # %%
 #| export
@@ -30,24 +26,29 @@ from semidetr.core import ConfigError, DataError, atomic_write, stable_hash
 # %% [markdown]
 # ## A rank for every image
 #
-# Give image $i$ of fold $f$ the rank of a hash of its *id*,
+# Rank the images of fold $f$ by a hash of their *id*,
 #
 # $$ r_f(i)=\operatorname{rank}\; h(s, f, i), \qquad L_{p,f}=\{\, i : r_f(i) < \lfloor pN/100 \rfloor \,\} $$ {#eq-splits-rank}
 #
-# with seed $s$, percentage $p$ and $N$ images. Three properties come for free. The list depends on ids alone,
-# neither on file order nor on a random generator. Within a fold the sets are *nested*: every image among the
-# first 1 % is among the first 5 %, so a larger percentage only ever adds labels. And different folds are
-# different shuffles.
+# with seed $s$, percentage $p$ and $N$ images. Three properties follow. The list depends on the ids alone,
+# neither on file order nor on a random generator. Within a fold the sets are *nested*: every image of the
+# first 1 % is among the first 5 %, so a larger percentage only adds labels. And different folds are different
+# shuffles.
 #
-# The development images $D$ are ranked by a hash that knows neither fold nor percentage. They are taken out
-# first, so that one fixed set of labelled images chooses thresholds and checkpoints for all runs, and the
-# test split is never asked.
+# The development images $D$ are ranked by a hash that depends neither on the fold nor on the percentage. They
+# are taken out first, so that one fixed set of labelled images serves to choose thresholds and checkpoints
+# for all runs, and the test split is never used for that.
 
 # %%
 #| export
 def _plain(image_id):
     "An image id as a Python int or str, so that its repr is the same whatever library it came from"
     return int(image_id) if isinstance(image_id, Integral) else str(image_id)
+
+
+def _share(percent, n):
+    "Images that a percentage of `n` stands for; exact, where floats would round"
+    return int(Fraction(str(percent)) * n / 100)
 
 
 def rank_ids(
@@ -69,8 +70,9 @@ a
 # %% [markdown]
 # ## The split
 #
-# A `Split` is three lists of image ids and the five facts that made them. `fingerprint` is the data set's own
-# (ids, sizes, annotations and classes), so a stored split refuses to be used with other data.
+# A `Split` is three lists of image ids, the settings that produced them, and the name and `fingerprint` of
+# the data set (a hash of ids, sizes, annotations and classes), so that a stored split cannot be used with
+# other data.
 
 # %%
 #| export
@@ -80,11 +82,11 @@ class Split:
 
     labelled: list  # image ids, in rank order
     unlabelled: list  # image ids, in rank order; empty at 100 %
-    dev: list  # image ids; the only ones that may choose anything
+    dev: list  # image ids; the only ones that settings may be chosen on
     percent: float | None = None  # of all images of the data set
     count: int | None = None  # or this number of labelled images
     fold: int = 0  # which shuffle
-    seed: int = 0
+    seed: int = 0  # of all hashes
     fingerprint: str = ''  # of the data set
     dataset: str = ''  # its name
 
@@ -116,31 +118,32 @@ def _pool(ds, dev, seed, fold):
         raise DataError(
             f"{ds.name}: {len(ids)} images cannot give {dev} development images and still train; lower dev"
         )
-    held = set(first := rank_ids(ids, seed, 'dev')[:dev])
-    return first, rank_ids([i for i in ids if i not in held], seed, fold)
+    held = rank_ids(ids, seed, 'dev')[:dev]
+    taken = set(held)
+    return held, rank_ids([i for i in ids if i not in taken], seed, fold)
 
 
 def _labels(ds, image_id):
-    "Classes that an image shows, boxes to be ignored left out"
+    "Classes in an image; boxes to be ignored do not count"
     a = ds.annotation(ds.index_of(image_id))
     return {int(c) for c, skip in zip(a['labels'], a['ignore']) if not skip}
 
 
 def _cover_first(ds, order):
-    "Move images that show a class not seen before to the front of the order; also says how many"
-    seen, front, rest = set(), [], []
+    "Images that add a class come first; -> (order, number of those images)"
+    covered, front, rest = set(), [], []
     for i in order:
-        new = _labels(ds, i) - seen if len(seen) < len(ds.classes) else ()
+        new = _labels(ds, i) - covered if len(covered) < len(ds.classes) else set()
         (front if new else rest).append(i)
-        seen |= set(new)
+        covered |= new
     return front + rest, len(front)
 
 
 # %% [markdown]
 # With very few labels a rare class may have no example at all, and then no method can learn it.
-# `cover_classes=True` moves images that show a not yet seen class to the front of the ranking. This *reads
-# labels that are supposed to be hidden*, so it is off by default, and a table that uses it should say so. The
-# sets stay nested.
+# `cover_classes=True` moves images that add a class to the front of the ranking. This *reads labels that are
+# supposed to be hidden*, so it is off by default, and a table that uses it should say so. The sets stay
+# nested.
 
 # %%
 #| export
@@ -150,7 +153,7 @@ def make_split(
     count: int | None = None,  # or the number of labelled images
     fold: int = 0,  # 0, 1, 2, ...: another shuffle of the same pool
     dev: int = 100,  # development images, taken out first, the same for every fold and percentage
-    seed: int = 0,
+    seed: int = 0,  # of all hashes
     cover_classes: bool = False,  # put at least one image of every class first (reads hidden labels)
 ) -> Split:
     "Divide a data set by hashes of image ids (@eq-splits-rank); at least one image is labelled"
@@ -160,8 +163,8 @@ def make_split(
         raise ConfigError(f'percent={percent} is outside (0, 100]; 10 means ten percent')
     if count is not None and count < 1:
         raise ConfigError(f'count={count}: at least one image must be labelled')
-    first, order = _pool(ds, dev, seed, fold)
-    n = count if count is not None else max(1, int(Fraction(str(percent)) * len(ds.ids) / 100))
+    held, order = _pool(ds, dev, seed, fold)
+    n = count if count is not None else max(1, _share(percent, len(ds.ids)))
     if count is not None and count > len(order):
         raise DataError(
             f'{ds.name}: count={count}, but only {len(order)} images are left beside {dev} development images'
@@ -172,13 +175,14 @@ def make_split(
         order, need = _cover_first(ds, order)
         if n < need:
             raise DataError(
-                f'{ds.name}: {n} labelled images do not cover all classes in this fold; ask for at least {need}, or cover_classes=False'
+                f'{ds.name}: {n} labelled images do not cover all classes in this fold; '
+                f'ask for at least {need}, or cover_classes=False'
             )
-    return Split(order[:n], order[n:], first, percent, count, fold, seed, ds.fingerprint(), ds.name)
+    return Split(order[:n], order[n:], held, percent, count, fold, seed, ds.fingerprint(), ds.name)
 
 
 # %% [markdown]
-# A stand-in data set shows it: twenty images with ids 100 to 119, one of three classes each.
+# An example: twenty images with ids 100 to 119, one of three classes each.
 
 # %%
 class TwentyImages:
@@ -201,10 +205,7 @@ twenty = TwentyImages()
 small, large = (make_split(twenty, percent=p, dev=4) for p in (10, 50))
 assert (len(small.labelled), len(large.labelled)) == (2, 10) and set(small.labelled) < set(large.labelled)
 assert small.dev == make_split(twenty, percent=50, fold=3, dev=4).dev
-assert (
-    not set(large.labelled) & set(large.unlabelled)
-    and len(large.labelled + large.unlabelled + large.dev) == 20
-)
+assert sorted(large.labelled + large.unlabelled + large.dev) == twenty.ids
 small, large
 
 # %%
@@ -213,8 +214,8 @@ assert {c for i in covered.labelled for c in _labels(twenty, i)} == {0, 1, 2}
 [(i, _labels(twenty, i)) for i in covered.labelled]
 
 # %% [markdown]
-# At COCO's size the counts are the ones of the field: 1,182 / 5,914 / 11,828 of 118,287 images. Each fold is
-# one row in @fig-splits-strip; a column is one image.
+# For COCO the counts are those of the literature: 1,182 / 5,914 / 11,828 of 118,287 images. In
+# @fig-splits-strip a column is one image, and each row is a percentage of one fold.
 
 # %%
 #| hide
@@ -223,8 +224,8 @@ import numpy as np
 
 # %%
 #| label: fig-splits-strip
-#| fig-cap: "A larger percentage only adds labels, and the development images (grey) are the same in every row. Rows: 10, 25 and 50 % of sixty images in two folds; dark = labelled, light = unlabelled."
-#| fig-alt: "Six rows of sixty cells; dark labelled cells of a row are contained in the row below within each fold; grey cells stand in the same columns everywhere."
+#| fig-cap: "A larger percentage only adds labels, and the development images (grey) are the same in every row. Rows: 10, 25 and 50 % of sixty images in two folds; dark: labelled, light: unlabelled."
+#| fig-alt: "Six rows of sixty cells; dark labelled cells of a row are contained in the row below within each fold; grey cells are in the same columns everywhere."
 
 
 class Sixty(TwentyImages):
@@ -248,7 +249,7 @@ plt.show()
 # %% [markdown]
 # ## On disk
 #
-# A stored split is one JSON file of ids. `load_split` compares the fingerprint when it is given the data set.
+# A stored split is one JSON file of ids. `load_split` compares fingerprints if it is given the data set.
 
 # %%
 #| export
@@ -257,16 +258,14 @@ def save_split(
     path,  # JSON file
 ):
     "Store a split"
-    atomic_write(
-        path, json.dumps(dict(semidetr_split=1, **asdict(split)), indent=None, separators=(', ', ': ')) + '\n'
-    )
+    atomic_write(path, json.dumps(dict(semidetr_split=1, **asdict(split))) + '\n')
 
 
 def load_split(
     path,  # file from `save_split`
-    ds=None,  # if given, the split must be of exactly this data
+    ds=None,  # if given, the split must be of exactly this data set
 ) -> Split:
-    "Read a split back; raises DataError when the file is no split, or a split of other data"
+    "Read a split; raises DataError if the file is no split, or a split of other data"
     try:
         d = json.loads(Path(path).read_text())
     except FileNotFoundError:
@@ -275,7 +274,7 @@ def load_split(
         raise DataError(f"{path}: cannot be read as JSON ({e})") from None
     if not isinstance(d, dict) or d.pop('semidetr_split', None) != 1:
         raise DataError(
-            f"{path}: not a split of this package; an index list of another project is read by read_index_list"
+            f"{path}: not a split of this package; read_index_list reads index lists of other projects"
         )
     try:
         split = Split(**d)
@@ -283,7 +282,8 @@ def load_split(
         raise DataError(f"{path}: damaged split ({e}); make it again with `semidetr split`") from None
     if ds is not None and split.fingerprint != ds.fingerprint():
         raise DataError(
-            f"{path}: made for '{split.dataset}' with fingerprint {split.fingerprint}, but '{ds.name}' has {ds.fingerprint()}; "
+            f"{path}: made for '{split.dataset}' with fingerprint {split.fingerprint}, "
+            f"but '{ds.name}' has {ds.fingerprint()}; "
             "the images, boxes or classes changed: make the split again"
         )
     return split
@@ -304,21 +304,20 @@ print(text[:150])
 # %% [markdown]
 # ## Lists of other projects
 #
-# Two kinds of list circulate: image ids, and *positions* in a list of images. The public file of Unbiased
-# Teacher holds positions, as `{percent: {fold: [position, ...]}}`, and the list they point into is neither
+# Two kinds of lists are in use: image ids, and *positions* in a list of images. The public file of Unbiased
+# Teacher holds positions, as `{percent: {fold: [position, ...]}}`, and the list they refer to is neither in
 # COCO's file order nor all of COCO: it is the images that have at least one box that is not a crowd region
 # (117,266 of 118,287), sorted by image id. That is why its 1 % has 1,172 images and not 1,182.
 #
-# `read_index_list` checks each reading against the data, returns a `Split` with those labelled images, and
-# says which reading it took. Where more than one reading fits, it does not guess.
+# `read_index_list` checks each interpretation against the data, returns a `Split` with those labelled images,
+# and says which interpretation it took. If more than one fits, it does not guess.
 
 # %%
 #| export
 def _boxed_ids(ds):
     "Ids of images with a box that is not ignored, sorted: the list behind Unbiased Teacher's positions"
-    return sorted(
-        i for i in map(_plain, ds.ids) if any(not g for g in ds.annotation(ds.index_of(i))['ignore'])
-    )
+    ids = [_plain(i) for i in ds.ids]
+    return sorted(i for i in ids if not all(ds.annotation(ds.index_of(i))['ignore']))
 
 
 def _pick(table, key, what, path):
@@ -336,17 +335,18 @@ def _nested(path, table, ds, percent, fold):
         (boxed, 'positions among images with boxes, sorted by id'),
         (every, 'positions among all images, sorted by id'),
     ):
-        if len(values) == int(Fraction(str(percent)) * len(ids) / 100) and max(values, default=0) < len(ids):
+        if len(values) == _share(percent, len(ids)) and max(values, default=0) < len(ids):
             return [ids[v] for v in values], name
     raise DataError(
-        f"{path}: {len(values)} positions for {percent} % fit neither the {len(boxed)} images with boxes nor all {len(every)} images of {ds.name}"
+        f"{path}: {len(values)} positions for {percent} % fit neither the {len(boxed)} images with boxes "
+        f"nor all {len(every)} images of {ds.name}"
     )
 
 
 # %%
 #| export
 def _read_ids(path, ds, percent, fold, convention):
-    "Image ids of a list, and how it was read"
+    "Image ids of a list, and how it was interpreted"
     try:
         data = json.loads(Path(path).read_text())
     except (ValueError, OSError) as e:
@@ -357,13 +357,15 @@ def _read_ids(path, ds, percent, fold, convention):
         return _nested(path, data, ds, percent, fold)
     if not isinstance(data, list) or not data:
         raise DataError(f"{path}: expected a list of image ids or positions, or {{percent: {{fold: [...]}}}}")
-    known = set(ids := [_plain(i) for i in ds.ids])
+    ids = [_plain(i) for i in ds.ids]
+    known = set(ids)
     as_ids = all(v in known for v in data)
     as_positions = all(isinstance(v, int) and 0 <= v < len(ids) for v in data)
     by_position = [ids[v] for v in data] if as_positions else None
     if as_ids and as_positions and by_position != data and convention == 'auto':
         raise DataError(
-            f"{path}: its numbers are both ids and positions of {ds.name}; say convention='ids' or 'positions'"
+            f"{path}: its numbers are both ids and positions of {ds.name}; "
+            "give convention='ids' or 'positions'"
         )
     if as_ids and convention != 'positions':
         return data, 'image ids'
@@ -381,7 +383,7 @@ def split_from_ids(
     percent=None,  # recorded only
     fold: int = 0,  # recorded only
     dev: int = 0,  # development images, taken from those that are not labelled
-    seed: int = 0,
+    seed: int = 0,  # of the hashes that order the rest
 ) -> Split:
     "A split whose labelled images are given; the order of the rest is that of `make_split`"
     labelled = [_plain(i) for i in labelled]
@@ -395,34 +397,26 @@ def split_from_ids(
     rest = rank_ids(known - chosen, seed, 'dev')
     if dev > len(rest):
         raise DataError(
-            f'{ds.name}: {len(rest)} images beside the labelled ones cannot give {dev} development images; lower dev'
+            f'{ds.name}: {len(rest)} images besides the labelled ones cannot give {dev} development images; '
+            'lower dev'
         )
-    held = rest[:dev]
-    return Split(
-        labelled,
-        rank_ids(set(rest[dev:]), seed, fold),
-        held,
-        percent,
-        None if percent is not None else len(labelled),
-        fold,
-        seed,
-        ds.fingerprint(),
-        ds.name,
-    )
+    unlabelled = rank_ids(rest[dev:], seed, fold)
+    count = None if percent is not None else len(labelled)
+    return Split(labelled, unlabelled, rest[:dev], percent, count, fold, seed, ds.fingerprint(), ds.name)
 
 
 # %%
 #| export
 def read_index_list(
     path,  # JSON: a list of ids, a list of positions, or {percent: {fold: [positions]}}
-    ds,  # the data set it speaks of
+    ds,  # the data set that the list is about
     percent=None,  # for the nested form
     fold=None,  # for the nested form
-    convention: str = 'auto',  # 'ids' or 'positions' (in the data set's own order) settles an ambiguous plain list
+    convention: str = 'auto',  # 'ids' or 'positions' (in the order of the data set) for an ambiguous list
     dev: int = 0,  # development images, taken from those that the list leaves unlabelled
-    seed: int = 0,
-):  # (Split, its labelled images in the order of the file; which convention was found)
-    "Read another project's list of labelled images and say how it was understood"
+    seed: int = 0,  # of the hashes that order the rest
+):  # (Split with the labelled images in the order of the file; how the list was interpreted)
+    "Read another project's list of labelled images and say how it was interpreted"
     ids, found = _read_ids(path, ds, percent, fold, convention)
     return split_from_ids(ds, ids, percent, fold or 0, dev, seed), found
 
@@ -441,11 +435,11 @@ nested
 # ## Summary
 #
 # * A split is a ranking of hashed image ids: same data, same list, on every machine.
-# * Percentages are nested within a fold; folds are different shuffles; sizes are floors of the whole data
-#   set's count.
-# * Development images are fixed before folds and percentages, and they alone may choose anything.
+# * Percentages are nested within a fold; folds are different shuffles; a percentage of the whole data set is
+#   rounded down.
+# * Development images are fixed before folds and percentages, and settings are chosen on them alone.
 # * A stored split carries a fingerprint and refuses other data.
-# * Lists of other projects are read by id, and the reading that was taken is named.
+# * Lists of other projects become splits, and the interpretation that was taken is named.
 #
 # ## Exercises
 #

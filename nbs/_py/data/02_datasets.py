@@ -1,26 +1,26 @@
 # %% [markdown]
 # # Data sets {#sec-datasets}
 #
-# > Open COCO, VOC, YOLO, a bare folder or the built-in digits scenes as the same kind of object, and hide
+# > Use COCO, VOC, YOLO, a plain folder of images or your own source as the same kind of object, and hide
 # > labels so that they stay hidden.
 
 # %%
 #| default_exp data.datasets
 
 # %% [markdown]
-# Whoever brings new data to a detector should not have to write a loader, and unlabelled data should be *just
-# a folder*. Here every source becomes the same kind of object, with two ways to look at image number $i$:
+# New data should not require a new loader, and unlabelled data should be *just a folder*. Here every source
+# becomes the same kind of object. Its item number $i$ is
 #
 # $$
 # \text{ds}[i] = (\text{image}_i,\; B_i \in \mathbb{R}^{N_i \times 4},\; c_i \in \{0,\dots,C-1\}^{N_i},\; g_i \in \{0,1\}^{N_i})
 # $$ {#eq-datasets-sample}
 #
-# $B_i$ are the boxes in pixels (xyxy), $c_i$ their labels, and $g_i$ marks what is to be ignored: crowds,
-# difficult objects. `annotation(i)` gives the same without decoding the image. $N_i = 0$ is normal.
+# where $B_i$ are the boxes in pixels (xyxy), $c_i$ their labels, and $g_i$ marks the boxes to be ignored:
+# crowd regions and difficult objects. `annotation(i)` gives the same without decoding the image. $N_i = 0$ is
+# normal.
 #
-# Whether the labels can be hidden matters as much as whether they can be read. A semi-supervised result is
-# worth nothing if a box of the unlabelled pool leaks into training. `Unlabelled` closes that door at one
-# place.
+# Hiding labels matters as much as reading them. A semi-supervised result is worthless if boxes of the
+# unlabelled pool leak into training. `Unlabelled` prevents that in one place.
 
 # %%
 #| export
@@ -36,52 +36,61 @@ from torch import Tensor
 from semidetr.core import DataError
 from semidetr.data.files import (
     Source,
+    declared_size,
+    is_ignored,
+    label_order,
     load_image,
-    read_coco,
     read_folder,
     read_size,
-    read_voc,
-    read_yolo,
     reason,
 )
+from semidetr.data.formats import read_coco, read_voc, read_yolo
 
 
 # %% [markdown]
-# ## One sample, one protocol
+# ## Samples and data sets
 
 # %%
 #| export
 @dataclass
 class Sample:
-    "One image with what is known about it"
+    "One image with its annotations"
 
     image: Image.Image  # RGB, upright
     image_id: int | str  # as in the annotation file
     boxes: Tensor  # (N,4) xyxy pixels of `image`, float32
     labels: Tensor  # (N,) int64, 0..C-1
     ignore: Tensor  # (N,) bool: crowd or difficult; neither learnt from nor counted
-    path: str | None = None  # file it came from
+    path: str | None = None  # file of the image
 
     @property
     def size(self) -> tuple[int, int]:  # (H, W)
         return self.image.height, self.image.width
 
 
+def no_objects() -> dict:  # boxes (0,4), labels (0,), ignore (0,)
+    "The annotations of an image without objects"
+    empty = dict(labels=torch.zeros(0, dtype=torch.int64), ignore=torch.zeros(0, dtype=torch.bool))
+    return dict(boxes=torch.zeros(0, 4), **empty)
+
+
 class DetectionDataset:
-    "What every data set offers; subclasses write `__getitem__` and `annotation`"
+    "What every data set offers; subclasses define `__getitem__` and `annotation`"
 
     name: str = ''  # shown in reports
     classes: list[str] = []  # label -> name
     ids: list = []  # image ids, in order
-    has_boxes: bool = True  # False: no box is known for any image
+    has_boxes: bool = True  # False: no image has annotations
 
     def __len__(self):
         return len(self.ids)
 
     def __getitem__(self, i: int) -> Sample:
+        "Image `i` with its annotations"
         raise NotImplementedError
 
-    def annotation(self, i: int) -> dict:
+    def annotation(self, i: int) -> dict:  # boxes (N,4) xyxy, labels (N,), ignore (N,), size (H,W)
+        "What is known of image `i` without decoding it"
         raise NotImplementedError
 
     def index_of(self, image_id) -> int:  # position of that image
@@ -90,11 +99,13 @@ class DetectionDataset:
             self._index = {k: n for n, k in enumerate(self.ids)}
         if image_id in self._index:
             return self._index[image_id]
+        first = next(iter(self.ids), None)
         raise DataError(
-            f'{self.name}: no image with id {image_id!r} ({len(self)} images, the first is {next(iter(self.ids), None)!r}); ids are compared with their type'
+            f'{self.name}: no image with id {image_id!r} ({len(self)} images, the first is {first!r}); '
+            'ids are compared with their type'
         )
 
-    def _strip(self):
+    def _strip(self):  # the same images, as far as possible without boxes in memory
         return self
 
     def __repr__(self):
@@ -110,22 +121,19 @@ sample.size
 
 
 # %% [markdown]
-# Two functions work for every data set. The *fingerprint* is stored with splits and runs: if a box, a class
-# or an id changes, it changes, and an old split is refused; if the folder moves, it does not. `coco_dict`
-# feeds the evaluation of @sec-metrics.
+# Two functions work for every data set. The *fingerprint* is stored with splits and runs: it changes if a
+# box, a class or an id changes, and then an old split is refused; it does not change if the folder moves.
+# `coco_dict` is what the evaluation of @sec-metrics reads.
 
 # %%
 #| export
-def _digest(*parts):  # short hex of bytes, arrays and JSON-able things
+def short_hash(
+    *parts,  # arrays, and whatever JSON can hold
+) -> str:  # 16 hex digits
+    "A hash of the content of a data set"
     h = hashlib.sha256()
     for p in parts:
-        h.update(
-            p
-            if isinstance(p, bytes)
-            else p.tobytes()
-            if isinstance(p, np.ndarray)
-            else json.dumps(p).encode()
-        )
+        h.update(p.tobytes() if isinstance(p, np.ndarray) else json.dumps(p).encode())
     return h.hexdigest()[:16]
 
 
@@ -135,7 +143,7 @@ def fingerprint(ds: DetectionDataset) -> str:  # 16 hex digits
     for i, image_id in enumerate(ds.ids):
         a = ds.annotation(i)
         parts += [[image_id, *a['size']], a['boxes'].numpy(), a['labels'].numpy(), a['ignore'].numpy()]
-    return _digest(*parts)
+    return short_hash(*parts)
 
 
 def coco_dict(ds: DetectionDataset) -> dict:  # COCO ground truth; category id = label + 1, iscrowd = ignore
@@ -172,7 +180,7 @@ DetectionDataset.coco_dict = coco_dict
 
 
 # %% [markdown]
-# A data set of one's own needs `ids`, `classes` and two methods; the rest comes with the base class.
+# Your own data set needs `ids`, `classes` and two methods; the base class provides the rest.
 
 # %%
 class Squares(DetectionDataset):
@@ -207,8 +215,8 @@ squares, squares.coco_dict()['annotations'][2]
 # ## Files on disk
 #
 # `_refuse` raises the first error that the rules of @sec-records find. `_pack` turns the annotations into
-# four arrays, sorted by image. So a million boxes stay compact, and a copy for a worker process is cheap.
-# Boxes are clipped to the image; what has no area is left out and counted in `dropped`.
+# four arrays, sorted by image, so that a million boxes take little memory and a copy for a worker process is
+# cheap. Boxes are clipped to the image; boxes without area are left out and counted in `dropped`.
 
 # %%
 #| export
@@ -218,112 +226,91 @@ def _refuse(source):  # the first error, as one line
             raise DataError(f'{f} (semidetr doctor lists all faults)')
 
 
-def _pack(
-    source, index, label
-):  # annotations -> arrays sorted by image, clipped; boxes without area are counted and left out
-    images, anns = source.data['images'], source.data.get('annotations') or []
-    which = np.array([index[a['image_id']] for a in anns], dtype=np.int64)
+def _pack(anns, sizes, index, label):
+    """Arrays of all boxes, clipped and sorted by image; first row of each image; count of boxes without area.
+
+    sizes: (height, width) of each image; index: image id -> position; label: category id -> label"""
+    image = np.array([index[a['image_id']] for a in anns], dtype=np.int64)  # (A,)
     xywh = np.array([a['bbox'] for a in anns], dtype=np.float64).reshape(-1, 4)
-    size = (
-        np.array([(im['width'], im['height']) for im in images], dtype=np.float64)[which].reshape(-1, 2)
-        if len(anns)
-        else np.zeros((0, 2))
-    )
-    xyxy = np.concatenate([xywh[:, :2].clip(0, size), (xywh[:, :2] + xywh[:, 2:]).clip(0, size)], 1).astype(
-        np.float32
-    )
-    keep = (xyxy[:, 2:] > xyxy[:, :2]).all(1)
-    order = np.flatnonzero(keep)[np.argsort(which[keep], kind='stable')]
+    size = np.array([sizes[i][::-1] for i in image], dtype=np.float64).reshape(-1, 2)  # width, height
+    corners = [xywh[:, :2].clip(0, size), (xywh[:, :2] + xywh[:, 2:]).clip(0, size)]
+    boxes = np.concatenate(corners, 1).astype(np.float32)
+    keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    order = np.flatnonzero(keep)[np.argsort(image[keep], kind='stable')]
     area = np.array([a.get('area') or 0 for a in anns], dtype=np.float32)
-    area = np.where(area > 0, area, (xyxy[:, 2:] - xyxy[:, :2]).prod(1))
-    labels = np.array([label[a['category_id']] for a in anns], dtype=np.int64)
-    ignore = np.array(
-        [bool(a.get('iscrowd') or a.get('ignore') or a.get('difficult')) for a in anns], dtype=bool
+    arrays = dict(
+        boxes=boxes,
+        labels=np.array([label[a['category_id']] for a in anns], dtype=np.int64),
+        ignore=np.array([is_ignored(a) for a in anns], dtype=bool),
+        area=np.where(area > 0, area, (boxes[:, 2:] - boxes[:, :2]).prod(1)),
     )
-    starts = np.searchsorted(which[order], np.arange(len(images) + 1))
-    return (
-        dict(boxes=xyxy[order], labels=labels[order], ignore=ignore[order], area=area[order]),
-        starts,
-        int((~keep).sum()),
-    )
+    starts = np.searchsorted(image[order], np.arange(len(sizes) + 1))
+    return {k: v[order] for k, v in arrays.items()}, starts, int((~keep).sum())
 
 
 # %%
 #| export
 class FileDataset(DetectionDataset):
-    "Images in a folder, annotations in memory; images are decoded when asked for, nothing is kept open"
+    "Images in a folder, annotations in memory; images are decoded on access, no file stays open"
 
     def __init__(self, source: Source):
         _refuse(source)
-        data = source.data
+        images, anns = source.data['images'], source.data.get('annotations') or []
         self.name, self.where, self.folder = source.name, source.where, Path(source.folder)
-        self.ids, self.files = [im['id'] for im in data['images']], [im['file_name'] for im in data['images']]
-        self.has_boxes = bool(data.get('annotations'))
-        if self.has_boxes:
-            for im in data['images']:
-                if not (im.get('width') and im.get('height')):
-                    im['height'], im['width'] = self._header(self.folder / im['file_name'], im['id'])
-        self.sizes = [
-            (int(im['height']), int(im['width'])) if im.get('width') and im.get('height') else None
-            for im in data['images']
-        ]
-        cats = sorted(data['categories'], key=lambda c: (isinstance(c['id'], str), c['id']))
+        self.ids, self.files = [im['id'] for im in images], [im['file_name'] for im in images]
+        self.has_boxes = len(anns) > 0
+        sizes = [declared_size(im) for im in images]
+        if self.has_boxes:  # boxes are clipped, so every size must be known
+            sizes = [s or self._read(n, read_size) for n, s in enumerate(sizes)]
+        cats = label_order(source.data['categories'])
         names = [c['name'] for c in cats]
         self.classes = [n if names.count(n) == 1 else f"{n} (id {c['id']})" for n, c in zip(names, cats)]
         self.cat_ids = [c['id'] for c in cats]  # label -> category id of the file
-        self._packed, self._starts, self.dropped = _pack(
-            source, {k: n for n, k in enumerate(self.ids)}, {k: n for n, k in enumerate(self.cat_ids)}
-        )
+        index, label = ({k: n for n, k in enumerate(ids)} for ids in (self.ids, self.cat_ids))
+        self._packed, self._starts, self.dropped = _pack(anns, sizes, index, label)
+        self.sizes = [(int(s[0]), int(s[1])) if s else None for s in sizes]
 
-    def _header(self, path, image_id):
+    def _read(self, n, read, *args):  # `load_image` or `read_size` of file number n; a DataError names it
+        path = self.folder / self.files[n]
         try:
-            return read_size(path)
+            return read(path, *args)
         except Exception as e:
             raise DataError(
-                f'{path}: image {image_id!r} cannot be read ({reason(e)}); restore the file or delete its entry'
+                f'{path}: image {self.ids[n]!r} cannot be read ({reason(e)}); '
+                f'restore the file, or delete its entry from {self.where}'
             ) from None
 
-    def annotation(self, i: int) -> dict:  # boxes (N,4) xyxy, labels (N,), ignore (N,), area (N,), size (H,W)
+    def annotation(self, i: int) -> dict:  # boxes (N,4) xyxy; labels, ignore, area (N,); size (H,W)
         "What the file says about image `i`, without decoding it"
         n = range(len(self))[i]
-        size = self.sizes[n] or self._header(self.folder / self.files[n], self.ids[n])
+        size = self.sizes[n] or self._read(n, read_size)
         rows = slice(self._starts[n], self._starts[n + 1])
         return {k: torch.from_numpy(v[rows].copy()) for k, v in self._packed.items()} | dict(size=size)
 
     def __getitem__(self, i: int) -> Sample:
         n = range(len(self))[i]
         path, image_id, size = self.folder / self.files[n], self.ids[n], self.sizes[n]
-        try:
-            image = load_image(path, size)
-        except Exception as e:
+        image = self._read(n, load_image, size)
+        if size and (image.height, image.width) != size:
             raise DataError(
-                f'{path}: image {image_id!r} cannot be read ({reason(e)}); restore the file, or delete its entry from {self.where}'
-            ) from None
-        if size and (image.height, image.width) != tuple(size):
-            raise DataError(
-                f'{path}: image {image_id!r} is {image.height}x{image.width}, but {self.where} says {size[0]}x{size[1]} (height x width); its boxes would be wrong: correct the entry or restore the image'
+                f'{path}: image {image_id!r} is {image.height}x{image.width}, but {self.where} says '
+                f'{size[0]}x{size[1]} (height x width); its boxes would be wrong: '
+                'correct the entry or restore the image'
             )
-        a = self.annotation(n) if size else dict(zip(('boxes', 'labels', 'ignore'), _nothing()))
+        a = self.annotation(n) if size else no_objects()
         return Sample(image, image_id, a['boxes'], a['labels'], a['ignore'], str(path))
 
-    def _strip(self):  # the same images; the boxes are not even in memory
+    def _strip(self):
         ds = copy.copy(self)
-        ds._packed, ds._starts, ds.has_boxes = (
-            {k: v[:0] for k, v in self._packed.items()},
-            np.zeros_like(self._starts),
-            False,
-        )
+        ds._packed = {k: v[:0] for k, v in self._packed.items()}
+        ds._starts, ds.has_boxes = np.zeros_like(self._starts), False
         return ds
-
-
-def _nothing():
-    return torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool)
 
 
 # %%
 #| export
 class CocoDataset(FileDataset):
-    "COCO instances; category ids may have gaps (`cat_ids` keeps them), crowd boxes are marked to be ignored"
+    "COCO instances; category ids may have gaps (`cat_ids` keeps them), crowd regions are to be ignored"
 
     def __init__(self, json_path, image_dir=None):
         super().__init__(read_coco(json_path, image_dir))
@@ -352,7 +339,6 @@ class ImageFolder(FileDataset):
 
 # %%
 import tempfile
-import matplotlib.pyplot as plt
 from semidetr.draw import image_grid
 
 # %%
@@ -383,7 +369,7 @@ assert toy[1].ignore.tolist() == [True] and toy.dropped == 1 and len(toy[2].boxe
 toy, toy.annotation(0)
 
 # %% [markdown]
-# A fault that cannot be handled stops here, not after a night of training:
+# A fault that cannot be handled stops the program here, not after a night of training:
 
 # %%
 typo = json.loads(json.dumps(truth))
@@ -393,23 +379,23 @@ try:
     CocoDataset(root / 'typo.json')
 except DataError as e:
     refusal = str(e).replace(f'{root}/', '')
-assert 'annotation 1 of image 7' in refusal and 'known: 90, 18' in refusal
+assert 'annotation 1 of image 7' in refusal and '(known: 90, 18)' in refusal
 refusal
 
 # %%
 import pickle
 
 # %%
-twin = pickle.loads(pickle.dumps(toy))  # what a worker process gets: no open file, no decoded image
-assert twin.fingerprint() == toy.fingerprint() and twin[0].image.tobytes() == toy[0].image.tobytes()
+copied = pickle.loads(pickle.dumps(toy))  # what a worker process gets: no open file, no decoded image
+assert copied.fingerprint() == toy.fingerprint() and copied[0].image.tobytes() == toy[0].image.tobytes()
 len(pickle.dumps(toy))
 
 
 # %% [markdown]
 # ## Parts of a data set
 #
-# `Subset` picks images. `Unlabelled` strips the boxes: of an annotated file it keeps a copy whose arrays are
-# empty, so that the boxes are not in memory either. The hidden truth is read by the health monitor alone,
+# `Subset` selects images. `Unlabelled` removes the boxes: of an annotated file it keeps a copy with empty
+# arrays, so that the boxes are not even in memory. Only the health monitor reads the hidden ground truth,
 # from the original object and by image id.
 
 # %%
@@ -419,7 +405,7 @@ class Subset(DetectionDataset):
 
     def __init__(
         self,
-        ds: DetectionDataset,  # whole
+        ds: DetectionDataset,  # the whole data set
         indices,  # positions in it
     ):
         n = len(ds)
@@ -427,7 +413,8 @@ class Subset(DetectionDataset):
         wrong = [i for i in self.indices if not 0 <= i < n]
         if wrong:
             raise DataError(
-                f'{ds.name}: index {wrong[0]} does not exist ({n} images); was the split made for another data set?'
+                f'{ds.name}: index {wrong[0]} does not exist ({n} images); '
+                'was the split made for another data set?'
             )
         self.name, self.classes, self.has_boxes = ds.name, ds.classes, ds.has_boxes
         self.ids = [ds.ids[i] for i in self.indices]
@@ -443,13 +430,13 @@ class Subset(DetectionDataset):
 
 
 class Unlabelled(DetectionDataset):
-    "The same images without a single box: what a training step sees of the unlabelled pool"
+    "The same images without any box: what a training step gets of the unlabelled pool"
 
     has_boxes = False
 
     def __init__(
         self,
-        ds: DetectionDataset,  # may know boxes; none of them comes through
+        ds: DetectionDataset,  # may have boxes; none of them is passed on
         indices=None,  # positions in it; None: all
     ):
         self._ds = (ds if indices is None else Subset(ds, indices))._strip()
@@ -457,20 +444,16 @@ class Unlabelled(DetectionDataset):
 
     def __getitem__(self, i):
         s = self._ds[i]
-        return Sample(s.image, s.image_id, *_nothing(), s.path)
+        return Sample(s.image, s.image_id, **no_objects(), path=s.path)
 
     def annotation(self, i):
-        return dict(
-            zip(('boxes', 'labels', 'ignore'), _nothing()),
-            area=torch.zeros(0),
-            size=self._ds.annotation(i)['size'],
-        )
+        return dict(no_objects(), area=torch.zeros(0), size=self._ds.annotation(i)['size'])
 
 
 # %%
 #| export
 class Joined(DetectionDataset):
-    "Several data sets one after another; where two share an image id, the later one's becomes 'k/id'"
+    "Several data sets one after another; if two share an image id, that of data set k becomes 'k/id'"
 
     def __init__(
         self,
@@ -478,11 +461,12 @@ class Joined(DetectionDataset):
     ):
         self.parts, self.name, self.classes = list(parts), '+'.join(p.name for p in parts), parts[0].classes
         self.has_boxes = all(p.has_boxes for p in parts)
-        self._at, self.ids, seen = [(k, i) for k, p in enumerate(parts) for i in range(len(p))], [], set()
+        self._at = [(k, i) for k, p in enumerate(parts) for i in range(len(p))]
+        self.ids, used = [], set()
         for k, i in self._at:
-            x = parts[k].ids[i]
-            self.ids.append(f'{k}/{x}' if x in seen else x)
-            seen.add(self.ids[-1])
+            image_id = parts[k].ids[i]
+            self.ids.append(f'{k}/{image_id}' if image_id in used else image_id)
+            used.add(self.ids[-1])
 
     def __getitem__(self, i):
         k, n = self._at[i]
@@ -499,12 +483,8 @@ class Joined(DetectionDataset):
 
 # %%
 both = Joined([Unlabelled(toy), Unlabelled(toy, [1])])
-assert (
-    both.ids[-1] == '1/3'
-    and len(set(both.ids)) == len(both)
-    and both[len(both) - 1].image.tobytes() == toy[1].image.tobytes()
-    and not both.has_boxes
-)
+assert both.ids[-1] == '1/3' and len(set(both.ids)) == len(both) and not both.has_boxes
+assert both[len(both) - 1].image.tobytes() == toy[1].image.tobytes()
 both.ids
 
 # %%
@@ -516,27 +496,25 @@ hidden[1].boxes.shape
 
 # %%
 #| label: fig-datasets-same
-#| fig-cap: "A data set and its unlabelled twin give the same image; only the boxes differ."
+#| fig-cap: "A data set and its unlabelled counterpart give the same image; only the boxes differ."
 #| fig-alt: "The same small image twice: with two green boxes, and without boxes."
 shown = [toy[0], hidden[1]]
-fig = image_grid(
-    [s.image for s in shown], [s.boxes for s in shown], titles=['toy', 'Unlabelled(toy)'], ncols=2
-)
-fig
+titles = ['toy', 'Unlabelled(toy)']
+image_grid([s.image for s in shown], [s.boxes for s in shown], titles=titles, ncols=2)
 
 # %% [markdown]
 # ## Summary
 #
 # * Every format becomes a `DetectionDataset`: `ds[i]` decodes, `annotation(i)` does not.
 # * Labels are contiguous from 0; category ids with gaps stay in `cat_ids`.
-# * Errors of the annotations stop loading in one line; clipped and dropped boxes are counted.
+# * Errors in the annotations stop loading with a message of one line; dropped boxes are counted.
 # * The fingerprint ties splits and runs to the content of the data.
 # * `Unlabelled` gives images and sizes, and nothing else.
 #
 # ## Exercises
 #
-# 1. Write a `DetectionDataset` for a CSV file with one box a line. Which of the checks of @sec-records do you
-#    get for free if you build a `Source` instead?
+# 1. Write a `DetectionDataset` for a CSV file with one box per line. Which of the checks of @sec-records do
+#    you get for free if you build a `Source` instead?
 # 2. `Unlabelled` still gives the path of the file. Could a training step use it to cheat? Where would you
-#    forbid that?
+#    prevent that?
 # 3. Why does the fingerprint of a `Subset` depend on the order of its indices, and should it?

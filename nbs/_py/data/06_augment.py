@@ -1,20 +1,16 @@
 # %% [markdown]
 # # Views: one image, three augmentations, one matrix each {#sec-augment}
 #
-# > Turn a sample into a labelled, weak or strong view, and carry any box between two views of the same image.
+# > Turn a sample into a labelled, weak or strong view, and map any box between two views of the same image.
 #
-# A teacher looks at an easy version of an image and a student at a hard one. What the teacher says is in
-# *its* pixels; the student needs it in its own. So each view keeps the 3x3 matrix from the original image to
-# itself, and the way from teacher to student is a product of two matrices. If a matrix is wrong by a few
-# pixels, nothing crashes: the pseudo labels are just slightly beside every object, and small objects are
-# lost. That is why this chapter tests matrices by drawing a marker and looking for it.
+# The teacher gets a weakly augmented image and the student a strongly augmented one. The teacher's boxes are
+# in the pixels of *its* view; the student needs them in its own. So each view keeps the 3x3 matrix that maps
+# the original image to it, and the map from teacher to student is a product of two matrices. If a matrix is
+# wrong by a few pixels, nothing crashes: the pseudo labels are slightly misplaced, and small objects are
+# missed. That is why this chapter tests matrices by drawing a marker and locating it in the view.
 
 # %%
 #| default_exp data.augment
-
-# %%
-#| hide
-from nbdev.showdoc import show_doc
 
 # %%
 #| export
@@ -31,7 +27,7 @@ from semidetr.core import ConfigError, stable_hash, suggest
 
 
 # %% [markdown]
-# ## What may happen to an image
+# ## The settings
 #
 # The constants are those of the method's training pipeline. Sizes are meant to be changed:
 # `scaled_views(320)` gives the same *relative* sizes (0.6 to 1.0 of the evaluation size in eleven steps, long
@@ -47,14 +43,14 @@ class ViewConfig:
     max_side: int = 1333  # the long side never exceeds this
     min_side: int = 32  # no side is made shorter than this: a very long image is stretched instead
     eval_short: int = 800  # short side in evaluation
-    mean: tuple = (0.485, 0.456, 0.406)  # of RGB in [0,1]; the backbone says which
-    std: tuple = (0.229, 0.224, 0.225)
+    mean: tuple = (0.485, 0.456, 0.406)  # of RGB in [0,1], as the backbone expects
+    std: tuple = (0.229, 0.224, 0.225)  # likewise
     flip: float = 0.5  # probability of a horizontal flip
-    fill: int = 125  # grey of uncovered and erased pixels
+    fill: int = 125  # grey level of uncovered and erased pixels
     translate: float = 0.1  # at most this share of the side
     rotate: float = 30.0  # at most, degrees
     shear: float = 30.0  # at most, "degrees" through tanh
-    erase_patches: tuple = (1, 4)  # fewest and most erased patches; (0, 0) = none
+    erase_patches: tuple = (1, 4)  # fewest and most erased patches; (0, 0): none
     erase_side: float = 0.2  # a patch is at most this share of either side
     min_box: float = 1.0  # boxes whose shorter side is not above this after the transform are dropped, pixels
     pad_multiple: int = 1  # batches are padded to a multiple of this
@@ -90,15 +86,11 @@ def scaled_views(
     **other,  # any field of `ViewConfig`
 ) -> ViewConfig:
     "The sizes of the COCO setting, scaled to smaller images"
-    low = round(eval_short * smallest)
-    sides = (
-        sorted({round(low + (eval_short - low) * k / max(1, steps - 1)) for k in range(steps)})
-        if steps > 1
-        else [eval_short]
-    )
-    return ViewConfig(
-        **{**dict(short_sides=sides, eval_short=eval_short, max_side=math.ceil(eval_short * 5 / 3)), **other}
-    )
+    low, sides = round(eval_short * smallest), [eval_short]
+    if steps > 1:
+        sides = sorted({round(low + (eval_short - low) * k / (steps - 1)) for k in range(steps)})
+    sizes = dict(short_sides=sides, eval_short=eval_short, max_side=math.ceil(eval_short * 5 / 3))
+    return ViewConfig(**{**sizes, **other})
 
 
 # %%
@@ -106,11 +98,11 @@ assert scaled_views(800).short_sides == ViewConfig().short_sides
 scaled_views(96, smallest=0.75, steps=4)
 
 # %% [markdown]
-# ## Chance first, pixels later
+# ## Draw the operations first
 #
-# A view is made in two steps: `draw_ops` decides *what* to do, from nothing but a seed, and `render` does it.
-# So a view can be repeated exactly, frequencies can be counted over thousands of seeds without touching a
-# pixel, and no global random generator is consumed: resuming a run cannot be disturbed by it.
+# A view is made in two steps: `draw_ops` draws the operations from a seed alone, and `render` applies them.
+# So a view can be reproduced exactly, frequencies can be counted over thousands of seeds without touching a
+# pixel, and no global random generator is used, which keeps resumed runs reproducible.
 #
 # | view | operations |
 # |---|---|
@@ -143,7 +135,7 @@ def color_value(
     name: str,  # one of COLOR_OPS
     mu: int,  # magnitude, 1..9
 ):  # threshold (solarize), bits (posterize), factor (color, contrast, brightness, sharpness), or None
-    "What a magnitude means for a colour operation"
+    "The parameter of a colour operation at a magnitude"
     if name == 'solarize':
         return min(int(25.6 * mu), 255)
     if name == 'posterize':
@@ -169,14 +161,12 @@ def draw_ops(
     seed: int,  # the same seed gives the same operations; different kinds are independent
     cfg: ViewConfig,
 ) -> tuple:  # of (name, value)
-    "Decide what happens to an image, without the image"
+    "Draw the operations of a view, without the image"
     if kind not in VIEW_KINDS:
         raise ConfigError(f"view '{kind}' is unknown; {suggest(kind, VIEW_KINDS)}")
     if kind == 'eval':
         return (('resize', cfg.eval_short),)
-    r = random.Random(
-        stable_hash(kind, int(seed))
-    ).random  # only random(): its sequence is fixed across Python versions
+    r = random.Random(stable_hash(kind, int(seed))).random  # its sequence is the same in all Python versions
     ops = [('resize', cfg.short_sides[int(r() * len(cfg.short_sides))])]
     if r() < cfg.flip:
         ops.append(('flip', None))
@@ -212,12 +202,12 @@ share
 # $$ A_{resize}=\operatorname{diag}(s_x,s_y,1),\qquad A_{flip}:x\mapsto W-x,\qquad A_{rotate}=T(\tfrac W2,\tfrac H2)\,R(\varphi)\,T(-\tfrac W2,-\tfrac H2),\qquad A_{shear}=\begin{bmatrix}1&0&0\\ b&1&0\\ 0&0&1\end{bmatrix}\begin{bmatrix}1&a&0\\ 0&1&0\\ 0&0&1\end{bmatrix} $$ {#eq-augment-ops}
 #
 # and the view's matrix is built by multiplying from the left, one operation after the other:
-# $M\leftarrow A_{op}\,M$. Colour operations and erasing leave $M$ and the boxes alone.
+# $M\leftarrow A_{op}\,M$. Colour operations and erasing change neither $M$ nor the boxes.
 #
 # **Paper vs. code.** The published code rotates about $((W-1)/2,(H-1)/2)$ in pixel *indices*, which is the
 # image centre in continuous coordinates; the picture is the same, but its recorded matrix treats indices and
-# box corners as one system and so is off by up to half a pixel. Ours is exact. Like there, the shear's fixed
-# point is the top left corner and the canvas keeps its size.
+# box corners as one system and so is off by up to half a pixel. The matrix here is exact. As in the published
+# code, the fixed point of the shear is the top left corner and the canvas keeps its size.
 
 # %%
 #| export
@@ -226,7 +216,7 @@ def resize_to(
     short: int,  # wanted short side
     cfg: ViewConfig,
 ):  # (H, W)
-    "Size that keeps the ratio, with the short side as wanted, the long side within max_side, no side below min_side"
+    "Size with the wanted short side and the same ratio; long side within max_side, no side below min_side"
     h, w = size
     s = min(short / min(h, w), cfg.max_side / max(h, w))
     return max(cfg.min_side, int(h * s + 0.5)), max(cfg.min_side, int(w * s + 0.5))
@@ -238,7 +228,7 @@ def op_matrix(
     size,  # (H, W) of the image it is applied to
     cfg: ViewConfig,
 ) -> np.ndarray:  # (3,3) float64, pixels before -> pixels after
-    "The matrix of one operation"
+    "The matrix of one operation (@eq-augment-ops)"
     (h, w), m = size, np.eye(3)
     if name == 'resize':
         nh, nw = resize_to(size, value, cfg)
@@ -261,17 +251,16 @@ def op_matrix(
 # %%
 resized = op_matrix('resize', 96, (100, 200), scaled_views(96))
 flipped = op_matrix('flip', None, (96, 160), ViewConfig())
-assert resize_to((100, 200), 96, scaled_views(96)) == (80, 160), 'the long side rules'
+assert resize_to((100, 200), 96, scaled_views(96)) == (80, 160), 'the long side is the limit'
 assert resize_to((20, 1000), 96, scaled_views(96)) == (32, 160), 'stretched, not shrunk to three pixels'
 flipped @ resized
 
 # %% [markdown]
 # ## Pixels
 #
-# Everything happens on 8-bit pixels; the last step alone makes floats. Resizing uses torchvision's 8-bit
-# kernel with antialiasing, colours and warps go through Pillow, where they are two to five times faster on
-# one thread. A warp samples at pixel centres with the inverse matrix, which is the convention of
-# @eq-augment-ops.
+# All operations work on 8-bit pixels; only the last step converts to floats. Resizing uses torchvision's
+# 8-bit kernel with antialiasing; colours and warps use Pillow, where they are two to five times faster on one
+# thread. A warp samples at pixel centres with the inverse matrix, which is the convention of @eq-augment-ops.
 
 # %%
 #| export
@@ -304,7 +293,7 @@ def _warp(image, matrix, fill):
 
 
 def _erase(x, patches, fill):
-    "Overwrite patches (share of either side, relative position) with grey"
+    "Overwrite patches (share of both sides, relative position) with grey"
     h, w = x.shape[-2:]
     for r, v, u in patches:
         ph, pw = int(r * h), int(r * w)
@@ -315,11 +304,11 @@ def _erase(x, patches, fill):
 
 def apply_op(
     image,  # PIL image or uint8 tensor (3,H,W)
-    name: str,
-    value,  # operation, as drawn
+    name: str,  # operation
+    value,  # its drawn value
     cfg: ViewConfig,
 ):  # PIL image or uint8 tensor
-    "Do one operation to the pixels"
+    "Apply one operation to the pixels"
     if name == 'identity':
         return image
     if name in _COLOR:
@@ -328,46 +317,46 @@ def apply_op(
         return _warp(_pil(image), op_matrix(name, value, F.get_size(image), cfg), cfg.fill)
     if name == 'resize':
         return F.resize(_tensor(image), list(resize_to(F.get_size(image), value, cfg)), antialias=True)
-    return F.horizontal_flip(_tensor(image)) if name == 'flip' else _erase(_tensor(image), value, cfg.fill)
+    if name == 'flip':
+        return F.horizontal_flip(_tensor(image))
+    return _erase(_tensor(image), value, cfg.fill)
 
 
 # %% [markdown]
 # ## The view
 #
-# A box is carried by its four corners, their hull is taken and clamped to the view (@sec-boxes). What is left
-# of a box that was pushed over the edge may be a sliver.
+# A box is mapped by its four corners; their hull is clamped to the view (@sec-boxes). What remains of a box
+# that was moved over the edge may be a sliver.
 #
-# **Paper vs. code.** The published pipeline keeps boxes that collapsed to zero size; matching must then
-# explain objects that are not there. Here boxes whose shorter side is not above `min_box` pixels are dropped,
-# and their labels with them. `min_box=-1` keeps all.
+# **Paper vs. code.** The published pipeline keeps boxes that collapsed to zero size; matching then assigns
+# queries to objects that are not there. Here boxes whose shorter side is not above `min_box` pixels are
+# dropped together with their labels. `min_box=-1` keeps all.
 
 # %%
 #| export
 @dataclass
 class View:
-    "An image as a network sees it, with the way there"
+    "An augmented image with its boxes and the matrix that leads to it"
 
-    image: Tensor  # (3,H,W) float32, normalised; uint8 when raw
+    image: Tensor  # (3,H,W) float32, normalised; uint8 if raw
     boxes: Tensor  # (N,4) xyxy pixels of the view
     labels: Tensor  # (N,) int64
     matrix: Tensor  # (3,3) float64, original pixels -> view pixels
     size: tuple  # (H, W) of the view
     image_id: int | str
     orig_size: tuple  # (H, W) of the original image
-    ops: tuple = ()  # (name, value) in the order they were done
+    ops: tuple = ()  # (name, value) in the order they were applied
 
 
 def normalize_image(
     image: Tensor,  # (..., 3, H, W) uint8
     cfg: ViewConfig,
 ) -> Tensor:  # float32, the same shape
-    "8-bit pixels to what the backbone expects"
-    mean, std = (
-        torch.tensor(v, dtype=torch.float32, device=image.device)[:, None, None] for v in (cfg.mean, cfg.std)
-    )
-    return (
-        image.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / (255 * std)).sub_(mean / std)
-    )
+    "8-bit pixels to what the backbone expects: (x/255 - mean) / std"
+    mean = torch.tensor(cfg.mean, dtype=torch.float32, device=image.device)[:, None, None]
+    std = torch.tensor(cfg.std, dtype=torch.float32, device=image.device)[:, None, None]
+    x = image.to(torch.float32, memory_format=torch.contiguous_format)
+    return x.mul_(1 / (255 * std)).sub_(mean / std)
 
 
 # %%
@@ -378,51 +367,51 @@ def render(
     cfg: ViewConfig,
     raw: bool = False,  # leave the image as uint8, to be normalised later
 ) -> View:
-    "Do the operations to a sample and its boxes; boxes marked ignore never reach a view"
+    "Apply operations to a sample and its boxes; boxes marked ignore never reach a view"
     image = sample.image if sample.image.mode == 'RGB' else sample.image.convert('RGB')
-    orig, matrix = tuple(F.get_size(image)), np.eye(3)
+    orig_size, matrix = tuple(F.get_size(image)), np.eye(3)
     for name, value in ops:
         matrix = op_matrix(name, value, F.get_size(image), cfg) @ matrix
         image = apply_op(image, name, value, cfg)
     image, matrix = _tensor(image), torch.from_numpy(matrix)
-    size, real = tuple(image.shape[-2:]), ~sample.ignore
-    boxes, keep = transform_boxes(sample.boxes[real], matrix, size, min_side=cfg.min_box)
-    return View(
-        image if raw else normalize_image(image, cfg),
-        boxes[keep],
-        sample.labels[real][keep],
-        matrix,
-        size,
-        sample.image_id,
-        orig,
-        tuple(ops),
-    )
+    size, counts = tuple(image.shape[-2:]), ~sample.ignore
+    boxes, keep = transform_boxes(sample.boxes[counts], matrix, size, min_side=cfg.min_box)
+    labels = sample.labels[counts][keep]
+    if not raw:
+        image = normalize_image(image, cfg)
+    return View(image, boxes[keep], labels, matrix, size, sample.image_id, orig_size, tuple(ops))
 
 
-def labelled_view(sample, cfg: ViewConfig, seed: int, raw: bool = False) -> View:
+def labelled_view(
+    sample,  # as for `render`
+    cfg: ViewConfig,
+    seed: int,  # as for `draw_ops`
+    raw: bool = False,  # leave the image as uint8, to be normalised later
+) -> View:
     "Resize, flip, one colour operation: for images whose labels are used"
     return render(sample, draw_ops('labelled', seed, cfg), cfg, raw)
 
 
 def weak_view(sample, cfg: ViewConfig, seed: int, raw: bool = False) -> View:
-    "Resize and flip: what the teacher sees"
+    "Resize and flip: the teacher's input; parameters as for `labelled_view`"
     return render(sample, draw_ops('weak', seed, cfg), cfg, raw)
 
 
 def strong_view(sample, cfg: ViewConfig, seed: int, raw: bool = False) -> View:
-    "Resize, flip, colour, geometry, erasing: what the student sees"
+    "Resize, flip, colour, geometry, erasing: the student's input; parameters as for `labelled_view`"
     return render(sample, draw_ops('strong', seed, cfg), cfg, raw)
 
 
 def eval_view(sample, cfg: ViewConfig, raw: bool = False) -> View:
-    "Resize only"
+    "Resize only; parameters as for `labelled_view`"
     return render(sample, draw_ops('eval', 0, cfg), cfg, raw)
 
 
 # %% [markdown]
 # ## From teacher to student
 #
-# With $M_t$ the weak view's matrix and $M_s$ the strong one's, a teacher's box goes to the student by
+# With $M_t$ the matrix of the weak view and $M_s$ that of the strong one, a teacher's box is mapped to the
+# student's view by
 #
 # $$ M = M_s\,M_t^{-1}. $$ {#eq-augment-transport}
 
@@ -432,12 +421,13 @@ def between_views(
     source: Tensor,  # (3,3) original -> source view
     target: Tensor,  # (3,3) original -> target view
 ) -> Tensor:  # (3,3) float64, source view pixels -> target view pixels
-    "The way from one view of an image to another (@eq-augment-transport)"
+    "The map from one view of an image to another (@eq-augment-transport)"
     return target.double() @ torch.linalg.inv(source.double())
 
 
 # %% [markdown]
-# A hundred-pixel image with one box, checked by hand: flipping sends $(10,20,30,40)$ to $(70,20,90,40)$.
+# An image of 100 x 100 pixels with one box, checked by hand: flipping maps $(10,20,30,40)$ to
+# $(70,20,90,40)$.
 
 # %%
 #| hide
@@ -445,27 +435,23 @@ from types import SimpleNamespace
 
 
 # %%
-def toy_sample(image, boxes, labels=None):
-    "The fields of a sample that a view needs"
+def toy_sample(image, boxes):
+    "The fields of a sample that a view needs; all labels are 0"
     boxes = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-    labels = torch.zeros(len(boxes), dtype=torch.long) if labels is None else torch.as_tensor(labels)
-    return SimpleNamespace(
-        image=image, boxes=boxes, labels=labels, ignore=torch.zeros(len(boxes), dtype=torch.bool), image_id=7
-    )
+    labels, ignore = (torch.zeros(len(boxes), dtype=t) for t in (torch.long, torch.bool))
+    return SimpleNamespace(image=image, boxes=boxes, labels=labels, ignore=ignore, image_id=7)
 
 
 hundred = toy_sample(Image.new('RGB', (100, 100), (125,) * 3), [[10, 20, 30, 40]])
 mirror = render(hundred, [('flip', None)], ViewConfig())
 assert mirror.boxes.tolist() == [[70, 20, 90, 40]]
 gone = render(hundred, [('translate_x', -0.5)], ViewConfig())
-assert gone.boxes.shape == (0, 4) and gone.labels.shape == (0,), (
-    'pushed over the edge: the box and its label are dropped'
-)
+assert gone.boxes.shape == (0, 4) and gone.labels.shape == (0,), 'over the edge: box and label are dropped'
 mirror.boxes, gone.boxes
 
 # %% [markdown]
-# The same photograph with digits through all three views. In @fig-augment-views each green box was carried by
-# the view's matrix alone; nobody looked at the pixels.
+# The same photograph with digits in all three kinds of views. In @fig-augment-views each green box was mapped
+# by the view's matrix alone; the pixels played no part.
 
 # %%
 #| hide
@@ -475,7 +461,7 @@ from semidetr.draw import draw_boxes, show_image
 
 # %%
 #| label: fig-augment-views
-#| fig-cap: "Boxes stay on their objects through size, flip, colour, rotation, shear and erasing, because each view knows its matrix. Columns: original, labelled, weak, and two strong views."
+#| fig-cap: "Boxes stay on their objects through resizing, flip, colour, rotation, shear and erasing, because each view records its matrix. Columns: original, labelled, weak, and two strong views."
 #| fig-alt: "Two rows of five pictures of digits on a photograph; green boxes sit on the same digits in each."
 
 scenes, small = DigitsScenes('train', n=50, size=160), scaled_views(160, smallest=0.75)
@@ -495,15 +481,16 @@ plt.show()
 
 
 # %% [markdown]
-# ## Is the matrix true?
+# ## Is the matrix right?
 #
-# Draw a bright marker at a known pixel, make a strong view, look for the marker's centre in the pixels, and
-# compare with what the matrix says. @fig-augment-marker does so for each geometric operation; the tests do it
-# for every operation and for random chains, and ask for one pixel (they get a tenth).
+# Draw a bright marker at a known pixel, make a view, locate the centre of the marker in its pixels, and
+# compare it with the position that the matrix predicts. @fig-augment-marker does so for each geometric
+# operation; the tests do it for every operation and for random chains, and require an error below one pixel
+# (it is about a tenth).
 
 # %%
 #| label: fig-augment-marker
-#| fig-cap: "The matrix knows where the marker went: the cross is computed from the matrix, the white square was moved by the image operation. The largest distance over all pictures is far below one pixel."
+#| fig-cap: "The matrix predicts the position of the marker: the cross is computed from the matrix, the white square was moved by the image operation. The largest distance over all pictures is far below one pixel."
 #| fig-alt: "Six pictures with a white square on grey, each with an orange cross at the centre of the square."
 def find_marker(image):
     "Centre of the white square in a grey image"
@@ -514,46 +501,44 @@ def find_marker(image):
 
 grey = np.full((60, 80, 3), 125, np.uint8)
 grey[18:27, 40:49] = 255  # its centre is (44.5, 22.5)
-marked, misses = toy_sample(Image.fromarray(grey), []), []
+marked, errors = toy_sample(Image.fromarray(grey), []), []
+one_each = [
+    ('resize', 48),
+    ('flip', None),
+    ('translate_x', 0.1),
+    ('translate_y', -0.07),
+    ('rotate', 25.0),
+    ('shear', (0.3, -0.2)),
+]
 fig, axes = plt.subplots(1, 6, figsize=(6, 1.2), dpi=80)
-for ax, op in zip(
-    axes,
-    (
-        ('resize', 48),
-        ('flip', None),
-        ('translate_x', 0.1),
-        ('translate_y', -0.07),
-        ('rotate', 25.0),
-        ('shear', (0.3, -0.2)),
-    ),
-):
+for ax, op in zip(axes, one_each):
     v = render(marked, [op], replace(small, max_side=200), raw=True)
-    told = (v.matrix @ torch.tensor([44.5, 22.5, 1.0]).double())[:2]
-    misses.append((find_marker(v.image) - told).abs().max().item())
+    predicted = (v.matrix @ torch.tensor([44.5, 22.5, 1.0]).double())[:2]
+    errors.append((find_marker(v.image) - predicted).abs().max().item())
     show_image(ax, v.image)
-    ax.plot(*(told - 0.5), '+', color='#ff7f0e', ms=14)
+    ax.plot(*predicted, '+', color='#ff7f0e', ms=14)
     ax.set_title(op[0], fontsize=7)
 plt.tight_layout(pad=0.3)
 plt.show()
-assert max(misses) < 0.1
-print(f'largest miss: {max(misses):.3f} pixels')
+assert max(errors) < 0.1
+print(f'largest error: {max(errors):.3f} pixels')
 
 # %% [markdown]
 # ## Summary
 #
-# * A view is a pure function of (sample, configuration, seed); the choice of operations needs no image and is
-#   recorded in `View.ops`.
+# * A view is a pure function of (sample, configuration, seed); drawing the operations needs no image, and
+#   they are recorded in `View.ops`.
 # * Labelled: resize, flip, colour. Weak: resize, flip. Strong: resize, flip, colour and geometry in random
 #   order, erasing.
-# * Every operation has a 3x3 matrix in continuous pixel coordinates; the view's matrix is their product from
-#   the left.
+# * Every operation has a 3x3 matrix in continuous pixel coordinates; the view's matrix is their product, the
+#   last operation leftmost.
 # * Teacher to student is $M_s M_t^{-1}$; boxes that become slivers are dropped with their labels.
 # * Sizes are fields of `ViewConfig`; `scaled_views(n)` fits them to small images.
 #
 # ## Exercises
 #
 # 1. Rotate by 30 degrees and back. Why is the box larger than before, and by how much for a square?
-# 2. Replace the flip's $W-x$ by $W-1-x$, the formula for pixel indices, and look at the marker test. How
-#    large is the error for a box of 8 pixels, as a share of its side?
-# 3. Erasing may hide an object completely, but its box stays. For which of the two branches does that matter
+# 2. Replace the flip's $W-x$ by $W-1-x$, the formula for pixel indices, and repeat the marker test. How large
+#    is the error for a box of 8 pixels, as a share of its side?
+# 3. Erasing may hide an object completely, but its box stays. For which of the two networks does that matter
 #    more, and why may it still help?

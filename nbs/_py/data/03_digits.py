@@ -1,16 +1,16 @@
 # %% [markdown]
 # # Digits scenes {#sec-digits}
 #
-# > Use a detection task that needs no download, costs about a millisecond a scene, and never shows the same
+# > Use a detection task that needs no download, costs about a millisecond per scene, and never shows the same
 # > digit or the same patch of background in two splits.
 
 # %%
 #| default_exp data.digits
 
 # %% [markdown]
-# A book that runs everywhere needs a task that is always there: real enough that a detector must localise and
-# classify, small enough that it learns within minutes on two cores. Handwritten digits on photographs are
-# such a task, and both lie inside packages that are installed anyway. Nothing is downloaded.
+# A book that runs everywhere needs a task that is always available: real enough that a detector must localise
+# and classify, small enough that it learns within minutes on two cores. Handwritten digits on photographs are
+# such a task, and both come with packages that are installed anyway. Nothing is downloaded.
 #
 # Scene $i$ of a split $s$ is a pure function
 #
@@ -21,8 +21,8 @@
 # with $h$ the stable hash of @sec-core. The order of access, the number of workers and the length of the data
 # set do not matter.
 #
-# What matters is what the splits share. If a glyph or a patch of background occurs in both training and
-# validation, a model may remember instead of see. Here they share neither.
+# What the splits share does matter. If a glyph or a patch of background occurs in both training and
+# validation, a model may memorise it. Here they share neither.
 
 # %%
 #| export
@@ -34,57 +34,50 @@ import numpy as np
 import torch
 from PIL import Image
 from semidetr.core import DataError, stable_hash
-from semidetr.data.datasets import DetectionDataset, Sample, _digest
+from semidetr.data.datasets import DetectionDataset, Sample, short_hash
 
 # %% [markdown]
-# ## Parts that never meet
+# ## Splits without common parts
 #
 # Each photograph is cut into three vertical bands: the left half is for training, the next quarter for
 # validation, the last for testing. All splits thus have the same kinds of background without sharing a pixel.
-# Patches are at most a quarter of the photograph wide in every split, so that no split sees a coarser scale.
-# The glyphs are dealt out like cards: of five in a row three, one and one.
+# Patches are at most a quarter of the photograph wide in every split, so that all splits have the same scale.
+# Of five consecutive glyphs three go to training, one to validation and one to testing.
 
 # %%
 #| export
 _SPLITS = {'train': (0, 3000), 'val': (10_000_000, 300), 'test': (20_000_000, 300)}  # first image id, scenes
-_BANDS = {
-    'train': (0.0, 0.5),
-    'val': (0.5, 0.75),
-    'test': (0.75, 1.0),
-}  # part of the width of every photograph
+_BANDS = {'train': (0.0, 0.5), 'val': (0.5, 0.75), 'test': (0.75, 1.0)}  # share of a photograph's width
+_PHOTOS = {  # package: photographs in it
+    'sklearn': 'datasets/images/china.jpg datasets/images/flower.jpg',
+    'skimage': 'data/astronaut.png data/chelsea.png data/coffee.png data/rocket.jpg data/camera.png '
+    'data/grass.png data/gravel.png data/brick.png data/hubble_deep_field.jpg data/ihc.png '
+    'data/motorcycle_left.png',
+}
 
-_PHOTOS = [('sklearn', f'datasets/images/{f}') for f in ('china.jpg', 'flower.jpg')] + [
-    ('skimage', f'data/{f}')
-    for f in (
-        'astronaut.png',
-        'chelsea.png',
-        'coffee.png',
-        'rocket.jpg',
-        'camera.png',
-        'grass.png',
-        'gravel.png',
-        'brick.png',
-        'hubble_deep_field.jpg',
-        'ihc.png',
-        'motorcycle_left.png',
-    )
-]
+
+def _photo(package, file):
+    path = Path(importlib.util.find_spec(package).submodule_search_locations[0]) / file
+    if not path.is_file():
+        raise DataError(
+            f'{path}: this release of {package} does not ship the photograph; '
+            'install scikit-learn>=1.4 and scikit-image>=0.22,<0.27'
+        )
+    return Image.open(path).convert('RGB')
 
 
 @lru_cache(None)
 def photos(
     split: str,  # 'train', 'val' or 'test'
 ) -> list[tuple[Image.Image, int]]:  # (RGB band, longest side of a patch: the same in every split)
-    "The vertical band of each photograph that belongs to the split; they lie in the scikit-learn and scikit-image wheels"
-    out, (a, b) = [], _BANDS[split]
-    for package, file in _PHOTOS:
-        path = Path(importlib.util.find_spec(package).submodule_search_locations[0]) / file
-        if not path.is_file():
-            raise DataError(
-                f'{path}: this release of {package} does not ship the photograph; install scikit-learn>=1.4 and scikit-image>=0.22,<0.27'
-            )
-        img = Image.open(path).convert('RGB')
-        out.append((img.crop((round(a * img.width), 0, round(b * img.width), img.height)), img.width // 4))
+    "The split's band of each photograph that comes with scikit-learn and scikit-image"
+    left, right = _BANDS[split]
+    out = []
+    for package, files in _PHOTOS.items():
+        for file in files.split():
+            img = _photo(package, file)
+            band = img.crop((round(left * img.width), 0, round(right * img.width), img.height))
+            out.append((band, img.width // 4))
     return out
 
 
@@ -92,16 +85,19 @@ def photos(
 def glyphs(
     split: str,  # 'train', 'val' or 'test'
 ) -> list[tuple[int, Image.Image]]:  # (digit, ink 0..255 at 64 x 64)
-    "The handwritten digits of the split: of five in a row three are for training, one each for val and test"
+    "The handwritten digits of the split: of five in a row three for training, one each for val and test"
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    mine = [n for n in range(len(data.target)) if ('train', 'train', 'train', 'val', 'test')[n % 5] == split]
-    curve = [max(0, min(255, (v - 70) * 3)) for v in range(256)]
-    up = lambda a: (
-        Image.fromarray((a * 15.9).astype(np.uint8)).resize((64, 64), Image.Resampling.BICUBIC).point(curve)
-    )
-    return [(int(data.target[n]), up(data.images[n])) for n in mine]
+    owner = ('train', 'train', 'train', 'val', 'test')
+    contrast = [max(0, min(255, (v - 70) * 3)) for v in range(256)]
+    out = []
+    for n, (image, digit) in enumerate(zip(data.images, data.target)):
+        if owner[n % 5] == split:
+            small = Image.fromarray((image * 15.9).astype(np.uint8))
+            ink = small.resize((64, 64), Image.Resampling.BICUBIC).point(contrast)
+            out.append((int(digit), ink))
+    return out
 
 
 # %%
@@ -115,13 +111,13 @@ parts  # glyphs, photographs, pixels of background
 # %% [markdown]
 # ## A scene
 #
-# First the layout: one to six digits, each turned by up to 15 degrees, its longer side 20 to 45 % of the
-# scene. A digit that would overlap another is moved, and after twenty tries left out. The ink is cropped to
-# its own extent before it is placed, so the box is tight by construction.
+# First the layout: one to six digits, each rotated by up to 15 degrees, its longer side 20 to 45 % of the
+# scene. A digit that would overlap another is moved, and left out after twenty attempts. The ink is cropped
+# to its own extent before it is placed, so the box is tight by construction.
 
 # %%
 #| export
-def _iou(a, b):
+def _iou(a, b):  # of two tuples: for a single pair `boxes.box_iou` on tensors takes a hundred times as long
     w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     if w <= 0 or h <= 0:
         return 0.0
@@ -134,7 +130,7 @@ def layout(
     size: int,  # side of the scene in pixels
     most: int = 6,  # objects
 ) -> list[tuple[int, tuple, Image.Image]]:  # (digit, (x1,y1,x2,y2), ink of exactly that size)
-    "Where which digit stands: 1 to 6 of them, the longer side 20-45 % of the scene, hardly overlapping"
+    "Which digits are where: 1 to 6 of them, the longer side 20-45 % of the scene, IoU below 0.05"
     pool, out = glyphs(split), []
     for _ in range(rng.randint(1, most)):
         digit, ink = rng.choice(pool)
@@ -142,11 +138,9 @@ def layout(
         ink = ink.crop(ink.getbbox())
         k = size * rng.uniform(0.2, 0.45) / max(ink.size)
         w, h = (max(2, round(s * k)) for s in ink.size)
-        ink = ink.resize((w, h), Image.Resampling.BOX if k < 0.5 else Image.Resampling.BILINEAR).point(
-            lambda v: 0 if v < 64 else v
-        )
-        trim = ink.getbbox()
-        ink = ink.crop(trim)
+        ink = ink.resize((w, h), Image.Resampling.BOX if k < 0.5 else Image.Resampling.BILINEAR)
+        ink = ink.point(lambda v: 0 if v < 64 else v)
+        ink = ink.crop(ink.getbbox())
         w, h = ink.size
         for _ in range(20):
             x, y = rng.randint(0, size - w), rng.randint(0, size - h)
@@ -168,8 +162,8 @@ assert layout(random.Random(3), 'train', 96)[0][1] == objects[0][1]
 
 
 # %% [markdown]
-# Then the background and the paint. The colour is random, but differs in brightness from what lies behind it
-# by a random amount: some digits shine, some are hard to see.
+# Then the background and the paint. The colour is random, but its brightness differs from that of the
+# background by a random amount: some digits stand out, some are hard to see.
 
 # %%
 #| export
@@ -199,7 +193,7 @@ def paint(
     ink: Image.Image,  # opacity, of the size of the box
     rng: random.Random,
 ):
-    "Draw one digit in a random colour that differs from what lies behind it, clearly or strongly"
+    "Draw one digit in a random colour whose brightness differs from that of the background"
     behind = _luma(img.resize((1, 1), Image.Resampling.BOX, box=box).getpixel((0, 0)))
     contrast = rng.uniform(60, 130)
     for _ in range(30):
@@ -219,23 +213,18 @@ class DigitsScenes(DetectionDataset):
     def __init__(
         self,
         split: str = 'train',  # 'train', 'val', 'test'
-        n: int | None = None,  # scenes; None: 3000 to train, 300 to validate or test
+        n: int | None = None,  # scenes; None: 3000 for training, 300 for validation or testing
         size: int = 96,  # side in pixels
-        seed: int = 0,  # another seed is another data set made of the same parts
+        seed: int = 0,  # another seed is another data set of the same glyphs and photographs
     ):
         if split not in _SPLITS:
             raise DataError(f"digits: no split '{split}'; known: {', '.join(_SPLITS)}")
-        first, usual = _SPLITS[split]
-        n = usual if n is None else int(n)
+        first, default_n = _SPLITS[split]
+        n = default_n if n is None else int(n)
         if not 1 <= n < 10_000_000 or not 32 <= size <= 1024:
             raise DataError(f'digits: n={n}, size={size}; n is at least 1, size is 32 to 1024')
-        self.name, self.split, self.n, self.size, self.seed = (
-            f'digits-{split}',
-            split,
-            n,
-            int(size),
-            int(seed),
-        )
+        self.name, self.split, self.n = f'digits-{split}', split, n
+        self.size, self.seed = int(size), int(seed)
         self.classes, self.ids = [str(d) for d in range(10)], list(range(first, first + n))
 
     def _layout(self, i):
@@ -255,7 +244,7 @@ class DigitsScenes(DetectionDataset):
         return Sample(img, self.ids[n], **_tensors(objects))
 
     def fingerprint(self):
-        return _digest(['digits', 2, self.split, self.n, self.size, self.seed])
+        return short_hash(['digits', 2, self.split, self.n, self.size, self.seed])
 
 
 def _tensors(objects):
@@ -271,9 +260,8 @@ def _tensors(objects):
 scenes = DigitsScenes(n=300)
 late = scenes[200].image.tobytes()
 first = scenes[0]
-assert (
-    scenes[200].image.tobytes() == late == DigitsScenes(n=201)[200].image.tobytes()
-)  # any order, any length
+assert scenes[200].image.tobytes() == late  # in any order
+assert DigitsScenes(n=201)[200].image.tobytes() == late  # whatever the length
 assert torch.equal(scenes.annotation(0)['boxes'], first.boxes)  # known without painting
 assert scenes.fingerprint() != DigitsScenes(n=300, seed=1).fingerprint()
 scenes, first.labels, first.boxes
@@ -284,23 +272,16 @@ from semidetr.draw import COLORS, image_grid
 
 # %%
 #| label: fig-digits-scenes
-#| fig-cap: "Training scenes above, validation scenes below: the same kind of picture, with no digit and no background in common."
+#| fig-cap: "Training scenes (top) and validation scenes (bottom) are of the same kind, but have no digit and no background in common."
 #| fig-alt: "Two rows of five small photographs with coloured handwritten digits, each digit in a tight green box."
 shown = [DigitsScenes(s)[i] for s in ('train', 'val') for i in range(5)]
-fig = image_grid(
-    [s.image for s in shown],
-    [dict(boxes=s.boxes, labels=s.labels) for s in shown],
-    classes=scenes.classes,
-    ncols=5,
-    cell=1.15,
-)
-fig
+image_grid([s.image for s in shown], shown, classes=scenes.classes, ncols=5, cell=1.15)
 
 # %% [markdown]
-# ## Is it a task?
+# ## How hard is the task?
 #
-# It should be neither trivial nor hopeless. Sizes spread over a factor of two, all classes occur equally
-# often, and the number of objects is not constant.
+# It should be neither trivial nor hopeless. Sizes vary by a factor of two, all classes occur equally often,
+# and the number of objects varies.
 
 # %%
 known = [scenes.annotation(i) for i in range(len(scenes))]
@@ -311,21 +292,20 @@ labels.bincount(minlength=10)
 
 # %%
 #| label: fig-digits-sizes
-#| fig-cap: "Digits of all sizes between a fifth and almost half of the scene; crowded scenes are a little rarer, because large digits find no room."
-#| fig-alt: "Two histograms: longer side of the boxes in pixels, from 20 to 45 % of the scene; number of objects a scene, from 1 to 6."
+#| fig-cap: "The longer side is between a fifth and almost half of the scene; crowded scenes are a little rarer, because there is not always room for another large digit."
+#| fig-alt: "Two histograms: longer side of the boxes in pixels, from 20 to 45 % of the scene; number of objects per scene, from 1 to 6."
 fig, axes = plt.subplots(1, 2, figsize=(5.5, 1.9), dpi=80, layout='constrained')
 axes[0].hist(side, bins=15, color=COLORS['truth'])
 axes[0].set(xlabel='longer side, pixels', ylabel='boxes')
-axes[1].bar(
-    range(1, 7), np.bincount([len(a['labels']) for a in known], minlength=7)[1:], color=COLORS['truth']
-)
-axes[1].set(xlabel='objects a scene', ylabel='scenes')
+objects_per_scene = [len(a['labels']) for a in known]
+axes[1].bar(range(1, 7), np.bincount(objects_per_scene, minlength=7)[1:], color=COLORS['truth'])
+axes[1].set(xlabel='objects per scene', ylabel='scenes')
 plt.show()
 
 # %% [markdown]
 # ## Summary
 #
-# * Scene $i$ is a function of seed, split and $i$; nothing is stored, nothing is downloaded.
+# * Scene $i$ is a function of seed, split and $i$; nothing is stored or downloaded.
 # * The splits share neither a glyph nor a pixel of background.
 # * Boxes are tight to the ink by construction, and known without painting.
 # * A scene costs about a millisecond, so loading never limits training.
@@ -333,8 +313,8 @@ plt.show()
 #
 # ## Exercises
 #
-# 1. Draw scenes with `seed=1`. Which parts are the same as with `seed=0`, and is a model trained on one
-#    allowed to be tested on the other?
+# 1. Draw scenes with `seed=1`. What is the same as with `seed=0`, and may a model that was trained on one be
+#    tested on the other?
 # 2. Raise the overlap that `layout` tolerates. What happens to the duplicates that a detector without
 #    suppression must avoid?
 # 3. Make one class ten times rarer than the others. At which share of labels does a pseudo-labelling teacher
