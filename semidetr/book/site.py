@@ -183,7 +183,7 @@ def _copy_assets(root, dest, book):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, target)
 
-
+# %% ../../nbs/book/01_site.ipynb #b25fd0ac
 def stage(
     root,  # folder of the checkout
     dest,  # folder to write

@@ -119,7 +119,7 @@ def with_interval(
     half = student_t.ppf(0.975, n - 1) * d['std'] / n**0.5 if n > 1 else float('inf')
     return d | dict(half=half)
 
-
+# %% ../../nbs/lab/04_report.ipynb #53a4ba90
 def found(d: dict) -> bool:
     "Does the interval exclude zero?"
     return abs(d['mean']) > d['half']
@@ -200,7 +200,7 @@ def arm_table(*args, **kwargs) -> str:  # those of `arm_rows`
     "One study as a Markdown table"
     return markdown_table(*arm_rows(*args, **kwargs))
 
-
+# %% ../../nbs/lab/04_report.ipynb #f240d09e
 def _run_table(runs, names):
     "Every run of these arms with its configuration, commit, iterations and times"
     columns = ['seed', 'arm', 'configuration', 'commit', 'iterations', 'CPU-minutes', 'minutes']

@@ -127,12 +127,8 @@ def defined_names(
 
 
 # %%
-toy_cell = """#| export
-#| label: fig-toy
-def area(w, h): return w*h
-class Box:
-    def side(self): return 1
-_private = 3"""
+toy_cell = '#| export\n#| label: fig-toy\ndef area(w, h): return w*h\n'
+toy_cell += 'class Box:\n    def side(self): return 1\n_private = 3'
 words, options, code = split_directives(toy_cell)
 assert words == {'export'} and options == ['#| label: fig-toy']
 defined_names(code)

@@ -258,6 +258,8 @@ def _copy_assets(root, dest, book):
             shutil.copy2(file, target)
 
 
+# %%
+#| export
 def stage(
     root,  # folder of the checkout
     dest,  # folder to write

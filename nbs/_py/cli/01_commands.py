@@ -643,12 +643,23 @@ def run_studies(
     results = _seen_from(book, _free(results, '--results')) if results else None
     if data and Path(data).exists():
         data = str(_seen_from(book, data))
-    only = tuple(filter(None, groups.split(',')))
-    settings = dict(scale=scale, seeds=read_seeds(seeds), data=data, only=only, out=out, results=results)
-    how = dict(jobs=jobs, engine=engine, options=read_options(option or []), processes=processes)
-    dry = list_runs if dry_run else None
     with contextlib.chdir(book):
-        bad = ablate(study, **settings, **how, dry=dry, progress=not quiet, say=_say)
+        bad = ablate(
+            study,
+            scale,
+            read_seeds(seeds),
+            data,
+            tuple(filter(None, groups.split(','))),
+            out,
+            results,
+            jobs,
+            engine,
+            read_options(option or []),
+            processes,
+            list_runs if dry_run else None,
+            not quiet,
+            _say,
+        )
     for line in bad:
         _fail(line)
     if bad:
@@ -676,8 +687,8 @@ def site(engine: _opt(str, 'auto, quarto or fallback') = 'auto'):
         raise _bad(
             f'{root}: has no folder semidetr/book, which renders the book; run this in a checkout of it'
         )
-    done = subprocess.run([sys.executable, '-m', 'semidetr.book.site', '--engine', engine], cwd=root)
-    raise typer.Exit(done.returncode)
+    command = [sys.executable, '-m', 'semidetr.book.site', '--engine', engine]
+    raise typer.Exit(subprocess.run(command, cwd=root).returncode)
 
 
 # %%

@@ -164,6 +164,17 @@ def with_interval(
     return d | dict(half=half)
 
 
+# %%
+three = with_interval(paired_difference([0.0, 0.0, 0.0], [1.0, 2.0, 3.0]))
+assert round(three['half'], 3) == 2.484
+three
+
+
+# %% [markdown]
+# A difference is *found* if its interval excludes zero. The sentence about it says which of the two holds.
+
+# %%
+#| export
 def found(d: dict) -> bool:
     "Does the interval exclude zero?"
     return abs(d['mean']) > d['half']
@@ -281,6 +292,18 @@ def arm_table(*args, **kwargs) -> str:  # those of `arm_rows`
     return markdown_table(*arm_rows(*args, **kwargs))
 
 
+# %%
+toy_names = {arm: arm for arm in ('supervised', 'teacher', 'noise')}
+toy_table = arm_table(runs, toy_names, 'supervised')
+assert len(toy_table.splitlines()) == 2 + len(toy_names)
+markdown(toy_table)
+
+
+# %% [markdown]
+# Below a table stands what it was measured on, and a number that was published elsewhere is marked.
+
+# %%
+#| export
 def _run_table(runs, names):
     "Every run of these arms with its configuration, commit, iterations and times"
     columns = ['seed', 'arm', 'configuration', 'commit', 'iterations', 'CPU-minutes', 'minutes']
@@ -330,13 +353,6 @@ def published(
 def as_published(text) -> str:
     "A cell with a number that was not measured here: coloured, with a title where colours are not seen"
     return f'<span class="published" title="published, not measured here">{text}</span>'
-
-
-# %%
-toy_names = {arm: arm for arm in ('supervised', 'teacher', 'noise')}
-toy_table = arm_table(runs, toy_names, 'supervised')
-assert len(toy_table.splitlines()) == 2 + len(toy_names)
-markdown(toy_table)
 
 
 # %% [markdown]
