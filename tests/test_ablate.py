@@ -367,6 +367,35 @@ def test_a_folder_with_another_run_is_not_touched(fake):
     )
 
 
+def test_what_is_in_the_way_stops_one_run_alone(fake):
+    "A damaged result, and a stopped run whose data have changed: named by the dry run, and the others run"
+    shell = fake()
+    runs = {r.arm: r for r in A.plan(A.STUDIES, 'toy')}
+    changed = dict(hash=config_hash(runs['semi_detr'].cfg), data=dict(fingerprint='0'), metrics={})
+    texts = dict(supervised='{"hash"', semi_detr=json.dumps(changed))
+    for arm, text in texts.items():
+        runs[arm].folder.mkdir(parents=True)
+        (runs[arm].folder / 'run.json').write_text(text)
+        (runs[arm].folder / 'last.pt').write_text('')
+    lines = [
+        f'error: toy seed 0 semi_detr: {runs["semi_detr"].folder}: the data have changed',
+        f'error: toy seed 0 supervised: {runs["supervised"].folder}/run.json: damaged',
+    ]
+    for code, option in ((2, '-n'), (1, '-q')):
+        done, out, err = shell('toy', option)
+        assert done == code and len(err.splitlines()) == 2, err
+        assert all(line.startswith(words) for line, words in zip(sorted(err.splitlines()), lines)), err
+    assert runs['burn_in'].notebook.exists() and not Path('nbs/ablations/results').exists()
+
+
+def test_pages_that_cannot_be_written_are_one_line(fake):
+    fake()
+    said = []
+    A._write_pages(['tyo'], '', 'runs/studies', '', said.append)
+    assert len(said) == 1 and said[0].startswith('the pages of executed runs were not written: ')
+    assert "has no study 'tyo'" in said[0]
+
+
 def test_misspelt_parameter_of_the_notebook(fake):
     "papermill would inject a name that nothing reads, and the hash would not be compared"
     shell = fake()

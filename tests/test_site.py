@@ -288,6 +288,13 @@ def test_outside_a_checkout(tmp_path):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize('text', ['', 'book: {title: t}', 'project: {type: website}', 'a: [', '- a'])
+def test_a_description_of_no_book(tmp_path, text):
+    (tmp_path / '_quarto.yml').write_text(text)
+    done = build(tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and '_quarto.yml' in done.stderr
+
+
 def test_without_the_renderer(small, monkeypatch):
     monkeypatch.setitem(sys.modules, 'smalldocs', None)
     with pytest.raises(ConfigError, match=r'smalldocs.*\[book\]'):

@@ -64,7 +64,14 @@ def read_book(
     path = Path(root) / '_quarto.yml'
     if not path.exists():
         fail(f"no _quarto.yml in '{root}': the site is built in a checkout of the project, in its top folder")
-    return need('yaml').safe_load(path.read_text(encoding='utf-8'))
+    yaml = need('yaml')
+    try:
+        book = yaml.safe_load(path.read_text(encoding='utf-8'))
+        book['project'], book['book']['chapters'], book['format']['html']
+    except (yaml.YAMLError, KeyError, TypeError) as e:
+        what = f'lacks {e}' if isinstance(e, KeyError) else 'not the description of a book'
+        fail(f'{path}: {what}; compare it with the one of the project')
+    return book
 
 
 def chapter_files(
