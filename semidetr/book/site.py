@@ -121,7 +121,7 @@ def _option(options, key):
 
 def figure_output(
     png: str,  # base64
-    caption: str,  # Markdown that `resolve` has seen
+    caption: str,  # Markdown, after `resolve`
     alt: str,  # text for those who cannot see the picture
 ) -> dict:  # a notebook output
     "One picture with its caption as HTML"
@@ -132,7 +132,7 @@ def figure_output(
 
 
 def finish_code_cell(
-    cell: dict,  # a code cell that `filter_notebook` has seen
+    cell: dict,  # a code cell, after `filter_notebook`
     refs: CrossRefs,  # labels of the whole book
     page: str,  # path of the page
 ) -> dict:

@@ -88,8 +88,8 @@ def _why(error, folder):
 
 # %% ../../nbs/lab/03_ablate.ipynb #fdd8ddc1
 def run_notebook(
-    run: Run,
-    notebook=NOTEBOOK,
+    run: Run,  # of `plan`
+    notebook=NOTEBOOK,  # that is executed
     processes: int = 1,  # of this run, each with its own device
     alive=None,  # set that gets the process of the kernel
 ) -> str:  # '' or, in one line, why it failed
@@ -202,8 +202,8 @@ def _outcome(run, job):
 def drive(
     runs: list,  # of Run
     engine,  # with submit and stop
-    notebook=NOTEBOOK,
-    processes: int = 1,
+    notebook=NOTEBOOK,  # that is executed for each run
+    processes: int = 1,  # of each run
     limit: int = 1,  # runs at a time
     ended=lambda run, cause: None,  # called with each run that ended, and why it failed
     pause: float = 0.2,  # seconds between two rounds
@@ -279,7 +279,7 @@ def run_all(
     runs: list,  # of Run
     engine,  # as for `drive`
     results,  # folder of the records
-    notebook=NOTEBOOK,
+    notebook=NOTEBOOK,  # that is executed for each run
     processes: int = 1,  # of each run
     limit: int = 1,  # runs at a time
     progress: bool = True,  # a bar

@@ -82,10 +82,8 @@ def plan(
 
 # %% ../../nbs/lab/01_plan.ipynb #3264b8ff
 def state(
-    run: Run,
-) -> (
-    tuple
-):  # ('finished', 'resumable', 'new' or what is in the way; a line that says how and the cure, or '')
+    run: Run,  # of `plan`
+) -> tuple:  # ('finished', 'resumable', 'new' or what is in the way; one line about it, or '')
     "How far a run is (@sec-run-folder); without its executed notebook a finished run counts as resumable"
     found = folder_state(run.cfg, run.folder)
     if found.kind == 'stopped' or (found.kind == 'finished' and not run.notebook.exists()):
@@ -117,9 +115,7 @@ def _opening_error(spec, split):
 def open_all(
     data,  # DataConfig
     test: bool = True,  # is the test split needed?
-) -> (
-    tuple
-):  # ((number of labelled images, number of unlabelled ones) or None, lines that say what is missing)
+) -> tuple:  # ((labelled images, unlabelled images) or None, lines that say what is missing)
     "Open all data of a run"
     needed = [(data.data, 'train'), (data.unlabelled, 'train')]
     if test:

@@ -120,12 +120,16 @@ def with_interval(
     return d | dict(half=half)
 
 # %% ../../nbs/lab/04_report.ipynb #53a4ba90
-def found(d: dict) -> bool:
+def found(
+    d: dict,  # of `difference`
+) -> bool:
     "Does the interval exclude zero?"
     return abs(d['mean']) > d['half']
 
 
-def plus_minus(d: dict) -> str:
+def plus_minus(
+    d: dict,  # of `difference`
+) -> str:
     "Mean and interval, or the bare difference of one seed"
     return f"{d['mean']:+.1f}\u00a0±\u00a0{d['half']:.1f}" if d['n'] > 1 else f"{d['mean']:+.1f}"
 
@@ -142,7 +146,7 @@ def spread(
 def verdict(
     what: str,  # 'a against b'
     d: dict,  # of `difference`
-    unit: str = 'AP',
+    unit: str = 'AP',  # behind the number
 ) -> str:
     "The sentence about a difference, with its numbers; it says so if no difference was found"
     if d['n'] == 1:
@@ -247,7 +251,9 @@ def published(
     return tomllib.loads((Path(results).parent / 'paper_results.toml').read_text())[key]['rows']
 
 
-def as_published(text) -> str:
+def as_published(
+    text,  # anything with a `str`
+) -> str:  # HTML
     "A cell with a number that was not measured here: coloured, with a title where colours are not seen"
     return f'<span class="published" title="published, not measured here">{text}</span>'
 

@@ -26,7 +26,7 @@ from ..train.trainer import Trainer
 def run_config(
     cfg,  # Config
     folder,  # of the run
-    progress: bool = True,
+    progress: bool = True,  # a bar
     position: int = 0,  # line of the progress bar when several runs share a terminal
 ) -> dict:  # content of run.json
     "Look up a finished run, resume a stopped one, or start a new one"
@@ -45,7 +45,7 @@ def _job(values, folder, progress, position):
 def run_many(
     jobs: list,  # pairs (Config, folder)
     workers: int = 0,  # processes at a time; 0: one per core
-    progress: bool = True,
+    progress: bool = True,  # bars
 ) -> list:  # results in the order of the jobs
     "Independent runs, each in its own process; a failure does not stop the others, and is raised at the end"
     workers = min(workers or os.cpu_count() or 1, len(jobs))

@@ -139,7 +139,7 @@ def dry_run(
     runs: list,  # of Run
     results,  # folder of records: a run with the same hash was measured
     processes: int = 1,  # of each run
-    say=print,
+    say=print,  # is given each line of output
 ) -> list:  # what is missing or in the way, a line each
     "Say what would run"
     measured, problems = measured_memory(results, say), {}

@@ -175,12 +175,16 @@ three
 
 # %%
 #| export
-def found(d: dict) -> bool:
+def found(
+    d: dict,  # of `difference`
+) -> bool:
     "Does the interval exclude zero?"
     return abs(d['mean']) > d['half']
 
 
-def plus_minus(d: dict) -> str:
+def plus_minus(
+    d: dict,  # of `difference`
+) -> str:
     "Mean and interval, or the bare difference of one seed"
     return f"{d['mean']:+.1f}\u00a0±\u00a0{d['half']:.1f}" if d['n'] > 1 else f"{d['mean']:+.1f}"
 
@@ -197,7 +201,7 @@ def spread(
 def verdict(
     what: str,  # 'a against b'
     d: dict,  # of `difference`
-    unit: str = 'AP',
+    unit: str = 'AP',  # behind the number
 ) -> str:
     "The sentence about a difference, with its numbers; it says so if no difference was found"
     if d['n'] == 1:
@@ -350,7 +354,9 @@ def published(
     return tomllib.loads((Path(results).parent / 'paper_results.toml').read_text())[key]['rows']
 
 
-def as_published(text) -> str:
+def as_published(
+    text,  # anything with a `str`
+) -> str:  # HTML
     "A cell with a number that was not measured here: coloured, with a title where colours are not seen"
     return f'<span class="published" title="published, not measured here">{text}</span>'
 

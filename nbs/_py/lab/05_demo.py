@@ -50,7 +50,7 @@ def shown_scenes(
 def keep_detections(
     run,  # folder of a finished run
     ds,  # small data set
-    min_score: float = 0.3,
+    min_score: float = 0.3,  # of a detection that is kept
 ) -> dict:  # image id -> plain lists, small enough to commit
     "Detections of a few images, for the pictures of a page"
     model, cfg, _ = load_model(run)
@@ -164,8 +164,8 @@ def save_picture(
 def run_demo(
     out,  # folder of the runs and of results.json
     labels: int = 20,  # labelled scenes
-    seeds=(0,),
-    progress: bool = True,
+    seeds=(0,),  # of split and training
+    progress: bool = True,  # bars
     workers: int = 0,  # processes at a time; 0: one per core
     say=print,  # is given each line of output
 ) -> dict:  # content of results.json
