@@ -238,10 +238,8 @@ def _row(name, m):
 
 def _summary(result, out):
     "Print the result of a finished run"
-    d, minutes = result['data'], result['seconds'] / 60
-    cost = (
-        f"{result['iterations']} iterations in {minutes:.1f} min ({result['cpu_seconds'] / 60:.1f} CPU-min)"
-    )
+    d, minutes, cpu = result['data'], result['seconds'] / 60, result['cpu_seconds'] / 60
+    cost = f"{result['iterations']} iterations in {minutes:.1f} min ({cpu:.1f} CPU-min)"
     _say(f"{out}: {cost}, {d['labelled']} labelled and {d['unlabelled']} unlabelled images")
     for part, title in (('dev', 'development part'), ('val', 'test split')):
         if networks := result['metrics'].get(part):
