@@ -72,10 +72,14 @@ def address(site):
 def browser():
     if not CHROMIUM:
         pytest.skip(
-            'no Chromium on the PATH: install it (Debian and Ubuntu: apt-get install chromium fonts-dejavu-core)'
+            'no Chromium on the PATH: install it '
+            '(Debian and Ubuntu: apt-get install chromium fonts-dejavu-core)'
         )
     playwright = pytest.importorskip('playwright.sync_api', reason='pip install playwright')
-    flags = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'
+    flags = (
+        '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
+        '--disable-component-update --disable-sync'
+    )
     with playwright.sync_playwright() as p:
         chromium = p.chromium.launch(executable_path=CHROMIUM, args=flags.split())
         yield chromium

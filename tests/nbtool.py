@@ -1,9 +1,10 @@
-"""Keep one notebook, its text twin and its module together: `nbtool.py export|run NAME ...` (`make nb NB=semi/01_mining`).
+"""Keep one notebook, its text twin and its module together: `nbtool.py export|run NAME ...`, or
+`make nb NB=semi/01_mining`.
 
 export: text twin -> notebook (outputs and cell ids of unchanged cells stay) -> module and index of names.
 run:    the same, then execute the notebook in place and clean it, so that the committed outputs are fresh.
 check:  say which twins differ from their notebooks.
-Without a NAME: all notebooks. Names are paths below nbs/ without the ending: semi/01_mining, ablations/02_txl_pbc."""
+Without a NAME: all notebooks. Names are paths below nbs/: 00_core, semi/01_mining."""
 
 import contextlib, os, subprocess, sys
 from pathlib import Path
@@ -38,8 +39,9 @@ def twin_of(path):
 def stale():
     "Notebooks without a twin or with a different one, and twins without a notebook"
     paths = notebooks()
-    bad = [f.stem for f in paths if not twin_of(f).exists() or twin_of(f).read_text() != twin_text(f)]
-    return bad + [t.stem for t in sorted(TWINS.rglob('*.py')) if t not in map(twin_of, paths)]
+    bad = [f for f in paths if not twin_of(f).exists() or twin_of(f).read_text() != twin_text(f)]
+    bad += [t for t in sorted(TWINS.rglob('*.py')) if t not in map(twin_of, paths)]
+    return [f'{f.parent.name}/{f.stem}' for f in bad]
 
 
 @contextlib.contextmanager
@@ -71,11 +73,11 @@ def update(name):
         if c.cell_type == 'code':
             c.setdefault('outputs', [])
             c.setdefault('execution_count', None)
-    seen = set()
-    for i, c in enumerate(new.cells):
-        while c['id'] in seen:
+    taken = set()
+    for c in new.cells:
+        while c['id'] in taken:
             c['id'] += 'x'
-        seen.add(c['id'])
+        taken.add(c['id'])
     write(new, path)
     format_code(path)
     twin.write_text(twin_text(path))

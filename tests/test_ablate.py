@@ -1,4 +1,4 @@
-"Studies by one command: finished runs stay untouched, killed ones go on and give the same numbers, failures are named and stop nothing else"
+"Studies by one command: finished runs stay untouched, stopped ones resume, failures stop nothing else"
 
 import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
@@ -43,7 +43,9 @@ assert 'fails' not in title, 'first line\\nits last line'
 started = time.time(); time.sleep(.5)
 log = place.parent.parent/'order.txt'
 with log.open('a') as f: f.write(f'{title} {started} {time.time()}\\n')
-if 'silent' not in title: (place/'run.json').write_text(json.dumps(dict(name=place.name, hash=expected, data=dict(fingerprint='FINGERPRINT'), peak_memory_mb=1, metrics=dict(val=dict(teacher=dict(AP=12.5))))))
+result = dict(name=place.name, hash=expected, data=dict(fingerprint='FINGERPRINT'), peak_memory_mb=1)
+result['metrics'] = dict(val=dict(teacher=dict(AP=12.5)))
+if 'silent' not in title: (place/'run.json').write_text(json.dumps(result))
 """
 
 
@@ -113,7 +115,7 @@ def numbers(path):
     return json.dumps(strip(json.loads(path.read_text())))
 
 
-# --- real runs ---------------------------------------------------------------------------------------------------------
+# --- real runs ------------------------------------------------------------------------------------
 ENV = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
 
 
@@ -172,7 +174,7 @@ def test_a_study_leaves_notebooks_and_a_record(whole):
 
 
 def test_a_study_leaves_a_page_of_its_runs(whole):
-    "Parameters and outputs of every run of the first seed; no label twice; the code of the cells only where it shows a figure"
+    "Parameters and outputs of every run of the first seed; no label twice; no code of the cells"
     book, _ = whole
     record, page = (
         json.loads((book / 'nbs/ablations/results/toy/seed0.json').read_text()),
@@ -202,7 +204,7 @@ def test_a_study_leaves_a_page_of_its_runs(whole):
 
 
 def test_killed_and_stopped_studies_go_on(whole, tmp_path):
-    "SIGKILL of the whole process group while an arm runs, then Ctrl-C in the same arm: the numbers are those of the undisturbed study, run two at a time"
+    "SIGKILL of all processes in an arm, then Ctrl-C in the same arm: the numbers of the undisturbed study"
     book = checkout(tmp_path / 'book')
     folder = book / 'runs/studies/toy/seed0'
     arm = folder / 'semi_detr'
@@ -257,9 +259,9 @@ def test_killed_and_stopped_studies_go_on(whole, tmp_path):
     )
 
 
-# --- the engine, with a notebook that only pretends ---------------------------------------------------------------------
+# --- the engine, with a notebook that only pretends -----------------------------------------------
 def test_order_records_and_no_second_time(fake, monkeypatch):
-    "An arm waits for its own burn-in alone; two at a time; the same line and file for one job and for two; nothing is done again"
+    "An arm waits for its own burn-in alone; two at a time; the same file for one job and for two; no repeats"
     shell = fake()
     code, out, err = shell('toy', '--seeds', '0-1', '--jobs', '2', '-q')
     assert (
@@ -294,11 +296,14 @@ def test_failures_are_named_and_stop_nothing_else(fake):
     code, out, err = shell('toy', '-q', '--jobs', '2')
     assert code == 1 and not Path('nbs/ablations/results').exists() and 'Traceback' not in out + err
     assert {p.parent.name for p in Path('runs').rglob('run.ipynb')} == {'burn_in', 'semi_detr', 'supervised'}
+    key = config_hash(next(r for r in A.plan(A.STUDIES, 'toy') if r.arm == 'silent').cfg)
+    copies = [f'runs/studies/toy/seed0/{arm}/run.part.ipynb' for arm in ('fails', 'silent')]
     assert sorted(err.splitlines()) == [
-        'error: toy seed 0 fails: cell [3]: AssertionError: its last line; executed notebook: runs/studies/toy/seed0/fails/run.part.ipynb',
-        f"error: toy seed 0 silent: the notebook ended without the result of {config_hash(next(r for r in A.plan(A.STUDIES, 'toy') if r.arm == 'silent').cfg)}; executed notebook: runs/studies/toy/seed0/silent/run.part.ipynb",
+        f'error: toy seed 0 fails: cell [3]: AssertionError: its last line; executed notebook: {copies[0]}',
+        f'error: toy seed 0 silent: the notebook ended without the result of {key}; '
+        f'executed notebook: {copies[1]}',
     ]
-    assert Path('runs/studies/toy/seed0/fails/run.part.ipynb').exists()
+    assert Path(copies[0]).exists()
     before = stamps(Path('runs/studies/toy/seed0/semi_detr'))
     assert (
         shell('toy', '-q', '--jobs', '2')[0] == 1
@@ -331,12 +336,13 @@ def test_a_kernel_that_dies_is_a_failure_of_its_run(fake):
 
 
 def test_noise_of_a_kernel_goes_to_a_file(fake):
-    "Under load a kernel that ends may print the traceback of a closed socket: no business of the terminal, but not lost"
+    "Under load a kernel that ends may print the traceback of a closed socket: not shown, but not lost"
     shell = fake()
     A.NOTEBOOK.write_text(
         A.NOTEBOOK.read_text().replace(
             'started = time.time()',
-            "import os, sys; started = time.time(); os.write(getattr(sys.stderr, '_original_stdstream_copy', None) or 2, b'ZMQError')",
+            "import os, sys; started = time.time(); "
+            "os.write(getattr(sys.stderr, '_original_stdstream_copy', None) or 2, b'ZMQError')",
         )
     )
     code, out, err = shell('toy', '-q')
@@ -353,12 +359,41 @@ def test_a_folder_with_another_run_is_not_touched(fake):
     (run.folder / 'config.json').write_text(json.dumps(A.to_dict(override(run.cfg, ['optim.lr=5']))))
     before = stamps(run.folder)
     code, out, err = shell('toy', '-q')
-    assert (
-        code == 1
-        and err
-        == f'error: toy seed 0 supervised: {run.folder} holds a run with other settings (optim.lr: 5.0 -> {run.cfg.optim.lr}); choose another --out or delete that folder\n'
-        and stamps(run.folder) == before
+    changed = f'optim.lr: 5.0 -> {run.cfg.optim.lr}'
+    assert code == 1 and stamps(run.folder) == before
+    assert err == (
+        f'error: toy seed 0 supervised: {run.folder} holds a run with other settings ({changed}); '
+        'choose another --out or delete that folder\n'
     )
+
+
+def test_what_is_in_the_way_stops_one_run_alone(fake):
+    "A damaged result, and a stopped run whose data have changed: named by the dry run, and the others run"
+    shell = fake()
+    runs = {r.arm: r for r in A.plan(A.STUDIES, 'toy')}
+    changed = dict(hash=config_hash(runs['semi_detr'].cfg), data=dict(fingerprint='0'), metrics={})
+    texts = dict(supervised='{"hash"', semi_detr=json.dumps(changed))
+    for arm, text in texts.items():
+        runs[arm].folder.mkdir(parents=True)
+        (runs[arm].folder / 'run.json').write_text(text)
+        (runs[arm].folder / 'last.pt').write_text('')
+    lines = [
+        f'error: toy seed 0 semi_detr: {runs["semi_detr"].folder}: the data have changed',
+        f'error: toy seed 0 supervised: {runs["supervised"].folder}/run.json: damaged',
+    ]
+    for code, option in ((2, '-n'), (1, '-q')):
+        done, out, err = shell('toy', option)
+        assert done == code and len(err.splitlines()) == 2, err
+        assert all(line.startswith(words) for line, words in zip(sorted(err.splitlines()), lines)), err
+    assert runs['burn_in'].notebook.exists() and not Path('nbs/ablations/results').exists()
+
+
+def test_pages_that_cannot_be_written_are_one_line(fake):
+    fake()
+    said = []
+    A._write_pages(['tyo'], '', 'runs/studies', '', said.append)
+    assert len(said) == 1 and said[0].startswith('the pages of executed runs were not written: ')
+    assert "has no study 'tyo'" in said[0]
 
 
 def test_misspelt_parameter_of_the_notebook(fake):
@@ -423,10 +458,9 @@ def test_precision_is_named(fake):
 
 def test_wrong_setting_in_the_file(fake):
     code, out, err = fake(STUDY.replace('"method.name=supervised"', '"method.nome=supervised"'))('toy', '-q')
-    assert (
-        code == 2
-        and err
-        == "error: nbs/ablations/studies.toml: study toy, supervised: unknown setting 'method.nome'; did you mean 'name'?\n"
+    assert code == 2 and err == (
+        'error: nbs/ablations/studies.toml: study toy, supervised: '
+        "unknown setting 'method.nome'; did you mean 'name'?\n"
     )
 
 
@@ -571,17 +605,16 @@ def test_submitit_on_this_machine(fake):
     code, out, err = shell(
         'toy', '-q', '--engine', 'submitit-local', '--jobs', '2', '--option', 'timeout_min=60'
     )
-    assert (
-        code == 1
-        and err
-        == 'error: toy seed 0 fails: cell [3]: AssertionError: its last line; executed notebook: runs/studies/toy/seed0/fails/run.part.ipynb\n'
+    assert code == 1 and err == (
+        'error: toy seed 0 fails: cell [3]: AssertionError: its last line; '
+        'executed notebook: runs/studies/toy/seed0/fails/run.part.ipynb\n'
     )
     assert {p.parent.name for p in Path('runs').rglob('run.ipynb')} == {'burn_in', 'semi_detr'} and list(
         Path('runs/studies/jobs').iterdir()
     )
 
 
-# --- the dry run -------------------------------------------------------------------------------------------------------
+# --- the dry run ----------------------------------------------------------------------------------
 def test_a_job_that_dies_is_a_failure_of_its_run(tmp_path):
     "An engine whose job raises: one line with the run, and the other runs go on"
 

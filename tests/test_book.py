@@ -11,6 +11,7 @@ from semidetr.book.pages import (
     chapter_files,
     cross_references,
     defined_names,
+    is_exported,
     link_names,
     load_pages,
     notebook_module,
@@ -40,10 +41,6 @@ def size(code):
         not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) and isinstance(n.value.value, str))
         for n in nodes
     )
-
-
-def is_exported(words):
-    return bool(words & {'export', 'exports', 'exporti'})
 
 
 def has_definition(code):
@@ -96,7 +93,7 @@ def test_lesson(path):
 
 @page
 def test_figures_are_labelled(path):
-    "Every saved picture has a label, a caption that is a sentence, and a description for those who cannot see it"
+    "Every saved picture has a label, a caption that is a sentence, and a description"
     for c, _, options, code in cells_of(path):
         if not any({'image/png', 'image/svg+xml'} & set(o.get('data', {})) for o in c.get('outputs', [])):
             continue
@@ -240,7 +237,7 @@ def test_cuda_is_named_in_few_places():
     assert named <= {'core', 'trainer', 'attention', 'native', 'checkpoint', 'machine'}, named
 
 
-# --- the tools themselves ---------------------------------------------------------------------------------------------
+# --- the tools themselves -------------------------------------------------------------------------
 def test_names_link_to_definitions():
     index = {'area': ('nbs/01_boxes.ipynb', 'semidetr.boxes.area')}
     assert (
@@ -252,9 +249,9 @@ def test_names_link_to_definitions():
 
 
 def test_defined_names():
-    assert defined_names(
-        'A = 1\n_b = 2\ndef f():\n    def inner(): pass\nclass C:\n    def m(self): pass\n    def _n(self): pass'
-    ) == ['A', 'f', 'C', 'C.m']
+    method = 'class C:\n    def m(self): pass\n    def _n(self): pass'
+    assert defined_names('A = 1\n_b = 2\ndef f():\n    def inner(): pass') == ['A', 'f']
+    assert defined_names(method) == ['C', 'C.m']
 
 
 def test_module_of_a_notebook():

@@ -1,4 +1,4 @@
-"The command line: every command on tiny data sets of every kind, and every mistake as one line and an exit code"
+"The command line: every command on tiny data sets of every kind; every mistake is one line and an exit code"
 
 import json, os, shutil, signal, subprocess, sys, time
 import numpy as np, pytest, typer
@@ -57,8 +57,10 @@ def make_voc(root, n=10):
         img, (x, y, w, h) = picture(i)
         img.save(root / 'JPEGImages' / f'{i:06d}.jpg')
         (root / 'Annotations' / f'{i:06d}.xml').write_text(
-            f'<annotation><size><width>64</width><height>48</height><depth>3</depth></size><object><name>dog</name><difficult>0</difficult>'
-            f'<bndbox><xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax></bndbox></object></annotation>'
+            '<annotation><size><width>64</width><height>48</height><depth>3</depth></size>'
+            '<object><name>dog</name><difficult>0</difficult>'
+            f'<bndbox><xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax>'
+            '</bndbox></object></annotation>'
         )
     (root / 'ImageSets' / 'Main' / 'trainval.txt').write_text(''.join(f'{i:06d}\n' for i in range(n - 2)))
     (root / 'ImageSets' / 'Main' / 'test.txt').write_text(''.join(f'{i:06d}\n' for i in range(n - 2, n)))
@@ -131,13 +133,18 @@ def run(tmp_path_factory, coco):
     return out
 
 
-# --- help, version, usage ---------------------------------------------------------------------------------------------
+# --- help, version, usage -------------------------------------------------------------------------
 COMMANDS = ['ablate', 'build-ops', 'demo', 'doctor', 'eval', 'predict', 'site', 'split', 'train']
 
 
 def test_help_is_fast():
     "Nothing heavy is imported before a command needs it, and never the tools of the book"
-    code = 'import sys\nfrom semidetr.cli.commands import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\nprint({"torch", "numpy", "PIL", "nbdev", "fastcore", "IPython"} & set(sys.modules), file=sys.stderr)'
+    heavy = {'torch', 'numpy', 'PIL', 'nbdev', 'fastcore', 'IPython'}
+    code = (
+        'import sys\nfrom semidetr.cli.commands import main\n'
+        'try: main(sys.argv[1:])\nexcept SystemExit: pass\n'
+        f'print({heavy} & set(sys.modules), file=sys.stderr)'
+    )
     for args in (['--help'], ['train', '--help'], ['--version'], ['train', '--unknown']):
         done = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True)
         assert done.stderr.splitlines()[-1] == 'set()', done.stderr
@@ -233,7 +240,7 @@ def test_one_of_several_processes_speaks(capsys, monkeypatch):
     assert capsys.readouterr().out == 'once\n'
 
 
-# --- training on one's own data ---------------------------------------------------------------------------------------
+# --- training on one's own data -------------------------------------------------------------------
 def train(shell, *args):
     code, out, err = shell('train', '-q', '--threads', '1', *args, *FAST)
     assert code == 0, err
@@ -354,7 +361,7 @@ def test_settings_that_make_no_sense_together(refused, shell, coco, tmp_path):
     )
 
 
-# --- mistakes ---------------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 def edit(path, change):
     d = json.loads(path.read_text())
     change(d)
@@ -493,7 +500,7 @@ def test_broken_run_folders(refused, run, coco, tmp_path):
     assert not (tmp_path / 'p').exists() and (tmp_path / 'bad' / 'last.pt').exists()
 
 
-# --- using a run ------------------------------------------------------------------------------------------------------
+# --- using a run ----------------------------------------------------------------------------------
 def test_eval(shell, refused, run, coco, tmp_path):
     code, out, err = shell('eval', '--run', run, '-q', '-o', tmp_path / 'm.json')
     assert code == 0 and '3 images' in out and all(f'\n  {n} ' in out for n in ('teacher', 'student', *NAMES))
@@ -665,7 +672,7 @@ def test_doctor_tells_why_there_is_no_op(shell, monkeypatch):
 
 
 def test_first_stage_of_semi_detr(shell):
-    "Where the preset's first stage ends with the burn-in, half of what sees unlabelled images is one-to-many; a named T1 stays"
+    "If the first stage ends with the burn-in, half of the later iterations are one-to-many; a named T1 stays"
 
     def T1(*settings):
         return json.loads(
@@ -684,7 +691,7 @@ def test_first_stage_of_semi_detr(shell):
 
 
 def test_build_ops(shell, refused, tmp_path, monkeypatch):
-    "Where, how long, what instruction set; one line without a compiler. The compiler itself is replaced: it has tests of its own"
+    "Where, how long, what instruction set; one line without a compiler, which is a stand-in here"
     from semidetr.train import machine
     from semidetr.detectors import native
 
@@ -756,14 +763,17 @@ def test_split(shell, refused, coco, tmp_path):
 def test_demo_and_site(shell, refused, tmp_path, monkeypatch):
     import semidetr.lab.demo
 
-    seen = []
-    monkeypatch.setattr(semidetr.lab.demo, 'run_demo', lambda *a: seen.append(a))
+    calls = []
+    monkeypatch.setattr(semidetr.lab.demo, 'run_demo', lambda *a: calls.append(a))
     assert shell('demo', '-o', tmp_path / 'd', '--labels', '5', '--seed', '1', '--seed', '2', '-q')[0] == 0
-    assert seen[0][:5] == (tmp_path / 'd', 5, (1, 2), False, 0)
+    assert calls[0][:5] == (tmp_path / 'd', 5, (1, 2), False, 0)
     refused('demo', '--labels', '0', words=['--labels'])
     monkeypatch.chdir(tmp_path)
     refused('site', words=['checkout'])
     refused('site', '--engine', 'magic', words=['fallback'])
+    (tmp_path / '_quarto.yml').write_text('')
+    monkeypatch.setattr(cli, 'find_spec', lambda name: None)
+    refused('site', words=[str(tmp_path), 'semidetr/book', 'checkout'])
 
 
 def test_ctrl_c_and_go_on(shell, coco, tmp_path, monkeypatch):

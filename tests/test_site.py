@@ -1,4 +1,4 @@
-"The site as a reader gets it: links, pictures, formulas, navigation, a phone; and what happens when it cannot be built."
+"The site as a reader gets it: links, pictures, formulas, navigation, a phone; and faults that stop the build"
 
 import html.parser, json, shutil, subprocess, sys, urllib.parse
 import nbformat, pytest
@@ -10,13 +10,13 @@ from semidetr.book.pages import (
     cross_references,
     filter_notebook,
     load_pages,
-    markdown_table,
     read_book,
     stored_notebook,
     symbol_index,
     write_home,
 )
 from semidetr.book.site import build_site, figure_output, main, mathml, number_headings, resolve
+from semidetr.lab.report import markdown_table
 
 FILES = chapter_files(read_book(ROOT))
 RESULT = next((f for f in FILES if f.startswith('nbs/ablations/01_')), None)
@@ -103,7 +103,7 @@ def test_no_loose_ends(site):
             assert loose not in t.out, (f.name, loose)
 
 
-# --- in a browser -----------------------------------------------------------------------------------------------------
+# --- in a browser ---------------------------------------------------------------------------------
 @pytest.fixture
 def visit(browser, address):
     "Open a page, and fail at its end on errors of the page or requests to other hosts"
@@ -160,7 +160,8 @@ def test_home_page(visit):
 def test_formulas(visit):
     p = visit('nbs/01_boxes.html')
     boxes = p.evaluate(
-        "[...document.querySelectorAll('math')].map(m => m.getBoundingClientRect()).map(r => r.width*r.height)"
+        "[...document.querySelectorAll('math')]"
+        '.map(m => m.getBoundingClientRect()).map(r => r.width*r.height)'
     )
     assert boxes and min(boxes) > 0
 
@@ -184,12 +185,11 @@ def test_navigation(visit):
 
 
 def test_reference_leads_to_its_figure(visit, site):
-    page = next(
-        f
-        for f in sorted(site.glob('nbs/*.html'))
-        if any(link.startswith('#fig-') for link in Links(f.read_text(encoding='utf-8')).links)
+    has_reference = lambda f: any(
+        link.startswith('#fig-') for link in Links(f.read_text(encoding='utf-8')).links
     )
-    p = visit(f'nbs/{page.name}')
+    page = next(f for f in sorted(site.glob('nbs/**/*.html')) if has_reference(f))
+    p = visit(page.relative_to(site).as_posix())
     p.locator('main a[href^="#fig-"]').first.click()
     assert p.evaluate('document.querySelector(decodeURIComponent(location.hash)) !== null')
 
@@ -201,7 +201,7 @@ def test_phone(visit, path):
     assert p.evaluate('document.documentElement.scrollWidth <= window.innerWidth')
 
 
-# --- the parts, and what goes wrong -----------------------------------------------------------------------------------
+# --- the parts, and what goes wrong ---------------------------------------------------------------
 def build(folder, *options):
     return subprocess.run(
         [sys.executable, '-m', 'semidetr.book.site', *options], cwd=folder, capture_output=True, text=True
@@ -227,7 +227,9 @@ def small(tmp_path):
     (tmp_path / 'nbs' / '00_one.ipynb').write_text(json.dumps(nb))
     (tmp_path / 'index.qmd').write_text('# Home {.unnumbered}\n\nSee @sec-one.\n')
     (tmp_path / '_quarto.yml').write_text(
-        'project: {type: book, output-dir: _docs}\nbook: {title: t, chapters: [index.qmd, nbs/00_one.ipynb]}\nformat: {html: {theme: default}}\n'
+        'project: {type: book, output-dir: _docs}\n'
+        'book: {title: t, chapters: [index.qmd, nbs/00_one.ipynb]}\n'
+        'format: {html: {theme: default}}\n'
     )
     return tmp_path
 
@@ -238,7 +240,7 @@ def test_small_book(small):
 
 
 def test_a_page_of_text_alone(small):
-    "A `.qmd` page has its number in title and contents, its label as anchor, and numbered sections, as a notebook has"
+    "A `.qmd` page has a number in title and contents, its label as anchor, and numbered sections"
     (small / 'nbs' / '01_two.qmd').write_text(
         '# Two {#sec-two}\n\n> Afterwards.\n\n## Half {#sec-half}\n\nSee @sec-one.\n'
     )
@@ -282,8 +284,15 @@ def test_a_broken_page_stops_the_build(small, text, message):
 def test_outside_a_checkout(tmp_path):
     with pytest.raises(ConfigError, match='checkout'):
         build_site(tmp_path)
-    done = build(tmp_path) if not list(tmp_path.iterdir()) else None
+    done = build(tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize('text', ['', 'book: {title: t}', 'project: {type: website}', 'a: [', '- a'])
+def test_a_description_of_no_book(tmp_path, text):
+    (tmp_path / '_quarto.yml').write_text(text)
+    done = build(tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and '_quarto.yml' in done.stderr
 
 
 def test_without_the_renderer(small, monkeypatch):
@@ -297,7 +306,8 @@ def test_quarto_is_chosen_where_it_is(small, monkeypatch):
     tool = small / 'bin' / 'quarto'
     tool.parent.mkdir()
     tool.write_text(
-        '#!/bin/sh\necho "$@" > called\ncommand -v python > which\nmkdir -p _docs && echo quarto > _docs/index.html\n'
+        '#!/bin/sh\necho "$@" > called\ncommand -v python > which\n'
+        'mkdir -p _docs && echo quarto > _docs/index.html\n'
     )
     tool.chmod(0o755)
     monkeypatch.setenv('PATH', f'{tool.parent}:/usr/bin:/bin')
@@ -330,7 +340,7 @@ def test_the_filter_that_quarto_calls(root):
 
 @pytest.mark.parametrize('page', [f for f in FILES if f.endswith('.ipynb')])
 def test_what_the_filter_writes_is_a_notebook(root, page):
-    "Every line of a source keeps its newline, and nbformat accepts the whole: Quarto loses the newlines of a source that is one string"
+    "Lines keep their newlines, which Quarto loses if a source is one string; nbformat accepts the whole"
     nb = stored_notebook(filter_notebook(json.loads((root / page).read_text(encoding='utf-8')), {}, ''))
     nbformat.validate(nb)
     for c in nb['cells']:

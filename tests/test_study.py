@@ -1,4 +1,4 @@
-"Studies as data: overrides are checked before the first run, records are kept a seed at a time, finished runs are looked up"
+"Studies as data: overrides are checked before the first run, and committed records keep their hashes"
 
 import json
 from pathlib import Path
@@ -11,6 +11,13 @@ from semidetr.lab.study import load_study, read_studies
 from test_trainer import TINY
 
 BOOK = Path(__file__).parent.parent / 'nbs' / 'ablations' / 'studies.toml'
+LATER = (
+    'optim.iters=2 method.T1=1 mining.init=all pseudo.threshold=.02 pseudo.min_score=0 consistency.hidden=8'
+).split()
+ARMS = dict(
+    supervised=['method.name=supervised'],
+    semi_detr=['method.name=semi_detr', 'loader.n_labelled=1', 'loader.n_unlabelled=1'],
+)
 
 
 def write(tmp_path, **change):
@@ -18,15 +25,12 @@ def write(tmp_path, **change):
         'preset': '"digits"',
         'base': json.dumps(TINY),
         'burn_in': '["optim.iters=2"]',
-        'later': '["optim.iters=2", "method.T1=1", "mining.init=all", "pseudo.threshold=.02", "pseudo.min_score=0", "consistency.hidden=8"]',
+        'later': json.dumps(LATER),
         **change,
     }
-    text = (
-        '[toy]\n'
-        + ''.join(f'{k} = {v}\n' for k, v in study.items() if v)
-        + '[toy.arms]\nsupervised = ["method.name=supervised"]\nsemi_detr = ["method.name=semi_detr", "loader.n_labelled=1", "loader.n_unlabelled=1"]\n'
-    )
-    (tmp_path / 'studies.toml').write_text(text)
+    settings = ''.join(f'{k} = {v}\n' for k, v in study.items() if v)
+    arms = ''.join(f'{k} = {json.dumps(v)}\n' for k, v in ARMS.items())
+    (tmp_path / 'studies.toml').write_text(f'[toy]\n{settings}[toy.arms]\n{arms}')
     return tmp_path / 'studies.toml'
 
 
@@ -108,7 +112,7 @@ def test_the_paper_scale_is_the_paper():
 
 def test_committed_records_are_found_again():
     "What `semidetr ablate` would run today has the hashes of the committed records"
-    seen = 0
+    found = 0
     for path in (BOOK.parent / 'results').rglob('seed*.json'):
         r = json.loads(path.read_text())
         now = {
@@ -120,8 +124,8 @@ def test_committed_records_are_found_again():
             now.items()
             >= {arm: a['hash'] for arm, a in {'burn_in': r['burn_in'], **r['arms']}.items() if a}.items()
         ), path  # an arm may be new
-        seen += 1
-    assert seen >= 3
+        found += 1
+    assert found >= 3
 
 
 TABLE = """
@@ -252,7 +256,7 @@ def test_values_of_the_wrong_kind(tmp_path, old, new, words):
 
 
 def test_a_study_after_another_one(tmp_path):
-    "It has the burn-in of the other one, in its folder, at every scale; and no preset, base or burn-in of its own"
+    "It has the burn-in of the other one, in its folder, at every scale; and no preset or base of its own"
     path = tmp_path / 's.toml'
     more = '[more]\nafter = "toy"\nseeds = [0]\nlater = ["optim.clip=6"]\n[more.arms]\nz = []\n'
     path.write_text(TABLE + more)
@@ -303,14 +307,14 @@ def test_the_demonstration_is_part_of_the_component_study():
     for arm, name in dict(
         supervised='supervised', mean_teacher='mean_teacher', semi_detr='shm_cqc_cpm'
     ).items():
-        mine, theirs = (
+        of_demo, of_study = (
             override(
                 study['groups'][''],
                 [*items, 'loader.n_unlabelled=6', 'method.unsup_weight=2', 'pseudo.threshold=0.3'],
             )
             for items in (demo.LATER + demo.ARMS[arm], study['arms'][name])
         )
-        assert mine == theirs, arm
+        assert of_demo == of_study, arm
 
 
 def test_demonstration_runs_every_arm_and_other_settings_elsewhere(tmp_path, monkeypatch):

@@ -1,13 +1,13 @@
 # %% [markdown]
 # # The pages: from notebooks to a book {#sec-pages}
 #
-# > After this chapter you can say what of a notebook reaches its reader, how a name in the text finds its
-# > definition, and why a broken reference stops the build.
+# > Turn notebooks into pages: choose what a reader sees, link names to their definitions, and stop the build
+# > at a broken reference.
 #
-# A book of many notebooks falls apart quietly. A figure is renamed and three chapters point to nothing; a
-# function moves and its links die; a number is typed once and is wrong a week later. Renderers warn about
-# such things and go on. Here the pages are made, numbered and checked before any renderer sees them, by
-# functions small enough to call on a toy notebook.
+# A book of many notebooks breaks without notice. A figure is renamed, and the references of three chapters
+# lead nowhere; a function moves, and its links break; a number is typed once and is wrong a week later.
+# Renderers only warn about such things. Here the pages are made, numbered and checked before a renderer
+# starts, by functions small enough to call on a toy notebook.
 
 # %%
 #| default_exp book.pages
@@ -31,15 +31,15 @@ import matplotlib.pyplot as plt
 # ## What the book consists of
 #
 # `_quarto.yml` lists parts and chapters. Everything below starts from that list: a notebook that is not on it
-# is not in the book (and a test says so). The tools of this chapter belong to the extra `[book]`; whoever
-# installed the package alone gets one line that says what to install, not a traceback.
+# is not in the book, and a test fails. The tools of this chapter belong to the extra `[book]`; without it the
+# error is one line that says what to install.
 
 # %%
 #| export
 def fail(
     message: str,  # one line that names the cure
 ):
-    "Raise a fault of the user; the import waits until then, because it is slower than a whole build"
+    "Raise a ConfigError; it is imported only here, because the import takes longer than a whole build"
     from semidetr.core import ConfigError
 
     raise ConfigError(message)
@@ -64,7 +64,14 @@ def read_book(
     path = Path(root) / '_quarto.yml'
     if not path.exists():
         fail(f"no _quarto.yml in '{root}': the site is built in a checkout of the project, in its top folder")
-    return need('yaml').safe_load(path.read_text(encoding='utf-8'))
+    yaml = need('yaml')
+    try:
+        book = yaml.safe_load(path.read_text(encoding='utf-8'))
+        book['project'], book['book']['chapters'], book['format']['html']
+    except (yaml.YAMLError, KeyError, TypeError) as e:
+        what = f'lacks {e}' if isinstance(e, KeyError) else 'not the description of a book'
+        fail(f'{path}: {what}; compare it with the one of the project')
+    return book
 
 
 def chapter_files(
@@ -73,24 +80,20 @@ def chapter_files(
     "Flatten parts, chapters and appendices"
 
     def walk(items):
-        for c in items or []:
-            if isinstance(c, str):
-                yield c
-            else:
-                if str(c.get('part', '')).endswith(('.qmd', '.md', '.ipynb')):
-                    yield c['part']
-                yield from walk(c.get('chapters'))
+        for item in items or []:
+            if isinstance(item, str):
+                yield item
+                continue
+            if str(item.get('part', '')).endswith(('.qmd', '.md', '.ipynb')):
+                yield item['part']
+            yield from walk(item.get('chapters'))
 
     return [*walk(book['book']['chapters']), *walk(book['book'].get('appendices'))]
 
 
 # %%
-toy_book = {
-    'book': {
-        'chapters': ['index.qmd', {'part': 'Data', 'chapters': ['nbs/01_boxes.ipynb', 'nbs/02_draw.ipynb']}],
-        'appendices': ['notes.qmd'],
-    }
-}
+toy_part = {'part': 'Data', 'chapters': ['nbs/01_boxes.ipynb', 'nbs/02_draw.ipynb']}
+toy_book = {'book': {'chapters': ['index.qmd', toy_part], 'appendices': ['notes.qmd']}}
 assert chapter_files(toy_book) == ['index.qmd', 'nbs/01_boxes.ipynb', 'nbs/02_draw.ipynb', 'notes.qmd']
 chapter_files(toy_book)
 
@@ -98,9 +101,9 @@ chapter_files(toy_book)
 # %% [markdown]
 # ## From a notebook to a page
 #
-# A code cell starts with lines of two kinds. `#| word` speaks to nbdev (`export`, `hide`, `slow`),
-# `#| key: value` to the renderer (`label`, `fig-cap`). The filter obeys the first and removes them, and
-# leaves the second alone.
+# A code cell starts with lines of two kinds: `#| word` is for nbdev (`export`, `hide`, `slow`), `#| key:
+# value` for the renderer (`label`, `fig-cap`). The filter applies and removes the first, and keeps the
+# second.
 
 # %%
 #| export
@@ -123,27 +126,24 @@ def defined_names(
     for node in ast.parse(code).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             out.append(node.name)
-            out += [
-                f'{node.name}.{m.name}'
-                for m in getattr(node, 'body', [])
-                if isinstance(node, ast.ClassDef) and isinstance(m, ast.FunctionDef)
-            ]
-        elif isinstance(node, ast.Assign):
+        if isinstance(node, ast.ClassDef):
+            out += [f'{node.name}.{m.name}' for m in node.body if isinstance(m, ast.FunctionDef)]
+        if isinstance(node, ast.Assign):
             out += [t.id for t in node.targets if isinstance(t, ast.Name)]
     return [name for name in out if not any(part.startswith('_') for part in name.split('.'))]
 
 
 # %%
-toy_cell = '#| export\n#| label: fig-toy\ndef area(w, h): return w*h\nclass Box:\n    def side(self): return 1\n_private = 3'
+toy_cell = '#| export\n#| label: fig-toy\ndef area(w, h): return w*h\n'
+toy_cell += 'class Box:\n    def side(self): return 1\n_private = 3'
 words, options, code = split_directives(toy_cell)
 assert words == {'export'} and options == ['#| label: fig-toy']
 defined_names(code)
 
 
 # %% [markdown]
-# Names in `backticks` become links to the place that defines them, so that prose can say `chapter_files` and
-# mean it. The index is made from the notebooks themselves. A short name that two modules define is ambiguous
-# and gets no link.
+# Names in `backticks` become links to their definitions, as in `chapter_files`. The index is made from the
+# notebooks themselves. A short name that two modules define is ambiguous and gets no link.
 
 # %%
 #| export
@@ -158,12 +158,18 @@ def notebook_module(
     nb: dict,  # a notebook
 ) -> str:  # 'semidetr.core', or '' if nothing is exported
     "The module that a notebook exports to"
-    found = (
-        re.search(r'^#\|\s*default_exp\s+(\S+)', cell_text(c['source']), re.M)
-        for c in nb['cells']
-        if c['cell_type'] == 'code'
-    )
-    return next((f'semidetr.{m.group(1)}' for m in found if m), '')
+    for c in nb['cells']:
+        found = re.search(r'^#\|\s*default_exp\s+(\S+)', cell_text(c['source']), re.M)
+        if found and c['cell_type'] == 'code':
+            return f'semidetr.{found.group(1)}'
+    return ''
+
+
+def is_exported(
+    words: set,  # of `split_directives`
+) -> bool:
+    "Does nbdev export a cell with these words?"
+    return bool(words & {'export', 'exports', 'exporti'})
 
 
 def symbol_index(
@@ -179,7 +185,7 @@ def symbol_index(
             if c['cell_type'] != 'code' or not module:
                 continue
             words, _, code = split_directives(cell_text(c['source']))
-            for name in defined_names(code) if words & {'export', 'exports'} else []:
+            for name in defined_names(code) if is_exported(words) else []:
                 if name in index and index[name][0] != page:
                     twice.add(name)
                 index[name] = index[f'{module}.{name}'] = (page, f'{module}.{name}')
@@ -202,9 +208,8 @@ def link_names(
         if m.group(1) not in index:
             return m.group(0)
         page, anchor = index[m.group(1)]
-        return f'[{m.group(0)}]({os.path.relpath(page, page_dir or ".")}#{anchor})'.replace(
-            '.ipynb#', '.html#'
-        )
+        url = os.path.relpath(page, page_dir or '.').removesuffix('.ipynb') + '.html'
+        return f'[{m.group(0)}]({url}#{anchor})'
 
     out, fenced = [], False
     for line in text.split('\n'):
@@ -224,10 +229,10 @@ linked
 
 
 # %% [markdown]
-# `filter_notebook` does the whole: hidden cells go; an exported cell is shown, with a tag that names its
-# module and an anchor for every name; links are set. nbdev's own processors would do the opposite (drop the
-# code, run the notebook again, print a signature). In a book about an algorithm the code *is* the text, its
-# parameter comments are the parameter table, and nothing has to be executed to make the page.
+# `filter_notebook` combines these steps: hidden cells are removed; an exported cell is shown, with a tag that
+# names its module and an anchor for every name; links are set. nbdev's own processors drop the code, run the
+# notebook again and print a signature. In a book about an algorithm the code *is* the text, its parameter
+# comments are the parameter table, and nothing has to be executed to make the page.
 
 # %%
 #| export
@@ -257,7 +262,7 @@ def filter_notebook(
             continue
         if re.search(r'^show_doc\(', code, re.M):
             options = ['#| echo: false', *options]
-        elif words & {'export', 'exports', 'exporti'} and module:
+        elif is_exported(words) and module:
             anchors = ''.join(f'<span id="{module}.{name}"></span>' for name in defined_names(code))
             cells.append(
                 make_cell('markdown', f'<span class="module-tag">{module}</span>{anchors}', id=f'tag{i:03d}')
@@ -267,20 +272,15 @@ def filter_notebook(
 
 
 def stored_notebook(
-    nb: dict,  # from `filter_notebook`, a source of a cell being one string
-) -> dict:  # the same, every source a list of lines that keep their newlines
+    nb: dict,  # from `filter_notebook`: the source of a cell is one string
+) -> dict:  # the same: every source is a list of lines with their newlines
     "A notebook in the form that nbformat prescribes for files; Quarto's reader joins the lines as they are"
     return {**nb, 'cells': [{**c, 'source': c['source'].splitlines(keepends=True)} for c in nb['cells']]}
 
 
 # %%
-toy_nb = {
-    'cells': [
-        make_cell('code', '#| default_exp boxes'),
-        make_cell('code', '#| export\ndef area(w, h): return w*h'),
-        make_cell('code', '#| hide\nimport os'),
-    ]
-}
+toy_sources = ['#| default_exp boxes', '#| export\ndef area(w, h): return w*h', '#| hide\nimport os']
+toy_nb = {'cells': [make_cell('code', source) for source in toy_sources]}
 page = filter_notebook(toy_nb, toy_index, 'nbs')
 assert [c['source'] for c in page['cells']] == [
     '<span class="module-tag">semidetr.boxes</span><span id="semidetr.boxes.area"></span>',
@@ -290,7 +290,8 @@ assert [c['source'] for c in page['cells']] == [
 
 # %% [markdown]
 # In memory a source is one string. In a file it is a list of lines, each with its newline: a reader that
-# finds a string may split it and lose them, and then a heading swallows the paragraph below it.
+# finds a string may split it and lose the newlines, and then a paragraph becomes part of the heading above
+# it.
 
 # %%
 toy_file = stored_notebook({'cells': [make_cell('markdown', '# Boxes\n\nA paragraph.')]})
@@ -299,7 +300,7 @@ toy_file['cells'][0]['source']
 
 # %%
 #| label: fig-pages-cells
-#| fig-cap: "What becomes of the cells of the chapters on the book: prose and examples are shown as they are, exported code gets a tag, and little is hidden."
+#| fig-cap: "Cells of the chapters of this layer: prose and examples are shown as they are, exported code gets a tag, and few cells are hidden."
 #| fig-alt: "Stacked horizontal bars, one for each chapter of this part: cells of prose, exported cells, examples and hidden cells."
 kinds = ('prose', 'exported', 'example', 'hidden')
 
@@ -310,12 +311,12 @@ def kind_of(cell):
     directives, _, body = split_directives(cell_text(cell['source']))
     if directives & {'hide', 'default_exp'} or not body.strip():
         return 'hidden'
-    return 'exported' if directives & {'export', 'exports', 'exporti'} else 'example'
+    return 'exported' if is_exported(directives) else 'example'
 
 
-chapters = {
-    f.stem: [kind_of(c) for c in json.loads(f.read_text())['cells']] for f in sorted(Path().glob('0*.ipynb'))
-}
+chapters = {}
+for f in sorted(Path().glob('0*.ipynb')):
+    chapters[f.stem] = [kind_of(c) for c in json.loads(f.read_text())['cells']]
 fig, ax = plt.subplots(figsize=(6, 1.8), dpi=80)
 start = [0] * len(chapters)
 for kind in kinds:
@@ -331,7 +332,7 @@ plt.show()
 # ## Numbers and references
 #
 # Quarto numbers figures, tables, equations and sections and resolves `@fig-name`. `CrossRefs` does the same
-# ahead of it, for the check and for the other renderer (@sec-site): `scan` collects the labels of all pages,
+# before it, for the check and for the other renderer (@sec-site): `scan` collects the labels of all pages,
 # `check` looks up the references. With $n$ the number of the chapter and $k$ the running number of a kind
 # within it, a label is shown as
 #
@@ -402,27 +403,26 @@ class CrossRefs:
             number = f'{n}.{count[kind]}' if n else str(count[kind])
             self.add(label, page, f'{KINDS[kind]} {number}', number)
 
+        def heading(level, attributes):
+            depth[level] += 1
+            depth[level + 1 :] = [0] * (6 - level)
+            number = '.'.join(map(str, [n, *depth[2 : level + 1]]))
+            kind = 'Section' if level > 1 else 'Appendix' if isinstance(n, str) else 'Chapter'
+            if label := re.search(r'#(sec-[\w-]+)', attributes):
+                self.add(label.group(1), page, f'{kind} {number}', number)
+
         for kind, source in cells:
             if kind == 'code':
                 for m in _CELL_LABEL.finditer(source):
                     numbered(m.group(1))
                 continue
-            for m in _LABEL.finditer(re.sub(rf'({CALLOUT})#+ ', r'\1', _CODE.sub('', source), flags=re.M)):
+            text = re.sub(rf'({CALLOUT})#+ ', r'\1', _CODE.sub('', source), flags=re.M)
+            for m in _LABEL.finditer(text):
+                attributes = m.group(3) or ''
                 if m.group(4):
                     numbered(m.group(4))
-                elif '.unnumbered' not in (m.group(3) or '') and n:
-                    level = len(m.group(1))
-                    depth[level] += 1
-                    depth[level + 1 :] = [0] * (6 - level)
-                    number = '.'.join(map(str, [n, *depth[2 : level + 1]]))
-                    label = re.search(r'#(sec-[\w-]+)', m.group(3) or '')
-                    if label:
-                        self.add(
-                            label.group(1),
-                            page,
-                            f"{'Section' if level > 1 else 'Appendix' if isinstance(n, str) else 'Chapter'} {number}",
-                            number,
-                        )
+                elif '.unnumbered' not in attributes and n:
+                    heading(len(m.group(1)), attributes)
 
     def check(
         self,
@@ -437,21 +437,11 @@ class CrossRefs:
 
 # %%
 refs = CrossRefs()
-refs.scan(
-    'a.qmd',
-    [
-        ('markdown', '# Boxes {#sec-a}\n## Overlap {#sec-b}\n$$x$$ {#eq-x}'),
-        ('code', '#| label: fig-a\nplot()'),
-    ],
-    n=3,
-)
+toy_text = '# Boxes {#sec-a}\n## Overlap {#sec-b}\n$$x$$ {#eq-x}'
+refs.scan('a.qmd', [('markdown', toy_text), ('code', '#| label: fig-a\nplot()')], n=3)
 refs.check('a.qmd', 'See @fig-a and @fig-missing.')
-assert [refs.labels[k][1] for k in ('sec-a', 'sec-b', 'eq-x', 'fig-a')] == [
-    'Chapter 3',
-    'Section 3.1',
-    'Equation 3.1',
-    'Figure 3.1',
-]
+called = [refs.labels[k][1] for k in ('sec-a', 'sec-b', 'eq-x', 'fig-a')]
+assert called == ['Chapter 3', 'Section 3.1', 'Equation 3.1', 'Figure 3.1']
 assert refs.problems == ['a.qmd: no label for @fig-missing']
 refs.labels['fig-a']
 
@@ -467,23 +457,31 @@ def load_pages(
     appendices=(),  # those of them that are counted with letters
 ) -> list:  # (path, notebook or None, [(kind, source)], chapter number or letter; 0 for an unnumbered page)
     "Read and filter every page, includes written out"
-    index, out, n, letters = symbol_index(root, files), [], 0, iter(string.ascii_uppercase)
+    index, out = symbol_index(root, files), []
+    chapter, letters = 0, iter(string.ascii_uppercase)
     for page in files:
         folder, text = os.path.dirname(page), (Path(root) / page).read_text(encoding='utf-8')
-        nb = filter_notebook(json.loads(text), index, folder) if page.endswith('.ipynb') else None
-        include = lambda m: (Path(root) / folder / m.group(1)).read_text(encoding='utf-8')
-        cells = (
-            [(c['cell_type'], c['source']) for c in nb['cells']]
-            if nb
-            else [
-                ('markdown', link_names(re.sub(r'\{\{< include (\S+) >\}\}', include, text), index, folder))
-            ]
-        )
+        if page.endswith('.ipynb'):
+            nb = filter_notebook(json.loads(text), index, folder)
+            cells = [(c['cell_type'], c['source']) for c in nb['cells']]
+        else:
+            nb, whole = None, _with_includes(text, Path(root) / folder)
+            cells = [('markdown', link_names(whole, index, folder))]
         title = next((s for k, s in cells if k == 'markdown' and s.lstrip().startswith('# ')), '')
-        numbered = page != files[0] and '.unnumbered' not in title.lstrip().split('\n')[0]
-        n += numbered and page not in appendices
-        out.append((page, nb, cells, (next(letters) if page in appendices else n) if numbered else 0))
+        number = 0
+        if page != files[0] and '.unnumbered' not in title.lstrip().split('\n')[0]:
+            if page in appendices:
+                number = next(letters)
+            else:
+                number = chapter = chapter + 1
+        out.append((page, nb, cells, number))
     return out
+
+
+def _with_includes(text, folder):
+    "Markdown with its `include` lines replaced by the files that they name"
+    content = lambda m: (folder / m.group(1)).read_text(encoding='utf-8')
+    return re.sub(r'\{\{< include (\S+) >\}\}', content, text)
 
 
 def cross_references(
@@ -512,8 +510,8 @@ problems
 # %% [markdown]
 # ## Tables that come from runs
 #
-# No number on a page is typed. A report notebook builds its table from result files with `markdown_table`
-# (@sec-report), and `write_home` puts a picture and a table on the home page through an include file.
+# No number on a page is typed by hand. A page of results builds its tables from records with `markdown_table`
+# (@sec-report), and `write_home` writes a picture and a table for the home page into an include file.
 
 # %%
 #| export
@@ -529,20 +527,18 @@ def write_home(
     from semidetr.core import atomic_write
 
     alt = alt.replace('"', "'")
-    atomic_write(
-        path,
-        f'![{caption}]({picture}){{#fig-home fig-alt="{alt}"}}\n\n{table}\n\n: {table_caption} {{#tbl-home}}\n',
-    )
+    figure = f'![{caption}]({picture}){{#fig-home fig-alt="{alt}"}}'
+    atomic_write(path, f'{figure}\n\n{table}\n\n: {table_caption} {{#tbl-home}}\n')
 
 # %% [markdown]
 # ## Summary
 #
-# * `chapter_files` is the reading order; what is not on it is not in the book.
+# * `chapter_files` gives the reading order; a notebook that it lacks is not in the book.
 # * `filter_notebook` shows exported code with its module, anchors every public name and links the names in
 #   the prose.
-# * `CrossRefs` numbers labels as in @eq-pages-number and finds references that lead nowhere, and labels that
+# * `CrossRefs` numbers labels as in @eq-pages-number, and finds references that lead nowhere and labels that
 #   are used twice.
-# * `write_home` carries numbers from result files to the home page; nobody types them.
+# * `write_home` writes numbers from result files to the home page; nobody types them.
 #
 # ## Exercises
 #

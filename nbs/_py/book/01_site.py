@@ -1,15 +1,13 @@
 # %% [markdown]
 # # The site: one book, two renderers {#sec-site}
 #
-# > After this chapter you can turn the notebooks into the web site you are reading, with Quarto or without
-# > it.
+# > Turn the notebooks into the web site that you are reading, with Quarto or without it.
 #
-# A research book is read in a browser and checked by a machine. Quarto renders such books well, but it is a
-# large program that no Python package index carries, so a fresh clone on a plain machine would have no site.
-# The cure is one description of the book, `_quarto.yml`, and two renderers for it: Quarto where it is
-# installed, and otherwise the small Python package *smalldocs*, to which this module adds what a book needs:
-# chapter numbers, cross-references and mathematics. Both get the same pages (@sec-pages), and both builds
-# fail on the same faults.
+# Quarto renders such books well, but it is a large program that no Python package index offers, so on a plain
+# machine a fresh clone would have no site. The book therefore has one description, `_quarto.yml`, and two
+# renderers: Quarto where it is installed, and otherwise the small Python package *smalldocs*, to which this
+# module adds what a book needs: chapter numbers, cross-references and formulas. Both get the same pages
+# (@sec-pages), and both builds fail on the same faults.
 
 # %%
 #| default_exp book.site
@@ -28,15 +26,13 @@ import tempfile
 from pathlib import Path
 from semidetr.book.pages import (
     CALLOUT,
-    CrossRefs,
     REF,
+    CrossRefs,
     cell_text,
     chapter_files,
     cross_references,
     fail,
     filter_notebook,
-)
-from semidetr.book.pages import (
     load_pages,
     make_cell,
     need,
@@ -49,18 +45,18 @@ from semidetr.book.pages import (
 
 # %%
 import matplotlib.pyplot as plt
-import numpy as np
 
 # %% [markdown]
 # ## Formulas without a script
 #
-# Most sites draw formulas with a script that every reader downloads from somewhere else. Browsers show MathML
-# by themselves; `mathml` makes it, and refuses a command that the converter does not know instead of printing
-# it raw:
+# Most sites draw formulas with a script that every reader downloads from another host. Browsers show MathML
+# without one. `mathml` converts LaTeX, for example
 #
 # $$
-# \text{LaTeX} \longrightarrow \text{MathML}, \qquad \text{for example} \quad \mathrm{IoU}(a, b) = \frac{\lvert a \cap b \rvert}{\lvert a \cup b \rvert} .
+# \mathrm{IoU}(a, b) = \frac{\lvert a \cap b \rvert}{\lvert a \cup b \rvert} ,
 # $$ {#eq-site-mathml}
+#
+# and raises an error for a command that the converter does not know, instead of printing it raw.
 
 # %%
 #| export
@@ -77,9 +73,8 @@ def mathml(
     out = need('latex2mathml.converter').convert(known, display='block' if display else 'inline')
     unknown = re.findall(r'\\arg(?:min|max)', tex) + re.findall(r'>(\\[A-Za-z]+)<', out)
     if unknown:
-        raise ValueError(
-            f"LaTeX command {unknown[0]} is not known to both renderers, in: {' '.join(tex.split())}"
-        )
+        where = ' '.join(tex.split())
+        raise ValueError(f'LaTeX command {unknown[0]} is not known to both renderers, in: {where}')
     return out
 
 
@@ -90,10 +85,10 @@ formula
 
 
 # %% [markdown]
-# ## What smalldocs leaves to us
+# ## What smalldocs does not do
 #
-# `resolve` writes what smalldocs does not: heading numbers, captions with their numbers, MathML, links for
-# references.
+# smalldocs has no cross-references, formulas or heading numbers. `resolve` and `number_headings` write them
+# into the Markdown before it renders the page.
 
 # %%
 #| export
@@ -105,21 +100,18 @@ def resolve(
     "Replace references, formulas and caption labels of one piece of Markdown"
 
     def ref(m):
-        target, text, _ = refs.labels.get(m.group(1), ('', '', ''))
-        if not text:
+        if m.group(1) not in refs.labels:
             return m.group(0)
-        url = (
-            ''
-            if target == page
-            else os.path.relpath(Path(target).with_suffix('.html'), os.path.dirname(page) or '.')
-        )
-        return f'[{text}]({url}#{m.group(1)})'
+        target, text, _ = refs.labels[m.group(1)]
+        url = os.path.relpath(Path(target).with_suffix('.html'), os.path.dirname(page) or '.')
+        return f"[{text}]({'' if target == page else url}#{m.group(1)})"
 
     def equation(m):
-        formula = mathml(m.group(1), display=True)
-        if not m.group(2):
+        formula, label = mathml(m.group(1), display=True), m.group(2)
+        if not label:
             return formula
-        return f'<div id="{m.group(2)}" class="equation"><div>{formula}</div><span>({refs.labels[m.group(2)][2]})</span></div>'
+        number = f'<span>({refs.labels[label][2]})</span>'
+        return f'<div id="{label}" class="equation"><div>{formula}</div>{number}</div>'
 
     def caption(m):
         return f': {refs.labels[m.group(2)][1]}: {m.group(1)} {{#{m.group(2)}'
@@ -131,11 +123,9 @@ def resolve(
         t = re.sub(r'!\[([^\]]*)\](\([^)]*\)\{#(fig-[\w-]+))', picture, t)
         return REF.sub(ref, _INLINE.sub(lambda m: mathml(m.group(1)), _EQ.sub(equation, t)))
 
-    captioned = outside_code(
-        lambda t: re.sub(r'^: (.*?) \{#(tbl-[\w-]+)', caption, t, flags=re.M), text, inline=False
-    )
+    captions = lambda t: re.sub(r'^: (.*?) \{#(tbl-[\w-]+)', caption, t, flags=re.M)
     try:
-        return outside_code(replace, captioned)
+        return outside_code(replace, outside_code(captions, text, inline=False))
     except ValueError as e:
         raise ValueError(f'{page}: {e}') from None
 
@@ -156,32 +146,20 @@ def number_headings(
             count[1] = 0
         return f"{m.group(2)} {'.'.join(map(str, [n, *count[: level - 1]]))} {m.group(3)}"
 
-    return (
-        outside_code(
-            lambda t: re.sub(rf'({CALLOUT})?^(#{{2,3}}) (?!.*\.unnumbered)(.*)', number, t, flags=re.M), text
-        )
-        if n
-        else text
-    )
+    heading = rf'({CALLOUT})?^(#{{2,3}}) (?!.*\.unnumbered)(.*)'
+    return outside_code(lambda t: re.sub(heading, number, t, flags=re.M), text) if n else text
 
 
 # %%
 refs = CrossRefs()
-refs.scan(
-    'a.qmd',
-    [
-        ('markdown', '# Boxes {#sec-a}\n## Overlap {#sec-b}\n$$x$$ {#eq-x}\n\n: Of `a` {#tbl-a}'),
-        ('code', '#| label: fig-a\nplot()'),
-    ],
-    n=3,
-)
+toy_text = '# Boxes {#sec-a}\n## Overlap {#sec-b}\n$$x$$ {#eq-x}\n\n: Of `a` {#tbl-a}'
+refs.scan('a.qmd', [('markdown', toy_text), ('code', '#| label: fig-a\nplot()')], n=3)
 resolved = resolve(refs, 'See @fig-a and @sec-b; the code `@fig-a` stays.', 'b.qmd')
 assert resolved == 'See [Figure 3.1](a.html#fig-a) and [Section 3.1](a.html#sec-b); the code `@fig-a` stays.'
 assert resolve(refs, ': Of `a` {#tbl-a}', 'b.qmd') == ': Table 3.1: Of `a` {#tbl-a}'
 fence = 3 * ':'  # a box: its title is no section
-numbered = number_headings(
-    f'## One\n### Half\n{fence} {{.callout-note}}\n## A title\n{fence}\n## Two', 3, [0, 0]
-)
+headings = f'## One\n### Half\n{fence} {{.callout-note}}\n## A title\n{fence}\n## Two'
+numbered = number_headings(headings, 3, [0, 0])
 [line for line in numbered.splitlines() if line.startswith('#')]
 
 
@@ -194,23 +172,25 @@ numbered = number_headings(
 # %%
 #| export
 def _option(options, key):
+    "Value of a `#| key: value` line, or ''"
     m = re.search(rf'^#\|\s*{key}:\s*(.*)$', '\n'.join(options), re.M)
     return (need('yaml').safe_load(m.group(1)) if m else None) or ''
 
 
 def figure_output(
     png: str,  # base64
-    caption: str,  # Markdown that `resolve` has seen
+    caption: str,  # Markdown, after `resolve`
     alt: str,  # text for those who cannot see the picture
 ) -> dict:  # a notebook output
     "One picture with its caption as HTML"
     text = need('markdown_it').MarkdownIt('commonmark', {'html': True}).renderInline(caption)
-    figure = f'<figure class="figure"><img class="img-fluid" alt="{html.escape(alt)}" src="data:image/png;base64,{png}">\n<figcaption>{text}</figcaption></figure>'
+    image = f'<img class="img-fluid" alt="{html.escape(alt)}" src="data:image/png;base64,{png}">'
+    figure = f'<figure class="figure">{image}\n<figcaption>{text}</figcaption></figure>'
     return dict(output_type='display_data', metadata={}, data={'text/html': figure})
 
 
 def finish_code_cell(
-    cell: dict,  # a code cell that `filter_notebook` has seen
+    cell: dict,  # a code cell, after `filter_notebook`
     refs: CrossRefs,  # labels of the whole book
     page: str,  # path of the page
 ) -> dict:
@@ -223,30 +203,21 @@ def finish_code_cell(
     for o in cell.get('outputs', []):
         data = o.get('data', {})
         if figure and 'image/png' in data:
-            o = figure_output(
-                cell_text(data['image/png']).strip(), name + figure, _option(options, 'fig-alt')
-            )
+            png = cell_text(data['image/png']).strip()
+            o = figure_output(png, name + figure, _option(options, 'fig-alt'))
         elif 'text/markdown' in data:
             text = resolve(refs, cell_text(data['text/markdown']), page)
-            o = {
-                **o,
-                'data': {
-                    'text/markdown': f'{text.rstrip()}\n\n: {name}{table}\n'
-                    if table and text.lstrip().startswith('|')
-                    else text
-                },
-            }
+            if table and text.lstrip().startswith('|'):
+                text = f'{text.rstrip()}\n\n: {name}{table}\n'
+            o = {**o, 'data': {'text/markdown': text}}
         outputs.append(o)
     kept = [o for o in options if not re.match(r'#\|\s*(fig|tbl)-', o)]
     return {**cell, 'source': '\n'.join([*kept, code]), 'outputs': outputs}
 
 
 # %%
-toy_figure = make_cell(
-    'code',
-    '#| label: fig-a\n#| fig-cap: "A line, see @sec-b"\n#| fig-alt: "a line"\nplot()',
-    outputs=[dict(data={'image/png': 'AAAA'})],
-)
+toy_source = '#| label: fig-a\n#| fig-cap: "A line, see @sec-b"\n#| fig-alt: "a line"\nplot()'
+toy_figure = make_cell('code', toy_source, outputs=[dict(data={'image/png': 'AAAA'})])
 shown_figure = finish_code_cell(toy_figure, refs, 'a.qmd')['outputs'][0]['data']['text/html']
 assert 'Figure 3.1: A line, see <a href="#sec-b">Section 3.1</a>' in shown_figure
 shown_figure[-90:]
@@ -255,32 +226,40 @@ shown_figure[-90:]
 # %% [markdown]
 # ## Rendering
 #
-# `stage` writes the processed book to a folder that smalldocs can render as a plain web site. `build_site`
-# picks the renderer, and replaces the old site only when the new one is complete.
+# `stage` writes the processed book to a folder that smalldocs renders as a plain web site. `build_site`
+# chooses the renderer, and replaces the old site only when the new one is complete.
 
 # %%
 #| export
-def _titled(nb, n):
-    "Move `# Title {#sec-id}` to the front matter, where smalldocs reads it; the id stays as an anchor; pages that are text alone (`.qmd`) come as one cell"
-    cells = list(nb['cells'])
-    i = next(
-        (
-            i
-            for i, c in enumerate(cells)
-            if c['cell_type'] == 'markdown' and c['source'].lstrip().startswith('# ')
-        ),
-        None,
-    )
+def _titled(cells, n):
+    "Move `# Title {#sec-id}` to the front matter, where smalldocs reads it; the id stays as an anchor"
+    is_title = lambda c: c['cell_type'] == 'markdown' and c['source'].lstrip().startswith('# ')
+    i = next((i for i, c in enumerate(cells) if is_title(c)), None)
     if i is None:
-        return nb
+        return cells
     head, _, rest = cells[i]['source'].lstrip().partition('\n')
     m = re.match(r'# (.*?)\s*(?:\{([^}]*)\})?$', head)
     label = re.search(r'#([\w-]+)', m.group(2) or '')
-    cells[i] = {**cells[i], 'source': (f'<span id="{label.group(1)}"></span>\n\n' if label else '') + rest}
+    anchor = f'<span id="{label.group(1)}"></span>\n\n' if label else ''
     title = json.dumps(f'{n} {m.group(1)}' if n else m.group(1), ensure_ascii=False)
-    return {**nb, 'cells': [make_cell('raw', f'---\ntitle: {title}\n---', id='title'), *cells]}
+    front = make_cell('raw', f'---\ntitle: {title}\n---', id='title')
+    return [front, *cells[:i], {**cells[i], 'source': anchor + rest}, *cells[i + 1 :]]
 
 
+def _copy_assets(root, dest, book):
+    "Style sheets, favicon and other resources"
+    css = book['format']['html'].get('css', [])
+    patterns = [*([css] if isinstance(css, str) else css), *book['project'].get('resources', [])]
+    patterns.append(book['book'].get('favicon', ''))
+    for pattern in filter(None, patterns):
+        for file in Path(root).glob(pattern):
+            target = Path(dest) / file.relative_to(root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, target)
+
+
+# %%
+#| export
 def stage(
     root,  # folder of the checkout
     dest,  # folder to write
@@ -293,41 +272,27 @@ def stage(
         out, count = Path(dest) / page, [0, 0]
         out.parent.mkdir(parents=True, exist_ok=True)
         finish = lambda text: number_headings(resolve(refs, text, page), n, count)
-        if nb is None:
-            text = dict(cells=[make_cell(*cells[0])])
-            out.write_text(
-                '\n\n'.join(finish(c['source']) for c in (_titled(text, n) if n else text)['cells']),
-                encoding='utf-8',
-            )
-        else:
-            nb = _titled(nb, n)
-            nb['cells'] = [
-                finish_code_cell(c, refs, page)
-                if c['cell_type'] == 'code'
-                else {**c, 'source': finish(c['source'])}
-                for c in nb['cells']
-            ]
-            out.write_text(json.dumps(stored_notebook(nb)), encoding='utf-8')
-    options = {
-        k: v for k, v in book['format']['html'].items() if k not in ('html-math-method', 'number-sections')
-    }
+        if nb is None:  # a page of text alone is one cell
+            text = make_cell(*cells[0])
+            parts = [finish(c['source']) for c in (_titled([text], n) if n else [text])]
+            out.write_text('\n\n'.join(parts), encoding='utf-8')
+            continue
+        finished = []
+        for c in _titled(nb['cells'], n):
+            code = c['cell_type'] == 'code'
+            finished.append(finish_code_cell(c, refs, page) if code else {**c, 'source': finish(c['source'])})
+        out.write_text(json.dumps(stored_notebook({**nb, 'cells': finished})), encoding='utf-8')
+    options = {**book['format']['html']}
+    for done_here in ('html-math-method', 'number-sections'):
+        options.pop(done_here, None)
     chapters = book['book']['chapters'] + book['book'].get('appendices', [])
-    assets = [
-        *([options['css']] if isinstance(options.get('css'), str) else options.get('css', [])),
-        book['book'].get('favicon', ''),
-        *book['project'].get('resources', []),
-    ]
     config = dict(
         project={'type': 'book', 'output-dir': '_out'},
         book={**book['book'], 'chapters': chapters},
         format={'html': options},
     )
     Path(dest, '_quarto.yml').write_text(need('yaml').safe_dump(config, sort_keys=False), encoding='utf-8')
-    for pattern in filter(None, assets):
-        for f in Path(root).glob(pattern):
-            target = Path(dest) / f.relative_to(root)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(f, target)
+    _copy_assets(root, dest, book)
 
 
 # %%
@@ -346,9 +311,8 @@ def build_site(
 ) -> Path:  # folder of the site
     "Check the book and render it"
     root, book = Path(root).resolve(), read_book(root)
-    pages = load_pages(
-        root, chapter_files(book), chapter_files({'book': {'chapters': book['book'].get('appendices', [])}})
-    )
+    appendices = chapter_files({'book': {'chapters': book['book'].get('appendices', [])}})
+    pages = load_pages(root, chapter_files(book), appendices)
     refs = cross_references(pages)
     if refs.problems:
         fail('the book has broken references:\n' + '\n'.join(refs.problems))
@@ -356,26 +320,17 @@ def build_site(
     if engine == 'auto':
         engine = 'quarto' if shutil.which('quarto') else 'fallback'
     if engine == 'quarto':
-        _run(
-            ['quarto', 'render'], root, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        )
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        _run(['quarto', 'render'], root, PATH=path)
         return out
     need('smalldocs')
+    smalldocs = [sys.executable, '-c', 'import sys; from smalldocs.cli import main; sys.exit(main())']
     with tempfile.TemporaryDirectory() as work:
         try:
             stage(root, work, book, pages, refs)
         except ValueError as e:
             fail(str(e))
-        _run(
-            [
-                sys.executable,
-                '-c',
-                'import sys; from smalldocs.cli import main; sys.exit(main())',
-                'render',
-                work,
-            ],
-            root,
-        )
+        _run([*smalldocs, 'render', work], root)
         shutil.rmtree(out, ignore_errors=True)
         shutil.move(Path(work) / '_out', out)
     return out
@@ -387,12 +342,10 @@ def build_site(
 # @fig-site-size is made from the pages of this book as the filter leaves them.
 
 # %%
-pages = load_pages('../..', chapter_files(read_book('../..')))
-chapters = [
-    (Path(page).stem, cells)
-    for page, nb, cells, n in pages
-    if nb and Path(page).parent.name not in ('ablations', 'runs', 'benchmarks')
-]
+chapters = []  # (name, cells) of every notebook but pages of results
+for page, nb, cells, _ in load_pages('../..', chapter_files(read_book('../..'))):
+    if nb and Path(page).parent.name not in ('ablations', 'runs', 'benchmarks'):
+        chapters.append((Path(page).stem, cells))
 words = [sum(len(text.split()) for kind, text in cells if kind == 'markdown') for _, cells in chapters]
 lines = [sum(len(text.splitlines()) for kind, text in cells if kind == 'code') for _, cells in chapters]
 assert all(w > 0 and n > 0 for w, n in zip(words, lines))
@@ -415,7 +368,7 @@ plt.show()
 # %% [markdown]
 # ## Parameter tables
 #
-# nbdev asks `TableRenderer` (named in `settings.ini`) when a notebook calls `show_doc`: it shows the
+# When a notebook calls `show_doc`, nbdev uses `TableRenderer` (named in `settings.ini`): it shows the
 # signature, the first sentence and the table of parameters.
 
 # %%
@@ -449,9 +402,9 @@ print(parameters)
 # %% [markdown]
 # ## What Quarto calls
 #
-# Quarto pipes each notebook through `python -m semidetr.book.site --filter`, in the folder of the notebook,
-# and before a build it calls `--fresh`, because it caches filtered notebooks by the time of their last change
-# alone: a change in another chapter would not be seen. Without an option the module builds the site.
+# Quarto pipes each notebook through `python -m semidetr.book.site --filter`, in the folder of the notebook.
+# Before a build it calls `--fresh`: it caches filtered notebooks by the time of their last change alone, so a
+# change in another chapter would be missed. Without an option the module builds the site.
 
 # %%
 #| export
@@ -467,12 +420,8 @@ def main(
     ap = argparse.ArgumentParser(
         prog='python -m semidetr.book.site', description='Build the site from _quarto.yml'
     )
-    ap.add_argument(
-        '--engine',
-        choices=['auto', 'quarto', 'fallback'],
-        default='auto',
-        help='auto: Quarto where it is on the PATH',
-    )
+    engines = ['auto', 'quarto', 'fallback']
+    ap.add_argument('--engine', choices=engines, default='auto', help='auto: Quarto where it is on the PATH')
     ap.add_argument(
         '--filter', action='store_true', help='for Quarto: notebook on stdin, processed notebook on stdout'
     )
@@ -484,19 +433,15 @@ def main(
     try:
         if not a.filter and not a.fresh:
             print(f'open {os.path.relpath(build_site(root, a.engine))}/index.html')
-        else:
-            files = chapter_files(read_book(root))
-            if a.filter:
-                json.dump(
-                    stored_notebook(
-                        filter_notebook(
-                            json.load(sys.stdin), symbol_index(root, files), os.path.relpath(here, root)
-                        )
-                    ),
-                    sys.stdout,
-                )
-            if a.fresh:
-                [os.utime(root / f) for f in files]
+            return 0
+        files = chapter_files(read_book(root))
+        if a.filter:
+            index, folder = symbol_index(root, files), os.path.relpath(here, root)
+            page = filter_notebook(json.load(sys.stdin), index, folder)
+            json.dump(stored_notebook(page), sys.stdout)
+        if a.fresh:
+            for file in files:
+                os.utime(root / file)
     except Exception as e:
         if type(e).__name__ not in ('ConfigError', 'RuntimeError', 'ValueError'):
             raise
@@ -515,14 +460,14 @@ if __name__ == '__main__' and globals().get('__spec__'):
 #
 # * `_quarto.yml` describes the book once; `build_site` renders it with Quarto or, without it, with smalldocs.
 # * References are checked before either renderer runs; a broken one ends the build.
-# * Formulas become MathML as in @eq-site-mathml, so the site needs no script from elsewhere and can be read
-#   from a disk.
+# * Formulas such as @eq-site-mathml become MathML, so the site needs no script from another host and can be
+#   read from a disk.
 # * The old site is replaced only when the new one is complete.
-# * Who lacks the extra `[book]` is told what to install in one line.
+# * Without the extra `[book]` the error is one line that says what to install.
 #
 # ## Exercises
 #
-# 1. Write a formula with `\nocommand` into a copy of a chapter and build the site with smalldocs. Where does
-#    the message point?
+# 1. Write a formula with `\nocommand` into a copy of a chapter and build the site with smalldocs. Which place
+#    does the message name?
 # 2. Why must `--fresh` touch every notebook when only one of them has changed?
 # 3. `resolve` treats captions and prose alike. Find what would go wrong if it also looked into code blocks.

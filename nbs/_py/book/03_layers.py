@@ -1,17 +1,16 @@
 # %% [markdown]
 # # The layers of the package {#sec-layers}
 #
-# > See at a glance which part of the package may lean on which, and why a build fails when one leans the
-# > wrong way.
+# > See which part of the package may import which, and find the imports that break the rule.
 #
-# A package grows flat: every module may import every other, and after a year each does. Then nothing can be
-# read, tested or replaced alone. Here the modules lie in layers along the way of the data, and a module
-# imports only from the layers before its own, and within its layer only from earlier chapters. So the book
-# can be read from the front, and the package can be taken apart from the back: what trains knows nothing of
-# studies, the detectors know nothing of teachers, and the pages can be left out of the wheel.
+# If every module may import every other, after a year each does, and none can be read, tested or replaced
+# alone. Here the modules are ordered in layers that follow the data. A module imports only from the layers
+# before its own, and within its layer only from earlier chapters. So the book can be read from front to back,
+# and the package can be taken apart from the end: the trainer does not depend on studies, the detectors do
+# not depend on teachers, and the pages can be left out of the wheel.
 #
-# Imports hide well. They stand inside functions, behind `import_module`, or take a public name from the top
-# of the package. The check below reads the syntax tree and finds these, too.
+# Imports may hide inside functions, behind `import_module`, or in a public name from the top of the package.
+# The check below reads the syntax tree and finds these, too.
 
 # %%
 #| default_exp book.layers
@@ -31,7 +30,6 @@ import numpy as np
 
 # %%
 #| export
-GROUND = ('core', 'boxes', 'draw')
 LAYERS = {  # folder of the package and of the book -> what it holds
     'data': 'files, data sets, splits, views, batches',
     'detectors': 'attention, backbones, encoder and decoder',
@@ -56,30 +54,24 @@ def layer_of(
 # ## Who imports whom
 #
 # `imported_modules` resolves relative imports, imports inside functions, `import_module` of a literal, and
-# names that the top of the package hands out (`from semidetr import Trainer` is an import of the trainer).
+# public names (`from semidetr import Trainer` is an import of the trainer).
 
 # %%
 #| export
 def _targets(node, package, public):
     "Dotted modules that one node of the syntax tree imports, without the name of the package"
-    if (
-        isinstance(node, ast.Call)
-        and getattr(node.func, 'attr', getattr(node.func, 'id', '')) == 'import_module'
-    ):
-        names = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+    names = []
+    if isinstance(node, ast.Call):
+        if getattr(node.func, 'attr', getattr(node.func, 'id', '')) == 'import_module':
+            names = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
     elif isinstance(node, ast.Import):
         names = [a.name for a in node.names]
     elif isinstance(node, ast.ImportFrom):
-        base = (
-            '.'.join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
-            if node.level
-            else node.module
-        )
+        above = package[: len(package) - node.level + 1] if node.level else []
+        base = '.'.join([*above, *filter(None, [node.module])])
         if base == 'semidetr':
             return [public.get(a.name, a.name) for a in node.names]
         names = [base, *(f'{base}.{a.name}' for a in node.names)]
-    else:
-        names = []
     return [n.removeprefix('semidetr.') for n in names if n.startswith('semidetr.')]
 
 
@@ -97,17 +89,12 @@ def imported_modules(
 def _public_names(root):
     "Public name -> module, read from the table in `semidetr/__init__.py`"
     tree = ast.parse((Path(root) / '__init__.py').read_text(encoding='utf-8'))
-    tables = [
-        n.value
-        for n in tree.body
-        if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', '') == '_PUBLIC'
-    ]
-    return {
-        name: module
-        for t in tables
-        for module, names in ast.literal_eval(t).items()
-        for name in names.split()
-    }
+    names = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == '_PUBLIC':
+            for module, exported in ast.literal_eval(node.value).items():
+                names |= dict.fromkeys(exported.split(), module)
+    return names
 
 
 def import_graph(
@@ -116,12 +103,10 @@ def import_graph(
 ) -> dict[str, set[str]]:  # module -> modules of this package that it imports
     "Which module imports which, from the files of the package"
     root, public = Path(root), _public_names(root)
-    files = {
-        '.'.join(f.relative_to(root).with_suffix('').parts): f
-        for f in sorted(root.rglob('*.py'))
-        if f.name != '_modidx.py'
-    }
-    files = {name: f for name, f in files.items() if not name.endswith('__')}
+    files = {}
+    for f in root.rglob('*.py'):
+        if not f.stem.startswith('_'):
+            files['.'.join(f.relative_to(root).with_suffix('').parts)] = f
     place = {m: i for i, m in enumerate(order)}
     names = sorted(files, key=lambda m: (place.get(m, len(place)), m))
     return {m: imported_modules(files[m], root, public) & set(names) - {m} for m in names}
@@ -132,12 +117,13 @@ def import_graph(
 
 # %%
 toy_package = Path(tempfile.mkdtemp()) / 'semidetr'
-for name, text in {
+toy_texts = {
     '__init__': "_PUBLIC = {'train.trainer': 'Trainer'}",
     'core': '',
     'data/files': 'def read():\n    from semidetr import Trainer',
     'train/trainer': 'from ..core import x',
-}.items():
+}
+for name, text in toy_texts.items():
     file = toy_package / f'{name}.py'
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
@@ -150,7 +136,7 @@ toy_graph
 # ## Arrows that point up
 #
 # Let $\ell(m)$ be the layer of a module and $k(m)$ its place in the reading order. An import of $b$ by $a$ is
-# right if
+# allowed if
 #
 # $$
 # \ell(b) < \ell(a) \quad\text{or}\quad \ell(b) = \ell(a) \text{ and } k(b) < k(a) .
@@ -162,10 +148,8 @@ def upward_imports(
     graph: dict,  # of `import_graph`
 ) -> list:  # of pairs (module, what it must not import)
     "Imports that break @eq-layers-order"
-    place = {m: i for i, m in enumerate(graph)}
-    return [
-        (a, b) for a in graph for b in sorted(graph[a]) if (layer_of(b), place[b]) >= (layer_of(a), place[a])
-    ]
+    place = {m: (layer_of(m), i) for i, m in enumerate(graph)}
+    return [(a, b) for a in graph for b in sorted(graph[a]) if place[b] >= place[a]]
 
 
 # %%
@@ -182,11 +166,11 @@ def reading_order(
     nbs,  # folder of the notebooks
 ) -> list[str]:  # modules
     "Modules in the order of layers and chapter numbers"
-    name = lambda f: f.stem.split('_', 1)[1]
-    ground = [name(f) for f in sorted(Path(nbs).glob('[0-9]*.ipynb'))]
-    return ground + [
-        f'{layer}.{name(f)}' for layer in LAYERS for f in sorted((Path(nbs) / layer).glob('[0-9]*.ipynb'))
-    ]
+    modules = []
+    for layer in ('', *LAYERS):
+        chapters = sorted((Path(nbs) / layer).glob('[0-9]*.ipynb'))
+        modules += [f"{layer}.{f.stem.split('_', 1)[1]}".lstrip('.') for f in chapters]
+    return modules
 
 
 # %%
@@ -197,7 +181,7 @@ counts
 
 # %%
 #| label: fig-layers-order
-#| fig-cap: "Imports between the modules in reading order; lines separate the layers. Nothing lies on or above the diagonal, so every chapter leans only on chapters before it."
+#| fig-cap: "Imports between the modules in reading order; lines separate the layers. No import lies on or above the diagonal: every chapter imports only chapters before it."
 #| fig-alt: "A square grid with one row and one column for each module. Filled squares, which mark an import, lie only below the diagonal."
 names = list(graph)
 matrix = np.array([[b in graph[a] for b in names] for a in names], dtype=float)
@@ -218,13 +202,13 @@ plt.show()
 # %% [markdown]
 # ## Summary
 #
-# * Layers follow the way of the data; `LAYERS` is their order, and the folders of the package and of the book
-#   have the same names.
+# * Layers follow the data; `LAYERS` is their order, and the folders of the package and of the book have the
+#   same names.
 # * `import_graph` reads syntax trees, so an import inside a function counts like one at the top.
-# * `upward_imports` lists what breaks @eq-layers-order; a test of the book keeps the list empty.
+# * `upward_imports` lists the imports that break @eq-layers-order; a test keeps the list empty.
 #
 # ## Exercises
 #
-# 1. Two modules of one layer need each other. Name two ways to undo the circle, and find the one that
-#    `data.catalog` is.
+# 1. Two modules of one layer need each other. Name two ways to break the cycle. Which of them is
+#    `data.catalog`?
 # 2. Which layers could be packaged on their own, and what would the others have to change?

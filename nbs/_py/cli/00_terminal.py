@@ -1,16 +1,16 @@
 # %% [markdown]
-# # The manners of a command {#sec-terminal}
+# # How a command behaves {#sec-terminal}
 #
-# > Turn a function into a command whose foreseeable failures are one line, and know before the work whether
+# > Turn a function into a command whose foreseeable failures are one line, and check before the work whether
 # > its results can be written.
 #
-# A command that ends in forty lines of traceback because a folder was misspelt teaches its user to fear it.
-# All commands of this book (@sec-cli) behave alike, because they share what is in this chapter:
+# A misspelt folder should not end in forty lines of traceback. All commands of this book (@sec-cli) behave
+# alike, because they share the code of this chapter:
 #
 # - a mistake in the input is *one line* on the error stream, `error: ...`, that names file, item and cure;
-#   the exit code is 2, and nothing is left half-written. A traceback means a mistake in this package;
-# - Ctrl-C ends with exit code 130 and a line that says how to go on;
-# - `--help` answers at once, because nothing heavy is imported before a command needs it.
+#   the exit code is 2, and nothing is left half-written. A traceback means a bug in this package;
+# - Ctrl-C ends with exit code 130 and a line that says how to resume;
+# - `--help` is fast, because nothing heavy is imported before a command needs it.
 
 # %%
 #| default_exp cli.terminal
@@ -38,31 +38,31 @@ from semidetr.core import DataError
 # %% [markdown]
 # ## One line for an error
 #
-# Which errors are the user's to cure? Those that the package raises as `SemiDETRError`; what the operating
-# system says about a file (no permission, disk full); and memory that ran out. `_one_line` turns these into a
+# Which errors can the user cure? Those that the package raises as `SemiDETRError`, those of the operating
+# system about a file (no permission, disk full), and a lack of memory. `_one_line` turns these into a
 # sentence and leaves everything else alone. It looks the classes up instead of importing them: if torch was
 # never imported, none of its errors can have been raised.
 
 # %%
 #| export
-def _one_line(e):  # exception -> sentence for the user, or None if it is a mistake of this package
+def _one_line(e):
+    "A sentence for the user, or None if the exception is a bug of this package"
     known = getattr(sys.modules.get('semidetr.core'), 'SemiDETRError', ())
     if isinstance(e, known):
         return ' '.join(str(e).split())
     if isinstance(e, OSError) and e.strerror and not isinstance(e, BrokenPipeError):
+        cure = 'choose another place, or change its permissions'
+        return f'{e.filename}: {e.strerror}; {cure}' if e.filename else e.strerror
+    out_of_memory = type(e).__name__ in ('OutOfMemoryError', 'MemoryError')
+    if out_of_memory or "DefaultCPUAllocator: can't allocate" in str(e):
         return (
-            f'{e.filename}: {e.strerror}; choose another place, or change its permissions'
-            if e.filename
-            else e.strerror
+            'memory ran out; take a smaller loader.n_labelled, loader.n_unlabelled, view.max_side or --batch '
+            '(optim.accumulate keeps the effective batch)'
         )
-    if type(e).__name__ in (
-        'OutOfMemoryError',
-        'MemoryError',
-    ) or "DefaultCPUAllocator: can't allocate" in str(e):
-        return 'memory ran out; take a smaller loader.n_labelled, loader.n_unlabelled, view.max_side or --batch (optim.accumulate keeps the effective batch)'
 
 
-def _bad(text):  # -> error for a mistake of the user
+def _bad(text):
+    "The error for a mistake of the user"
     from semidetr.core import DataError
 
     return DataError(text)
@@ -74,21 +74,20 @@ def _say(text=''):
         print(text, flush=True)
 
 
-def _fail(text, code=2):  # -> the exit that ends a command
+def _fail(text, code=2):
+    "Print an error; returns the exit that ends a command"
     print(text if code == 130 else f'error: {text}', file=sys.stderr, flush=True)
     return typer.Exit(code)
 
 
 # %%
-assert (
-    _one_line(DataError('a.jpg: cut off;\nrestore it')) == 'a.jpg: cut off; restore it'
-    and _one_line(KeyError('x')) is None
-)
+assert _one_line(DataError('a.jpg: cut off;\nrestore it')) == 'a.jpg: cut off; restore it'
+assert _one_line(KeyError('x')) is None
 _one_line(PermissionError(13, 'Permission denied', 'runs/a'))
 
 # %% [markdown]
-# `command` registers a function with [typer](https://typer.tiangolo.com) and puts this net under it. `main`
-# catches what happens before a command starts, such as an unknown option, and guarantees one line there too.
+# `command` registers a function with [typer](https://typer.tiangolo.com) and handles its errors in this way.
+# `main` does the same for errors before a command starts, such as an unknown option.
 
 # %%
 #| export
@@ -156,7 +155,8 @@ def main(
                 raise
             ctx = getattr(e, 'ctx', None)
             path = ctx.command_path if ctx is not None else 'semidetr'
-            code = _fail(f"{' '.join(e.format_message().split()).rstrip('.')}; see {path} --help").exit_code
+            message = ' '.join(e.format_message().split()).rstrip('.')
+            code = _fail(f'{message}; see {path} --help').exit_code
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -178,25 +178,22 @@ def shell(
 # %% [markdown]
 # ## What the commands share
 #
-# Options that mean the same are declared once. `_free` looks at an output place *before* the work: an hour of
+# Options that mean the same are declared once. `_free` checks an output path *before* the work: an hour of
 # training must not end at a folder that cannot be written. It creates nothing. The images for the reported
 # numbers are found by `test_split` (@sec-trainer), which says why there are none; an annotation file given as
-# `--data` is no test split of itself.
+# `--data` is not a test split of itself.
 
 # %%
 #| export
-def _opt(kind, text, *names, **kwargs):  # annotation of an option
+def _opt(kind, text, *names, **kwargs):
+    "Annotation of an option"
     return Annotated[kind, typer.Option(*names, help=text, **kwargs)]
 
 
-Out, Quiet = (
-    _opt(Path, 'folder for the results', '--out', '-o'),
-    _opt(bool, 'no progress bars', '--quiet', '-q'),
-)
-Run, Device = (
-    _opt(Path, 'folder of a run, or a checkpoint', '--run', '-r'),
-    _opt(str, 'auto, cpu, cuda, cuda:N'),
-)
+Out = _opt(Path, 'folder for the results', '--out', '-o')
+Quiet = _opt(bool, 'no progress bars', '--quiet', '-q')
+Run = _opt(Path, 'folder of a run, or a checkpoint', '--run', '-r')
+Device = _opt(str, 'auto, cpu, cuda, cuda:N')
 Nms = _opt(float, 'IoU of per-class suppression; 0: none, as DETR is meant to be used')
 _HINT = (
     "COCO JSON, folder with instances_train.json, VOC or YOLO folder, a name under SEMIDETR_DATA, or 'digits'"
@@ -208,7 +205,7 @@ def _free(path, option='--out', folder=True):
     path = Path(path)
     if path.exists() and path.is_dir() != folder:
         raise _bad(f"{path}: is {'a file' if folder else 'a folder'}; choose another {option}")
-    there = next(p for p in [path, *path.absolute().parents] if p.exists())
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
     if there.is_file() and there != path:
         raise _bad(f'{there}: is a file, so {path} cannot be made; choose another {option}')
     if not os.access(there, os.W_OK):
@@ -216,7 +213,8 @@ def _free(path, option='--out', folder=True):
     return path
 
 
-def _no_nan(x):  # NaN -> None: JSON has no NaN
+def _no_nan(x):
+    "None for each NaN, because JSON has none"
     if isinstance(x, dict):
         return {k: _no_nan(v) for k, v in x.items()}
     return None if isinstance(x, float) and x != x else x
@@ -236,7 +234,8 @@ def read_seeds(
         parts = [[]]
     if text == '0' or any(len(p) not in (1, 2) or p[0] > p[-1] for p in parts):
         raise _bad(
-            f"--seeds '{text}' is no number of seeds and no list; write 5 for the first five, 0,2 or 3-4 for these, 0-0 for seed 0 alone"
+            f"--seeds '{text}' is no number of seeds and no list; write 5 for the first five, "
+            '0,2 or 3-4 for these, 0-0 for seed 0 alone'
         )
     return [s for p in parts for s in range(p[0], p[-1] + 1)] or None
 
@@ -247,15 +246,20 @@ def read_options(
     "Options of the cluster as written on the command line"
     if bad := [i for i in items if '=' not in i]:
         raise _bad(f"--option '{bad[0]}' is not of the form key=value, e.g. timeout_min=600")
-    return {k: int(v) if v.isdigit() else v for k, _, v in (i.partition('=') for i in items)}
+    options = {}
+    for item in items:
+        key, _, value = item.partition('=')
+        options[key] = int(value) if value.isdigit() else value
+    return options
 
 
 # %%
-assert read_seeds('0,2-4') == [0, 2, 3, 4] and read_seeds('2-2') == [2] and read_seeds('') is None
+assert read_seeds('0,2-4') == [0, 2, 3, 4]
+assert read_seeds('2-2') == [2] and read_seeds('') is None
 read_seeds('5')
 
 # %% [markdown]
-# A toy command, and what a terminal would show of it:
+# A toy command, and what a terminal shows of it:
 
 # %%
 home = Path(tempfile.mkdtemp())
@@ -274,21 +278,19 @@ def halve(number: int, out: Out = Path('half.txt')):
 
 @command()
 def noop():
-    "Nothing; with one command alone typer would leave its name away"
+    "Nothing; if there were one command only, typer would omit its name"
 
 
-codes = [
-    shell(f'semidetr {line}', home)
-    for line in ('halve 4', 'halve 3', 'halve three', 'halve 4 --out .', 'have 4')
-]
+calls = ('halve 4', 'halve 3', 'halve three', 'halve 4 --out .', 'have 4')
+codes = [shell(f'semidetr {call}', home) for call in calls]
 assert codes == [0, 2, 2, 2, 2]
 
 # %%
 #| label: fig-terminal-codes
-#| fig-cap: "One call in five succeeds; the four mistakes end with code 2 and one line each, never with code 1, which is left to what failed after the work began."
+#| fig-cap: "One call of five succeeds; the four mistakes end with code 2 and one line each. Code 1 is for what fails after the work began."
 #| fig-alt: "Exit codes of five calls of the toy command"
 fig, ax = plt.subplots(figsize=(5, 1.8), dpi=80)
-ax.barh(['halve 4', 'halve 3', 'halve three', 'halve 4 --out .', 'have 4'], codes, color='#d62728')
+ax.barh(calls, codes, color='#d62728')
 ax.set(xlabel='exit code', xticks=[0, 1, 2])
 ax.invert_yaxis()
 plt.show()
@@ -298,7 +300,7 @@ plt.show()
 #
 # - Errors that a user can cure are one line with place and cure and exit code 2; anything else is a
 #   traceback, because it is a bug.
-# - The output place is tested before the work.
+# - The output path is checked before the work.
 # - Options that mean the same in several commands are declared once.
 #
 # ## Exercises

@@ -4,13 +4,13 @@
 # > Run the whole book from a shell: `semidetr demo`, `doctor`, `build-ops`, `split`, `train`, `eval`,
 # > `predict`, `ablate`, `site`.
 #
-# The commands of this chapter hold no logic of their own: each opens what it is given, calls a function of an
-# earlier chapter, and prints. They share the manners of @sec-terminal: a mistake is one line and exit code 2,
-# results are written whole or not at all, `--help` answers at once. Two more come with training:
+# The commands of this chapter hold no logic of their own: each opens its inputs, calls a function of an
+# earlier chapter, and prints. They behave as @sec-terminal describes: a mistake is one line and exit code 2,
+# results are written completely or not at all, `--help` is fast. Two rules are added for training:
 #
 # - Ctrl-C ends a training run after the current iteration with a checkpoint and exit code 130; the same
-#   command goes on from there;
-# - a command that was run to its end is not run again; `train` on a finished folder prints its result.
+#   command resumes it;
+# - a finished run is not repeated; `train` on its folder prints the result (@sec-run-folder).
 
 # %%
 #| default_exp cli.commands
@@ -29,6 +29,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -59,12 +60,11 @@ import tempfile
 import matplotlib.pyplot as plt
 from PIL import Image
 from semidetr.cli import terminal
-from semidetr.core import DataError
 from semidetr.draw import show_image
 
 # %% [markdown]
-# In the lesson cells below, `shell` runs a command line as a terminal would and shows both streams and the
-# exit code.
+# In the cells below, `shell` runs a command line as a terminal would, and shows both streams and the exit
+# code.
 
 # %%
 home = Path(tempfile.mkdtemp())
@@ -73,10 +73,10 @@ assert shell('semidetr --version') == 0
 
 
 # %% [markdown]
-# ## Look at the data first
+# ## Check the data first
 #
-# `doctor` (@sec-doctor) is the first command to run on data of your own. Without a data set it tells what it
-# finds of the installation, which is the first thing to paste into a bug report.
+# `doctor` (@sec-doctor) is the first command to run on data of your own. Without a data set it describes the
+# installation, which is the first thing to paste into a bug report.
 
 # %%
 #| export
@@ -85,9 +85,10 @@ def doctor(
     data: Annotated[str, typer.Argument(help=_HINT + ', or folder of images', show_default=False)] = '',
     other: _opt(
         list[str],
-        'data set that must not overlap with it, e.g. the unlabelled one (may be repeated); default: its val and test splits',
-    ) = [],
-    split_file: _opt(list[Path], 'split file to check (may be repeated)') = [],
+        'data set that must not overlap with it, e.g. the unlabelled one (may be repeated); '
+        'default: its val and test splits',
+    ) = None,
+    split_file: _opt(list[Path], 'split file to check (may be repeated)') = None,
     split: _opt(str, 'which split of DATA') = 'train',
     out: _opt(Path, 'write report.json and contact_sheet.png to this folder', '--out', '-o') = None,
     quick: _opt(bool, 'do not decode the images') = False,
@@ -108,21 +109,14 @@ def doctor(
     if not data:
         from semidetr.train.machine import environment_lines
 
-        return _say(
-            '\n'.join(
-                [
-                    f'semidetr {semidetr.__version__}',
-                    *environment_lines(env),
-                    f'To examine data: semidetr doctor DATA, where DATA is a {_HINT}',
-                ]
-            )
-        )
+        last = f'To examine data: semidetr doctor DATA, where DATA is a {_HINT}'
+        return _say('\n'.join([f'semidetr {semidetr.__version__}', *environment_lines(env), last]))
     from semidetr import check_dataset, contact_sheet, open_dataset
     from semidetr.core import atomic_write
 
     if out:
         _free(out)
-    report = check_dataset(data, other or None, split_file, split, quick)
+    report = check_dataset(data, other or None, split_file or [], split, quick)
     if report.of('error', 'cannot-open') and not report.counts:
         f = report.errors[0]
         raise _bad(f"{'' if data in f.item else f'{data}: '}{f.item}; {f.cure}")
@@ -131,9 +125,8 @@ def doctor(
         atomic_write(out / 'report.json', report.to_json())
         if not report.errors:
             contact_sheet(open_dataset(data, split)).save(out / 'contact_sheet.png')
-        _say(
-            f"written: {out / 'report.json'}" + ('' if report.errors else f" and {out / 'contact_sheet.png'}")
-        )
+        sheet = '' if report.errors else f" and {out / 'contact_sheet.png'}"
+        _say(f"written: {out / 'report.json'}{sheet}")
     if report.errors:
         raise typer.Exit(2)
 
@@ -143,7 +136,7 @@ assert shell('semidetr doctor digits:n=30,size=96 --out report') == 0
 
 # %%
 #| label: fig-cli-sheet
-#| fig-cap: "The contact sheet of the doctor: numbers in a report can all be right while the boxes lie beside the objects; a look settles it."
+#| fig-cap: "The contact sheet of the doctor: all numbers of a report can be right while the boxes miss the objects; a picture shows it."
 #| fig-alt: "Twelve scenes with handwritten digits and a box around each"
 fig, ax = plt.subplots(figsize=(4.4, 3.4), dpi=80)
 show_image(ax, Image.open(home / 'report' / 'contact_sheet.png'))
@@ -178,8 +171,8 @@ def build_the_op(
 # %% [markdown]
 # ## Divide the images
 #
-# @sec-splits explains what a split is. With a small data set a development part of 100 images would take
-# everything: a fifth is the most that is held out unless you say otherwise.
+# @sec-splits explains what a split is. In a small data set a development part of 100 images would leave no
+# image to train on, so at most a fifth is held out by default.
 
 # %%
 #| export
@@ -210,29 +203,25 @@ def split(
         s, found = read_index_list(from_file, ds, percent, fold, convention, dev or 0, seed)
         _say(f'{from_file}: read as {found}')
     else:
-        s = make_split(
-            ds, percent, count, fold, min(100, len(ds) // 5) if dev is None else dev, seed, cover_classes
-        )
+        dev = min(100, len(ds) // 5) if dev is None else dev
+        s = make_split(ds, percent, count, fold, dev, seed, cover_classes)
     save_split(s, out)
-    _say(
-        f'{out}: {len(s.labelled)} labelled, {len(s.unlabelled)} unlabelled, {len(s.dev)} development images'
-    )
+    counts = f'{len(s.labelled)} labelled, {len(s.unlabelled)} unlabelled, {len(s.dev)} development images'
+    _say(f'{out}: {counts}')
 
 
 # %%
 assert shell('semidetr split --data digits:n=30,size=96 --percent 20 --out split.json') == 0
-assert (
-    shell('semidetr split --data digits:n=30,size=96 --percent 120 --out other.json') == 2
-    and not (home / 'other.json').exists()
-)
+assert shell('semidetr split --data digits:n=30,size=96 --percent 120 --out other.json') == 2
+assert not (home / 'other.json').exists()
 
 
 # %% [markdown]
 # ## Settings of a run
 #
 # A run's settings come from four places, later ones win: preset, `--config` file, options, single settings
-# `group.field=value` (@sec-config). Then the data are looked at, and what does not fit them is changed, each
-# with one line that says so. What you set yourself is never changed.
+# `group.field=value` (@sec-config). Then the command adapts to the data what you did not set yourself, and
+# prints one line per change.
 
 # %%
 #| export
@@ -314,14 +303,6 @@ def _check_method(cfg):  # -> lines about settings that make no sense together
         yield f'method.burn_in_iters={cfg.method.burn_in_iters} takes all of the {cfg.optim.iters} iterations; no unlabelled image will be used'
 
 
-def _result(folder):  # content of a run.json that may be damaged -> nothing; DataError names it
-    from semidetr.data.files import read_json
-
-    path = Path(folder) / 'run.json'
-    if path.exists() and 'hash' not in (read_json(path) or {}):
-        raise _bad(f'{path}: is not the result of a run; choose another --out')
-
-
 @contextlib.contextmanager
 def _no_debris(folder):
     "A run that fails before its first checkpoint leaves no folder behind, unless there was one before"
@@ -341,38 +322,39 @@ def _row(name, m):
 
 
 def _summary(result, out):
-    "What a finished run has to say"
-    d = result['data']
-    _say(
-        f"{out}: {result['iterations']} iterations in {result['seconds'] / 60:.1f} min ({result['cpu_seconds'] / 60:.1f} CPU-min), {d['labelled']} labelled and {d['unlabelled']} unlabelled images"
-    )
+    "Print the result of a finished run"
+    d, minutes, cpu = result['data'], result['seconds'] / 60, result['cpu_seconds'] / 60
+    cost = f"{result['iterations']} iterations in {minutes:.1f} min ({cpu:.1f} CPU-min)"
+    _say(f"{out}: {cost}, {d['labelled']} labelled and {d['unlabelled']} unlabelled images")
     for part, title in (('dev', 'development part'), ('val', 'test split')):
-        for i, (who, m) in enumerate(result['metrics'].get(part, {}).items()):
-            _say(('' if i else f' {title}, {d[part]} images\n') + _row(who, m))
+        if networks := result['metrics'].get(part):
+            _say(f' {title}, {d[part]} images')
+            for who, m in networks.items():
+                _say(_row(who, m))
     h = result.get('health') or {}
     share = lambda k: '-' if h[k] != h[k] else f'{h[k]:.2f}'
-    quality = (
-        f", precision {share('pseudo_precision')}, recall {share('pseudo_recall')} against hidden truth"
-        if 'pseudo_recall' in h
-        else ''
-    )
     if 'pseudo_boxes' in h:
-        _say(
-            f" pseudo labels: {h['pseudo_boxes']:.1f} boxes an image (labelled images: {h['labelled_boxes']:.1f}){quality}"
-        )
+        text = f" pseudo labels: {h['pseudo_boxes']:.1f} boxes per image"
+        text += f" (labelled images: {h['labelled_boxes']:.1f})"
+        if 'pseudo_recall' in h:
+            quality = f"precision {share('pseudo_precision')}, recall {share('pseudo_recall')}"
+            text += f', {quality} against hidden truth'
+        _say(text)
     _say(f' next: semidetr predict --run {out} --source IMAGES')
 
 
 # %%
-_row('teacher', dict(AP=31.25, AP50=float('nan'), AP75=30.0))
+toy_row = _row('teacher', dict(AP=31.25, AP50=float('nan'), AP75=30.0))
+assert 'AP50     -' in toy_row
+toy_row
 
 
 # %% [markdown]
 # ## Train
 #
-# Images of your own, all or some of them labelled, with more of them in a plain folder: that is the case the
-# defaults are made for. `--show-config` prints the settings of a run instead of running it; the output is a
-# file for `--config`.
+# The defaults are made for images of your own, all or some of them labelled, with more of them in a plain
+# folder. `--show-config` prints the settings of a run instead of running it; its output is a file for
+# `--config`.
 
 # %%
 #| export
@@ -404,7 +386,7 @@ def train(
     quiet: Quiet = False,
     show_config: _opt(bool, 'print the settings as JSON and stop', '--show-config') = False,
 ):
-    """Train a detector. A folder that holds a stopped run is gone on with.
+    """Train a detector. A stopped run in the folder is resumed.
 
     With several GPUs: torchrun --nproc-per-node N -m semidetr.cli train ...
 
@@ -423,7 +405,7 @@ def train(
     notes = [text for _, text in changes] + list(_check_method(cfg))
     if show_config:
         return _say(json.dumps(to_dict(cfg), indent=1))
-    _result(_free(out))
+    _free(out)
     for text in notes:
         _say(f'note: {text}')
     prepare()
@@ -431,7 +413,8 @@ def train(
         _summary(run_config(cfg, out, not quiet), out)
 
 
-def _flags(v):  # options of `train` -> settings
+def _flags(v):
+    "Options of `train` as settings"
     if sum(bool(v[k]) for k in ('percent', 'count', 'split_file')) > 1:
         raise _bad('give one of --percent, --count and --split-file')
     if v['percent'] is not None and not 0 < v['percent'] <= 100:
@@ -452,11 +435,8 @@ def _flags(v):  # options of `train` -> settings
         device='run.device',
         threads='run.threads',
     )
-    reset = [
-        f'data.{k}=0'
-        for k in ('percent', 'count')
-        if v['percent'] is not None or v['count'] or v['split_file']
-    ]
+    divided = v['percent'] is not None or v['count'] or v['split_file']
+    reset = ['data.percent=0', 'data.count=0'] if divided else []
     return reset + [f'{name}={v[k]}' for k, name in names.items() if v[k] not in (None, '')]
 
 
@@ -471,22 +451,25 @@ assert shell('semidetr train --data digits:n=30,size=96 --percent 20 --device cu
 #
 # `eval` measures both networks of a run, class by class for the teacher. Without `--data` it opens the run's
 # own: its test split, or with `--part dev` the images that were held out to choose settings on. `predict`
-# needs no annotations (@sec-predict). If files of a folder cannot be read, the others are finished; each bad
-# one is a line on the error stream, and the exit code is 2, so that a script notices.
+# needs no annotations (@sec-predict). If some files of a folder cannot be read, the others are processed;
+# each bad file is a line on the error stream, and the exit code is 2, so that a script notices.
 
 # %%
 #| export
-def _eval_part(cfg, data, part):  # -> the data set to measure on
+def _eval_part(cfg, data, part):
+    "The data set to measure on"
     from semidetr.data.catalog import open_dataset
     from semidetr.train.trainer import build_data, test_split
 
-    if part not in (known := ('val', 'dev', 'train') if not data else ('val', 'train', 'test')):
+    known = ('val', 'train', 'test') if data else ('val', 'dev', 'train')
+    if part not in known:
         raise _bad(f"--part '{part}' is unknown{' with --data' if data else ''}; known: {', '.join(known)}")
     if data or part == 'train':
         return open_dataset(data or cfg.data, part)
-    ds, why = (
-        test_split(cfg) if part == 'val' else (build_data(cfg).dev, 'the run held no development part out')
-    )
+    if part == 'val':
+        ds, why = test_split(cfg)
+    else:
+        ds, why = build_data(cfg).dev, 'the run held no development part out'
     if ds is None:
         raise _bad(f'{why}; give --data, or another --part (val, dev, train)')
     return ds
@@ -520,11 +503,11 @@ def evaluate(
             raise _bad(f'{ds.name}: no box to measure against; to draw detections there is semidetr predict')
         if list(ds.classes) != p.classes:
             raise _bad(
-                f'{data or ds.name}: its classes ({", ".join(ds.classes[:5])}, ...) are not those of the run ({", ".join(p.classes[:5])}, ...); evaluate on data with the same classes'
+                f'{data or ds.name}: its classes ({", ".join(ds.classes[:5])}, ...) are not those of the run '
+                f'({", ".join(p.classes[:5])}, ...); evaluate on data with the same classes'
             )
-        result[which] = evaluate_model(
-            p.model, ds, p.cfg.view, p.device, p.nms, '' if quiet else f'evaluate {which}'
-        )
+        bar = '' if quiet else f'evaluate {which}'
+        result[which] = evaluate_model(p.model, ds, p.cfg.view, p.device, p.nms, bar)
     _say(f'{ds.name}: {len(ds)} images')
     for which, m in result.items():
         _say(_row(which, m))
@@ -565,15 +548,8 @@ def predict(
     from semidetr.train.predict import Predictor, predict_folder
 
     model = Predictor(run, device, threshold, nms or None, which)
-    found, broken = predict_folder(
-        model,
-        source,
-        _free(out),
-        draw,
-        ids,
-        batch,
-        lambda x: tqdm(x, desc='predict', unit='batch', disable=quiet),
-    )
+    bar = lambda x: tqdm(x, desc='predict', unit='batch', disable=quiet)
+    found, broken = predict_folder(model, source, _free(out), draw, ids, batch, bar)
     _say(f"{len(found)} detections in {out / 'detections.json'}" + (f', pictures in {out}' if draw else ''))
     if not found:
         _say(f'note: no score reaches {threshold:g}; try a lower --threshold')
@@ -598,8 +574,8 @@ assert shell('semidetr eval') == 2
 def demo(
     out: Out = Path('runs/demo'),
     labels: _opt(int, 'number of labelled scenes', min=1) = 20,
-    seed: _opt(list[int], 'seed of split and training (may be repeated)') = [0],
-    workers: _opt(int, 'runs at a time; 0: one a core', min=0) = 0,
+    seed: _opt(list[int], 'seed of split and training (may be repeated)') = [0],  # noqa: B006 (--help shows it)
+    workers: _opt(int, 'runs at a time; 0: one per core', min=0) = 0,
     quiet: Quiet = False,
 ):
     """Learn to detect handwritten digits from 20 labelled scenes and thousands without labels.
@@ -622,14 +598,15 @@ def run_studies(
     study: Annotated[
         list[str],
         typer.Argument(
-            help='names in nbs/ablations/studies.toml, or all (those of this machine, or of --scale); without a name they are listed'
+            help='names in nbs/ablations/studies.toml, or all (those of this machine, or of --scale); '
+            'without a name they are listed'
         ),
     ] = None,
     scale: _opt(str, 'smoke, small or gpu; default: that of the study') = '',
     seeds: _opt(str, 'how many, e.g. 5, or which: 0,2 or 3-4; default: those of the study') = '',
     groups: _opt(str, 'e.g. p1,p5: these groups of the study; default: all') = '',
     jobs: _opt(
-        int, 'runs at a time, one thread each; 0: one a core, with Slurm all', '--jobs', '-j', min=0
+        int, 'runs at a time, one thread each; 0: one per core, with Slurm all', '--jobs', '-j', min=0
     ) = 0,
     dry_run: _opt(bool, 'print what would run, and what is missing for it', '--dry-run', '-n') = False,
     data: _opt(str, f'another data set: {_HINT}', '--data', '-d') = '',
@@ -641,35 +618,29 @@ def run_studies(
     engine: _opt(str, 'local, slurm or submitit-local (the last two: extra [cluster])') = 'local',
     option: _opt(
         list[str], 'of Slurm through submitit, e.g. slurm_partition=gpu timeout_min=600 (may be repeated)'
-    ) = [],
+    ) = None,
     processes: _opt(int, 'processes of each run, started by torchrun, one GPU each', min=1) = 1,
     quiet: Quiet = False,
 ):
-    """Run studies of the book: every arm, every seed, one executed notebook a run, one record a seed.
+    """Run studies of the book: every arm, every seed, one executed notebook per run, one record per seed.
 
-    Finished runs are looked up, stopped ones go on. The record of a study and seed is replaced when its runs are there. Needs a checkout and the extra [book]. Exit code 1 if runs failed.
+    Finished runs are looked up, stopped ones resumed. The record of a study and seed is replaced when its
+    runs are finished. Needs a checkout and the extra [book]. Exit code 1 if runs failed.
 
     Example: semidetr ablate components --seeds 3 --jobs 2
     """
     from semidetr.lab.ablate import ablate
+    from semidetr.lab.dry_run import dry_run as list_runs
     from semidetr.lab.plan import STUDIES, find_book
     from semidetr.lab.study import study_lines
-    from semidetr.lab.dry_run import dry_run as look
 
     book = find_book()
     if not study:
         return _say('\n'.join(study_lines(book / STUDIES)))
-    here = lambda p: (
-        p
-        and Path(
-            os.path.relpath(p, book) if Path(os.path.abspath(p)).is_relative_to(book) else Path(p).absolute()
-        )
-    )  # paths as seen from the checkout, links as they are
-    out, results, data = (
-        here(_free(out or book / 'runs' / 'studies')),
-        here(results and _free(results, '--results')),
-        str(here(data)) if data and Path(data).exists() else data,
-    )
+    out = _seen_from(book, _free(out or book / 'runs' / 'studies'))
+    results = _seen_from(book, _free(results, '--results')) if results else None
+    if data and Path(data).exists():
+        data = str(_seen_from(book, data))
     with contextlib.chdir(book):
         bad = ablate(
             study,
@@ -681,9 +652,9 @@ def run_studies(
             results,
             jobs,
             engine,
-            read_options(option),
+            read_options(option or []),
             processes,
-            look if dry_run else None,
+            list_runs if dry_run else None,
             not quiet,
             _say,
         )
@@ -691,6 +662,12 @@ def run_studies(
         _fail(line)
     if bad:
         raise typer.Exit(2 if dry_run else 1)
+
+
+def _seen_from(book, path):
+    "A path as seen from the checkout, links as they are; absolute if it is outside"
+    inside = Path(os.path.abspath(path)).is_relative_to(book)
+    return Path(os.path.relpath(path, book) if inside else Path(path).absolute())
 
 
 @command()
@@ -701,12 +678,15 @@ def site(engine: _opt(str, 'auto, quarto or fallback') = 'auto'):
     """
     if engine not in ('auto', 'quarto', 'fallback'):
         raise _bad(f"--engine '{engine}' is unknown; known: auto, quarto, fallback")
-    if not any((d / '_quarto.yml').exists() for d in (Path.cwd(), *Path.cwd().parents)):
+    root = next((d for d in (Path.cwd(), *Path.cwd().parents) if (d / '_quarto.yml').exists()), None)
+    if root is None:
         raise _bad('no _quarto.yml here or above; run this in a checkout of the book')
-    root = next(d for d in (Path.cwd(), *Path.cwd().parents) if (d / '_quarto.yml').exists())
-    raise typer.Exit(
-        subprocess.run([sys.executable, '-m', 'semidetr.book.site', '--engine', engine], cwd=root).returncode
-    )
+    if not (root / 'semidetr' / 'book').is_dir() and find_spec('semidetr.book') is None:
+        raise _bad(
+            f'{root}: has no folder semidetr/book, which renders the book; run this in a checkout of it'
+        )
+    command = [sys.executable, '-m', 'semidetr.book.site', '--engine', engine]
+    raise typer.Exit(subprocess.run(command, cwd=root).returncode)
 
 
 # %%
@@ -718,7 +698,7 @@ if __name__ == '__main__' and globals().get('__spec__'):
     main()
 
 # %% [markdown]
-# A misspelt command is guessed, and every command explains itself, with an example to copy:
+# For a misspelt command the nearest one is suggested, and every command has a help text with an example:
 
 # %%
 assert shell('semidetr trian') == 2
@@ -727,13 +707,13 @@ assert shell('semidetr predict --help') == 0
 # %% [markdown]
 # ## Summary
 #
-# - Commands hold no logic: what they do can be done in a script with the functions of the earlier chapters.
+# - Commands hold no logic: a script can do the same with the functions of the earlier chapters.
 # - Errors that a user can cure are one line with place and cure and exit code 2; anything else is a
 #   traceback, because it is a bug.
-# - The output place is tested before the work, and files are written whole or not at all.
-# - Defaults bend to the data (development part, test split, method), always with a line that says so, never
-#   against your own setting.
-# - Ctrl-C costs nothing: exit code 130, and the same command goes on.
+# - The output path is checked before the work, and files are written completely or not at all.
+# - Defaults are adapted to the data (development part, test split, method), always with a line that says so;
+#   your own settings are not changed.
+# - Ctrl-C loses nothing: exit code 130, and the same command resumes the run.
 #
 # ## Exercises
 #

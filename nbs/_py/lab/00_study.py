@@ -27,48 +27,28 @@ import tomllib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
-from semidetr.train.config import config_hash, override, preset, to_dict, from_dict
-from semidetr.core import ConfigError, DataError, SemiDETRError, suggest
-from semidetr.data.catalog import open_dataset
+from semidetr.core import ConfigError, SemiDETRError, suggest
+from semidetr.train.config import from_dict, override, preset, to_dict
 from semidetr.train.machine import prepare
+from semidetr.train.run_folder import finished
 from semidetr.train.trainer import Trainer
 
 
 # %% [markdown]
-# ## A run that is done is not done again
+# ## A finished run is not repeated
+#
+# `finished` (@sec-run-folder) looks for the result of a run in its folder. Where there is none, the trainer
+# starts the run, or resumes it from its checkpoint.
 
 # %%
 #| export
-def finished(
-    cfg,  # Config
-    folder,  # of the run
-) -> dict:  # content of its run.json, or None
-    "The result of a run, if this very configuration has been run in this folder, on these very data, to its end"
-    path = Path(folder) / 'run.json'
-    if not path.is_file():
-        return None
-    try:
-        result = json.loads(path.read_text())
-    except ValueError:
-        result = None
-    if not isinstance(result, dict) or not {'hash', 'data', 'metrics'} <= set(result):
-        raise DataError(f'{path}: damaged; delete it, and the run is evaluated again from its checkpoint')
-    if cfg.run.amp == 'auto':
-        cfg = override(cfg, [f"run.amp={result['config']['run']['amp']}"])  # what was chosen when it began
-    same = (
-        result['hash'] == config_hash(cfg)
-        and result['data']['fingerprint'] == open_dataset(cfg.data.data, 'train').fingerprint()
-    )
-    return result if same else None
-
-
 def run_config(
     cfg,  # Config
     folder,  # of the run
-    progress: bool = True,
+    progress: bool = True,  # a bar
     position: int = 0,  # line of the progress bar when several runs share a terminal
 ) -> dict:  # content of run.json
-    "Run, go on with, or look up"
+    "Look up a finished run, resume a stopped one, or start a new one"
     return finished(cfg, folder) or Trainer(cfg, folder, progress, position).fit()
 
 
@@ -84,25 +64,25 @@ def _job(values, folder, progress, position):
 # %% [markdown]
 # ## Several at a time
 #
-# Two processes of one thread each finish more work than one process of two threads: a step of a small model
-# has too little in it to share.
+# Two processes with one thread each finish more work than one process with two threads, because a training
+# step of a small model offers little to run in parallel.
 
 # %%
 #| export
 def run_many(
     jobs: list,  # pairs (Config, folder)
-    workers: int = 0,  # processes at a time; 0: one a core
-    progress: bool = True,
+    workers: int = 0,  # processes at a time; 0: one per core
+    progress: bool = True,  # bars
 ) -> list:  # results in the order of the jobs
-    "Independent runs, each in its own process; one failure does not stop the others, and is raised at the end"
+    "Independent runs, each in its own process; a failure does not stop the others, and is raised at the end"
     workers = min(workers or os.cpu_count() or 1, len(jobs))
     if workers <= 1:
         return [run_config(c, f, progress) for c, f in jobs]
     context = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        waiting = [
-            pool.submit(_job, to_dict(c), str(f), progress, i % workers) for i, (c, f) in enumerate(jobs)
-        ]
+        waiting = []
+        for i, (cfg, folder) in enumerate(jobs):
+            waiting.append(pool.submit(_job, to_dict(cfg), str(folder), progress, i % workers))
         results = [w.result() for w in waiting]
     if bad := [r['error'] for r in results if 'error' in r]:
         raise SemiDETRError('; '.join(bad))
@@ -137,14 +117,14 @@ def branches(
 
 
 def paired(
-    base,
-    burn_in: list,
-    arms: dict,
-    folder,  # see `branches`
-    seeds=(0,),
-    workers: int = 0,
-    progress: bool = True,
-) -> list:  # of dict(seed, burn_in=result, arms={name: result})
+    base,  # Config of all runs, as for `branches`
+    burn_in: list,  # overrides of the shared start
+    arms: dict,  # name -> overrides of a continuation
+    folder,  # of the study
+    seeds=(0,),  # one group of runs per seed
+    workers: int = 0,  # processes at a time; 0: one per core
+    progress: bool = True,  # bars
+) -> list:  # of dict(seed, burn_in=result, arms={name: result}), in the order of the seeds
     "For each seed one burn-in and, from its checkpoint, every arm"
     runs = [branches(base, burn_in, arms, folder, s) for s in seeds]
     starts = run_many([r['burn_in'] for r in runs], workers, progress)
@@ -158,8 +138,8 @@ def paired(
 # %% [markdown]
 # ## What is kept
 #
-# A study's committed record is small: for every run its hash, commit, times and metrics, and the curve of its
-# log. Pages read these records and nothing else.
+# A study's committed record is small: for every run its hash, commit, times and metrics, and the curves of
+# its log. Pages read these records and nothing else.
 
 # %%
 #| export
@@ -187,7 +167,14 @@ CURVES = {
 }
 
 
-def _line(text):  # of a log; what was cut off while it was written is left out
+KEPT = (
+    'name hash commit versions machine cores threads device data iterations seconds cpu_seconds '
+    'peak_memory_mb health metrics history config'
+).split()
+
+
+def _line(text):
+    "A row of a log; one that was cut off while it was written is empty"
     try:
         return json.loads(text)
     except ValueError:
@@ -199,39 +186,19 @@ def record(
     folder='',  # of the run, for the curve
 ) -> dict:  # small enough to commit
     "What a page needs of a run"
-    keep = (
-        'name',
-        'hash',
-        'commit',
-        'versions',
-        'machine',
-        'cores',
-        'threads',
-        'device',
-        'data',
-        'iterations',
-        'seconds',
-        'cpu_seconds',
-        'peak_memory_mb',
-        'health',
-        'metrics',
-        'history',
-        'config',
-    )
-    out = {k: result[k] for k in keep if k in result}
+    out = {k: result[k] for k in KEPT if k in result}
     log = Path(folder) / 'log.jsonl'
     if folder and log.is_file():
         rows = [r for r in map(_line, log.read_text().splitlines()) if 'loss' in r]
         names = sorted({k for r in rows for k in r} & CURVES)
-        out['curve'] = {
-            k: [round(r[k], 4) if isinstance(r.get(k), float) else r.get(k) for r in rows] for k in names
-        }
+        short = lambda v: round(v, 4) if isinstance(v, float) else v
+        out['curve'] = {k: [short(r.get(k)) for r in rows] for k in names}
     return out
 
 
 def paired_difference(
-    a: list,
-    b: list,  # one number a seed
+    a: list,  # one number per seed
+    b: list,  # the same seeds
 ) -> dict:  # mean, std and each difference of b - a
     "How much b is above a, pair by pair"
     d = [y - x for x, y in zip(a, b)]
@@ -239,7 +206,7 @@ def paired_difference(
 
 
 # %% [markdown]
-# Three seeds that differ by ten points, and a method that adds two to each:
+# Three seeds that differ by up to ten points, and a method that adds two to each:
 
 # %%
 gain = paired_difference([30.0, 35.0, 40.0], [32.0, 37.0, 42.0])
@@ -253,9 +220,9 @@ gain
 # new line. `groups` crosses the arms with something else, say the number of labels or the data set: each
 # combination is a group with its own burn-in.
 #
-# A study that comes `after` another one begins where that one's burn-in ended: it has its preset, base,
-# groups and burn-in, and arms of its own (`later` may be its own as well). What changes after the burn-in
-# needs no second one.
+# A study that comes `after` another one starts from that one's burn-in: it shares its preset, base, groups
+# and burn-in, and has arms of its own (and `later`, if it names one). What changes only after the burn-in
+# needs no second burn-in.
 #
 # The same study runs at several scales. What a *scale* changes is written either in the study (`[name.gpu]`:
 # keys that replace those of the study) or, for all studies at once, under `[scales]`, whose settings come
@@ -264,58 +231,59 @@ gain
 # %%
 #| export
 SCALES = ('smoke', 'small', 'gpu')  # seconds on a core, minutes on a core, the paper's machines
-LISTS = (
-    'base',
-    'burn_in',
-    'later',
-    'last',
-)  # settings of all runs, of the burn-in, of all arms before and after their own ones
+# settings of all runs, of the burn-in, of all arms before their own ones, and of all runs after all others
+LISTS = ('base', 'burn_in', 'later', 'last')
 KEYS = {'about', 'after', 'preset', 'scale', 'seeds', 'groups', 'arms', *LISTS, *SCALES}
-SHARED = ('preset', 'base', 'burn_in', 'last', 'groups')  # what a study has of the one that it comes `after`
+SHARED = ('preset', 'base', 'burn_in', 'last', 'groups')  # taken from the study that this one comes `after`
 
 
-def _settings(x):
+def _is_settings(x):
     return isinstance(x, list) and all(isinstance(i, str) for i in x)
 
 
-def _lists(x):
-    return isinstance(x, dict) and all(
-        _settings(v) and re.fullmatch(r'[\w+-][\w.+-]*', k) for k, v in x.items()
-    )
+def _is_named_settings(x):
+    if not isinstance(x, dict):
+        return False
+    return all(_is_settings(v) and re.fullmatch(r'[\w+-][\w.+-]*', k) for k, v in x.items())
 
 
-WANTED = {
-    'seeds': (
-        'a list of whole numbers, e.g. [0, 1, 2]',
-        lambda x: isinstance(x, list) and x and all(type(i) is int and i >= 0 for i in x),
-    ),
+def _is_groups(x):
+    return isinstance(x, dict) and all(map(_is_named_settings, x.values()))
+
+
+def _is_seeds(x):
+    return isinstance(x, list) and x and all(type(i) is int and i >= 0 for i in x)
+
+
+VALUES = {  # key -> (what it must be, check)
+    'seeds': ('a list of whole numbers, e.g. [0, 1, 2]', _is_seeds),
     'arms': (
         'lists of settings with plain names, e.g. mt = ["method.name=mean_teacher"] under [NAME.arms]',
-        _lists,
+        _is_named_settings,
     ),
     'groups': (
         'tables of lists of settings, e.g. p1 = ["data.percent=1"] under [NAME.groups.labels]',
-        lambda x: isinstance(x, dict) and all(map(_lists, x.values())),
+        _is_groups,
     ),
-    **dict.fromkeys(LISTS, ('a list of settings, e.g. ["optim.iters=300"]', _settings)),
+    **dict.fromkeys(LISTS, ('a list of settings, e.g. ["optim.iters=300"]', _is_settings)),
     **dict.fromkeys(('about', 'after', 'preset', 'scale'), ('a text', lambda x: isinstance(x, str))),
     **dict.fromkeys(SCALES, ('a table', lambda x: isinstance(x, dict))),
 }
 
 
-def _checked(path, where, table):  # of a study or a scale; every key is known and holds what it must
+def _check_table(path, where, table):
+    "ConfigError unless each key of a study or a scale is known and holds what it must"
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: '{where}' is no table; a study begins with [NAME]")
     for key, value in table.items():
         if key not in KEYS:
-            raise ConfigError(
-                f"{path}: {where} has an unknown key '{key}'; {suggest(key, KEYS)}{f'; arms stand under [{where}.arms]' if _settings(value) and value else ''}"
-            )
-        what, fits = WANTED[key]
+            arms = f'; arms stand under [{where}.arms]' if _is_settings(value) and value else ''
+            raise ConfigError(f"{path}: {where} has an unknown key '{key}'; {suggest(key, KEYS)}{arms}")
+        what, fits = VALUES[key]
         if not fits(value):
             raise ConfigError(f'{path}: {where}.{key} must be {what}')
         if key in SCALES:
-            _checked(path, f'{where}.{key}', value)
+            _check_table(path, f'{where}.{key}', value)
 
 
 # %%
@@ -332,16 +300,18 @@ def read_studies(
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ConfigError(f'{path}: {e}') from None
     scales = studies.pop('scales', {})
-    for name, s in {**studies, **{f'scales.{k}': v for k, v in scales.items()}}.items():
-        _checked(path, name, s)
+    for name, table in studies.items():
+        _check_table(path, name, table)
+    for name, table in scales.items():
+        _check_table(path, f'scales.{name}', table)
     return studies, scales
 
 
 def study_table(
-    path,
-    name: str,
-    scale: str = '',  # see `load_study`
-    seen: tuple = (),  # studies that come after this one
+    path,  # TOML file
+    name: str,  # of the study
+    scale: str = '',  # as for `load_study`
+    later: tuple = (),  # studies that come after this one, directly or not
 ) -> tuple:  # (table of the study at this scale, settings of the scale for all studies)
     "What the file says about a study at a scale"
     studies, scales = read_studies(path)
@@ -349,23 +319,24 @@ def study_table(
         raise ConfigError(f"{path}: has no study '{name}'; {suggest(name, studies)}")
     s = studies[name]
     home = s.get('scale', 'small')
-    scale, known = scale or home, [k for k in SCALES if k in (home, *s, *scales)]
+    scale = scale or home
+    known = [k for k in SCALES if k in (home, *s, *scales)]
     if scale not in known:
         raise ConfigError(f"{path}: study {name} has no scale '{scale}'; known: {', '.join(known)}")
     own = s.get(scale, {})
-    s = {**s, **own, 'arms': {**s.get('arms', {}), **own.get('arms', {})}, 'at': scale, 'home': scale == home}
-    s['start'] = name
+    arms = {**s.get('arms', {}), **own.get('arms', {})}
+    s = {**s, **own, 'arms': arms, 'at': scale, 'home': scale == home, 'start': name}
     if first := s.get('after'):
-        if first not in studies or first in seen:
+        if first not in studies or first in later:
             raise ConfigError(f"{path}: study {name} comes after '{first}', which is not an earlier study")
-        if own_too := sorted(set(SHARED) & set(s)):
+        if twice := sorted(set(SHARED) & set(s)):
             raise ConfigError(
-                f"{path}: study {name} has the {own_too[0]} of {first}; take that key away, or 'after'"
+                f"{path}: study {name} has the {twice[0]} of {first}; take that key away, or 'after'"
             )
-        whole, _ = study_table(
-            path, first, scale if scale != studies[first].get('scale', 'small') else '', (*seen, name)
-        )
-        s = {'later': whole.get('later', []), **s, **{k: whole[k] for k in (*SHARED, 'start') if k in whole}}
+        its_scale = scale if scale != studies[first].get('scale', 'small') else ''
+        whole, _ = study_table(path, first, its_scale, (*later, name))
+        shared = {k: whole[k] for k in (*SHARED, 'start') if k in whole}
+        s = {'later': whole.get('later', []), **s, **shared}
     if missing := [k for k in ('preset', 'arms') if not s.get(k)]:
         raise ConfigError(f'{path}: study {name} lacks {", ".join(missing)}')
     if 'burn_in' in s['arms']:
@@ -379,36 +350,41 @@ def load_study(
     path,  # TOML file: a table for each study with preset, base, burn_in, groups, later, arms and last
     name: str,  # of the study
     scale: str = '',  # one of SCALES; empty: the study's own, `small` unless it says otherwise
-) -> dict:  # scale, home: is it the study's own?, about, seeds, groups: name -> Config ('' if there are none), start: study whose burn-in it is, burn_in: overrides, arms: name -> overrides
-    "The configurations of a study; every override is tried, so that a misspelt one fails before the first run"
-    s, all_ = study_table(path, name, scale)
-    own, common = ({k: t.get(k, []) for k in LISTS} for t in (s, all_))
+) -> dict:
+    """The configurations of a study; every override is tried, so a misspelt one fails before the first run
+
+    Holds scale, home (is it the study's own?), about, seeds; groups: name -> Config, '' if there are none;
+    start: study whose burn-in it is; burn_in: overrides; arms: name -> overrides
+    """
+    s, for_all = study_table(path, name, scale)
+    own = {k: s.get(k, []) for k in LISTS}
+    common = {k: for_all.get(k, []) for k in LISTS}
     last = own['last'] + common['last']
-    burn_in = [*own['burn_in'], *common['burn_in'], *last] if own['burn_in'] else []
-    arms = {arm: [*own['later'], *common['later'], *items, *last] for arm, items in s['arms'].items()}
+    burn_in = own['burn_in'] + common['burn_in'] + last if own['burn_in'] else []
+    later = own['later'] + common['later']
+    arms = {arm: later + items + last for arm, items in s['arms'].items()}
 
-    def tried(where, base, items):
+    def checked(where, change, *args):
         try:
-            return override(base, items)
+            return change(*args)
         except ConfigError as e:
-            raise ConfigError(f'{path}: study {name}, {where}: {e}') from None
+            raise ConfigError(f'{path}: study {name}{where}: {e}') from None
 
-    name_ = all_.get('preset', s['preset'])
-    try:
-        start = preset(name_)
-    except ConfigError as e:
-        raise ConfigError(f'{path}: study {name}: {e}') from None
+    start = checked('', preset, for_all.get('preset', s['preset']))
+    base = checked(', preset', override, start, own['base'])
     groups = {}
     for picked in itertools.product(*(axis.items() for axis in s.get('groups', {}).values())):
-        group, items = '-'.join(k for k, _ in picked), [i for _, v in picked for i in v]
-        groups[group] = tried(group or 'base', tried('preset', start, own['base']), [*items, *common['base']])
-        for where, changes in dict(burn_in=burn_in, **arms).items():
-            tried(f'{group}, {where}'.removeprefix(', '), groups[group], changes)
+        group = '-'.join(k for k, _ in picked)
+        items = [i for _, settings in picked for i in settings]
+        groups[group] = checked(f', {group or "base"}', override, base, items + common['base'])
+        for arm, changes in dict(burn_in=burn_in, **arms).items():
+            where = f', {group}, {arm}' if group else f', {arm}'
+            checked(where, override, groups[group], changes)
     return dict(
         scale=s['at'],
         home=s['home'],
         about=s.get('about', ''),
-        seeds=all_.get('seeds', s.get('seeds', [0])),
+        seeds=for_all.get('seeds', s.get('seeds', [0])),
         groups=groups,
         start=s['start'],
         burn_in=burn_in,
@@ -431,11 +407,8 @@ def pick_studies(
     if unknown := [n for n in names if n not in studies and n != 'all']:
         raise ConfigError(f"{path}: has no study '{unknown[0]}'; {suggest(unknown[0], studies)}")
     if 'all' in names:
-        names = [
-            n
-            for n, s in studies.items()
-            if s.get('scale', 'small') == (scale or 'small') or scale in (*s, *scales)
-        ]
+        has_scale = lambda s: s.get('scale', 'small') == (scale or 'small') or scale in (*s, *scales)
+        names = [n for n, s in studies.items() if has_scale(s)]
     if only and len(names) > 1:
         names = [n for n in names if set(only) <= set(load_study(path, n, scale)['groups'])] or names
     return list(dict.fromkeys(names))
@@ -447,17 +420,12 @@ def study_lines(
     "What can be run: name, scales, groups, seeds, about"
     out = []
     for name, s in read_studies(path)[0].items():
-        whole = load_study(path, name)
-        scales = [
-            whole['scale'],
-            *(k for k in ('smoke', 'gpu') if k != whole['scale'] and (k in s or k == 'smoke')),
-        ]
-        groups = ', '.join(filter(None, whole['groups']))
-        out += [
-            f"{name}: {whole['about']}",
-            f"    {len(whole['arms'])} arms, {len(whole['seeds'])} seeds; scales {', '.join(scales)}"
-            + (f'; groups {groups}' if groups else ''),
-        ]
+        study = load_study(path, name)
+        more = [k for k in ('smoke', 'gpu') if k != study['scale'] and (k in s or k == 'smoke')]
+        scales = ', '.join([study['scale'], *more])
+        groups = ', '.join(filter(None, study['groups']))
+        counts = f"    {len(study['arms'])} arms, {len(study['seeds'])} seeds; scales {scales}"
+        out += [f"{name}: {study['about']}", counts + (f'; groups {groups}' if groups else '')]
     return out
 
 
@@ -478,42 +446,37 @@ mt = ["method.name=mean_teacher"]
 last = ["optim.iters=1"]
 """)
 toy = load_study(toy_file, 'toy')
-assert {name: c.data.count for name, c in toy['groups'].items()} == {'five': 5, 'ten': 10} and toy[
-    'arms'
-] == {'mt': ['optim.iters=3', 'method.name=mean_teacher']}
+assert {name: c.data.count for name, c in toy['groups'].items()} == {'five': 5, 'ten': 10}
+assert toy['arms'] == {'mt': ['optim.iters=3', 'method.name=mean_teacher']}
 assert load_study(toy_file, 'toy', 'smoke')['arms']['mt'][-1] == 'optim.iters=1'
 toy['arms']
 
 # %% [markdown]
-# A second study of the toy, that shares its burn-in:
+# A second study that shares the burn-in of the first:
 
 # %%
-toy_file.write_text(
-    toy_file.read_text()
-    + '''
+more_file = toy_file.with_name('more.toml')
+more_text = """
 [more]
 after = "toy"
 later = ["optim.iters=4"]
 [more.arms]
 slow = ["optim.lr=1e-5"]
-'''
-)
-more = load_study(toy_file, 'more')
+"""
+more_file.write_text(toy_file.read_text() + more_text)
+more = load_study(more_file, 'more')
 assert (more['start'], more['groups'], more['burn_in']) == ('toy', toy['groups'], toy['burn_in'])
-{
-    str(f): c.run.init
-    for c, f in branches(
-        more['groups']['ten'], more['burn_in'], more['arms'], 'runs/more/ten', start_folder='runs/toy/ten'
-    ).values()
-}
+ten = more['groups']['ten']
+ten_runs = branches(ten, more['burn_in'], more['arms'], 'runs/more/ten', start_folder='runs/toy/ten')
+{str(folder): cfg.run.init for cfg, folder in ten_runs.values()}
 
 # %% [markdown]
-# The runs of one seed of a group: where each is kept, how long it is, and what it starts from.
+# The runs of one seed of a group: the folder of each, its length, and the checkpoint that it starts from.
 
 # %%
-ways = branches(toy['groups']['five'], toy['burn_in'], toy['arms'], 'runs/toy/five', seed=1)
-assert list(ways) == ['burn_in', 'mt'] and ways['mt'][0].data.fold == 1
-{str(f): (c.optim.iters, c.run.init) for c, f in ways.values()}
+five_runs = branches(toy['groups']['five'], toy['burn_in'], toy['arms'], 'runs/toy/five', seed=1)
+assert list(five_runs) == ['burn_in', 'mt'] and five_runs['mt'][0].data.fold == 1
+{str(folder): (cfg.optim.iters, cfg.run.init) for cfg, folder in five_runs.values()}
 
 # %% [markdown]
 # ## Why pairs
@@ -528,7 +491,8 @@ import matplotlib.pyplot as plt
 # %%
 supervised, teacher = [16.0, 20.0, 15.0], [20.0, 23.0, 18.0]
 difference = paired_difference(supervised, teacher)
-assert abs(difference['mean'] - 10 / 3) < 1e-9 and difference['std'] < stdev(teacher) < stdev(supervised)
+assert abs(difference['mean'] - 10 / 3) < 1e-9
+assert difference['std'] < stdev(teacher) < stdev(supervised)
 difference
 
 # %%
@@ -544,10 +508,10 @@ plt.show()
 # %% [markdown]
 # ## Summary
 #
-# - A comparison starts every method from the same checkpoint, split and seed.
-# - Runs that are done are looked up by their hash; a stopped study goes on where it was.
+# - A comparison starts every method from the same checkpoint, with the same split and seed.
+# - Finished runs are looked up by their hash; a stopped study resumes where it was.
 # - Independent runs share the cores, one thread each.
-# - Committed records are small, and every number on a page comes from one.
+# - Committed records are small, and every number on a page comes from one of them.
 #
 # ## Exercises
 #

@@ -1,12 +1,12 @@
 # %% [markdown]
 # # The runs of a study {#sec-plan}
 #
-# > List every run that a study stands for, how far each is, and what is missing before the first one starts.
+# > List every run of a study, how far each is, and what is missing, before the first one starts.
 #
 # A study is a table of settings (@sec-study). Before anything is trained, three questions need an answer:
-# which runs does the table stand for, which of them are done, and can the rest run at all? The answers are
-# the same for the command that runs a study (@sec-ablate) and for the one that only says what it would do
-# (@sec-dry-run), so they are found here, once.
+# which runs does the table define, which of them are finished, and can the others run at all? The command
+# that runs a study (@sec-ablate) and its dry run (@sec-dry-run) need the same answers, so they are found
+# here, once.
 
 # %%
 #| default_exp lab.plan
@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from semidetr.core import ConfigError, SemiDETRError, suggest
 from semidetr.data.catalog import open_dataset
-from semidetr.lab.study import branches, finished, load_study
-from semidetr.train.config import Config, config_hash, differences, load_config, override, to_dict
+from semidetr.lab.study import branches, load_study
+from semidetr.train.config import Config, override
+from semidetr.train.run_folder import folder_state
 from semidetr.train.trainer import build_data
 
 # %%
@@ -32,8 +33,8 @@ import matplotlib.pyplot as plt
 # ## From a table to runs
 #
 # A study of $g$ groups, $s$ seeds and $a$ arms is $g \cdot s \cdot (a+1)$ runs: in each group and seed the
-# arms wait for their burn-in. Every run has a folder; paths are those seen from the top folder of the
-# checkout, because the path of the burn-in is part of a configuration and so of its hash.
+# arms wait for their burn-in. Every run has a folder; paths are relative to the top folder of the checkout,
+# because the path of the burn-in is part of a configuration and thus of its hash.
 
 # %%
 #| export
@@ -64,9 +65,9 @@ class Run:
 
 
 def plan(
-    path,
-    name: str,
-    scale: str = '',  # see `load_study`
+    path,  # TOML file of studies
+    name: str,  # of the study
+    scale: str = '',  # as for `load_study`
     seeds=None,  # those of the study if None
     out='runs/studies',  # folder of the runs
     data: str = '',  # data set instead of the study's own
@@ -75,67 +76,47 @@ def plan(
     "All runs of a study; at another scale than its own a study has folders of its own"
     s, runs = load_study(path, name, scale), []
     if unknown := sorted(set(only) - set(s['groups'])):
-        raise ConfigError(
-            f"{path}: study {name} has no group '{unknown[0]}'; {suggest(unknown[0], s['groups']) if any(s['groups']) else 'it has none at all'}"
-        )
+        known = suggest(unknown[0], s['groups']) if any(s['groups']) else 'it has none at all'
+        raise ConfigError(f"{path}: study {name} has no group '{unknown[0]}'; {known}")
     own = [f'data.data={data}', 'data.val=', 'data.unlabelled=', 'data.split_file='] if data else []
     place = lambda study: Path(study if s['home'] else f"{study}-{s['scale']}")
-    for (group, base), seed in itertools.product(
-        ((g, b) for g, b in s['groups'].items() if not only or g in only),
-        s['seeds'] if seeds is None else seeds,
-    ):
+    groups = {g: base for g, base in s['groups'].items() if not only or g in only}
+    for (group, base), seed in itertools.product(groups.items(), s['seeds'] if seeds is None else seeds):
         where = place(name) / group
-        made = branches(
-            override(base, own),
-            s['burn_in'],
-            s['arms'],
-            Path(out) / where,
-            seed,
-            Path(out) / place(s['start']) / group,
-        )
-        start = made.get('burn_in', (0, None))[1]
+        first = Path(out) / place(s['start']) / group  # folder of the study whose burn-in it is
+        made = branches(override(base, own), s['burn_in'], s['arms'], Path(out) / where, seed, first)
+        _, start = made.get('burn_in', (None, None))
         for arm, (cfg, folder) in made.items():
-            often = min(
-                cfg.run.checkpoint_every, max(1, cfg.optim.iters // 4)
-            )  # neither this nor the threads is part of the hash
-            cfg = override(cfg, [f'run.threads={cfg.run.threads or 1}', f'run.checkpoint_every={often}'])
-            runs.append(
-                r := Run(
-                    name,
-                    s['scale'],
-                    group,
-                    seed,
-                    arm,
-                    where.as_posix(),
-                    cfg,
-                    folder,
-                    None if arm == 'burn_in' else start,
-                )
-            )
+            # neither of these two settings is part of the hash
+            every = min(cfg.run.checkpoint_every, max(1, cfg.optim.iters // 4))
+            cfg = override(cfg, [f'run.threads={cfg.run.threads or 1}', f'run.checkpoint_every={every}'])
+            waits_for = None if arm == 'burn_in' else start
+            run = Run(name, s['scale'], group, seed, arm, where.as_posix(), cfg, folder, waits_for)
             if cfg.run.amp == 'auto':
                 raise ConfigError(
-                    f'{path}: {r.title}: run.amp=auto may choose another precision for another arm; write off, bf16 or fp16'
+                    f'{path}: {run.title}: run.amp=auto may choose another precision for another arm; '
+                    'write off, bf16 or fp16'
                 )
+            runs.append(run)
     return runs
 
 
 # %%
 #| export
-def state(run: Run) -> str:  # 'finished', 'resumable', 'new' or 'other settings'
-    "How far a run is"
-    if finished(run.cfg, run.folder):
-        return 'finished' if run.notebook.exists() else 'resumable'
-    if not (run.folder / 'last.pt').exists():
-        return 'new'
-    written = run.folder / 'config.json'
-    return (
-        'resumable'
-        if not written.exists() or config_hash(load_config(written)) == config_hash(run.cfg)
-        else 'other settings'
-    )
+def state(
+    run: Run,  # of `plan`
+) -> tuple:  # ('finished', 'resumable', 'new' or what is in the way; one line about it, or '')
+    "How far a run is (@sec-run-folder); without its executed notebook a finished run counts as resumable"
+    found = folder_state(run.cfg, run.folder)
+    if found.kind == 'stopped' or (found.kind == 'finished' and not run.notebook.exists()):
+        return 'resumable', ''
+    return found.kind, f'{run.title}: {found.message}' if found.message else ''
 
 
-def _once(runs):  # studies may share a burn-in
+def distinct(
+    runs: list,  # of Run
+) -> list:  # the first of each folder
+    "Each run once: studies may share a burn-in"
     first = {}
     for r in runs:
         first.setdefault(r.folder, r)
@@ -155,33 +136,21 @@ supervised = ["method.name=supervised"]
 mean_teacher = ["method.name=mean_teacher"]
 """)
 toy = plan(toy_file, 'toy')
-assert len(toy) == 6 and toy[1].start == toy[0].folder and {state(r) for r in toy} == {'new'}
+assert len(toy) == 6 and toy[1].start == toy[0].folder
+assert {state(r) for r in toy} == {('new', '')}
 [(r.title, str(r.folder), r.cfg.optim.iters) for r in toy[:3]]
 
 
 # %% [markdown]
-# ## What is in the way
+# ## Missing data
 #
-# A folder may hold a run with other settings, and a data set may not be there. Both are found before the
-# first iteration, since an hour later is too late.
-
-# %%
-#| export
-def in_the_way(
-    run: Run,  # whose state is 'other settings'
-) -> str:  # one line
-    "How the settings of the run in that folder differ, and the cure"
-    changed = differences(to_dict(load_config(run.folder / 'config.json')), to_dict(run.cfg))
-    return f"{run.title}: {run.folder} holds a run with other settings ({', '.join(changed[:3])}{f' and {len(changed) - 3} more' if len(changed) > 3 else ''}); choose another --out or delete that folder"
-
-
-# %%
-#| export
+# A data set that is not there is found before the first iteration, not when its run begins an hour later.
 
 # %%
 #| export
 @functools.cache
-def _opened(spec, split):  # -> why it cannot be opened, or ''
+def _opening_error(spec, split):
+    "Why a data set cannot be opened, or ''"
     try:
         open_dataset(spec, split)
     except SemiDETRError as e:
@@ -190,22 +159,17 @@ def _opened(spec, split):  # -> why it cannot be opened, or ''
 
 
 @functools.cache
-def look(
+def open_all(
     data,  # DataConfig
     test: bool = True,  # is the test split needed?
-) -> tuple:  # (images with labels, images without) or None, and what is wrong
+) -> tuple:  # ((labelled images, unlabelled images) or None, lines that say what is missing)
     "Open all data of a run"
-    wrong = [
-        w
-        for spec, split in (
-            (data.data, 'train'),
-            (data.val or data.data if test else '', 'val'),
-            (data.unlabelled, 'train'),
-        )
-        if spec and (w := _opened(spec, split))
-    ]
-    if wrong:
-        return None, tuple(wrong)
+    needed = [(data.data, 'train'), (data.unlabelled, 'train')]
+    if test:
+        needed.insert(1, (data.val or data.data, 'val'))
+    errors = [_opening_error(spec, split) for spec, split in needed if spec]
+    if any(errors):
+        return None, tuple(filter(None, errors))
     try:
         d = build_data(data)
     except SemiDETRError as e:
@@ -215,20 +179,20 @@ def look(
 
 def without_data(
     runs: list,  # of Run
-) -> tuple:  # (folders of runs whose data are missing, or whose burn-in's; a line for each cause)
-    "Opened before the first run starts, since an hour later is too late"
+) -> tuple:  # (folders of runs whose data are missing, or whose burn-in's; one line per cause)
+    "Runs that cannot start because data are missing"
     lost, causes = set(), {}
-    for r in _once(runs):
-        wrong = look(replace(r.cfg.data, fold=0), r.cfg.run.test)[1]
-        if not wrong and r.start not in lost:
-            continue
-        lost.add(r.folder)
-        if wrong:
-            causes.setdefault(wrong[0], []).append(r)
-    return lost, [
-        f"{rs[0].title}{f' and {len(rs) - 1} more' if len(rs) > 1 else ''}: {why}"
-        for why, rs in causes.items()
-    ]
+    for r in distinct(runs):
+        errors = open_all(replace(r.cfg.data, fold=0), r.cfg.run.test)[1]
+        if errors:
+            causes.setdefault(errors[0], []).append(r)
+        if errors or r.start in lost:
+            lost.add(r.folder)
+    lines = []
+    for why, affected in causes.items():
+        more = f' and {len(affected) - 1} more' if len(affected) > 1 else ''
+        lines.append(f'{affected[0].title}{more}: {why}')
+    return lost, lines
 
 
 def find_book() -> Path:  # top folder of the checkout
@@ -240,7 +204,7 @@ def find_book() -> Path:  # top folder of the checkout
 
 
 # %% [markdown]
-# A study whose second data set is not there: its runs are lost, and the cause is named once.
+# A study whose second data set is not there: none of its runs can start, and the cause is named once.
 
 # %%
 lost_file = toy_file.with_name('lost.toml')
@@ -287,7 +251,7 @@ plt.show()
 #
 # - `plan` turns a table into runs, each burn-in before its arms; the path of a run follows from its study,
 #   group, seed and arm.
-# - `state` says how far a run is, `in_the_way` how the settings in its folder differ.
+# - `state` says how far a run is, and what in its folder is in the way.
 # - `without_data` opens all data once and names what is missing.
 #
 # ## Exercises

@@ -1,25 +1,25 @@
 # %% [markdown]
 # # Before the first iteration {#sec-dry-run}
 #
-# > Know what a study would run, what is missing for it, and how much memory it takes, before a queue or a
-# > week is spent on it.
+# > Know what a study would run, what is missing for it, and how much memory it takes, before a week of
+# > computing is spent on it.
 #
-# A study of forty-five runs on eight GPUs that stops after a night because a folder is misspelt, or because
-# the fourth arm needs two more gigabytes, is a night lost. Everything that can be known before should be said
-# before: configurations, data, what is done already, memory.
+# A study of forty-five runs on eight GPUs may stop after a night because a folder is misspelt, or because the
+# fourth arm needs two more gigabytes. Both can be known before: configurations, data, finished runs and
+# memory.
 #
-# `--dry-run` builds every configuration, opens its data, and says what would run. How much memory a run takes
-# is estimated from what it must keep: $w$ weights in five copies (student, gradient, two moments, teacher)
-# and, for each image of the student, all that autograd saves between forward and backward pass. The saved
-# bytes are counted on two small images, $b_1$ at $p_1$ pixels and $b_2$ at $p_2$, and continued in a straight
-# line to the $p$ pixels of the largest view:
+# `--dry-run` builds every configuration, opens its data, and lists what would run. How much memory a run
+# takes is estimated from what it must keep: $w$ weights in five copies (student, gradient, two moments,
+# teacher) and, for each image of the student, all that autograd saves between forward and backward pass. The
+# saved bytes are counted on two small images, $b_1$ at $p_1$ pixels and $b_2$ at $p_2$, and extrapolated
+# linearly to the $p$ pixels of the largest view:
 #
 # $$
 # M \approx 5 \cdot 4\,w + n\,\Bigl(b_1 + \frac{b_2-b_1}{p_2-p_1}\,(p-p_1)\Bigr) + 0.9\,\mathrm{GB},
 # $$ {#eq-ablate-memory}
 #
-# with $n$ images in a batch of one process, and 0.9 GB for the libraries. Losses, other views and fragments
-# of freed memory come on top.
+# with $n$ images in a batch of one process, and 0.9 GB for the libraries. Losses, other views and fragmented
+# memory come on top.
 
 # %%
 #| default_exp lab.dry_run
@@ -31,9 +31,9 @@ import functools
 import json
 from pathlib import Path
 import torch
-from semidetr.lab.plan import in_the_way, look, state
-from semidetr.train.config import config_hash
 from semidetr.detectors.detector import Detector
+from semidetr.lab.plan import open_all, state
+from semidetr.train.config import config_hash
 from semidetr.train.evaluation import same_rng
 
 # %%
@@ -51,32 +51,28 @@ SIDES = 256, 320  # pixels of the two small images
 @functools.cache
 def kept_bytes(
     detector,  # DetectorConfig
-    sides=SIDES,
+    sides=SIDES,  # pixels
 ) -> tuple:  # (weights, [bytes for one image of side x side])
-    "What autograd keeps of one image, parameters aside: each storage that a hook sees, once"
+    "What autograd keeps of one image, parameters aside: each storage that a hook is given, once"
+    backbone = dataclasses.replace(detector.backbone, weights='none')
+    classes = detector.num_classes or 80
     with same_rng():
-        model = Detector(
-            dataclasses.replace(
-                detector,
-                num_classes=detector.num_classes or 80,
-                backbone=dataclasses.replace(detector.backbone, weights='none'),
-            )
-        ).train()
-    own, bytes_ = {p.untyped_storage().data_ptr() for p in model.parameters()}, []
+        model = Detector(dataclasses.replace(detector, num_classes=classes, backbone=backbone)).train()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    totals = []
     for side in sides:
-        seen = {}
+        saved = {}
 
         def note(x):
-            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            out = model(
-                torch.zeros(1, 3, side, side)
-            )  # held until all is counted, so that no address is used twice
-        bytes_.append(sum(b for k, b in seen.items() if k not in own))
+            # held until all is counted, so that no address is used twice
+            out = model(torch.zeros(1, 3, side, side))
+        totals.append(sum(size for address, size in saved.items() if address not in weights))
         del out
-    return sum(p.numel() for p in model.parameters()), bytes_
+    return sum(p.numel() for p in model.parameters()), totals
 
 
 def images_a_batch(
@@ -100,16 +96,14 @@ def memory_estimate(
 # The two presets for one core. Committed runs of the first took 1.1 to 1.4 GB (@sec-abl-components):
 
 # %%
-estimates = {
-    name: memory_estimate(override(preset(name), ['method.name=mean_teacher']))
-    for name in ('digits', 'small')
-}
+toy_cfg = {name: override(preset(name), ['method.name=mean_teacher']) for name in ('digits', 'small')}
+estimates = {name: memory_estimate(cfg) for name, cfg in toy_cfg.items()}
 assert 900 < estimates['digits'] < 1400 < estimates['small']
 estimates
 
 # %%
 #| label: fig-dry-run-memory
-#| fig-cap: "What one image costs the small detector: the straight line through the two small images meets a third one, so it may be continued."
+#| fig-cap: "Memory that one image takes in the small detector: a line through the two small images also meets a third one, so it can be extrapolated."
 #| fig-alt: "Bytes kept for backward over pixels: two measured points, the line through them, and a third measured point on it"
 sides = (256, 320, 512)
 points = [b / 2**20 for b in kept_bytes(preset('small').detector, sides)[1]]
@@ -118,66 +112,70 @@ assert abs(points[0] + slope * (512**2 - 256**2) - points[2]) < 0.1 * points[2]
 fig, ax = plt.subplots(figsize=(5, 2.4), dpi=80)
 ax.plot([0, 550**2], [points[0] - slope * 256**2, points[0] + slope * (550**2 - 256**2)], color='#7f7f7f')
 ax.plot([s * s for s in sides], points, 'o', color='#1f77b4')
-ax.set(xlabel='pixels', ylabel='MB an image', ylim=(0, None))
+ax.set(xlabel='pixels', ylabel='MB per image', ylim=(0, None))
 plt.show()
 
 
 # %%
 #| export
+def measured_memory(
+    results,  # folder of records
+    say=print,  # is told of damaged ones
+) -> dict:  # hash of a configuration -> peak memory in MB
+    "What the runs of the records took"
+    measured = {}
+    for path in sorted(Path(results).rglob('seed*.json')):
+        try:
+            record = json.loads(path.read_text())
+            runs = [record['burn_in'], *record['arms'].values()]
+            measured |= {r['hash']: r['peak_memory_mb'] for r in runs if r}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            cure = f'bring it back with `git checkout {path}`, or run its study again'
+            say(f'{path}: damaged record, not used; {cure}')
+    return measured
+
+
 def dry_run(
     runs: list,  # of Run
     results,  # folder of records: a run with the same hash was measured
     processes: int = 1,  # of each run
-    say=print,
+    say=print,  # is given each line of output
 ) -> list:  # what is missing or in the way, a line each
     "Say what would run"
-    measured, rows, missing = {}, [], {}
-    for path in sorted(Path(results).rglob('seed*.json')):
-        try:
-            s = json.loads(path.read_text())
-            measured |= {r['hash']: r['peak_memory_mb'] for r in [s['burn_in'], *s['arms'].values()] if r}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            say(
-                f'{path}: damaged record, not used; bring it back with `git checkout {path}`, or run its study again'
-            )
+    measured, problems = measured_memory(results, say), {}
+    rows = [['run', 'hash', 'iterations', 'images a step', 'labelled / unlabelled', 'state', 'memory']]
     for r in runs:
-        key, (counts, wrong) = (
-            config_hash(r.cfg),
-            look(dataclasses.replace(r.cfg.data, fold=0), r.cfg.run.test),
-        )
-        missing |= dict.fromkeys(wrong)
-        images = f'{counts[0]} / {counts[1]}' if counts else '?'
-        memory = (
-            f'{measured[key]} MB measured'
-            if key in measured
-            else f'about {memory_estimate(r.cfg) / 1024:.1f} GB'
-        )
-        how = 'no data' if wrong else state(r)
-        if how == 'other settings':
-            missing[in_the_way(r)] = None
+        key = config_hash(r.cfg)
+        counts, errors = open_all(dataclasses.replace(r.cfg.data, fold=0), r.cfg.run.test)
+        word, obstacle = ('no data', '') if errors else state(r)
+        problems |= dict.fromkeys([*errors, obstacle])
+        known = key in measured
+        memory = f'{measured[key]} MB measured' if known else f'about {memory_estimate(r.cfg) / 1024:.1f} GB'
         rows.append(
             [
                 r.title,
                 key,
                 r.cfg.optim.iters,
                 images_a_batch(r.cfg) * r.cfg.optim.accumulate * processes,
-                images,
-                how + ', recorded' * (how == 'new' and key in measured),
+                f'{counts[0]} / {counts[1]}' if counts else '?',
+                'new, recorded' if word == 'new' and known else word,
                 memory,
             ]
         )
-    heads = ['run', 'hash', 'iterations', 'images a step', 'labelled / unlabelled', 'state', 'memory']
-    widths = [max(len(str(row[i])) for row in [heads, *rows]) for i in range(len(heads))]
-    for row in [heads, *rows]:
-        say('  '.join(f'{c!s:<{w}}' for c, w in zip(row, widths)).rstrip())
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
+    for row in rows:
+        say('  '.join(f'{cell!s:<{width}}' for cell, width in zip(row, widths)).rstrip())
     say(
-        f'{len(runs)} runs; records are written to {results}, in place of those of the same study and seed. Memory of one process: measured where a record has the same hash; else weights, gradients, moments and what autograd keeps for an image, counted on small images and continued to the largest view, plus 0.9 GB of libraries.'
+        f'{len(runs)} runs; records are written to {results}, in place of those of the same study and seed. '
+        'Memory of one process: measured where a record has the same hash; else weights, gradients, moments '
+        'and what autograd keeps for an image, counted on small images and continued to the largest view, '
+        'plus 0.9 GB of libraries.'
     )
-    return list(missing)
+    return [line for line in problems if line]
 
 
 # %% [markdown]
-# A study whose second data set is not there: all configurations are shown, and what is missing is said once.
+# A study whose second data set is not there: all configurations are shown, and the missing one is named once.
 
 # %%
 toy_file = Path(tempfile.mkdtemp()) / 'studies.toml'
@@ -193,13 +191,8 @@ mean_teacher = ["method.name=mean_teacher"]
 """)
 said = []
 absent = dry_run(plan(toy_file, 'toy'), 'none', say=said.append)
-assert (
-    len(said) == 6
-    and 'new' in said[1]
-    and 'no data' in said[3]
-    and len(absent) == 1
-    and 'no_such_set' in absent[0]
-)
+assert len(said) == 6 and 'new' in said[1] and 'no data' in said[3]
+assert len(absent) == 1 and 'no_such_set' in absent[0]
 print(*said[:-1], sep='\n')
 
 # %% [markdown]
@@ -207,7 +200,7 @@ print(*said[:-1], sep='\n')
 #
 # - A dry run builds and hashes every configuration and opens all data; nothing is written.
 # - What is missing is named once, with its cure; the configurations are shown all the same.
-# - Memory is looked up where the same run has been measured, and estimated from saved tensors where not.
+# - Memory is looked up where the same run was measured, and estimated from saved tensors elsewhere.
 #
 # ## Exercises
 #

@@ -1,17 +1,16 @@
 # %% [markdown]
 # # Studies by one command {#sec-ablate}
 #
-# > Run every comparison of the book again, on one core, on many, or on a cluster:
-# > `semidetr ablate components`.
+# > Repeat any comparison of the book, on one core, on many, or on a cluster: `semidetr ablate components`.
 #
-# Most tables of most papers cannot be made again: the script that called the training script is gone, a
-# crashed run was started by hand with slightly other settings, and nobody knows which. Here a study is a
-# table in a file (@sec-study), and one command turns it into runs, notebooks and records. What is finished is
-# not done again; what was stopped goes on from its checkpoint; what fails is named and does not stop the
+# Many tables in papers cannot be reproduced: the script that called the training script is gone, or a crashed
+# run was started by hand with slightly other settings, and nobody knows which. Here a study is a table in a
+# file (@sec-study), and one command turns it into runs, notebooks and records. Finished runs are not
+# repeated; stopped ones resume from their checkpoints; a run that fails is named and does not stop the
 # others.
 #
 # Each run is an execution of one notebook, @sec-abl-run, with other parameters. The executed copy stays
-# beside the checkpoint as `run.ipynb`: a reader who doubts a number can look at the run that made it.
+# beside the checkpoint as `run.ipynb`: a reader who doubts a number can look at the run behind it.
 
 # %%
 #| default_exp lab.ablate
@@ -30,11 +29,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tqdm import tqdm
-from semidetr.train.config import config_hash, to_dict
 from semidetr.core import ConfigError, atomic_write, need, suggest
+from semidetr.lab.plan import STUDIES, Run, distinct, plan, state, without_data
+from semidetr.lab.study import pick_studies, record
+from semidetr.train.config import config_hash, to_dict
 from semidetr.train.machine import usable_cores
-from semidetr.lab.plan import STUDIES, Run, _once, in_the_way, plan, state, without_data
-from semidetr.lab.study import finished, pick_studies, record
+from semidetr.train.run_folder import finished
 
 # %%
 #| hide
@@ -44,15 +44,16 @@ import matplotlib.pyplot as plt
 # %% [markdown]
 # ## One run, one notebook
 #
-# papermill injects the parameters after the cell with the tag `parameters`. Where that tag is missing it puts
-# them first, the notebook's own values overwrite them, and the wrong experiment runs without a word; so the
-# tag is looked for, and the notebook compares the hash of its configuration with the one asked for. The copy
+# papermill injects the parameters after the cell with the tag `parameters`. Without that tag it puts them
+# first, the notebook's own values overwrite them, and the wrong experiment runs silently. So `check_notebook`
+# looks for the tag, and the notebook compares the hash of its configuration with the expected one. The copy
 # is called `run.part.ipynb` until the last cell has run.
 
 # %%
 #| export
 NOTEBOOK = Path('nbs/ablations/train_run.ipynb')
 ENGINES = ('local', 'slurm', 'submitit-local')
+PARAMETERS = ('title', 'folder', 'expected', 'processes')  # of the run notebook
 
 
 def check_notebook(
@@ -63,35 +64,27 @@ def check_notebook(
     if not Path(path).is_file():
         raise ConfigError(f'{path}: no such notebook; run this in a checkout of the book')
     try:
-        tagged = [
-            ''.join(c['source'])
-            for c in json.loads(Path(path).read_text())['cells']
-            if 'parameters' in c['metadata'].get('tags', [])
-        ]
+        cells = json.loads(Path(path).read_text())['cells']
+        tagged = [''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', [])]
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f'{path}: damaged, not a notebook; {cure}') from None
     if len(tagged) != 1:
         raise ConfigError(f"{path}: {len(tagged)} cells have the tag 'parameters', one must; {cure}")
-    if lost := [
-        p
-        for p in ('title', 'folder', 'expected', 'processes')
-        if p not in {line.partition('=')[0].strip() for line in tagged[0].splitlines()}
-    ]:
+    assigned = {line.partition('=')[0].strip() for line in tagged[0].splitlines()}
+    if lost := [p for p in PARAMETERS if p not in assigned]:
         raise ConfigError(f"{path}: the cell with the tag 'parameters' has no '{lost[0]}'; {cure}")
 
 
-def _kernels(
-    alive, log
-):  # class of kernel managers that note their process in the set `alive`; what a kernel says outside its cells goes to the file `log`
+def _kernels(alive, log):
+    "Class of kernel managers: each adds its process to the set `alive`; its stderr goes to the file `log`"
     from jupyter_client import AsyncKernelManager
 
     class Kernel(AsyncKernelManager):
-        def __init__(self, **kwargs):  # sockets in files: no port that another process may take meanwhile
-            super().__init__(
-                transport='ipc' if os.name == 'posix' else 'tcp',
-                connection_file=str(Path(tempfile.mkdtemp()) / 'kernel.json'),
-                **kwargs,
-            )
+        def __init__(self, **kwargs):
+            # sockets in files: no port that another process may take meanwhile
+            file = Path(tempfile.mkdtemp()) / 'kernel.json'
+            transport = 'ipc' if os.name == 'posix' else 'tcp'
+            super().__init__(transport=transport, connection_file=str(file), **kwargs)
 
         async def start_kernel(self, **kwargs):
             env = {'OMP_NUM_THREADS': '1', **os.environ}
@@ -107,25 +100,22 @@ def _last_line(text):
     return (str(text).strip().splitlines() or ['no message'])[-1].strip()
 
 
-def _why(error, folder):  # one line; where processes of their own failed, what they said
+def _why(error, folder):
+    "Why a cell failed, in one line; if it had started processes, the last error that one of them printed"
     log = folder / 'kernel.log'
-    said = (
-        [
-            line.removeprefix('error: ')
-            for line in log.read_text(errors='replace').splitlines()
-            if line.startswith('error: ')
-        ]
-        if error.ename == 'CalledProcessError' and log.is_file()
-        else []
-    )
-    return f'{said[-1]} (all of it: {log})' if said else f'{error.ename}: {_last_line(error.evalue)}'
+    if error.ename == 'CalledProcessError' and log.is_file():
+        lines = log.read_text(errors='replace').splitlines()
+        printed = [line.removeprefix('error: ') for line in lines if line.startswith('error: ')]
+        if printed:
+            return f'{printed[-1]} (all of it: {log})'
+    return f'{error.ename}: {_last_line(error.evalue)}'
 
 
 # %%
 #| export
 def run_notebook(
-    run: Run,
-    notebook=NOTEBOOK,
+    run: Run,  # of `plan`
+    notebook=NOTEBOOK,  # that is executed
     processes: int = 1,  # of this run, each with its own device
     alive=None,  # set that gets the process of the kernel
 ) -> str:  # '' or, in one line, why it failed
@@ -134,13 +124,14 @@ def run_notebook(
     from papermill.exceptions import PapermillExecutionError
     from papermill.iorw import papermill_io
 
-    papermill_io.get_handler('local').cwd(
-        None
-    )  # shared by all threads; two that end at the same time leave the folder of an earlier command in it
+    # shared by all threads; two that end at the same time leave the folder of an earlier command in it
+    papermill_io.get_handler('local').cwd(None)
+    _, obstacle = state(run)
+    if obstacle:
+        return obstacle
     part, key = run.folder / 'run.part.ipynb', config_hash(run.cfg)
-    if state(run) == 'other settings':
-        return in_the_way(run)
     atomic_write(run.folder / 'config.json', json.dumps(to_dict(run.cfg), indent=1))
+    copy = f'executed notebook: {part}'
     try:
         papermill.execute_notebook(
             notebook,
@@ -153,13 +144,11 @@ def run_notebook(
             extra_arguments=['--IPKernelApp.log_level=50'],
         )
     except PapermillExecutionError as e:
-        return f'{run.title}: cell [{e.exec_count}]: {_why(e, run.folder)}; executed notebook: {part}'
-    except Exception as e:
-        return (
-            f'{run.title}: {type(e).__name__}: {_last_line(e)}; executed notebook: {part}'  # the kernel died
-        )
+        return f'{run.title}: cell [{e.exec_count}]: {_why(e, run.folder)}; {copy}'
+    except Exception as e:  # the kernel died
+        return f'{run.title}: {type(e).__name__}: {_last_line(e)}; {copy}'
     if not finished(run.cfg, run.folder):
-        return f'{run.title}: the notebook ended without the result of {key}; executed notebook: {part}'
+        return f'{run.title}: the notebook ended without the result of {key}; {copy}'
     part.replace(run.notebook)
     return ''
 
@@ -167,9 +156,9 @@ def run_notebook(
 # %% [markdown]
 # ## Where runs run
 #
-# An *engine* takes a run and gives back a job that can be asked whether it is done. There are two: threads of
-# this process, each with one kernel, and [submitit](https://github.com/facebookincubator/submitit), which
-# hands runs to Slurm or, to try that out, to processes of its own. A stopped engine lets every run save a
+# An *engine* takes a run and returns a job with `done()` and `result()`. There are two: threads of this
+# process, each with one kernel, and [submitit](https://github.com/facebookincubator/submitit), which submits
+# runs to Slurm or, to try that out, to processes of its own. A stopped engine lets every run save a
 # checkpoint first.
 
 # %%
@@ -183,7 +172,8 @@ class LocalEngine:
     def submit(self, *args):
         return self.pool.submit(run_notebook, *args, alive=self.alive)
 
-    def stop(self, how=signal.SIGTERM):  # a run saves a checkpoint and ends; SIGKILL: it ends
+    def stop(self, how=signal.SIGTERM):
+        "SIGTERM: every run saves a checkpoint and ends; SIGKILL: it ends at once"
         for pid in self.alive:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, how)
@@ -229,8 +219,8 @@ class SubmititEngine:
 # %% [markdown]
 # ## The loop
 #
-# Start what can start, look what is done, sleep. A seed's record is written as soon as all its runs are
-# there.
+# Start what can start, collect what is done, sleep. A seed's record is written as soon as all its runs are
+# finished.
 
 # %%
 #| export
@@ -244,21 +234,23 @@ def steps_done(
         return 0
 
 
-def _outcome(run, job):  # of an engine -> '' or why it failed
+def _outcome(run, job):
+    "'' or why a job of an engine failed; of an engine's own error the first line, since the rest is its log"
     try:
         return job.result()
     except Exception as e:
-        return f"{run.title}: {type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"  # the job died; the rest is its log
+        line = str(e).strip().partition(chr(10))[0]
+        return f'{run.title}: {type(e).__name__}: {line}'
 
 
 def drive(
     runs: list,  # of Run
     engine,  # with submit and stop
-    notebook=NOTEBOOK,
-    processes: int = 1,
+    notebook=NOTEBOOK,  # that is executed for each run
+    processes: int = 1,  # of each run
     limit: int = 1,  # runs at a time
     ended=lambda run, cause: None,  # called with each run that ended, and why it failed
-    pause: float = 0.2,  # seconds between two looks
+    pause: float = 0.2,  # seconds between two rounds
 ) -> dict:  # folder -> why it failed
     "Run everything that is not finished, a burn-in before its arms; a failure stops only what depends on it"
     waiting, running, failed = list(runs), {}, {}
@@ -291,7 +283,8 @@ def drive(
 
 # %%
 #| export
-def _wind_up(engine, running):  # every run may save a checkpoint; a second Ctrl-C ends them at once
+def _wind_up(engine, running):
+    "Every run may save a checkpoint; a second Ctrl-C ends them at once"
     try:
         engine.stop()
         while not all(job.done() for _, job in running.values()):
@@ -301,8 +294,8 @@ def _wind_up(engine, running):  # every run may save a checkpoint; a second Ctrl
 
 
 # %% [markdown]
-# With an engine whose jobs last as many looks as they have iterations, the order can be seen. The second
-# worker takes the burn-in of seed 1 while the arms of seed 0 still wait for theirs:
+# A toy engine whose jobs take one round per 100 iterations shows the order. The second worker takes the
+# burn-in of seed 1 while the arms of seed 0 still wait for theirs:
 
 # %%
 toy_file = Path(tempfile.mkdtemp()) / 'studies.toml'
@@ -323,7 +316,7 @@ assert [r.arm for r in toy[:3]] == ['burn_in', 'supervised', 'mean_teacher']
 
 # %%
 class ToyEngine:
-    "Runs that only pretend: 100 iterations last one look"
+    "Runs that compute nothing: 100 iterations take one round"
 
     def __init__(self):
         self.now, self.bars = 0, []
@@ -333,7 +326,7 @@ class ToyEngine:
         self.bars.append(job)
         return job
 
-    def look(self, run, cause):
+    def round_ended(self, run, cause):
         self.now += run is None
 
 
@@ -352,28 +345,20 @@ class ToyJob:
 
 
 engine = ToyEngine()
-failures = drive(toy, engine, limit=2, ended=engine.look, pause=0)
-assert [b.title for b in engine.bars] == [
-    'toy seed 0 burn_in',
-    'toy seed 1 burn_in',
-    'toy seed 0 supervised',
-    'toy seed 0 mean_teacher',
-] and len(failures) == 3
+failures = drive(toy, engine, limit=2, ended=engine.round_ended, pause=0)
+order = ['seed 0 burn_in', 'seed 1 burn_in', 'seed 0 supervised', 'seed 0 mean_teacher']
+assert [b.title for b in engine.bars] == [f'toy {name}' for name in order] and len(failures) == 3
 list(failures.values())
 
 # %%
 #| label: fig-ablate-timeline
-#| fig-cap: "Two workers: arms start as soon as their burn-in is there; the broken burn-in of seed 1 takes its own arms with it and nothing else."
+#| fig-cap: "Two workers: arms start as soon as their burn-in is finished; the failed burn-in of seed 1 stops its own arms and nothing else."
 #| fig-alt: "Bars of the runs of a toy study over time"
 fig, ax = plt.subplots(figsize=(5, 2), dpi=80)
 for i, b in enumerate(engine.bars):
-    ax.barh(
-        i,
-        b.last - b.first,
-        left=b.first,
-        color='#d62728' if 'seed 1' in b.title else '#1f77b4' if 'burn' in b.title else '#ff7f0e',
-    )
-ax.set(yticks=range(len(engine.bars)), xlabel='looks')
+    color = '#d62728' if 'seed 1' in b.title else '#1f77b4' if 'burn' in b.title else '#ff7f0e'
+    ax.barh(i, b.last - b.first, left=b.first, color=color)
+ax.set(yticks=range(len(engine.bars)), xlabel='rounds')
 ax.set_yticklabels([b.title for b in engine.bars], fontsize=8)
 ax.invert_yaxis()
 plt.show()
@@ -389,25 +374,13 @@ def keep(
     results,  # folder of the records
 ) -> Path:  # the JSON
     "Write the record of a seed, unless it is there already"
-    first, of = (
-        runs[0],
-        lambda r: (
-            record(json.loads((r.folder / 'run.json').read_text()), r.folder)
-            | dict(notebook=r.notebook.as_posix())
-        ),
-    )
-    made = {r.arm: of(r) for r in runs}
+    made, first = {}, runs[0]
+    for r in runs:
+        result = json.loads((r.folder / 'run.json').read_text())
+        made[r.arm] = record(result, r.folder) | dict(notebook=r.notebook.as_posix())
     path = Path(results) / first.where / f'seed{first.seed}.json'
-    text = json.dumps(
-        dict(
-            study=first.study,
-            scale=first.scale,
-            group=first.group,
-            seed=first.seed,
-            burn_in=made.pop('burn_in', None),
-            arms=made,
-        )
-    )
+    about = dict(study=first.study, scale=first.scale, group=first.group, seed=first.seed)
+    text = json.dumps(about | dict(burn_in=made.pop('burn_in', None), arms=made))
     if not path.is_file() or path.read_text() != text:
         atomic_write(path, text)
     return path
@@ -416,27 +389,29 @@ def keep(
 def seed_line(
     path,  # of a record
 ) -> str:
-    "AP of the teacher, arm by arm"
-    r = json.loads(Path(path).read_text())
-    ap = lambda m: f"{m[part]['teacher']['AP']:.1f}" if (part := 'val' if 'val' in m else 'dev') in m else '-'
-    return f"{path}: " + ', '.join(f"{arm} {ap(a['metrics'])}" for arm, a in r['arms'].items())
+    "AP of the teacher, arm by arm, on the test split if it was measured there"
+    arms = []
+    for arm, a in json.loads(Path(path).read_text())['arms'].items():
+        metrics = a['metrics'].get('val') or a['metrics'].get('dev')
+        arms.append(f"{arm} {metrics['teacher']['AP']:.1f}" if metrics else f'{arm} -')
+    return f'{path}: ' + ', '.join(arms)
 
 
 # %%
 #| export
 def run_all(
     runs: list,  # of Run
-    engine,
-    results,
-    notebook=NOTEBOOK,
-    processes: int = 1,
-    limit: int = 1,  # see `drive` and `keep`
-    progress: bool = True,
-    say=print,
+    engine,  # as for `drive`
+    results,  # folder of the records
+    notebook=NOTEBOOK,  # that is executed for each run
+    processes: int = 1,  # of each run
+    limit: int = 1,  # runs at a time
+    progress: bool = True,  # a bar
+    say=print,  # is given a line per record
     lost: tuple = (),  # folders of runs that cannot run
 ) -> list:  # why runs failed, a line each
     "Run what is not finished, keep the records, show how far it is"
-    todo = [r for r in _once(runs) if r.folder in lost or state(r) != 'finished']
+    todo = [r for r in distinct(runs) if r.folder in lost or state(r)[0] != 'finished']
     seeds, left, broken = {}, {r.folder for r in todo}, set(lost)
     for r in runs:
         seeds.setdefault((r.where, r.seed), []).append(r)
@@ -447,14 +422,15 @@ def run_all(
 
     for group in seeds.values():
         seed_done(group[0])
-    once = {r.folder: r.cfg.optim.iters for r in runs}
-    bar = tqdm(
-        total=sum(once.values()),
-        initial=sum(n for f, n in once.items() if f not in left),
-        unit='it',
-        mininterval=1,
-        disable=not progress,
-    )
+    iters = {r.folder: r.cfg.optim.iters for r in runs}
+
+    def done(folder):
+        if folder in broken:
+            return 0
+        return steps_done(folder) if folder in left else iters[folder]
+
+    before = sum(n for folder, n in iters.items() if folder not in left)
+    bar = tqdm(total=sum(iters.values()), initial=before, unit='it', mininterval=1, disable=not progress)
 
     def ended(r, cause):
         if cause:
@@ -464,19 +440,14 @@ def run_all(
         elif r is not None:
             left.discard(r.folder)
             seed_done(r)
-        bar.n = sum(0 if f in broken else steps_done(f) if f in left else n for f, n in once.items())
-        bar.set_postfix_str(
-            f'{len(once) - len(left)} of {len(once)} runs' + (f', {len(broken)} failed' if broken else ''),
-            refresh=False,
-        )
+        bar.n = sum(map(done, iters))
+        failed = f', {len(broken)} failed' if broken else ''
+        bar.set_postfix_str(f'{len(iters) - len(left)} of {len(iters)} runs{failed}', refresh=False)
         bar.update(0)
 
+    can_run = [r for r in todo if r.folder not in lost]
     with contextlib.closing(bar), stoppable():
-        return list(
-            drive(
-                [r for r in todo if r.folder not in lost], engine, notebook, processes, limit, ended
-            ).values()
-        )
+        return list(drive(can_run, engine, notebook, processes, limit, ended).values())
 
 
 # %%
@@ -505,44 +476,32 @@ def stoppable():
 
 # %%
 #| export
-def _write_pages(
-    names, scale, out, data, say
-):  # the pages of executed runs belong to the book, which is not part of the wheel: a program of its own
-    done = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'semidetr.book.runs',
-            *names,
-            '--scale',
-            scale,
-            '--out',
-            str(out),
-            '--data',
-            data,
-        ],
-        capture_output=True,
-        text=True,
-    )
-    for line in (done.stdout + done.stderr if done.returncode else done.stdout).splitlines():
+def _write_pages(names, scale, out, data, say):
+    "Pages of executed runs: the book is not part of the wheel, so a program of its own writes them"
+    command = [sys.executable, '-m', 'semidetr.book.runs', *names]
+    command += ['--scale', scale, '--out', str(out), '--data', data]
+    done = subprocess.run(command, capture_output=True, text=True)
+    for line in done.stdout.splitlines():
         say(line)
+    if done.returncode:
+        say(f'the pages of executed runs were not written: {_last_line(done.stderr)}')
 
 
 def ablate(
     names: list,  # of studies; 'all': every study that has the scale
-    scale: str = '',
-    seeds=None,
-    data: str = '',
-    only: tuple = (),  # see `plan`
-    out='runs/studies',
-    results='',  # folder of the records; '': that of the book, at scale smoke and with other data one in `out`
-    jobs: int = 0,  # runs at a time; 0: one a core, with Slurm all
+    scale: str = '',  # as for `plan`
+    seeds=None,  # those of the study if None
+    data: str = '',  # data set instead of the studies' own
+    only: tuple = (),  # names of groups; empty: all
+    out='runs/studies',  # folder of the runs
+    results='',  # folder of the records; '': that of the book; at scale smoke or with other data OUT/results
+    jobs: int = 0,  # runs at a time; 0: one per core, with Slurm all
     engine: str = 'local',  # one of ENGINES
     options: dict = None,  # of `SubmititEngine`
     processes: int = 1,  # of each run, started by torchrun
-    dry=None,  # function of runs, results, processes, say that is called instead of running: `dry_run` (@sec-dry-run)
-    progress: bool = True,
-    say=print,
+    dry=None,  # `dry_run` (@sec-dry-run) or another function of its arguments, called instead of running
+    progress: bool = True,  # a bar
+    say=print,  # is given each line of output
 ) -> list:  # why runs failed, a line each
     "Run studies in the checkout that is the working directory"
     if engine not in ENGINES:
@@ -551,20 +510,20 @@ def ablate(
         raise ConfigError(f"--option {next(iter(options))} is for a cluster; add --engine slurm")
     names = pick_studies(STUDIES, names, scale, only)
     runs = [r for name in names for r in plan(STUDIES, name, scale, seeds, out, data, only)]
-    results = results or (Path(out) / 'results' if scale == 'smoke' or data else STUDIES.parent / 'results')
+    book = STUDIES.parent / 'results'
+    results = Path(results or (Path(out) / 'results' if scale == 'smoke' or data else book))
     check_notebook(NOTEBOOK)
     if dry:
-        return dry(_once(runs), results, processes, say)
+        return dry(distinct(runs), results, processes, say)
     need('papermill', 'a study')
     lost, causes = without_data(runs)
     jobs = jobs or (len(runs) if engine == 'slurm' else usable_cores())
-    where = (
-        LocalEngine(jobs)
-        if engine == 'local'
-        else SubmititEngine(Path(out) / 'jobs', engine.removeprefix('submitit-'), options)
-    )
+    if engine == 'local':
+        where = LocalEngine(jobs)
+    else:
+        where = SubmititEngine(Path(out) / 'jobs', engine.removeprefix('submitit-'), options)
     failed = causes + run_all(runs, where, results, NOTEBOOK, processes, jobs, progress, say, lost)
-    if Path(results) == STUDIES.parent / 'results':
+    if results == book:
         _write_pages(names, scale, out, data, say)
     return failed
 
@@ -573,10 +532,11 @@ def ablate(
 #
 # - A study is a table, a run is a notebook, a record is a JSON file; one command makes the last from the
 #   first.
-# - Finished runs are looked up by hash and data, stopped ones go on, failed ones are named and stop only what
-#   depends on them.
+# - Finished runs are looked up by hash and data, stopped ones resume, failed ones are named and stop only
+#   what depends on them.
 # - The same command runs at three scales, on one core, on all, or on a cluster.
 #
 # ## Exercises
 #
-# 1. Why is the path of the burn-in part of the hash of its arms? What would you hash instead?
+# 1. `drive` starts arms in the order of the study. With two workers and arms of very different length, which
+#    order would finish first?

@@ -1,12 +1,11 @@
 # %% [markdown]
 # # From records to sentences {#sec-report}
 #
-# > Tables, intervals and plots of a study, and a sentence that withdraws itself when the numbers do not carry
-# > it.
+# > Compute the tables, intervals, plots and sentences of a page of results from the records of a study.
 #
-# A page of results makes a claim, and the claim outlives the run that it came from: settings change, seeds
-# are added, and the sentence stays. Here sentences are computed. A page says which arm it compares with
-# which; the records say by how much, with which interval, and whether anything was found at all.
+# A sentence about a result is easily older than the result: settings change, seeds are added, and the
+# sentence stays. Here sentences are computed. A page names the two arms that it compares; the records give
+# the difference, its interval, and whether a difference was found at all.
 
 # %%
 #| default_exp lab.report
@@ -32,7 +31,7 @@ from IPython.display import Markdown as markdown
 # %% [markdown]
 # ## A table
 #
-# Markdown, which both renderers of the book show without a script.
+# Markdown, because both renderers of the book show it without a script.
 
 # %%
 #| export
@@ -41,7 +40,7 @@ def markdown_table(
     rows: list,  # lists of cells, anything with a `str`
     align: str = '',  # one of l, c, r for each column; default: first left, the others right
 ) -> str:
-    "A Markdown table, which both renderers show without a script"
+    "A Markdown table"
     align = align or 'l' + 'r' * (len(columns) - 1)
     rule = [dict(l=':---', c=':---:', r='---:')[a] for a in align]
     return '\n'.join('| ' + ' | '.join(map(str, row)) + ' |' for row in [columns, rule, *rows])
@@ -56,32 +55,31 @@ print(table)
 # %% [markdown]
 # ## Reading
 #
-# `semidetr ablate` writes one record a seed (@sec-study). A page takes the seeds that have all the arms it
-# wants to compare; a seed that lacks one cannot be paired.
+# `semidetr ablate` writes one record per seed (@sec-study). A page takes the seeds that have all the arms
+# that it compares; a seed that lacks one cannot be paired.
 
 # %%
 #| export
+def _has_page(results, study):
+    "Does the book that the records belong to list a page of the executed runs of this study?"
+    page = f'/runs/{study}.ipynb'
+    books = [d / '_quarto.yml' for d in Path(results).resolve().parents]
+    return any(page in book.read_text() for book in books if book.is_file())
+
+
 def read_records(
     results,  # folder of results
     study: str,  # and group, e.g. 'txl_semi/p5'
     arms=(),  # only seeds that have all of these
-) -> list:  # records, by seed
-    "The committed records of a study, and whether the book has a page of its executed runs"
-    folder, page = Path(results) / study, f"/runs/{study.partition('/')[0]}.ipynb"
-    listed = any(
-        page in (d / '_quarto.yml').read_text()
-        for d in Path(results).resolve().parents
-        if (d / '_quarto.yml').is_file()
-    )
-    runs = sorted(
-        (json.loads(p.read_text()) | dict(executed=listed) for p in folder.glob('seed*.json')),
-        key=lambda r: r['seed'],
-    )
-    runs = [r for r in runs if set(arms) <= set(r['arms'])]
+) -> list:  # records, by seed; each says in `executed` whether the book has a page of the executed runs
+    "The committed records of a study"
+    folder, name = Path(results) / study, study.partition('/')[0]
+    executed = _has_page(results, name)
+    runs = [json.loads(p.read_text()) | dict(executed=executed) for p in folder.glob('seed*.json')]
+    runs = sorted((r for r in runs if set(arms) <= set(r['arms'])), key=lambda r: r['seed'])
     if not runs:
-        raise DataError(
-            f'{folder}: no seed with {", ".join(arms) or "a record"}; run `semidetr ablate {study.partition("/")[0]}`'
-        )
+        missing = ', '.join(arms) or 'a record'
+        raise DataError(f'{folder}: no seed with {missing}; run `semidetr ablate {name}`')
     return runs
 
 
@@ -93,39 +91,43 @@ def with_arm(
 ) -> list:  # records of the seeds that both have
     "Variants and their reference, which belongs to another study"
     start = {r['seed']: r for r in others if arm in r['arms']}
+    both = []
     for r in runs:
-        if r['seed'] in start and r['burn_in']['hash'] != start[r['seed']]['burn_in']['hash']:
+        if r['seed'] not in start:
+            continue
+        other = start[r['seed']]
+        if r['burn_in']['hash'] != other['burn_in']['hash']:
             raise DataError(
-                f"{r['study']} and {arm}: seed {r['seed']} starts from another burn-in; run `semidetr ablate {r['study']}`"
+                f"{r['study']} and {arm}: seed {r['seed']} starts from another burn-in; "
+                f"run `semidetr ablate {r['study']}`"
             )
-    both = [
-        r | dict(arms={name: start[r['seed']]['arms'][arm], **r['arms']}) for r in runs if r['seed'] in start
-    ]
+        both.append(r | dict(arms={name: other['arms'][arm], **r['arms']}))
     if not both:
         raise DataError(
-            f"{runs[0]['study']}: no seed of it has {arm}, which it is compared with; run `semidetr ablate {others[0]['study']}`"
+            f"{runs[0]['study']}: no seed of it has {arm}, which it is compared with; "
+            f"run `semidetr ablate {others[0]['study']}`"
         )
     return both
 
 
 def values(
     runs: list,  # of `read_records`
-    arm: str,
+    arm: str,  # of the study
     key: str = 'AP',  # of the metrics
     who: str = 'teacher',  # or 'student'
     part: str = 'val',  # or 'dev'
-) -> list:  # percent, one a seed
+) -> list:  # percent, one per seed
     "One number of each seed"
     return [r['arms'][arm]['metrics'][part][who][key] for r in runs]
 
 
 def class_values(
-    runs: list,
-    arm: str,  # see `values`
+    runs: list,  # of `read_records`
+    arm: str,  # of the study
     name: str,  # of the class
-) -> list:  # AP in percent, one a seed
+) -> list:  # AP in percent, one per seed
     "AP of one class"
-    return [v['per_class'][name]['AP'] for v in (r['arms'][arm]['metrics']['val']['teacher'] for r in runs)]
+    return [classes[name]['AP'] for classes in values(runs, arm, 'per_class')]
 
 
 # %% [markdown]
@@ -137,17 +139,17 @@ def class_values(
 # \bar d \pm t_{n-1}(0.975)\,\frac{\operatorname{std}(d)}{\sqrt n}
 # $$ {#eq-report-interval}
 #
-# holds the true mean difference in 95 % of all repetitions, if differences are roughly normal. Three seeds
-# give $t_2 = 4.3$: the price of few seeds is paid openly.
+# contains the true mean difference in 95 % of all repetitions, if differences are roughly normal. For three
+# seeds $t_2(0.975) = 4.3$: few seeds give wide intervals.
 
 # %%
 #| export
 def difference(
-    runs: list,
-    arm: str,
-    base: str,
-    key: str = 'AP',
-    who: str = 'teacher',  # see `values`
+    runs: list,  # of `read_records`
+    arm: str,  # of the study
+    base: str,  # arm that it is compared with
+    key: str = 'AP',  # of the metrics
+    who: str = 'teacher',  # or 'student'
 ) -> dict:  # mean, std, each, n, and half: half the width of the interval
     "How much `arm` is above `base`, pair by pair (@eq-report-interval)"
     return with_interval(paired_difference(values(runs, base, key, who), values(runs, arm, key, who)))
@@ -157,226 +159,227 @@ def with_interval(
     d: dict,  # of `paired_difference`
 ) -> dict:  # the same with `half`; infinite for one seed
     "Half the width of the 95 % interval"
-    return d | dict(
-        half=student_t.ppf(0.975, d['n'] - 1) * d['std'] / d['n'] ** 0.5 if d['n'] > 1 else float('inf')
-    )
+    n = d['n']
+    half = student_t.ppf(0.975, n - 1) * d['std'] / n**0.5 if n > 1 else float('inf')
+    return d | dict(half=half)
 
 
-def found(d: dict) -> bool:
-    "Does the interval leave out zero?"
+# %%
+three = with_interval(paired_difference([0.0, 0.0, 0.0], [1.0, 2.0, 3.0]))
+assert round(three['half'], 3) == 2.484
+three
+
+
+# %% [markdown]
+# A difference is *found* if its interval excludes zero. The sentence about it says which of the two holds.
+
+# %%
+#| export
+def found(
+    d: dict,  # of `difference`
+) -> bool:
+    "Does the interval exclude zero?"
     return abs(d['mean']) > d['half']
 
 
-def plus_minus(d: dict) -> str:
+def plus_minus(
+    d: dict,  # of `difference`
+) -> str:
     "Mean and interval, or the bare difference of one seed"
     return f"{d['mean']:+.1f}\u00a0±\u00a0{d['half']:.1f}" if d['n'] > 1 else f"{d['mean']:+.1f}"
 
 
 def spread(
-    numbers: list,  # one a seed
+    numbers: list,  # one per seed
 ) -> str:
     "Mean and standard deviation"
-    return (
-        f'{mean(numbers):.1f}\u00a0±\u00a0{stdev(numbers):.1f}' if len(numbers) > 1 else f'{numbers[0]:.1f}'
-    )
+    if len(numbers) == 1:
+        return f'{numbers[0]:.1f}'
+    return f'{mean(numbers):.1f}\u00a0±\u00a0{stdev(numbers):.1f}'
 
 
 def verdict(
     what: str,  # 'a against b'
     d: dict,  # of `difference`
-    unit: str = 'AP',
+    unit: str = 'AP',  # behind the number
 ) -> str:
-    "The sentence: with its numbers, and taken back where they do not carry it"
+    "The sentence about a difference, with its numbers; it says so if no difference was found"
     if d['n'] == 1:
         return f"{what}: {d['mean']:+.1f} {unit}, one seed."
-    text = f"{what}: {d['mean']:+.1f} {unit} on average over {d['n']} seeds, 95 % interval ±{d['half']:.1f} (each: {', '.join(f'{x:+.1f}' for x in d['each'])})"
+    each = ', '.join(f'{x:+.1f}' for x in d['each'])
+    text = f"{what}: {d['mean']:+.1f} {unit} on average over {d['n']} seeds"
+    text += f", 95 % interval ±{d['half']:.1f} (each: {each})"
     return text + ('.' if found(d) else '; no difference found at this scale.')
 
 
 # %%
 toy = Path(tempfile.mkdtemp())
 (toy / 'toy').mkdir()
+toy_run = dict(
+    hash='0' * 12,
+    commit='0' * 12,
+    cpu_seconds=60,
+    seconds=70,
+    iterations=10,
+    data=dict(labelled=20, unlabelled=80),
+    machine='toy',
+)
+metrics = lambda ap: dict(val=dict(teacher=dict(AP=ap, AP50=2 * ap, AP_nms=ap)))
 for seed, (a, b) in enumerate([(16.0, 20.0), (20.0, 23.0), (15.0, 18.5)]):
-    arm = lambda ap: dict(
-        hash='0' * 12,
-        commit='0' * 12,
-        cpu_seconds=60,
-        seconds=70,
-        iterations=10,
-        data=dict(labelled=20, unlabelled=80),
-        machine='toy',
-        metrics=dict(val=dict(teacher=dict(AP=ap, AP50=2 * ap, AP_nms=ap))),
-    )
-    (toy / 'toy' / f'seed{seed}.json').write_text(
-        json.dumps(
-            dict(
-                study='toy',
-                seed=seed,
-                burn_in=arm(10.0) | dict(commit='0' * 12),
-                arms=dict(supervised=arm(a), teacher=arm(b), noise=arm(a + (-1) ** seed)),
-            )
-        )
-    )
+    points = dict(supervised=a, teacher=b, noise=a + (-1) ** seed)
+    toy_arms = {arm: toy_run | dict(metrics=metrics(ap)) for arm, ap in points.items()}
+    toy_record = dict(study='toy', seed=seed, burn_in=toy_run | dict(metrics=metrics(10.0)), arms=toy_arms)
+    (toy / 'toy' / f'seed{seed}.json').write_text(json.dumps(toy_record))
 runs = read_records(toy, 'toy')
 gain, noise = (difference(runs, arm, 'supervised') for arm in ('teacher', 'noise'))
-assert (
-    found(gain)
-    and not found(noise)
-    and verdict('noise', noise).endswith('no difference found at this scale.')
-)
-markdown(
-    '\n'.join(
-        f'* {verdict(name, d)}'
-        for name, d in {'teacher against supervised': gain, 'noise against supervised': noise}.items()
-    )
-)
+sentences = [verdict('teacher against supervised', gain), verdict('noise against supervised', noise)]
+assert found(gain) and not found(noise)
+assert sentences[1].endswith('no difference found at this scale.')
+markdown('\n'.join(f'* {sentence}' for sentence in sentences))
 
 
 # %%
 #| export
 def verdicts(
-    runs: list,
-    names: dict,
-    base: str,  # see `difference`; arm -> how the page calls it
-    keys=('AP', 'AP_nms'),
+    runs: list,  # of `read_records`
+    names: dict,  # arm -> its name on the page
+    base: str,  # arm that the others are compared with
+    keys=('AP', 'AP_nms'),  # metrics: the first in a sentence, the others behind it
 ) -> str:  # Markdown list
-    "A line an arm: what separates it from `base`, as it is and suppressed"
+    "One line per arm: its difference to `base`, without and with NMS"
     lines = []
-    for arm, name in names.items():
+    for arm in names:
         if arm == base:
             continue
-        one, *more = (difference(runs, arm, base, key) for key in keys)
-        lines.append(
-            f'* {verdict(name, one)}'
-            + ''.join(
-                f" With NMS {plus_minus(d)}{'' if d['n'] == 1 or found(d) else ' (no difference found)'}."
-                for d in more
-            )
-        )
+        first, *more = (difference(runs, arm, base, key) for key in keys)
+        line = f'* {verdict(names[arm], first)}'
+        for d in more:
+            doubt = '' if d['n'] == 1 or found(d) else ' (no difference found)'
+            line += f' With NMS {plus_minus(d)}{doubt}.'
+        lines.append(line)
     return '\n'.join(lines)
 
 
 # %% [markdown]
 # ## Tables
 #
-# A row an arm: what it reached, seed by seed, what suppression would add, the difference to the arm that it
-# is compared with, and what it cost.
+# One row per arm: its AP, seed by seed, what suppression would add, the difference to the arm that it is
+# compared with, and its cost.
 
 # %%
 #| export
 def arm_rows(
     runs: list,  # of `read_records`
-    names: dict,  # arm -> how the page calls it
+    names: dict,  # arm -> its name on the page
     base: str = '',  # arm that the others are compared with
     classes=(),  # columns with the AP of these classes
 ) -> tuple:  # headings, rows
-    "One study, a row an arm"
-    columns = [
-        'arm',
-        'AP',
-        'AP50',
-        'AP with NMS',
-        *classes,
-        'AP of each seed',
-        *([f'against {names[base]}'] if base else []),
-        'CPU-minutes',
-    ]
+    "One study, one row per arm"
+    columns = ['arm', 'AP', 'AP50', 'AP with NMS', *classes, 'AP of each seed']
+    columns += [f'against {names[base]}', 'CPU-minutes'] if base else ['CPU-minutes']
     rows = []
     for arm, name in names.items():
         counted = all('AP_nms' in r['arms'][arm]['metrics']['val']['teacher'] for r in runs)
-        rows.append(
-            [
-                name,
-                spread(values(runs, arm)),
-                f"{mean(values(runs, arm, 'AP50')):.1f}",
-                f"{mean(values(runs, arm, 'AP_nms')):.1f}" if counted else 'not counted',
-                *(f'{mean(class_values(runs, arm, c)):.1f}' for c in classes),
-                ', '.join(f'{x:.1f}' for x in values(runs, arm)),
-                *(['' if arm == base else plus_minus(difference(runs, arm, base))] if base else []),
-                f"{mean(r['arms'][arm]['cpu_seconds'] for r in runs) / 60:.1f}",
-            ]
-        )
+        row = [name, spread(values(runs, arm)), f"{mean(values(runs, arm, 'AP50')):.1f}"]
+        row.append(f"{mean(values(runs, arm, 'AP_nms')):.1f}" if counted else 'not counted')
+        row += [f'{mean(class_values(runs, arm, c)):.1f}' for c in classes]
+        row.append(', '.join(f'{x:.1f}' for x in values(runs, arm)))
+        if base:
+            row.append('' if arm == base else plus_minus(difference(runs, arm, base)))
+        row.append(f"{mean(r['arms'][arm]['cpu_seconds'] for r in runs) / 60:.1f}")
+        rows.append(row)
     return columns, rows
 
 
-def arm_table(*args, **kwargs) -> str:  # see `arm_rows`
+def arm_table(*args, **kwargs) -> str:  # those of `arm_rows`
     "One study as a Markdown table"
     return markdown_table(*arm_rows(*args, **kwargs))
 
 
+# %%
+toy_names = {arm: arm for arm in ('supervised', 'teacher', 'noise')}
+toy_table = arm_table(runs, toy_names, 'supervised')
+assert len(toy_table.splitlines()) == 2 + len(toy_names)
+markdown(toy_table)
+
+
+# %% [markdown]
+# Below a table stands what it was measured on, and a number that was published elsewhere is marked.
+
+# %%
+#| export
+def _run_table(runs, names):
+    "Every run of these arms with its configuration, commit, iterations and times"
+    columns = ['seed', 'arm', 'configuration', 'commit', 'iterations', 'CPU-minutes', 'minutes']
+    rows = []
+    for r in runs:
+        for arm, name in names.items():
+            x = r['arms'][arm]
+            minutes = [f"{x[key] / 60:.1f}" for key in ('cpu_seconds', 'seconds')]
+            rows.append([r['seed'], name, f"`{x['hash']}`", f"`{x['commit']}`", x['iterations'], *minutes])
+    return markdown_table(columns, rows, align='rlllrrr')
+
+
 def scale_line(
-    runs: list,
-    names: dict,  # see `arm_rows`
-) -> str:  # Markdown: a paragraph, and a folded table
-    "What a table was measured on: images, iterations, time, machine; and every run with commit, configuration and time"
-    first, arms = next(iter(names)), [r['arms'][a] for r in runs for a in names]
-    a, start = runs[0]['arms'][first], runs[0].get('burn_in')
+    runs: list,  # of `read_records`
+    names: dict,  # arm -> its name on the page
+) -> str:  # Markdown: a paragraph, and a folded table of all runs
+    "What a table was measured on: images, iterations, time, machine"
+    arms = [r['arms'][arm] for r in runs for arm in names]
+    first, start = arms[0], runs[0].get('burn_in')
+    data, threads = first['data'], first.get('threads', 1)
     cpu, wall = (sum(x[key] for x in arms) / 60 for key in ('cpu_seconds', 'seconds'))
-    rows = [
-        [
-            r['seed'],
-            name,
-            f"`{x['hash']}`",
-            f"`{x['commit']}`",
-            x['iterations'],
-            f"{x['cpu_seconds'] / 60:.1f}",
-            f"{x['seconds'] / 60:.1f}",
-        ]
-        for r in runs
-        for arm, name in names.items()
-        for x in [r['arms'][arm]]
+    parts = [
+        f"{len(runs)} seed{'s' * (len(runs) > 1)}",
+        f"{data['labelled']} labelled and {data['unlabelled']} unlabelled images",
+        f"{first['iterations']} iterations",
+        f"{threads} thread{'s' * (threads != 1)} of {first['machine']}",
+        f'{cpu:.0f} CPU-minutes for all arms, {wall:.0f} minutes by the clock one after the other',
     ]
-    return (
-        f"*Scale: {len(runs)} seed{'s' * (len(runs) > 1)}; {a['data']['labelled']} labelled and {a['data']['unlabelled']} unlabelled images; {a['iterations']} iterations"
-        + (
-            f" after a burn-in of {start['iterations']} ({mean(r['burn_in']['cpu_seconds'] for r in runs) / 60:.1f} CPU-minutes)"
-            if start
-            else ''
-        )
-        + f"; {a.get('threads', 1)} thread{'s' * (a.get('threads', 1) != 1)} of {a['machine']}; {cpu:.0f} CPU-minutes for all arms, {wall:.0f} minutes by the clock one after the other.*"
-        + (
-            f" Executed runs: @sec-runs-{runs[0]['study'].replace('_', '-')}."
-            if runs[0].get('executed')
-            else ''
-        )
-        + '\n\n<details><summary>Every run</summary>\n\n'
-        + markdown_table(
-            ['seed', 'arm', 'configuration', 'commit', 'iterations', 'CPU-minutes', 'minutes'],
-            rows,
-            align='rlllrrr',
-        )
-        + '\n\n</details>\n'
-    )
+    if start:
+        minutes = mean(r['burn_in']['cpu_seconds'] for r in runs) / 60
+        parts[2] += f" after a burn-in of {start['iterations']} ({minutes:.1f} CPU-minutes)"
+    text = f"*Scale: {'; '.join(parts)}.*"
+    if runs[0].get('executed'):
+        text += f" Executed runs: @sec-runs-{runs[0]['study'].replace('_', '-')}."
+    details = f'<details><summary>Every run</summary>\n\n{_run_table(runs, names)}\n\n</details>'
+    return f'{text}\n\n{details}\n'
 
 
 def published(
-    results,  # folder of results; the file of published numbers lies beside it
+    results,  # folder of results; the file of published numbers is beside it
     key: str,  # table of `paper_results.toml`
 ) -> list:  # its rows
     "The numbers of the paper, as far as they could be obtained"
     return tomllib.loads((Path(results).parent / 'paper_results.toml').read_text())[key]['rows']
 
 
-def as_published(text) -> str:
-    "A cell with a number that was not measured here: coloured, and said to be published where colour is not seen"
+def as_published(
+    text,  # anything with a `str`
+) -> str:  # HTML
+    "A cell with a number that was not measured here: coloured, with a title where colours are not seen"
     return f'<span class="published" title="published, not measured here">{text}</span>'
-
-
-# %%
-markdown(arm_table(runs, dict(supervised='supervised', teacher='teacher', noise='noise'), 'supervised'))
 
 
 # %% [markdown]
 # ## Dots and lines
 #
-# A bar hides its seeds. A dot is a run, a black line the mean, and grey lines join the runs of a seed.
+# A bar hides its seeds. Here a dot is a run, a black line is the mean, and thin lines join the runs of a
+# seed.
 
 # %%
 #| export
+def _broken_name(name):
+    "Name of an arm on several lines"
+    if ' + ' in name:
+        return name.replace(' + ', '\n+ ')
+    return name if name[0] == '+' else name.replace(' ', '\n')
+
+
 def plot_arms(
-    runs: list,
-    names: dict,  # see `arm_rows`
-    key: str = 'AP',
+    runs: list,  # of `read_records`
+    names: dict,  # arm -> its name in the plot
+    key: str = 'AP',  # of the metrics
     ax=None,  # axes to draw into
     color=COLORS['teacher'],
 ):
@@ -387,22 +390,16 @@ def plot_arms(
         ax.plot(x, [row[i] for row in table], 'o-', color=color, alpha=0.6, linewidth=0.8, markersize=4)
     ax.plot(x, [mean(row) for row in table], 'k_', markersize=18, markeredgewidth=2, label='mean')
     ax.set(xticks=list(x), ylabel=key.replace('_nms', ' with NMS'))
-    ax.set_xticklabels(
-        [
-            n.replace(' + ', '\n+ ') if ' + ' in n else n if n[0] == '+' else n.replace(' ', '\n')
-            for n in names.values()
-        ],
-        fontsize=7,
-    )
+    ax.set_xticklabels(map(_broken_name, names.values()), fontsize=7)
     return ax
 
 
 def plot_differences(
-    runs: list,
-    names: dict,
-    base: str,  # see `arm_rows`
+    runs: list,  # of `read_records`
+    names: dict,  # arm -> its name in the plot
+    base: str,  # arm that the others are compared with
     keys=('AP',),  # metrics, one colour each
-    ax=None,
+    ax=None,  # axes to draw into
 ):
     "Differences to one arm with their intervals; returns the axes"
     arms = [a for a in names if a != base]
@@ -410,16 +407,9 @@ def plot_differences(
     for i, (key, color) in enumerate(zip(keys, (COLORS['teacher'], COLORS['student'], 'grey'))):
         d = [difference(runs, arm, base, key) for arm in arms]
         at = [y + 0.25 * (i - (len(keys) - 1) / 2) for y in range(len(arms))]
-        ax.errorbar(
-            [x['mean'] for x in d],
-            at,
-            xerr=[x['half'] if x['n'] > 1 else 0 for x in d],
-            fmt='o',
-            color=color,
-            capsize=3,
-            markersize=4,
-            label=key.replace('_nms', ' with NMS'),
-        )
+        means, halves = [x['mean'] for x in d], [x['half'] if x['n'] > 1 else 0 for x in d]
+        style = dict(fmt='o', color=color, capsize=3, markersize=4, label=key.replace('_nms', ' with NMS'))
+        ax.errorbar(means, at, xerr=halves, **style)
     ax.axvline(0, color='black', linewidth=0.8)
     ax.set(yticks=range(len(arms)), xlabel=f'against {names[base]}')
     ax.set_yticklabels([names[a] for a in arms], fontsize=8)
@@ -431,10 +421,9 @@ def plot_differences(
 
 # %%
 #| label: fig-report-toy
-#| fig-cap: "Toy study. Left: the seeds are far apart, the lines are nearly parallel. Right: the differences with their intervals; one leaves out zero, the other does not."
-#| fig-alt: "Left, AP of three arms, one line a seed; right, two differences with intervals"
+#| fig-cap: "Toy study. Left: the seeds are far apart, the lines are nearly parallel. Right: the differences with their intervals; one excludes zero, the other does not."
+#| fig-alt: "Left, AP of three arms, one line per seed; right, two differences with intervals"
 fig, axes = plt.subplots(1, 2, figsize=(7, 2.4), dpi=80, layout='constrained')
-toy_names = dict(supervised='supervised', teacher='teacher', noise='noise')
 plot_arms(runs, toy_names, ax=axes[0])
 plot_differences(runs, toy_names, 'supervised', ax=axes[1])
 plt.show()
@@ -442,12 +431,11 @@ plt.show()
 # %% [markdown]
 # ## Summary
 #
-# - Pages read records, pair the arms of a seed, and compute what they say.
-# - A difference whose interval covers zero is called *no difference found at this scale*, by the same line
-#   that would have praised it.
-# - Published numbers keep a colour of their own.
+# - Pages read records, pair the arms of a seed, and compute their sentences.
+# - A difference whose interval contains zero is reported as *no difference found at this scale*.
+# - Published numbers have a colour of their own.
 #
 # ## Exercises
 #
 # 1. How wide is the interval of three differences with a standard deviation of 1? Of five?
-# 2. Twenty arms are compared with one. How many intervals leave out zero if nothing differs?
+# 2. Twenty arms are compared with one. How many intervals exclude zero if nothing differs?

@@ -1,0 +1,232 @@
+# %% [markdown]
+# # What a run folder holds {#sec-run-folder}
+#
+# > Tell from its folder whether a run is finished, can be resumed, or must be left alone.
+#
+# A run that is started twice must not train twice, a run that was stopped must resume, and a folder that
+# holds another run must not be overwritten. The trainer, the studies, the dry run and the command line all
+# need this answer, and they must agree. It is found here, from three files:
+#
+# | file | written | what it tells |
+# | :--- | :--- | :--- |
+# | `run.json` | at the end | hash of the configuration, fingerprint of the data, metrics |
+# | `config.json` | by a study, before a run starts | the configuration |
+# | `last.pt` | during training | all state, so a run can be resumed |
+#
+# Two runs are the same if their configurations have the same hash (@sec-config) and their data the same
+# fingerprint (@sec-splits). `last.pt` holds both, but a checkpoint of a large detector takes seconds to read,
+# so `folder_state` only looks whether it is there. The trainer, which has to read it anyway, compares its
+# contents with `check_same_run`.
+
+# %%
+#| default_exp train.run_folder
+
+# %%
+#| export
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from semidetr.core import ConfigError, DataError
+from semidetr.data.catalog import open_dataset
+from semidetr.train.config import config_hash, differences, from_dict, load_config, override, to_dict
+
+# %%
+#| hide
+import tempfile
+import matplotlib.pyplot as plt
+from semidetr.train.config import preset
+
+# %%
+#| export
+KINDS = ('new', 'stopped', 'finished', 'other settings', 'other data', 'damaged')
+DATA_CHANGED = 'the data have changed since this run began; choose another folder'
+
+
+@dataclass(frozen=True)
+class FolderState:
+    "What a run folder holds, compared with one configuration"
+
+    kind: str  # one of KINDS
+    result: dict | None = None  # content of run.json if the run is finished
+    message: str = ''  # what is in the way, in one line: folder, difference, cure; '' if nothing is
+
+
+def changed_settings(
+    old,  # Config
+    new,  # Config
+) -> list:  # 'group.field: old -> new'; empty if both have the same hash
+    "Settings that make two configurations different runs"
+    return [] if config_hash(old) == config_hash(new) else differences(to_dict(old), to_dict(new))
+
+
+# %% [markdown]
+# ## The state of a folder
+#
+# The order of the questions matters. A result with the right hash and fingerprint settles everything. Without
+# it the checkpoint decides: no checkpoint, and there is nothing to resume or to lose.
+
+# %%
+#| export
+def _read_result(folder):
+    "Content of run.json, None if there is no such file, a DataError if it is not the result of a run"
+    path = folder / 'run.json'
+    if not path.is_file():
+        return None
+    try:
+        result = json.loads(path.read_text())
+    except ValueError:
+        result = None
+    if not isinstance(result, dict) or not {'hash', 'data', 'metrics'} <= set(result):
+        raise DataError(
+            f'{path}: damaged, or not the result of a run; choose another folder, or delete the file, '
+            'and the run is evaluated again from its checkpoint'
+        )
+    return result
+
+
+def _has_hash(result, cfg):
+    "Is this the result of `cfg`? `run.amp=auto` stands for the precision that was chosen when the run began"
+    if cfg.run.amp == 'auto':
+        cfg = override(cfg, [f"run.amp={result['config']['run']['amp']}"])
+    return result['hash'] == config_hash(cfg)
+
+
+def folder_state(
+    cfg,  # Config
+    folder,  # of the run
+) -> FolderState:
+    "What a folder holds for a run of `cfg`; data are opened only if there is a result of `cfg`"
+    folder = Path(folder)
+    try:
+        result = _read_result(folder)
+    except DataError as e:
+        return FolderState('damaged', message=str(e))
+    same = result is not None and _has_hash(result, cfg)
+    if same and result['data']['fingerprint'] == open_dataset(cfg.data.data, 'train').fingerprint():
+        return FolderState('finished', result)
+    if not (folder / 'last.pt').exists():
+        return FolderState('new')
+    written = folder / 'config.json'
+    changed = changed_settings(load_config(written), cfg) if written.exists() else []
+    if changed:
+        more = f' and {len(changed) - 3} more' if len(changed) > 3 else ''
+        message = (
+            f'{folder} holds a run with other settings ({", ".join(changed[:3])}{more}); '
+            'choose another --out or delete that folder'
+        )
+        return FolderState('other settings', message=message)
+    if same:
+        return FolderState('other data', message=f'{folder}: {DATA_CHANGED}')
+    return FolderState('stopped')
+
+
+def finished(
+    cfg,  # Config
+    folder,  # of the run
+) -> dict:  # content of its run.json, or None
+    "The result of a run, if this very configuration was run in this folder, on these very data, to its end"
+    state = folder_state(cfg, folder)
+    if state.kind == 'damaged':
+        raise DataError(state.message)
+    return state.result
+
+
+# %% [markdown]
+# Six folders, and what they hold for one and the same run. The checkpoints are empty files: they are not
+# read.
+
+# %%
+toy = override(preset('digits'), ['data.data=digits:n=6,size=64'])
+fingerprint = open_dataset(toy.data.data, 'train').fingerprint()
+result = dict(hash=config_hash(toy), data=dict(fingerprint=fingerprint), metrics={})
+other = to_dict(override(toy, ['optim.lr=0.5']))
+folders = {  # name -> its files
+    'a': {},
+    'b': {'last.pt': ''},
+    'c': {'last.pt': '', 'run.json': json.dumps(result)},
+    'd': {'last.pt': '', 'config.json': json.dumps(other)},
+    'e': {'last.pt': '', 'run.json': json.dumps({**result, 'data': dict(fingerprint='0123')})},
+    'f': {'last.pt': '', 'run.json': '{"hash": "01'},
+}
+root = Path(tempfile.mkdtemp())
+for name, files in folders.items():
+    (root / name).mkdir()
+    for file, text in files.items():
+        (root / name / file).write_text(text)
+states = {name: folder_state(toy, root / name) for name in folders}
+assert [s.kind for s in states.values()] == [
+    'new',
+    'stopped',
+    'finished',
+    'other settings',
+    'other data',
+    'damaged',
+]
+[s.message.replace(str(root), 'runs') for s in states.values() if s.message]
+
+# %%
+#| label: fig-run-folder-kinds
+#| fig-cap: "The six folders of the example: a dot is a file, the colour says what it tells about the run. Only the first three let a run start, resume or be looked up."
+#| fig-alt: "A table with one row per folder and a column for each of three files; coloured dots mark the files that are there, and the state is written behind each row."
+names = ('run.json', 'config.json', 'last.pt')
+colours = {'other settings': '#d62728', 'other data': '#d62728', 'damaged': '#d62728', 'finished': '#2ca02c'}
+fig, ax = plt.subplots(figsize=(5.5, 2.2), dpi=80)
+for row, (name, state) in enumerate(states.items()):
+    columns = [i for i, file in enumerate(names) if file in folders[name]]
+    ax.plot(columns, [row] * len(columns), 'o', color=colours.get(state.kind, '#1f77b4'))
+    ax.text(2.6, row, state.kind, va='center')
+ax.set_xticks(range(3), names)
+ax.set_yticks(range(len(states)), states)
+ax.set(xlim=(-0.5, 4.2), ylim=(len(states) - 0.4, -0.6), ylabel='folder')
+ax.spines[['top', 'right']].set_visible(False)
+plt.show()
+
+
+# %% [markdown]
+# ## The checkpoint itself
+#
+# A run resumes only with the settings and the data that it began with. Otherwise the first half of its curve
+# would belong to one experiment and the second half to another.
+
+# %%
+#| export
+def check_same_run(
+    old: dict,  # settings in the checkpoint, as plain values
+    cfg,  # Config that is to resume it
+    old_data: str,  # fingerprint of the split in the checkpoint
+    data: str,  # fingerprint of the split of `cfg`
+    folder,  # of the run, for the message
+):
+    "ConfigError or DataError if a checkpoint belongs to another run than `cfg`"
+    if changed := changed_settings(from_dict(old), cfg):
+        raise ConfigError(
+            f'{folder}: holds a run with other settings ({"; ".join(changed[:3])}); choose another folder, '
+            'or the same settings to go on with it'
+        )
+    if old_data != data:
+        raise DataError(f'{folder}: {DATA_CHANGED}')
+
+
+# %%
+refusals = []
+for old, old_data in ((to_dict(toy), fingerprint), (other, fingerprint), (to_dict(toy), '0123')):
+    try:
+        check_same_run(old, toy, old_data, fingerprint, 'runs/mine')
+    except (ConfigError, DataError) as e:
+        refusals.append(str(e))
+assert len(refusals) == 2
+refusals
+
+# %% [markdown]
+# ## Summary
+#
+# - `folder_state` compares a folder with a configuration: new, stopped, finished, other settings, other data,
+#   or damaged.
+# - A finished run is looked up by its hash and the fingerprint of its data; a checkpoint is not read for it.
+# - `check_same_run` compares the contents of a checkpoint, when the trainer has read it.
+#
+# ## Exercises
+#
+# 1. Why does `run.amp=auto` need a rule of its own? What would happen on two machines without it?
+# 2. A folder holds `last.pt` and a `run.json` with another hash, but no `config.json`. What does
+#    `folder_state` answer, and who notices the difference?
