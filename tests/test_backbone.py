@@ -38,7 +38,7 @@ def trainable(model):
     return {n for n, p in model.named_parameters() if p.requires_grad}
 
 
-# --- shapes ----------------------------------------------------------------------------------------------------------
+# --- shapes -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     'name,strides,channels',
     [
@@ -69,7 +69,7 @@ def test_unused_layers_are_dropped():
     assert not any('blocks_5' in k or 'head' in k or 'classifier' in k for k in build().state_dict())
 
 
-# --- weights ---------------------------------------------------------------------------------------------------------
+# --- weights ------------------------------------------------------------------------------------------------
 def full_lite0():
     model = timm.create_model('tf_efficientnet_lite0').eval()
     model.load_state_dict(match_by_order(model, bb._read_state(lite0_weights())), strict=True)
@@ -188,7 +188,7 @@ def test_unusable_files(tmp_path):
             build(name, str(tmp_path / 'r18.pth'))
 
 
-# --- norms that do not move are merged -------------------------------------------------------------------------------
+# --- norms that do not move are merged ----------------------------------------------------------------------
 def step_by_step(net, x):
     "What the chain computes, module by module"
     out = []
@@ -317,7 +317,7 @@ def test_timm_weights(tmp_path):
         build('timm:convnext_atto', 'auto')
 
 
-# --- what is fixed ---------------------------------------------------------------------------------------------------
+# --- what is fixed ------------------------------------------------------------------------------------------
 def test_lite0_trains_only_beyond_stride_8():
     net = build(weights='auto')
     names = trainable(net)
@@ -431,7 +431,7 @@ def test_channels_last_and_float64():
         assert net.double()(x.double())[1].dtype == torch.float64
 
 
-# --- configuration errors --------------------------------------------------------------------------------------------
+# --- configuration errors -----------------------------------------------------------------------------------
 def test_unknown_names():
     with pytest.raises(ConfigError, match="did you mean 'resnet50'") as e:
         BackboneConfig('resnet5')
@@ -448,7 +448,7 @@ def test_unknown_names():
         BackboneConfig(out_strides=())
 
 
-# --- positions -------------------------------------------------------------------------------------------------------
+# --- positions ----------------------------------------------------------------------------------------------
 def sine_loops(mask, num, temperature):
     "Cell by cell, feature by feature"
     B, H, W = mask.shape
@@ -504,7 +504,7 @@ def test_resize_mask_nearest():
     assert not resize_mask(pad, (3, 2))[0, 0, 0]  # an image keeps at least its first cell
 
 
-# --- projections -----------------------------------------------------------------------------------------------------
+# --- projections --------------------------------------------------------------------------------------------
 def test_input_proj():
     torch.manual_seed(0)
     proj = InputProj([40, 112], 64, 4)

@@ -77,7 +77,7 @@ def everything(o):
     return sum(p['pred_logits'].square().sum() + p['pred_boxes'].sum() for p in parts)
 
 
-# --- configuration and shapes -------------------------------------------------------------------------------------
+# --- configuration and shapes -------------------------------------------------------------------------------
 
 
 def test_outputs_of_the_contract(toy):
@@ -144,7 +144,7 @@ def test_presets():
     hash(full)  # frozen through and through
 
 
-# --- fresh state (acceptance 5) -----------------------------------------------------------------------------------
+# --- fresh state (acceptance 5) -----------------------------------------------------------------------------
 
 
 def test_fresh_heads(toy):
@@ -162,7 +162,7 @@ def test_fresh_heads(toy):
     assert torch.equal(model.enc_class_head.weight, model.class_head.weight)
 
 
-# --- isolation of extra queries (acceptance 8) --------------------------------------------------------------------
+# --- isolation of extra queries (acceptance 8) --------------------------------------------------------------
 
 
 @pytest.mark.parametrize('dtype,tol', [(torch.float32, 1e-5), (torch.float64, 1e-12)])
@@ -211,7 +211,7 @@ def test_gradient_of_extras_reaches_their_content(toy):
     assert c.grad.abs().sum() > 0
 
 
-# --- gradients, empty batches -------------------------------------------------------------------------------------
+# --- gradients, empty batches -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('content', ['learned', 'memory'])
@@ -318,7 +318,7 @@ def test_more_padding_same_detections(toy):
         assert torch.allclose(f['boxes'], found[0]['boxes'], atol=1e-2)  # pixels: 1e-4 of the image
 
 
-# --- official checkpoint ------------------------------------------------------------------------------------------
+# --- official checkpoint ------------------------------------------------------------------------------------
 
 RENAMED = {
     'bbox_head.': '',
@@ -361,7 +361,7 @@ def test_every_official_tensor_has_its_place(toy):
     assert official == ours and len(official) > 90
 
 
-# --- post-processing (acceptance 38, 39) --------------------------------------------------------------------------
+# --- post-processing (acceptance 38, 39) --------------------------------------------------------------------
 
 
 def test_top_k_over_queries_and_classes_against_a_loop():
@@ -438,7 +438,7 @@ def test_nothing_above_the_threshold():
             assert d['boxes'].shape == (0, 4) and d['scores'].shape == (0,)
 
 
-# --- real models --------------------------------------------------------------------------------------------------
+# --- real models --------------------------------------------------------------------------------------------
 
 
 def test_small_preset_trains_a_step():

@@ -62,7 +62,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-# --- configuration ------------------------------------------------------------------------------------------------
+# --- configuration ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_width_must_fit_the_heads():
         TransformerConfig(num_queries=0)
 
 
-# --- anchors (acceptance 6) and selection -------------------------------------------------------------------------
+# --- anchors (acceptance 6) and selection -------------------------------------------------------------------
 
 
 def test_anchor_of_first_cells():
@@ -136,7 +136,7 @@ def test_selection_puts_invalid_tokens_last_and_caps_the_count():
     assert len(got) == 8 and set(got[:3]) == {0, 1, 2}
 
 
-# --- codes --------------------------------------------------------------------------------------------------------
+# --- codes --------------------------------------------------------------------------------------------------
 
 
 def test_box_code_against_a_loop():
@@ -165,7 +165,7 @@ def test_self_attention_is_that_of_torch():
         assert torch.allclose(ours(x, pos, mask), want, atol=1e-5)
 
 
-# --- layers -------------------------------------------------------------------------------------------------------
+# --- layers -------------------------------------------------------------------------------------------------
 
 
 def test_layer_order_and_names_of_norms():
@@ -212,7 +212,7 @@ def test_initialisation():
     assert m.level_embed.abs().max() > bound and abs(m.level_embed.std() - 1) < 0.4  # normal, not Xavier
 
 
-# --- refinement (acceptance 7) ------------------------------------------------------------------------------------
+# --- refinement (acceptance 7) ------------------------------------------------------------------------------
 
 
 def chain(n_layers, twice):
@@ -269,7 +269,7 @@ def test_box_head_sees_raw_output_and_loss_head_the_normalised_one():
     assert len(seen) == 1 and torch.allclose(dec.norm(seen[0]), hs[0]) and not torch.allclose(seen[0], hs[0])
 
 
-# --- whole transformer --------------------------------------------------------------------------------------------
+# --- whole transformer --------------------------------------------------------------------------------------
 
 
 def padded(features, masks, extra):
