@@ -138,7 +138,7 @@ def _has_kernel(kind):
 
 
 def _libraries(kind):
-    "(file, source) of the libraries to try, best first: shipped, built, and built again if the cached file is damaged"
+    "(file, source) of the libraries to try: shipped, built, and built again if the cached file is damaged"
     for path in sorted(package_folder().glob('_C_cuda*.so' if kind == 'cuda' else '_C.*so')):
         yield path, 'prebuilt'
     if kind == 'cuda' and not torch.cuda.is_available():
@@ -200,7 +200,7 @@ def native_available(
     points: int = 1,  # points per head: levels times points per level
     levels: int = 1,  # levels
 ) -> bool:
-    "Can the native op take such a value? The first call loads the library or builds it; the first no is a warning"
+    "Can the native op take such a value? Loads or builds the library at the first call; warns once if not"
     kind = torch.device(device).type
     if _mode() == 'torch' or kind == 'meta':
         return False

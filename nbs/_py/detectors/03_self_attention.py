@@ -1,20 +1,20 @@
 # %% [markdown]
 # # Attention among queries {#sec-selfatt}
 #
-# > Let queries see each other, or only some of each other, and add queries later without asking the first
-# > ones again.
+# > Let queries attend to each other, or to some of the others only, and add queries later without computing the
+# > first ones again.
 #
-# Queries must know of each other, or several would claim one object. They do it by ordinary attention. Two
-# things are special in a detector: some queries must not be seen by others (@sec-denoising), and a few
-# hundred queries are so little work that the fixed cost of a fused kernel counts.
+# Queries must attend to each other, or several would predict one object. Ordinary attention does it. Two
+# things are special in a detector: some queries must be hidden from others (@sec-denoising), and a few hundred
+# queries are so little work that the fixed cost of a fused kernel counts.
 #
 # $$
 # \operatorname{Attn}(X) = \operatorname{softmax}\left(\frac{(X+P)W_q\,((X+P)W_k)^\top}{\sqrt{d/M}} + B\right) X W_v W_o
 # $$ {#eq-selfatt}
 #
-# $X$ is the content of the queries and $P$ the code of their boxes; $P$ steers who looks at whom and stays
-# out of the values. $M$ heads of width $d/M$ work side by side. $B$ is $-\infty$ where a row may not see a
-# column, 0 elsewhere.
+# $X$ is the content of the queries and $P$ the code of their boxes; $P$ decides which queries attend to which
+# and stays out of the values. $M$ heads of width $d/M$ work in parallel. $B$ is $-\infty$ where a row may not
+# attend to a column, 0 elsewhere.
 
 # %%
 #| default_exp detectors.self_attention
@@ -34,37 +34,36 @@ from torch import nn, Tensor
 # %%
 #| export
 def _attend(q, k, v, blocked, dropout):
-    "softmax(q k^T) v (B,M,N,d/M); written out where that is faster: bfloat16 gradients on a CPU, up to some thousand pairs a query"
-    seen = None if blocked is None else ~blocked
-    if (
-        q.device.type != 'cpu'
-        or q.dtype != torch.bfloat16
-        or dropout
-        or not torch.is_grad_enabled()
-        or k.shape[2] > 1200
-    ):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout)
+    "softmax(q k^T) v (B,M,N,d/M); written out where that is faster: bfloat16 gradients on a CPU, few keys"
+    low_on_cpu = q.device.type == 'cpu' and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
+    if not low_on_cpu or dropout or k.shape[2] > 1200:
+        allowed = None if blocked is None else ~blocked
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
     bias = q.new_zeros(1, q.shape[2], k.shape[2])
     if blocked is not None:
         bias = bias.masked_fill(blocked, -math.inf)
+    rows, columns = q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)
     with torch.autocast('cpu', enabled=False):
-        weight = torch.baddbmm(
-            bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=q.shape[-1] ** -0.5
-        ).softmax(-1)
+        weight = torch.baddbmm(bias, rows, columns, alpha=q.shape[-1] ** -0.5).softmax(-1)
         return (weight @ v.flatten(0, 1)).view(v.shape[:2] + (-1, v.shape[-1]))
 
 
 # %% [markdown]
-# Queries that come later see the earlier ones as `others`: they add to keys and values, and ask nothing
-# themselves. As the earlier ones never see the later ones, the result is that of one common pass with a mask,
-# for less work.
+# Queries that come later attend to the earlier ones as `others`, which only add keys and values. Since the
+# earlier ones never attend to the later ones, the result is that of one common pass with a mask, for less
+# work.
 
 # %%
 #| export
 class SelfAttention(nn.Module):
     "Multi-head attention among queries; weights are laid out as in `nn.MultiheadAttention`"
 
-    def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0):
+    def __init__(
+        self,
+        d_model: int,  # d
+        n_heads: int,  # M, divides d
+        dropout: float = 0.0,  # of the attention weights, in training
+    ):
         super().__init__()
         self.n_heads, self.dropout = n_heads, dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * d_model, d_model))
@@ -77,8 +76,8 @@ class SelfAttention(nn.Module):
         self,
         x: Tensor,  # (B,N,d) content: the values
         pos: Tensor,  # (B,N,d) added to it for queries and keys
-        blocked: Tensor = None,  # (N,N) bool; True: row may not see column
-        others=None,  # (content, pos), each (B,M,d), of queries that are seen after the N and do not look themselves; `blocked` is (N,N+M) then
+        blocked: Tensor = None,  # (N,N) bool, with `others` (N,N+M); True: row may not attend to column
+        others=None,  # (content, pos), each (B,M,d), of M further queries: keys and values after the N
     ) -> Tensor:  # (B,N,d)
         b, n, d = x.shape
         w, c = self.in_proj_weight, self.in_proj_bias
@@ -87,19 +86,15 @@ class SelfAttention(nn.Module):
             return y.view(b, -1, self.n_heads, d // self.n_heads).transpose(1, 2)
 
         if others is None:
-            q, k = (
-                F.linear(x + pos, w[: 2 * d], c[: 2 * d])
-                .view(b, n, 2, self.n_heads, -1)
-                .permute(2, 0, 3, 1, 4)
-            )
-            v = heads(F.linear(x, w[2 * d :], c[2 * d :]))
+            content = x
+            both = F.linear(x + pos, w[: 2 * d], c[: 2 * d])
+            q, k = both.view(b, n, 2, self.n_heads, -1).permute(2, 0, 3, 1, 4)
         else:
-            seen = torch.cat([x, others[0]], 1)
-            q, k = (
-                heads(F.linear(x + pos, w[:d], c[:d])),
-                heads(F.linear(seen + torch.cat([pos, others[1]], 1), w[d : 2 * d], c[d : 2 * d])),
-            )
-            v = heads(F.linear(seen, w[2 * d :], c[2 * d :]))
+            content = torch.cat([x, others[0]], 1)
+            q = heads(F.linear(x + pos, w[:d], c[:d]))
+            all_pos = torch.cat([pos, others[1]], 1)
+            k = heads(F.linear(content + all_pos, w[d : 2 * d], c[d : 2 * d]))
+        v = heads(F.linear(content, w[2 * d :], c[2 * d :]))
         out = _attend(q, k, v, blocked, self.dropout if self.training else 0.0)
         return self.out_proj(out.transpose(1, 2).reshape(b, n, d))
 
@@ -114,32 +109,31 @@ att = SelfAttention(8, 2)
 first, late = torch.randn(1, 4, 8), torch.randn(1, 2, 8)
 both, zero = torch.cat([late, first], 1), torch.zeros(1, 6, 8)
 hidden = torch.zeros(6, 6, dtype=torch.bool)
-hidden[:, :2] = True  # nobody sees the late ones ...
-hidden[:2, :2] = False  # ... but themselves
+hidden[:, :2] = True  # no query attends to the late ones ...
+hidden[:2, :2] = False  # ... except themselves
 common = att(both, zero, hidden)
 alone = att(late, zero[:, :2], hidden[:2], (first, zero[:, :4]))
-assert torch.allclose(common[:, :2], alone, atol=1e-6) and torch.allclose(
-    common[:, 2:], att(first, zero[:, :4]), atol=1e-6
-)
+assert torch.allclose(common[:, :2], alone, atol=1e-6)
+assert torch.allclose(common[:, 2:], att(first, zero[:, :4]), atol=1e-6)
 (common[:, :2] - alone).abs().max().item()
 
 # %%
 #| label: fig-selfatt-mask
-#| fig-cap: "Who sees whom: the first four queries never see the two late ones, so the late ones can come in a pass of their own."
+#| fig-cap: "Rows attend to blue columns: the first four queries never attend to the two late ones, so the late ones can follow in a pass of their own."
 #| fig-alt: "A six by six matrix; the first two columns are blocked for the last four rows"
 fig, ax = plt.subplots(figsize=(2.6, 2.6), dpi=80)
 ax.imshow(~hidden, cmap='Blues', vmin=0, vmax=1.5)
-ax.set(xlabel='is seen', ylabel='looks', xticks=range(6), yticks=range(6))
+ax.set(xlabel='key', ylabel='query', xticks=range(6), yticks=range(6))
 plt.show()
 
 # %% [markdown]
 # ## Summary
 #
 # - Queries attend to each other with content as values and content plus position as queries and keys.
-# - A mask says who may not see whom; blocked pairs get weight zero.
-# - Queries that nobody earlier sees may come later, alone, with equal results.
+# - A mask blocks pairs of queries; a blocked pair gets weight zero.
+# - Queries that no earlier query attends to may come later, alone, with equal results.
 #
 # ## Exercises
 #
 # 1. Why must the position stay out of the values?
-# 2. What would change if the first queries saw the late ones?
+# 2. What would change if the first queries attended to the late ones?
