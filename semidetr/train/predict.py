@@ -18,7 +18,8 @@ from .checkpoint import load_checkpoint, load_weights
 from .config import from_dict
 from ..core import ConfigError, DataError, atomic_write, pick_device
 from ..data.datasets import CocoDataset, Sample
-from ..detectors.detector import Detector, post_process
+from ..detectors.contract import post_process
+from ..detectors.detector import Detector
 from ..draw import draw_on_image
 from ..data.loader import collate
 from ..data.files import load_image, read_folder, reason

@@ -466,8 +466,8 @@ class Decoder(nn.Module):
         valid_ratios: Tensor = None,  # (B,L,2); None: no padding
         blocked: Tensor = None,  # (N,N) bool, True: row may not attend to column
         states=None,  # of an earlier pass over the same memory: its queries are attended to as well
-    ) -> tuple:  # (hs (layers,B,N,d), references (layers,B,N,4), states: (content, pos) of each layer)
-        "Outputs after the norm, boxes before each layer (with gradient to the layer before), inputs of each layer"
+    ) -> tuple:  # (hs (layers,B,N,d), references (layers,B,N,4), states: (content, pos) before each layer)
+        "Outputs after the norm; boxes before each layer, with gradient to the layer before; inputs of layers"
         hs, references, new_states, scale = [], [reference.detach()], [], None
         if valid_ratios is not None:
             scale = valid_ratios.repeat(1, 1, 2)[:, None]  # (B,1,L,4)

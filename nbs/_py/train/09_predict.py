@@ -34,7 +34,8 @@ from semidetr.train.checkpoint import load_checkpoint, load_weights
 from semidetr.train.config import from_dict
 from semidetr.core import ConfigError, DataError, atomic_write, pick_device
 from semidetr.data.datasets import CocoDataset, Sample
-from semidetr.detectors.detector import Detector, post_process
+from semidetr.detectors.contract import post_process
+from semidetr.detectors.detector import Detector
 from semidetr.draw import draw_on_image
 from semidetr.data.loader import collate
 from semidetr.data.files import load_image, read_folder, reason
