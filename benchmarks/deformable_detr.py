@@ -103,7 +103,7 @@ class DeformableDETR(nn.Module):
         return dict(**layers[-1], aux_outputs=layers[:-1])
 
 
-# --- transformers' model -----------------------------------------------------------------------------------------------
+# --- transformers' model ------------------------------------------------------------------------------------
 def build_theirs(name, cfg=SIZE, num_classes=CLASSES, seed=0):
     "DeformableDetrForObjectDetection with random weights, statistics of its frozen norms and sampling offsets included"
     from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
@@ -207,7 +207,7 @@ def convert(state):  # (backbone under torchvision's names, the rest under ours)
     return body, rest | {k: torch.cat([p[o] for o in 'qkv']) for k, p in parts.items()}
 
 
-# --- ours with the same weights ----------------------------------------------------------------------------------------
+# --- ours with the same weights -----------------------------------------------------------------------------
 def _half_resnet(norm):
     "ResNet-18 of half the width"
 

@@ -181,7 +181,7 @@ def run_scaling(threads, quick, say):
     return dict(rows=rows)
 
 
-# --- memory: each in a process of its own ---------------------------------------------------------------------------
+# --- memory: each in a process of its own -------------------------------------------------------------------
 def peak(case, name):  # MB; None where the system does not say
     "Largest extra resident memory of one forward and backward pass"
     try:

@@ -3,22 +3,16 @@
 import ctypes, tempfile
 from pathlib import Path
 import torch
-from semidetr.detectors import native
+from semidetr.detectors.build import _compile
 from op import CASES, D, M, P, SIZES, case_inputs, forms, once
 from timing import caches, interleave, need_op, quartiles
 
 
 def _library(folder):
     "The loops of roofline.cpp, compiled for this CPU with the compiler that builds the op"
-    out = native._compile(
-        [
-            (
-                Path(__file__).with_name('roofline.cpp'),
-                '-std=c++17 -O3 -fPIC -march=native -ffast-math -mprefer-vector-width=512',
-            )
-        ],
-        Path(folder) / 'roofline.so',
-    )
+    source = Path(__file__).with_name('roofline.cpp')
+    flags = '-std=c++17 -O3 -fPIC -march=native -ffast-math -mprefer-vector-width=512'
+    out = _compile([(source, flags)], Path(folder) / 'roofline.so')
     lib = ctypes.CDLL(str(out))
     for f in (lib.read_rate, lib.copy_rate, lib.fma_rate):
         f.restype = ctypes.c_double

@@ -113,7 +113,7 @@ def method_rows(threads, quick, say):
     return rows
 
 
-# --- plain PyTorch against the native op: in processes of their own, which take turns --------------------------------
+# --- plain PyTorch against the native op: in processes of their own, which take turns -----------------------
 class Worker:
     "A process that makes a step when it is asked to"
 

@@ -176,11 +176,8 @@ def test_gather_is_deterministic_mode_safe():
         for _ in range(2):
             value, shapes, loc, weight = case(dtype=torch.float32, Q=50)
             leaves = [t.requires_grad_() for t in (value, loc, weight)]
-            grads.append(
-                torch.autograd.grad(
-                    ms_deform_attn_gather(leaves[0], shapes, *leaves[1:]).square().sum(), leaves
-                )
-            )
+            out = ms_deform_attn_gather(leaves[0], shapes, *leaves[1:])
+            grads.append(torch.autograd.grad(out.square().sum(), leaves))
         assert all(torch.equal(a, b) for a, b in zip(*grads))
     finally:
         torch.use_deterministic_algorithms(was)
@@ -191,13 +188,12 @@ def test_linear_in_value_and_weights():
     out = ms_deform_attn(value, shapes, loc, weight)
     torch.testing.assert_close(ms_deform_attn(3 * value, shapes, loc, weight), 3 * out)
     torch.testing.assert_close(ms_deform_attn(value, shapes, loc, 2 * weight), 2 * out)
-    ones = ms_deform_attn(
-        torch.ones_like(value), shapes, loc.clamp(0.3, 0.7), weight
-    )  # interior samples of a constant
+    inside = loc.clamp(0.3, 0.7)
+    ones = ms_deform_attn(torch.ones_like(value), shapes, inside, weight)
     torch.testing.assert_close(ones, torch.ones_like(ones))
 
 
-# --- locations -------------------------------------------------------------------------------------------------------
+# --- locations ----------------------------------------------------------------------------------------------
 def test_spec_3_boxes_scale_points_do_not():
     offsets = torch.randn(1, 2, 2, 2, 3, 2, generator=torch.Generator().manual_seed(0))
     shapes = [(4, 8), (2, 4)]
@@ -223,13 +219,12 @@ def test_locations_stay_float32():
     torch.testing.assert_close(where.flatten(), ref.flatten())
 
 
-# --- the module ------------------------------------------------------------------------------------------------------
+# --- the module ---------------------------------------------------------------------------------------------
 def test_spec_2_initial_star():
     star = star_offsets(8, 4, 4)
     torch.testing.assert_close(star[1, 0], torch.tensor([[1.0, 1], [2, 2], [3, 3], [4, 4]]))
-    torch.testing.assert_close(
-        star[2, 3], torch.tensor([[0.0, 1], [0, 2], [0, 3], [0, 4]]), atol=1e-6, rtol=0
-    )
+    down = torch.tensor([[0.0, 1], [0, 2], [0, 3], [0, 4]])
+    torch.testing.assert_close(star[2, 3], down, atol=1e-6, rtol=0)
     att = MSDeformAttn()
     torch.testing.assert_close(att.sampling_offsets.bias.view(8, 4, 4, 2), star)
     assert (att.sampling_offsets.weight == 0).all() and (att.attention_weights.weight == 0).all()
@@ -293,28 +288,19 @@ def test_module_from_its_parts():
     q, mem, ref = torch.randn(1, 4, 24), torch.randn(1, 26, 24), torch.rand(1, 4, 2, 4)
     a = att.attention_weights(q).view(1, 4, 3, 4).softmax(-1).view(1, 4, 3, 2, 2)
     off = att.sampling_offsets(q).view(1, 4, 3, 2, 2, 2)
-    loc = torch.stack(
-        [
-            torch.stack(
-                [
-                    ref[:, :, None, l, :2] + off[:, :, :, l, p] / 2 * ref[:, :, None, l, 2:] / 2
-                    for p in range(2)
-                ],
-                3,
-            )
-            for l in range(2)
-        ],
-        3,
-    )
+    loc = torch.empty_like(off)
+    for l in range(2):
+        centre, size = ref[:, :, None, l, :2], ref[:, :, None, l, 2:]
+        for p in range(2):
+            loc[:, :, :, l, p] = centre + off[:, :, :, l, p] / 2 * size / 2
     want = att.output_proj(loops(att.value_proj(mem).view(1, 26, 3, 8), shapes, loc, a))
     torch.testing.assert_close(att(q, ref, mem, shapes), want, rtol=1e-4, atol=1e-5)
 
 
 def test_every_parameter_learns():
     att, shapes = random_module(), [(4, 5), (2, 3)]
-    att(
-        torch.randn(2, 6, 24), torch.rand(2, 6, 2, 2), torch.randn(2, 26, 24), shapes
-    ).square().sum().backward()
+    out = att(torch.randn(2, 6, 24), torch.rand(2, 6, 2, 2), torch.randn(2, 26, 24), shapes)
+    out.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in att.parameters())
 
 
@@ -332,10 +318,9 @@ def test_module_no_queries_and_autocast():
 
 
 def test_batch_and_query_independence():
-    "A query's answer does not depend on its neighbours in the batch or in the list"
+    "The output of a query depends neither on other images of the batch nor on other queries"
     att, shapes = random_module(), [(4, 5), (2, 3)]
     q, mem, ref = torch.randn(3, 5, 24), torch.randn(3, 26, 24), torch.rand(3, 5, 2, 2)
     full = att(q, ref, mem, shapes)
-    torch.testing.assert_close(
-        att(q[1:2, 2:3], ref[1:2, 2:3], mem[1:2], shapes), full[1:2, 2:3], rtol=1e-4, atol=1e-5
-    )
+    alone = att(q[1:2, 2:3], ref[1:2, 2:3], mem[1:2], shapes)
+    torch.testing.assert_close(alone, full[1:2, 2:3], rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"Backbones: weights, what learns and what does not, errors; position codes and projections against slow loops"
+"Backbones: weights, frozen layers, errors; position codes and projections against slow loops"
 
 import copy, math, os, socket, sys, warnings
 import numpy as np
@@ -38,7 +38,7 @@ def trainable(model):
     return {n for n, p in model.named_parameters() if p.requires_grad}
 
 
-# --- shapes ----------------------------------------------------------------------------------------------------------
+# --- shapes -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     'name,strides,channels',
     [
@@ -55,10 +55,7 @@ def trainable(model):
 def test_maps(name, strides, channels):
     net = build(name, out_strides=strides)
     assert net.channels == channels and net.strides == strides
-    patches = (
-        name == 'timm:convnext_atto'
-    )  # non-overlapping patches drop a ragged edge, everything else rounds up
-    H = 64 if patches else 75
+    H = 64 if name == 'timm:convnext_atto' else 75  # its patches drop a ragged edge, all others round up
     with torch.no_grad():
         maps = net(torch.randn(2, 3, H, 96))
     assert [tuple(f.shape) for f in maps] == [(2, c, -(-H // s), 96 // s) for c, s in zip(channels, strides)]
@@ -69,7 +66,7 @@ def test_unused_layers_are_dropped():
     assert not any('blocks_5' in k or 'head' in k or 'classifier' in k for k in build().state_dict())
 
 
-# --- weights ---------------------------------------------------------------------------------------------------------
+# --- weights ------------------------------------------------------------------------------------------------
 def full_lite0():
     model = timm.create_model('tf_efficientnet_lite0').eval()
     model.load_state_dict(match_by_order(model, bb._read_state(lite0_weights())), strict=True)
@@ -78,12 +75,9 @@ def full_lite0():
 
 def photo(name, size=224):
     skimage = pytest.importorskip('skimage.data')
-    im = (
-        Image.open(os.path.join(os.path.dirname(skimage.__file__), name))
-        .convert('RGB')
-        .resize((size, size), Image.Resampling.BICUBIC)
-    )
-    return torch.tensor(np.array(im)).permute(2, 0, 1)[None].float() / 255
+    image = Image.open(os.path.join(os.path.dirname(skimage.__file__), name)).convert('RGB')
+    image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return torch.tensor(np.array(image)).permute(2, 0, 1)[None].float() / 255
 
 
 def test_lite0_weights_classify():
@@ -162,15 +156,9 @@ def test_mismatches_are_listed(tmp_path):
     torch.save(state, tmp_path / 'w.pth')
     with pytest.raises(ConfigError) as e:
         build('resnet18', str(tmp_path / 'w.pth'))
-    for word in (
-        '3 mismatches',
-        'missing layer1.0.conv1.weight',
-        'unknown strange',
-        'layer2.0.conv1.weight is (1, 2)',
-        'w.pth',
-    ):
-        assert word in str(e.value)
-    assert '\n' not in str(e.value)
+    text = str(e.value)
+    assert '3 mismatches' in text and 'missing layer1.0.conv1.weight' in text and 'unknown strange' in text
+    assert 'layer2.0.conv1.weight is (1, 2)' in text and 'w.pth' in text and '\n' not in text
 
 
 def test_unusable_files(tmp_path):
@@ -188,7 +176,7 @@ def test_unusable_files(tmp_path):
             build(name, str(tmp_path / 'r18.pth'))
 
 
-# --- norms that do not move are merged -------------------------------------------------------------------------------
+# --- frozen norms are folded into convolutions --------------------------------------------------------------
 def step_by_step(net, x):
     "What the chain computes, module by module"
     out = []
@@ -200,16 +188,13 @@ def step_by_step(net, x):
 
 
 def shake(net):
-    "Norms that do something, as after training"
+    "Random scales and statistics in all norms, as after training"
     for m in net.modules():
         if isinstance(m, bb._NORMS):
-            for t, (a, b) in (
-                (m.weight, (0.5, 1.5)),
-                (m.bias, (-0.5, 0.5)),
-                (m.running_mean, (-0.5, 0.5)),
-                (m.running_var, (0.5, 1.5)),
-            ):
-                nn.init.uniform_(t.data, a, b)
+            nn.init.uniform_(m.weight.data, 0.5, 1.5)
+            nn.init.uniform_(m.bias.data, -0.5, 0.5)
+            nn.init.uniform_(m.running_mean.data, -0.5, 0.5)
+            nn.init.uniform_(m.running_var.data, 0.5, 1.5)
     return net
 
 
@@ -219,14 +204,11 @@ def shake(net):
 )
 @pytest.mark.parametrize('mode', ['frozen', 'free', 'eval'])
 @pytest.mark.parametrize('size', [(96, 64), (75, 61)])
-def test_merged_norms_change_nothing(name, strides, mode, size):
-    "Maps and gradients of the plain modules in float64: also where norms learn (eval mode), where statistics move, and on odd sizes"
+def test_folded_norms_change_nothing(name, strides, mode, size):
+    "Maps and gradients of the plain modules in float64, with frozen, learning and moving norms, on odd sizes"
     torch.manual_seed(0)
-    net = (
-        shake(build(name, out_strides=strides, frozen_stride=4, frozen_bn=mode == 'frozen'))
-        .double()
-        .to(memory_format=torch.channels_last)
-    )
+    net = shake(build(name, out_strides=strides, frozen_stride=4, frozen_bn=mode == 'frozen'))
+    net = net.double().to(memory_format=torch.channels_last)
     if mode == 'eval':
         net.eval()
     x, other = torch.randn(2, 3, *size, dtype=torch.float64), copy.deepcopy(net)
@@ -247,7 +229,7 @@ def test_merged_norms_change_nothing(name, strides, mode, size):
 
 
 @pytest.mark.parametrize('name', ['efficientnet_lite0', 'resnet18'])
-def test_merged_norms_are_never_stale(name):
+def test_folded_norms_are_never_stale(name):
     "After weights change in place, are averaged, loaded or copied, the maps are those of the new weights"
     torch.manual_seed(0)
     net, x = shake(build(name)).double(), torch.randn(1, 3, 64, 64, dtype=torch.float64)
@@ -274,7 +256,7 @@ def test_merged_norms_are_never_stale(name):
         torch.testing.assert_close(f, g, rtol=1e-9, atol=1e-9)
 
 
-def test_merging_keeps_names_and_layout():
+def test_folding_keeps_names_and_layout():
     net = build('efficientnet_lite0').to(memory_format=torch.channels_last)
     assert {'body.blocks_1.0.conv_dw.weight', 'body.blocks_1.0.bn2.running_var'} <= net.state_dict().keys()
     for f in net(torch.randn(2, 3, 64, 64)):
@@ -287,9 +269,9 @@ def test_lite0_package_file_by_path():
 
 
 def test_auto_uses_the_cache_or_warns_once(tmp_path):
-    with pytest.warns(UserWarning, match='RANDOM') as seen:
+    with pytest.warns(UserWarning, match='RANDOM') as caught:
         build('resnet18', 'auto')
-    assert len(seen) == 1 and 'resnet18-f37072fd.pth' in str(seen[0].message)
+    assert len(caught) == 1 and 'resnet18-f37072fd.pth' in str(caught[0].message)
     state = {k: v for k, v in torchvision.models.resnet18().state_dict().items() if 'num_batches' not in k}
     folder = tmp_path / 'hub' / 'checkpoints'
     folder.mkdir(parents=True)
@@ -317,7 +299,7 @@ def test_timm_weights(tmp_path):
         build('timm:convnext_atto', 'auto')
 
 
-# --- what is fixed ---------------------------------------------------------------------------------------------------
+# --- frozen layers ------------------------------------------------------------------------------------------
 def test_lite0_trains_only_beyond_stride_8():
     net = build(weights='auto')
     names = trainable(net)
@@ -334,7 +316,7 @@ def test_lite0_trains_only_beyond_stride_8():
     assert {n for n, p in net.named_parameters() if p.grad is not None} == names
 
 
-def test_resnet_fixes_stem_and_stage_1():
+def test_resnet_freezes_stem_and_stage_1():
     net = build('resnet18')
     assert {n.split('.')[1] for n in trainable(net)} == {'layer2', 'layer3'}
     assert not any('bn' in n or 'downsample.1' in n for n, _ in net.named_parameters())  # all in buffers
@@ -372,12 +354,12 @@ def saved_bytes(net, x):
 
 
 @pytest.mark.parametrize('name,share', [('efficientnet_lite0', 0.35), ('resnet18', 0.7)])
-def test_fixed_part_keeps_nothing_for_backward(name, share):
-    x = torch.randn(2, 3, 256, 256)  # large enough that activations, not the merged weights, decide
+def test_frozen_part_keeps_nothing_for_backward(name, share):
+    x = torch.randn(2, 3, 256, 256)  # so large that activations, not the folded weights, decide
     free, _ = saved_bytes(build(name, frozen_stride=0), x)
-    fixed, _ = saved_bytes(build(name), x)
+    frozen, _ = saved_bytes(build(name), x)
     none, _ = saved_bytes(build(name, frozen_stride=16), x)
-    assert none == 0 and 0 < fixed < share * free
+    assert none == 0 and 0 < frozen < share * free
 
 
 @pytest.mark.parametrize('name', ['efficientnet_lite0', 'resnet18', 'timm:resnet18'])
@@ -396,7 +378,7 @@ def test_frozen_bn_survives_train(name):
 
 
 @pytest.mark.parametrize('name', ['efficientnet_lite0', 'resnet18'])
-def test_free_bn_moves_except_in_the_fixed_part(name):
+def test_free_bn_moves_except_in_the_frozen_part(name):
     net = build(name, frozen_bn=False).train()
     before = {k: v.clone() for k, v in net.state_dict().items()}
     net(torch.randn(2, 3, 64, 64))
@@ -410,7 +392,7 @@ def test_free_bn_moves_except_in_the_fixed_part(name):
 
 
 @pytest.mark.parametrize('name', ['efficientnet_lite0', 'resnet18'])
-def test_copy_keeps_the_fixed_part(name):
+def test_copy_keeps_the_frozen_part(name):
     net = copy.deepcopy(build(name, frozen_bn=False))
     net.eval()
     net.train()
@@ -431,7 +413,7 @@ def test_channels_last_and_float64():
         assert net.double()(x.double())[1].dtype == torch.float64
 
 
-# --- configuration errors --------------------------------------------------------------------------------------------
+# --- configuration errors -----------------------------------------------------------------------------------
 def test_unknown_names():
     with pytest.raises(ConfigError, match="did you mean 'resnet50'") as e:
         BackboneConfig('resnet5')
@@ -448,7 +430,7 @@ def test_unknown_names():
         BackboneConfig(out_strides=())
 
 
-# --- positions -------------------------------------------------------------------------------------------------------
+# --- positions ----------------------------------------------------------------------------------------------
 def sine_loops(mask, num, temperature):
     "Cell by cell, feature by feature"
     B, H, W = mask.shape
@@ -458,12 +440,11 @@ def sine_loops(mask, num, temperature):
             for j in range(W):
                 rows = [int(not mask[b, r, j]) for r in range(H)]
                 cols = [int(not mask[b, i, c]) for c in range(W)]
-                for axis, (count, last) in enumerate(
-                    ((sum(rows[: i + 1]), sum(rows)), (sum(cols[: j + 1]), sum(cols)))
-                ):
-                    place = count / (last + 1e-6) * 2 * math.pi
+                counts = (sum(rows[: i + 1]), sum(rows)), (sum(cols[: j + 1]), sum(cols))
+                for axis, (count, last) in enumerate(counts):
+                    turn = count / (last + 1e-6) * 2 * math.pi
                     for k in range(num):
-                        angle = place / temperature ** (2 * (k // 2) / num)
+                        angle = turn / temperature ** (2 * (k // 2) / num)
                         out[b, axis * num + k, i, j] = math.cos(angle) if k % 2 else math.sin(angle)
     return out
 
@@ -504,7 +485,7 @@ def test_resize_mask_nearest():
     assert not resize_mask(pad, (3, 2))[0, 0, 0]  # an image keeps at least its first cell
 
 
-# --- projections -----------------------------------------------------------------------------------------------------
+# --- projections --------------------------------------------------------------------------------------------
 def test_input_proj():
     torch.manual_seed(0)
     proj = InputProj([40, 112], 64, 4)

@@ -38,9 +38,8 @@ def _seed():
 def test_groups_and_pad(n, groups, slots):
     assert group_sizes(n) == (groups, slots)
     q = denoising_queries([target(n)], table(), C)
-    assert (
-        q.content.shape == (1, slots, D) and q.boxes.shape == (1, slots, 4) and q.mask.shape == (slots, slots)
-    )
+    assert q.content.shape == (1, slots, D) and q.boxes.shape == (1, slots, 4)
+    assert q.mask.shape == (slots, slots)
     assert q.meta['groups'] == groups and q.meta['n_max'] == n and q.meta['target'].shape == (1, slots)
 
 
@@ -59,10 +58,9 @@ def test_box_noise_ranges():
 
 
 def test_flat_box_moves_by_its_own_sides():
-    step = noise_boxes(
-        torch.tensor([[0.5, 0.5, 0.4, 0.1]]).expand(500, 4), torch.ones(500, dtype=torch.bool)
-    ) - torch.tensor([0.3, 0.45, 0.7, 0.55])
-    assert step[:, [0, 2]].abs().min() >= 0.4 * 0.2 - 1e-6 and step[:, [1, 3]].abs().max() < 0.8 * 0.05 + 1e-6
+    flat = torch.tensor([[0.5, 0.5, 0.4, 0.1]]).expand(500, 4)
+    step = (noise_boxes(flat, torch.ones(500, dtype=torch.bool)) - cxcywh_to_xyxy(flat)).abs()
+    assert step[:, [0, 2]].min() >= 0.4 * 0.2 - 1e-6 and step[:, [1, 3]].max() < 0.8 * 0.05 + 1e-6
 
 
 def test_label_noise_share():
@@ -90,18 +88,16 @@ def test_slots_hold_what_meta_says():
                 continue
             assert gt == (-1 if far else i)
             assert torch.equal(q.content[b, s], emb.weight[t['labels'][i]])
-            step = (cxcywh_to_xyxy(q.boxes[b, s].sigmoid()) - truth[i]) / (t['boxes'][i, 2:] / 2).repeat(2)
-            assert step.abs().max() < (0.8 if far else 0.4) + 1e-3 and (
-                not far or step.abs().min() > 0.4 - 1e-3
-            )
+            half = (t['boxes'][i, 2:] / 2).repeat(2)
+            step = ((cxcywh_to_xyxy(q.boxes[b, s].sigmoid()) - truth[i]) / half).abs()
+            low, high = (0.4, 0.8) if far else (0.0, 0.4)
+            assert low - 1e-3 < step.min() and step.max() < high + 1e-3
     assert len({tuple(x.tolist()) for x in q.boxes[1, ::6]}) == 4  # noise differs from group to group
 
 
 def test_boxes_are_clamped_to_the_image_and_finite():
-    t = dict(
-        labels=torch.zeros(2, dtype=torch.long),
-        boxes=torch.tensor([[0.5, 0.5, 1.0, 1.0], [1.0, 1.0, 0.01, 0.01]]),
-    )
+    boxes = torch.tensor([[0.5, 0.5, 1.0, 1.0], [1.0, 1.0, 0.01, 0.01]])
+    t = dict(labels=torch.zeros(2, dtype=torch.long), boxes=boxes)
     q = denoising_queries([t], table(), C)
     xyxy = cxcywh_to_xyxy(q.boxes.sigmoid())
     assert torch.isfinite(q.boxes).all() and xyxy.min() >= -1e-4 and xyxy.max() <= 1 + 1e-4
@@ -156,7 +152,7 @@ def test_targets_are_not_changed():
     assert all(torch.equal(t[k], before[k]) for k in t)
 
 
-# --- several sets of extra queries (spec 3.2) ---------------------------------------------------------------------
+# --- several sets of extra queries (spec 3.2) ---------------------------------------------------------------
 
 
 def extra(P, name, groups=1):
@@ -170,12 +166,14 @@ def test_combined_mask_against_the_rules():
     assert torch.equal(content[:, :6], first.content) and torch.equal(boxes[:, 6:], second.boxes)
 
     def group(i):
-        return ('c', i // 2) if i < 6 else ('d', (i - 6) // 2) if i < 10 else 'match'
+        if i < 6:
+            return 'consistency', i // 2
+        return ('denoising', (i - 6) // 2) if i < 10 else 'match'
 
     for i in range(15):
         for j in range(15):
             assert blocked[i, j].item() == (group(j) != 'match' and group(i) != group(j)), (i, j)
-    assert not blocked.all(1).any()  # nobody is left with nothing to see
+    assert not blocked.all(1).any()  # every query attends to something
 
 
 def test_no_extras():
@@ -188,12 +186,8 @@ def test_names_must_differ():
 
 
 def test_empty_extra_set():
-    content, _, blocked, slices = combine_extras(
-        [
-            ExtraQueries(
-                torch.zeros(2, 0, D), torch.zeros(2, 0, 4), torch.zeros(0, 0, dtype=torch.bool), 'none'
-            )
-        ],
-        3,
+    none = ExtraQueries(
+        torch.zeros(2, 0, D), torch.zeros(2, 0, 4), torch.zeros(0, 0, dtype=torch.bool), 'none'
     )
+    content, _, blocked, slices = combine_extras([none], 3)
     assert slices['none'] == slice(0, 0) and blocked.shape == (3, 3) and not blocked.any()

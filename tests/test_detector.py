@@ -1,23 +1,15 @@
-"The whole detector: fresh state, isolation of extra queries, gradients, empty batches, official names, post-processing"
+"The whole detector: initial state, isolation of extra queries, gradients, empty batches, official names"
 
-import copy, dataclasses, time
+import copy, time
+from dataclasses import replace
 from pathlib import Path
 import pytest, torch
 from torch import nn
-from torchvision.ops import box_iou
 import semidetr.detectors.detector as detector
-from semidetr.detectors.backbone import BackboneConfig
-from semidetr.boxes import cxcywh_to_xyxy
 from semidetr.core import ConfigError
+from semidetr.detectors.contract import build_detector, post_process
 from semidetr.detectors.denoising import DenoisingConfig, ExtraQueries, denoising_queries, group_mask
-from semidetr.detectors.detector import (
-    Detector,
-    DetectorConfig,
-    detector_small,
-    dino_r50,
-    level_masks,
-    post_process,
-)
+from semidetr.detectors.detector import Detector, DetectorConfig, detector_small, dino_r50, level_masks
 from semidetr.detectors.transformer import TransformerConfig
 
 GOLDEN = Path(__file__).parent / 'golden'
@@ -28,10 +20,9 @@ class ToyBackbone(nn.Module):
 
     def __init__(self, channels=(16, 24)):
         super().__init__()
-        self.channels, self.strides, _first = list(channels), tuple(8 * 2**i for i in range(len(channels))), 3
-        self.steps = nn.ModuleList(
-            nn.Conv2d(a, b, k, k) for a, b, k in zip((3, *channels), channels, (8, 2, 2))
-        )
+        self.channels, self.strides = list(channels), tuple(8 * 2**i for i in range(len(channels)))
+        sizes = zip((3, *channels), channels, (8, 2, 2))
+        self.steps = nn.ModuleList(nn.Conv2d(a, b, k, k) for a, b, k in sizes)
 
     def forward(self, x):
         out = []
@@ -48,7 +39,7 @@ TINY = TransformerConfig(
 
 @pytest.fixture
 def toy(monkeypatch):
-    "A detector of a toy backbone; parameters away from their fresh zeros unless asked for"
+    "A detector with a toy backbone; parameters away from their initial zeros unless `fresh`"
 
     def make(fresh=False, channels=(16, 24), transformer=TINY, C=4, **kw):
         monkeypatch.setattr(detector, 'build_backbone', lambda cfg: ToyBackbone(channels))
@@ -77,25 +68,19 @@ def everything(o):
     return sum(p['pred_logits'].square().sum() + p['pred_boxes'].sum() for p in parts)
 
 
-# --- configuration and shapes -------------------------------------------------------------------------------------
+# --- configuration and shapes -------------------------------------------------------------------------------
 
 
-def test_outputs_of_the_contract(toy):
+def test_outputs(toy):
     model = toy().train()
     out = model(images(), torch.zeros(2, 64, 64, dtype=torch.bool), [target(2), target(0)])
     assert set(out) == {'pred_logits', 'pred_boxes', 'aux_outputs', 'enc_outputs', 'hs', 'extra', 'states'}
-    assert (
-        out['pred_logits'].shape == (2, 20, 4)
-        and out['pred_boxes'].shape == (2, 20, 4)
-        and out['hs'].shape == (3, 2, 20, 32)
-    )
+    assert out['pred_logits'].shape == out['pred_boxes'].shape == (2, 20, 4)
+    assert out['hs'].shape == (3, 2, 20, 32)
     assert len(out['aux_outputs']) == 2 and out['enc_outputs']['pred_logits'].shape == (2, 20, 4)
     dn = out['extra']['denoising']
-    assert (
-        dn['pred_logits'].shape == (3, 2, 200, 4)
-        and dn['hs'].shape == (3, 2, 200, 32)
-        and dn['meta']['target'].shape == (2, 200)
-    )
+    assert dn['pred_logits'].shape == (3, 2, 200, 4) and dn['hs'].shape == (3, 2, 200, 32)
+    assert dn['meta']['target'].shape == (2, 200)
     for b in (out['pred_boxes'], dn['pred_boxes']):
         assert b.min() >= 0 and b.max() <= 1
 
@@ -111,40 +96,31 @@ def test_bad_configurations():
     with pytest.raises(ConfigError, match='num_classes=-1'):
         DetectorConfig(-1)
     with pytest.raises(ConfigError, match='num_classes'):
-        Detector(DetectorConfig(0))  # 0 waits for the data
+        build_detector(DetectorConfig(0))  # 0: as many as the data have
 
 
 def test_presets():
     small, full = detector_small(7), dino_r50(20)
-    assert (
-        small.num_classes,
-        small.backbone.name,
-        small.transformer.d_model,
-        small.transformer.n_levels,
-        small.transformer.num_queries,
-    ) == (7, 'efficientnet_lite0', 128, 3, 100)
-    t = full.transformer
-    assert (t.d_model, t.n_levels, t.enc_layers, t.dec_layers, t.ffn, t.num_queries, t.dropout) == (
-        256,
-        4,
-        6,
-        6,
-        2048,
-        900,
-        0,
+    t = small.transformer
+    assert (small.num_classes, small.backbone.name) == (7, 'efficientnet_lite0')
+    assert (t.d_model, t.n_levels, t.num_queries) == (128, 3, 100)
+    assert full.transformer == TransformerConfig(
+        d_model=256,
+        n_levels=4,
+        enc_layers=6,
+        dec_layers=6,
+        ffn=2048,
+        num_queries=900,
+        dropout=0.0,
+        query_content='learned',
+        position_unit='canvas',
     )
-    assert (
-        full.denoising == DenoisingConfig(num=200, label_noise=0.5, box_noise=0.4, label_rows=82)
-        and full.look_forward_twice
-    )
-    assert full.backbone.out_strides == (8, 16, 32) and (t.query_content, t.position_unit) == (
-        'learned',
-        'canvas',
-    )
-    hash(full)  # frozen through and through
+    assert full.denoising == DenoisingConfig(num=200, label_noise=0.5, box_noise=0.4, label_rows=82)
+    assert full.backbone.out_strides == (8, 16, 32) and full.look_forward_twice
+    hash(full)  # frozen at all depths
 
 
-# --- fresh state (acceptance 5) -----------------------------------------------------------------------------------
+# --- initial state (acceptance 5) ---------------------------------------------------------------------------
 
 
 def test_fresh_heads(toy):
@@ -155,43 +131,36 @@ def test_fresh_heads(toy):
     model.encode(images())
     for layer in [*out['aux_outputs'], out]:
         assert torch.allclose(layer['pred_boxes'], out['enc_outputs']['pred_boxes'], atol=1e-5)
-    assert (
-        model.enc_box_head is not model.box_head
-        and model.enc_class_head.weight is not model.class_head.weight
-    )
+    assert model.enc_box_head is not model.box_head
+    assert model.enc_class_head.weight is not model.class_head.weight
     assert torch.equal(model.enc_class_head.weight, model.class_head.weight)
 
 
-# --- isolation of extra queries (acceptance 8) --------------------------------------------------------------------
+# --- isolation of extra queries (acceptance 8) --------------------------------------------------------------
 
 
 @pytest.mark.parametrize('dtype,tol', [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize(
     'names', [('denoising',), ('consistency', 'denoising'), ('denoising', 'consistency')]
 )
-def test_matching_queries_do_not_notice_extras(toy, dtype, tol, names):
+def test_extras_do_not_change_matching_queries(toy, dtype, tol, names):
     model = toy().to(dtype).train()
     enc = model.encode(images().to(dtype))
-    sets = dict(
-        denoising=denoising_queries([target(3), target(1)], model.label_enc, 4),
-        consistency=ExtraQueries(
-            torch.randn(2, 15, 32, dtype=dtype),
-            torch.randn(2, 15, 4, dtype=dtype),
-            group_mask(5, 3),
-            'consistency',
-        ),
-    )
-    plain, crowded = model.decode(enc), model.decode(enc, [sets[n] for n in names])
-    for a, b in zip([*plain['aux_outputs'], plain], [*crowded['aux_outputs'], crowded]):
+    denoising = denoising_queries([target(3), target(1)], model.label_enc, 4)
+    content, boxes = torch.randn(2, 15, 32, dtype=dtype), torch.randn(2, 15, 4, dtype=dtype)
+    consistency = ExtraQueries(content, boxes, group_mask(5, 3), 'consistency')
+    sets = dict(denoising=denoising, consistency=consistency)
+    without, together = model.decode(enc), model.decode(enc, [sets[n] for n in names])
+    for a, b in zip([*without['aux_outputs'], without], [*together['aux_outputs'], together]):
         for k in ('pred_logits', 'pred_boxes'):
             assert (a[k] - b[k]).abs().max() <= tol
-    assert (plain['hs'] - crowded['hs']).abs().max() <= tol and set(crowded['extra']) == set(names)
-    alone = {n: model.decode(enc, [sets[n]])['extra'][n] for n in names}  # nor do the sets notice each other
-    for n in names:
-        assert (alone[n]['hs'] - crowded['extra'][n]['hs']).abs().max() <= tol
+    assert (without['hs'] - together['hs']).abs().max() <= tol and set(together['extra']) == set(names)
+    for n in names:  # nor do the sets change each other
+        alone = model.decode(enc, [sets[n]])['extra'][n]
+        assert (alone['hs'] - together['extra'][n]['hs']).abs().max() <= tol
 
 
-def test_groups_do_not_notice_each_other_but_see_the_matching_queries(toy):
+def test_groups_attend_to_the_matching_queries_and_not_to_each_other(toy):
     model = toy().double().eval()
     enc = model.encode(images().double())
     e = ExtraQueries(torch.randn(2, 6, 32).double(), torch.randn(2, 6, 4).double(), group_mask(2, 3), 'x')
@@ -211,15 +180,13 @@ def test_gradient_of_extras_reaches_their_content(toy):
     assert c.grad.abs().sum() > 0
 
 
-# --- gradients, empty batches -------------------------------------------------------------------------------------
+# --- gradients, empty batches -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('content', ['learned', 'memory'])
 @pytest.mark.parametrize('counts', [None, (2, 0), (0, 0), (3,)])
 @pytest.mark.parametrize('masked', [False, True])
 def test_every_parameter_has_a_finite_gradient(toy, content, counts, masked):
-    from dataclasses import replace
-
     model = toy(transformer=replace(TINY, query_content=content)).train()
     B = len(counts or (0, 0))
     mask = torch.zeros(B, 64, 64, dtype=torch.bool)
@@ -231,8 +198,6 @@ def test_every_parameter_has_a_finite_gradient(toy, content, counts, masked):
 
 
 def test_box_gradients_stay_finite_with_more_queries_than_valid_tokens(toy):
-    from dataclasses import replace
-
     model = toy(transformer=replace(TINY, num_queries=300)).train()
     mask = torch.ones(2, 64, 64, dtype=torch.bool)
     mask[:, :16, :16] = False
@@ -257,9 +222,8 @@ def test_encode_once_decode_often(toy):
     with torch.no_grad():
         a = model.decode(enc)
     b = model.decode(enc)
-    assert (
-        torch.equal(a['pred_boxes'], b['pred_boxes']) and not a['hs'].requires_grad and b['hs'].requires_grad
-    )
+    assert torch.equal(a['pred_boxes'], b['pred_boxes'])
+    assert not a['hs'].requires_grad and b['hs'].requires_grad
     assert [tuple(f.shape) for f in enc.features] == [(2, 32, 8, 8), (2, 32, 4, 4), (2, 32, 2, 2)]
 
 
@@ -279,11 +243,8 @@ def test_look_forward_once_is_a_switch(toy):
     for twice in (True, False):
         model = toy(look_forward_twice=twice).train()
         torch.manual_seed(1)
-        o = model(images())
-        out[twice] = (
-            o['pred_boxes'],
-            torch.autograd.grad(o['pred_boxes'].sum(), model.transformer.decoder.layers[1].linear2.weight)[0],
-        )
+        boxes, weight = model(images())['pred_boxes'], model.transformer.decoder.layers[1].linear2.weight
+        out[twice] = boxes, *torch.autograd.grad(boxes.sum(), weight)
     assert torch.equal(out[True][0], out[False][0]) and not torch.allclose(out[True][1], out[False][1])
 
 
@@ -297,9 +258,9 @@ def test_level_masks():
 
 
 def test_more_padding_same_detections(toy):
-    "1x1 convolutions for the projection: its GroupNorm and 3x3 convolution do look at the padding; the transformer must not"
-    from dataclasses import replace
+    """Padding must not influence the transformer
 
+    The projection has 1x1 convolutions only: its GroupNorm and 3x3 convolution do depend on the padding."""
     model = toy(transformer=replace(TINY, position_unit='image')).eval()
     model.input_proj = nn.ModuleList(nn.Conv2d(c, 32, 1) for c in (16, 24))
     model.input_proj.forward = lambda f: [p(x) for p, x in zip(nn.ModuleList.__iter__(model.input_proj), f)]
@@ -312,13 +273,12 @@ def test_more_padding_same_detections(toy):
         canvas[:, :, :64, :96], mask[:, :64, :96] = x, False
         found.append(post_process(model(canvas, mask), [(64, 96)], top_k=20)[0])
     for f in found[1:]:
-        assert torch.equal(f['labels'], found[0]['labels']) and torch.allclose(
-            f['scores'], found[0]['scores'], atol=1e-4
-        )
+        assert torch.equal(f['labels'], found[0]['labels'])
+        assert torch.allclose(f['scores'], found[0]['scores'], atol=1e-4)
         assert torch.allclose(f['boxes'], found[0]['boxes'], atol=1e-2)  # pixels: 1e-4 of the image
 
 
-# --- official checkpoint ------------------------------------------------------------------------------------------
+# --- official checkpoint ------------------------------------------------------------------------------------
 
 RENAMED = {
     'bbox_head.': '',
@@ -329,16 +289,13 @@ RENAMED = {
 
 
 def our_name(official):
-    "Our name of a tensor of the released checkpoint; None for the projector, which is not part of the detector"
+    "Our name of a tensor of the released checkpoint; None for the projector, which is not in the detector"
     if not official.startswith('student.'):
         return None
     name = official.removeprefix('student.')
     for a, b in RENAMED.items():
         name = name.replace(a, b)
-    for a, b in (
-        ('fc_cls.', 'class_head.'),
-        ('fc_reg.', 'box_head.'),
-    ):  # one copy a decoder layer, all the same
+    for a, b in (('fc_cls.', 'class_head.'), ('fc_reg.', 'box_head.')):  # equal copies, one per decoder layer
         if name.startswith(a):
             name = b + name.removeprefix(a).split('.', 1)[1]
     return name
@@ -347,110 +304,21 @@ def our_name(official):
 def test_every_official_tensor_has_its_place(toy):
     cfg = TransformerConfig(enc_layers=2, dec_layers=2, ffn=64)
     model = toy(channels=(16, 24, 32), transformer=cfg, C=5, denoising=DenoisingConfig(label_rows=82))
-    ours = {k: tuple(v.shape) for k, v in model.state_dict().items() if not k.startswith('backbone.')}
-    rows = [
-        line.split('\t')
-        for line in (GOLDEN / 'official_checkpoint_keys.tsv').read_text().splitlines()
-        if line and line[0] != '#'
-    ][1:]
-    official = {
-        our_name(k): tuple(int(n) for n in shape.split('x') if n)
-        for k, shape in rows
-        if our_name(k) and 'backbone' not in k
-    }
-    assert official == ours and len(official) > 90
+    present = {k: tuple(v.shape) for k, v in model.state_dict().items() if not k.startswith('backbone.')}
+    lines = (GOLDEN / 'official_checkpoint_keys.tsv').read_text().splitlines()
+    rows = [line.split('\t') for line in lines if line and line[0] != '#'][1:]
+    official = {}
+    for name, shape in rows:
+        if our_name(name) and 'backbone' not in name:
+            official[our_name(name)] = tuple(int(n) for n in shape.split('x') if n)
+    assert official == present and len(official) > 90
 
 
-# --- post-processing (acceptance 38, 39) --------------------------------------------------------------------------
-
-
-def test_top_k_over_queries_and_classes_against_a_loop():
-    torch.manual_seed(0)
-    out = dict(pred_logits=torch.randn(2, 30, 5), pred_boxes=torch.rand(2, 30, 4))
-    for b, d in enumerate(post_process(out, [(50, 80), (20, 10)], top_k=40)):
-        pairs = sorted(
-            ((out['pred_logits'][b, q, c].sigmoid().item(), q, c) for q in range(30) for c in range(5)),
-            reverse=True,
-        )[:40]
-        assert torch.allclose(d['scores'], torch.tensor([p[0] for p in pairs])) and d['labels'].tolist() == [
-            p[2] for p in pairs
-        ]
-        h, w = [(50, 80), (20, 10)][b]
-        xyxy = cxcywh_to_xyxy(out['pred_boxes'][b, [p[1] for p in pairs]]) * torch.tensor([w, h, w, h])
-        want = torch.stack(
-            [xyxy[:, 0].clamp(0, w), xyxy[:, 1].clamp(0, h), xyxy[:, 2].clamp(0, w), xyxy[:, 3].clamp(0, h)],
-            1,
-        )
-        assert torch.allclose(d['boxes'], want, atol=1e-4)
-        assert len({p[1] for p in pairs}) < 40  # a query appears with several classes
-
-
-def test_top_300_of_many():
-    out = dict(pred_logits=torch.randn(1, 900, 80), pred_boxes=torch.rand(1, 900, 4))
-    d = post_process(out, [(100, 100)])[0]
-    assert len(d['scores']) == 300 and (d['scores'].diff() <= 0).all() and d['labels'].max() < 80
-    assert (
-        len(
-            post_process(dict(pred_logits=torch.randn(1, 4, 3), pred_boxes=torch.rand(1, 4, 4)), [(9, 9)])[0][
-                'scores'
-            ]
-        )
-        == 12
-    )
-
-
-def test_nms_is_per_class():
-    box = torch.tensor([[[0.5, 0.5, 0.4, 0.4], [0.51, 0.5, 0.4, 0.4]]])  # IoU .95
-    low = -20.0
-    different = dict(pred_logits=torch.tensor([[[3.0, low], [low, 2.0]]]), pred_boxes=box)
-    same = dict(pred_logits=torch.tensor([[[3.0, low], [2.0, low]]]), pred_boxes=box)
-    kw = dict(nms=0.6, score_threshold=0.01)
-    assert post_process(different, [(100, 100)], **kw)[0]['labels'].tolist() == [0, 1]
-    d = post_process(same, [(100, 100)], **kw)[0]
-    assert len(d['scores']) == 1 and abs(d['scores'][0] - torch.tensor(3.0).sigmoid()) < 1e-6
-    assert len(post_process(same, [(100, 100)], score_threshold=0.01)[0]['scores']) == 2
-
-
-def test_nms_against_a_loop_and_before_the_cut():
-    torch.manual_seed(0)
-    out = dict(pred_logits=torch.randn(1, 60, 3) * 2 - 1, pred_boxes=torch.rand(1, 60, 4) * 0.3 + 0.35)
-    pairs = sorted(
-        ((out['pred_logits'][0, q, c].sigmoid().item(), q, c) for q in range(60) for c in range(3)),
-        reverse=True,
-    )
-    xyxy, kept = (cxcywh_to_xyxy(out['pred_boxes'][0]).clamp(0, 1)) * 100, []
-    for s, q, c in pairs:
-        if s > 0.01 and all(
-            c != c2 or box_iou(xyxy[q : q + 1], xyxy[q2 : q2 + 1]) <= 0.6 for _, q2, c2 in kept
-        ):
-            kept.append((s, q, c))
-    for k in (300, 7):
-        d = post_process(out, [(100, 100)], top_k=k, nms=0.6, score_threshold=0.01)[0]
-        assert d['labels'].tolist() == [c for _, _, c in kept[:k]] and torch.allclose(
-            d['scores'], torch.tensor([s for s, _, _ in kept[:k]])
-        )
-
-
-def test_nothing_above_the_threshold():
-    out = dict(pred_logits=torch.full((2, 5, 3), -9.0), pred_boxes=torch.rand(2, 5, 4))
-    for kw in ({}, dict(nms=0.6)):
-        for d in post_process(out, [(10, 10)] * 2, score_threshold=0.5, **kw):
-            assert d['boxes'].shape == (0, 4) and d['scores'].shape == (0,)
-
-
-# --- real models --------------------------------------------------------------------------------------------------
+# --- real models --------------------------------------------------------------------------------------------
 
 
 def test_small_preset_trains_a_step():
-    cfg = detector_small(4)
-    model = Detector(
-        DetectorConfig(
-            4,
-            BackboneConfig('efficientnet_lite0', weights='none', out_strides=(8, 16)),
-            cfg.transformer,
-            cfg.denoising,
-        )
-    ).train()
+    model = build_detector(detector_small(4).untrained()).train()
     out = model(images(2, 96, 96), None, [target(3), target(0)])
     everything(out).backward()
     assert out['hs'].shape == (3, 2, 100, 128) and out['extra']['denoising']['hs'].shape[2] == 36
@@ -460,24 +328,12 @@ def test_small_preset_trains_a_step():
 
 def test_full_size_model_runs_forward_and_backward():
     start = time.time()
-    cfg = dino_r50(80)
-    model = Detector(
-        DetectorConfig(
-            80,
-            BackboneConfig('resnet50', weights='none', out_strides=(8, 16, 32)),
-            cfg.transformer,
-            cfg.denoising,
-        )
-    ).train()
+    model = build_detector(dino_r50(80).untrained()).train()
     n = sum(p.numel() for p in model.parameters())
     assert 45e6 < n < 50e6, n  # 47 million: the size of DINO-4scale R50
     out = model(images(1, 256, 256), None, [target(3, 80)])
-    assert out['pred_logits'].shape == (1, 900, 80) and out['extra']['denoising']['pred_logits'].shape == (
-        6,
-        1,
-        198,
-        80,
-    )
+    assert out['pred_logits'].shape == (1, 900, 80)
+    assert out['extra']['denoising']['pred_logits'].shape == (6, 1, 198, 80)
     everything(out).backward()
     for name, p in model.named_parameters():
         assert not p.requires_grad or torch.isfinite(p.grad).all(), name
@@ -486,50 +342,33 @@ def test_full_size_model_runs_forward_and_backward():
 
 @pytest.mark.parametrize('dtype,tol', [(torch.float32, 1e-5), (torch.float64, 1e-11)])
 def test_extras_may_come_later(dtype, tol):
-    "Two sets of extra queries after a look at the matching queries: outputs and all gradients of one common pass"
+    "Two sets of extra queries after the matching queries: outputs and all gradients of one common pass"
     torch.manual_seed(0)
-    c = detector_small(3)
-    c = dataclasses.replace(
-        c,
-        backbone=dataclasses.replace(c.backbone, weights='none'),
-        transformer=dataclasses.replace(c.transformer, d_model=32, ffn=32, num_queries=12, n_heads=4),
-    )
-    model = Detector(c).to(dtype).train()
+    c = detector_small(3).untrained()
+    c = replace(c, transformer=replace(c.transformer, d_model=32, ffn=32, num_queries=12, n_heads=4))
+    model = build_detector(c).to(dtype).train()
     images, mask = torch.randn(2, 3, 64, 96, dtype=dtype), torch.zeros(2, 64, 96, dtype=torch.bool)
     mask[0, :, 80:] = True
-    targets = [
-        dict(
-            labels=torch.tensor([0, 2]),
-            boxes=torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.6, 0.5, 0.3, 0.2]], dtype=dtype),
-        ),
-        dict(labels=torch.tensor([1]), boxes=torch.tensor([[0.5, 0.5, 0.4, 0.4]], dtype=dtype)),
-    ]
-    extras = [
-        denoising_queries(targets, model.label_enc, 3, c.denoising),
-        ExtraQueries(
-            torch.randn(2, 5, 32, dtype=dtype), torch.randn(2, 5, 4, dtype=dtype), torch.eye(5) == 0, 'other'
-        ),
-    ]
+    boxes = torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.6, 0.5, 0.3, 0.2], [0.5, 0.5, 0.4, 0.4]], dtype=dtype)
+    labels = torch.tensor([0, 2, 1])
+    targets = [dict(labels=labels[:2], boxes=boxes[:2]), dict(labels=labels[2:], boxes=boxes[2:])]
+    content, places = torch.randn(2, 5, 32, dtype=dtype), torch.randn(2, 5, 4, dtype=dtype)
+    extras = [*model.denoise(targets), ExtraQueries(content, places, torch.eye(5) == 0, 'other')]
 
     def run(later):
         model.zero_grad()
         e = model.encode(images, mask)
         out = model.decode(e, extras, model.decode(e)) if later else model.decode(e, extras)
-        parts = [
-            out['pred_logits'],
-            out['pred_boxes'],
-            out['hs'],
-            *(v[k] for v in out['extra'].values() for k in ('pred_logits', 'pred_boxes', 'hs')),
-        ]
-        sum((p * torch.linspace(-1, 1, p.numel(), dtype=dtype).view_as(p)).sum() for p in parts).backward(
-            retain_graph=True
-        )
-        return parts, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        results = [p[k] for p in (out, *out['extra'].values()) for k in ('pred_logits', 'pred_boxes', 'hs')]
+        weights = [torch.linspace(-1, 1, r.numel(), dtype=dtype).view_as(r) for r in results]
+        sum((r * w).sum() for r, w in zip(results, weights)).backward(retain_graph=True)
+        return results, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     (a, ga), (b, gb) = run(False), run(True)
     assert len(a) == len(b) == 9 and len(ga) == len(gb)
     for x, y in zip([*a, *ga], [*b, *gb]):
-        assert torch.allclose(x, y, atol=tol * max(10.0, 10 * x.detach().abs().max().item()), rtol=0)
+        largest = x.detach().abs().max().item()
+        assert torch.allclose(x, y, atol=tol * max(10.0, 10 * largest), rtol=0)
     e = model.encode(images, mask)
     out = model.decode(e)
     assert model.decode(e, [], out) is out

@@ -1,17 +1,17 @@
-"""The native op: against grid_sample in float64, its operators, its loader, and the CUDA kernels run on the CPU."""
+"""The native op: against grid_sample in float64, as an operator, its build, its CUDA kernels on the CPU."""
 
 import json, os, subprocess, sys, warnings
 from pathlib import Path
 import pytest, torch
-from semidetr.detectors import native
 from semidetr.core import ConfigError
+from semidetr.detectors import build, native
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / 'csrc'))
 import oracle as O
 import sanitize
 
-needs_compiler = pytest.mark.skipif(not native._compiler(), reason='no C++ compiler on this machine')
+needs_compiler = pytest.mark.skipif(not build._compiler(), reason='no C++ compiler on this machine')
 PYRAMID = [(6, 9), (3, 5), (2, 2), (1, 1)]
 LIMIT = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 
@@ -19,9 +19,9 @@ LIMIT = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 8e-3, torch.
 @pytest.fixture(scope='session')
 def library():
     "The op for all instruction sets, built once and kept in the user's cache"
-    if not native._compiler():
+    if not build._compiler():
         pytest.skip('no C++ compiler on this machine')
-    path = native.build_ops(isas=('all',))
+    path = build.build_ops(isas=('all',))
     if not native._has_kernel('cpu'):
         torch.ops.load_library(str(path))
     return path
@@ -45,7 +45,7 @@ def worst(ops, *args, **kw):
     return max(O.errors(plain, a, grad, O.plain)), max(O.errors(fused, b, grad, O.fused))
 
 
-# ---- numbers ---------------------------------------------------------------------------------------------------------
+# ---- numbers -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     'B,Q,M,D,shapes,P,ref_dim,mask',
@@ -74,23 +74,20 @@ def test_head_widths(ops, D):
     'D,P', [(32, 4), (24, 4), (16, 7)]
 )  # whole cache lines; the value's rows are not; neither are the points'
 def test_large_gradients_are_the_same_bits(ops, dtype, D, P):
-    "Gradients of megabytes are written past the caches: what 40 queries get must not depend on 2000 others that have no gradient"
-    few = 40
+    """Gradients of megabytes bypass the caches
+
+    What 40 queries get must not depend on 2000 others that have no gradient."""
+    few, flat = 40, [n for hw in PYRAMID for n in hw]
     for ref_dim, raw in ((2, None), (4, torch.bfloat16 if dtype == torch.bfloat16 else None)):
         a, b, grad = O.case(1, 2000, 8, D, PYRAMID, P, dtype, ref_dim=ref_dim, mask=True, raw=raw)
         grad[:, few:] = 0
         for inputs, (_, backward), more in ((a, both(ops)[0], []), (b, both(ops)[1], [True])):
-            flat, rows = (
-                [n for hw in PYRAMID for n in hw],
-                [t if t is None or t.shape[1] != 2000 else t[:, :few] for t in inputs[2:]],
-            )
-            (value, *large), (value_, *small) = (
-                backward(g, inputs[0], flat, *r, *more)
-                for g, r in ((grad, inputs[2:]), (grad[:, :few], rows))
-            )
-            assert torch.equal(value, value_) and all(
-                torch.equal(x[:, :few], y) and (x[:, few:] == 0).all() for x, y in zip(large, small)
-            )
+            rows = [t if t is None or t.shape[1] != 2000 else t[:, :few] for t in inputs[2:]]
+            value, *large = backward(grad, inputs[0], flat, *inputs[2:], *more)
+            value_, *small = backward(grad[:, :few], inputs[0], flat, *rows, *more)
+            assert torch.equal(value, value_)
+            for x, y in zip(large, small):
+                assert torch.equal(x[:, :few], y) and (x[:, few:] == 0).all()
             assert sum(t.numel() * t.element_size() for t in large) > 1 << 20
 
 
@@ -104,10 +101,8 @@ def test_wide_map_keeps_precision(ops):
 
 
 def test_bfloat16_offsets_and_logits(ops):
-    assert (
-        worst(ops, 1, 30, 2, 32, PYRAMID, 4, torch.bfloat16, mask=True, raw=torch.bfloat16)[1]
-        < LIMIT[torch.bfloat16]
-    )
+    _, fused = worst(ops, 1, 30, 2, 32, PYRAMID, 4, torch.bfloat16, mask=True, raw=torch.bfloat16)
+    assert fused < LIMIT[torch.bfloat16]
 
 
 def test_hand_values(library):
@@ -120,23 +115,14 @@ def test_hand_values(library):
 
 @pytest.mark.parametrize('name', ['msda2', 'msda4'])
 def test_golden(library, name):
-    g = (
-        {
-            k: torch.tensor(v)
-            for k, v in json.loads((HERE / 'golden' / 'msda.json').read_text())[name].items()
-            if k != 'state'
-        }
-        if (HERE / 'golden' / 'msda.json').exists()
-        else pytest.skip('no golden file')
-    )
-    w = {
-        k: torch.tensor(v)
-        for k, v in json.loads((HERE / 'golden' / 'msda.json').read_text())[name]['state'].items()
-    }
-    shapes, lin = (
-        [(int(h), int(v)) for h, v in g['shapes']],
-        lambda k, x: torch.nn.functional.linear(x, w[k + '.weight'], w[k + '.bias']),
-    )
+    golden = json.loads((HERE / 'golden' / 'msda.json').read_text())[name]
+    w = {k: torch.tensor(v) for k, v in golden.pop('state').items()}
+    g = {k: torch.tensor(v) for k, v in golden.items()}
+    shapes = [(int(h), int(v)) for h, v in g['shapes']]
+
+    def lin(k, x):
+        return torch.nn.functional.linear(x, w[k + '.weight'], w[k + '.bias'])
+
     q, mem, pad = g['q'], g['mem'], g['pad'].bool()
     B, Q, d = q.shape
     L = len(shapes)
@@ -145,14 +131,9 @@ def test_golden(library, name):
     P = n // (M * L)
     value = lin('value_proj', mem).view(B, -1, M, d // M)
     ref = g['ref'] if g['ref'].dim() == 4 else g['ref'][:, :, None].expand(-1, -1, L, -1)
-    out = native.native_fused_ms_deform_attn(
-        value,
-        shapes,
-        ref,
-        lin('sampling_offsets', q).view(B, Q, M, L, P, 2),
-        lin('attention_weights', q).view(B, Q, M, L * P),
-        pad,
-    )
+    offsets = lin('sampling_offsets', q).view(B, Q, M, L, P, 2)
+    logits = lin('attention_weights', q).view(B, Q, M, L * P)
+    out = native.native_fused_ms_deform_attn(value, shapes, ref, offsets, logits, pad)
     assert torch.allclose(lin('output_proj', out), g['out'], atol=2e-6)
 
 
@@ -185,9 +166,8 @@ def test_outside_is_zero_and_finite(ops, Q):
         out = ops.ms_deform_attn(value, flat, x, w)
         keep = w.clone()
         keep[..., ::2] = 0
-        assert torch.equal(
-            out, ops.ms_deform_attn(value, flat, torch.where(x == loc, x, torch.full_like(x, 0.5)), keep)
-        )
+        inside = torch.where(x == loc, x, torch.full_like(x, 0.5))
+        assert torch.equal(out, ops.ms_deform_attn(value, flat, inside, keep))
         gv, gx, gw = ops.ms_deform_attn_backward(grad, value, flat, x, w)
         assert torch.isfinite(gv).all() and (gx[..., ::2, 0] == 0).all() and (gw[..., ::2] == 0).all()
         o = off.clone()
@@ -202,22 +182,18 @@ def test_outside_is_zero_and_finite(ops, Q):
 def test_on_the_borders(ops):
     shapes, value = [(2, 4)], torch.randn(1, 8, 1, 16, dtype=torch.float64)
     for x in (0.0, 0.125, 0.25, 0.5, 0.875, 1.0, 1.1, 1.124, -0.1249):
-        loc, w = (
-            torch.tensor([x, 0.4], dtype=torch.float64).view(1, 1, 1, 1, 1, 2),
-            torch.ones(1, 1, 1, 1, 1, dtype=torch.float64),
-        )
-        assert torch.allclose(
-            ops.ms_deform_attn(value, [2, 4], loc, w), O.plain(value, shapes, loc, w), atol=1e-14
-        ), x
+        loc = torch.tensor([x, 0.4], dtype=torch.float64).view(1, 1, 1, 1, 1, 2)
+        w = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)
+        out = ops.ms_deform_attn(value, [2, 4], loc, w)
+        assert torch.allclose(out, O.plain(value, shapes, loc, w), atol=1e-14), x
 
 
 @pytest.mark.parametrize('Q', [2, 80])
 def test_padding_is_not_read(ops, Q):
     _, (value, shapes, *rest, mask), grad = O.case(2, Q, 2, 16, [(9, 7), (4, 4)], 4, mask=True, ref_dim=4)
     flat, other = [n for hw in shapes for n in hw], value.masked_fill(mask[..., None, None], float('nan'))
-    assert torch.equal(
-        ops.fused_ms_deform_attn(value, flat, *rest, mask), ops.fused_ms_deform_attn(other, flat, *rest, mask)
-    )
+    out, same = (ops.fused_ms_deform_attn(v, flat, *rest, mask) for v in (value, other))
+    assert torch.equal(out, same)
     a, b = (ops.fused_ms_deform_attn_backward(grad, v, flat, *rest, mask, True) for v in (value, other))
     assert all(torch.equal(x, y) for x, y in zip(a, b)) and (a[0][mask] == 0).all()
 
@@ -235,13 +211,8 @@ def test_large_logits(ops):
     _, (value, shapes, ref, off, logits, _), _ = O.case(1, 9, 2, 16, PYRAMID, 4)
     for scale in (30.0, 300.0, 1e30):
         z = logits * scale
-        assert (
-            O.error(
-                native.native_fused_ms_deform_attn(value, shapes, ref, off, z),
-                O.fused(value.double(), shapes, ref.double(), off.double(), z.double()),
-            )
-            < 3e-6
-        )
+        want = O.fused(value.double(), shapes, ref.double(), off.double(), z.double())
+        assert O.error(native.native_fused_ms_deform_attn(value, shapes, ref, off, z), want) < 3e-6
 
 
 def test_empty_and_strided(ops):
@@ -249,34 +220,28 @@ def test_empty_and_strided(ops):
     flat = [n for hw in shapes for n in hw]
     want = ops.ms_deform_attn(value, flat, loc, w)
     turned = value.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
-    assert not turned.is_contiguous() and torch.equal(
-        ops.ms_deform_attn(turned, flat, loc.transpose(0, 1).contiguous().transpose(0, 1), w), want
-    )
+    turned_loc = loc.transpose(0, 1).contiguous().transpose(0, 1)
+    assert not turned.is_contiguous() and not turned_loc.is_contiguous()
+    assert torch.equal(ops.ms_deform_attn(turned, flat, turned_loc, w), want)
     g = torch.ones(1, 1, 1).expand_as(want)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(
-            ops.ms_deform_attn_backward(g, turned, flat, loc, w),
-            ops.ms_deform_attn_backward(g.contiguous(), value, flat, loc, w),
-        )
-    )
+    strided = ops.ms_deform_attn_backward(g, turned, flat, loc, w)
+    plain = ops.ms_deform_attn_backward(g.contiguous(), value, flat, loc, w)
+    assert all(torch.equal(a, b) for a, b in zip(strided, plain))
+    # no queries
+    assert ops.ms_deform_attn(value, flat, loc[:, :0], w[:, :0]).shape == (2, 0, 32)
     gv, gl, gw = ops.ms_deform_attn_backward(grad[:, :0], value, flat, loc[:, :0], w[:, :0])
-    assert (
-        ops.ms_deform_attn(value, flat, loc[:, :0], w[:, :0]).shape == (2, 0, 32)
-        and (gv == 0).all()
-        and gl.numel() == gw.numel() == 0
-    )
+    assert (gv == 0).all() and gl.numel() == gw.numel() == 0
     out = ops.fused_ms_deform_attn_backward(
         grad[:, :0], value, flat, ref[:, :0], off[:, :0], logits[:, :0], None, True
     )
     assert (out[0] == 0).all() and out[1].shape == (2, 0, 4, 2)
+    # no images
     assert ops.ms_deform_attn(value[:0], flat, loc[:0], w[:0]).shape == (0, 6, 32)
-    none = ops.fused_ms_deform_attn_backward(
+    one = ops.ms_deform_attn_backward(grad[:0], value[:0], flat, loc[:0], w[:0])
+    two = ops.fused_ms_deform_attn_backward(
         grad[:0], value[:0], flat, ref[:0], off[:0], logits[:0], None, True
     )
-    assert [
-        len(t) for t in (*ops.ms_deform_attn_backward(grad[:0], value[:0], flat, loc[:0], w[:0]), *none)
-    ] == [0] * 7
+    assert [len(t) for t in (*one, *two)] == [0] * 7
 
 
 def test_wrong_shapes_are_named(ops):
@@ -297,10 +262,10 @@ def test_same_bits_for_any_number_of_threads(ops):
         for dtype in (torch.float32, torch.bfloat16):
             for Q, M in ((3, 2), (150, 2), (1500, 8)):
                 a, b, grad = O.case(1, Q, M, 32, [(12, 16), (6, 8), (3, 4)], 3, dtype, ref_dim=4, mask=True)
-                flat, seen = [n for hw in a[1] for n in hw], []
+                flat, results = [n for hw in a[1] for n in hw], []
                 for n in (1, 2, 3, 7):
                     torch.set_num_threads(n)
-                    seen.append(
+                    results.append(
                         [
                             ops.ms_deform_attn(a[0], flat, *a[2:]),
                             *ops.ms_deform_attn_backward(grad, a[0], flat, *a[2:]),
@@ -308,7 +273,7 @@ def test_same_bits_for_any_number_of_threads(ops):
                             *ops.fused_ms_deform_attn_backward(grad, b[0], flat, *b[2:], True),
                         ]
                     )
-                assert all(torch.equal(x, y) for other in seen[1:] for x, y in zip(seen[0], other))
+                assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other))
     finally:
         torch.set_num_threads(before)
 
@@ -320,17 +285,19 @@ from semidetr.detectors import native
 torch.ops.load_library({lib!r})
 f = ctypes.CDLL({lib!r}).semidetr_isa; f.restype = ctypes.c_char_p; assert f().decode() == {isa!r}, f()
 ops = torch.ops.semidetr
+plain = ops.ms_deform_attn, ops.ms_deform_attn_backward
+fused = ops.fused_ms_deform_attn, ops.fused_ms_deform_attn_backward
 for dtype, limit in ((torch.float32, 3e-6), (torch.float64, 1e-13), (torch.bfloat16, 8e-3)):
     for D, Q, M in ((32, 40, 2), (32, 2, 2), (6, 9, 2), (64, 5, 2), (32, 2000, 8)):
         a, b, grad = O.case(1, Q, M, D, [(6, 9), (3, 5)], 3, dtype, ref_dim=4, mask=True)
-        e = O.errors((ops.ms_deform_attn, ops.ms_deform_attn_backward), a, grad, O.plain) + O.errors((ops.fused_ms_deform_attn, ops.fused_ms_deform_attn_backward), b, grad, O.fused)
+        e = O.errors(plain, a, grad, O.plain) + O.errors(fused, b, grad, O.fused)
         assert max(e) < limit, (dtype, D, Q, e)
 '''
 
 
 @pytest.mark.parametrize('isa', ['base', 'v3'])
 def test_narrower_instruction_sets(library, isa):
-    if isa not in ('base', native._cpu_isa()) and native._cpu_isa() != 'v4':
+    if isa not in ('base', build._cpu_isa()) and build._cpu_isa() != 'v4':
         pytest.skip(f'this CPU has no {isa}')
     script = NARROW.format(here=str(HERE / 'csrc'), lib=str(library), isa=isa)
     done = subprocess.run(
@@ -342,7 +309,7 @@ def test_narrower_instruction_sets(library, isa):
     assert done.returncode == 0, done.stderr[-1500:]
 
 
-# ---- as operators of torch -------------------------------------------------------------------------------------------
+# ---- as operators of torch ---------------------------------------------------------------------------------
 def test_opcheck(ops):
     (value, shapes, loc, w), (_, _, ref, off, logits, mask), grad = O.case(
         1, 4, 2, 16, [(3, 4), (2, 2)], 2, mask=True
@@ -382,15 +349,14 @@ class Step(torch.nn.Module):
 )
 def test_compile_fullgraph(library, backend):
     _, (value, shapes, *rest, _), _ = O.case(1, 4, 2, 16, [(3, 4), (2, 2)], 2)
-    f, seen = Step(shapes), []
+    f, results = Step(shapes), []
     for g in (f, torch.compile(f, fullgraph=True, backend=backend)):
         leaves = [t.clone().requires_grad_() for t in (value, *rest)]
         out = g(*leaves)
         out.sum().backward()
-        seen.append([out, *(t.grad for t in leaves)])
-    assert all(
-        torch.allclose(a, b, atol=1e-6) if backend == 'inductor' else torch.equal(a, b) for a, b in zip(*seen)
-    )
+        results.append([out, *(t.grad for t in leaves)])
+    for a, b in zip(*results):
+        assert torch.allclose(a, b, atol=1e-6) if backend == 'inductor' else torch.equal(a, b)
 
 
 def test_export(library):
@@ -424,7 +390,7 @@ def test_autocast_trains(library):
     assert all(t.grad.dtype == torch.float32 and torch.isfinite(t.grad).all() for t in leaves)
 
 
-# ---- finding, building, falling back ---------------------------------------------------------------------------------
+# ---- finding, building, falling back -----------------------------------------------------------------------
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     "As if this process had not looked for the op yet; its cache is an empty folder"
@@ -434,40 +400,32 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.delenv('SEMIDETR_OPS', raising=False)
     monkeypatch.delenv('CXX', raising=False)
     monkeypatch.setenv('SEMIDETR_CACHE', str(tmp_path / 'cache'))
-    monkeypatch.setattr(native.tempfile, 'gettempdir', lambda: str(tmp_path / 'tmp'))
+    monkeypatch.setattr(build.tempfile, 'gettempdir', lambda: str(tmp_path / 'tmp'))
     (tmp_path / 'tmp').mkdir()
     return monkeypatch
 
 
-def said(f):
-    with warnings.catch_warnings(record=True) as seen:
+def with_warnings(f):
+    "(result, texts of the warnings)"
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         value = f()
-    return value, [str(w.message) for w in seen]
+    return value, [str(w.message) for w in caught]
 
 
 def test_no_compiler_one_warning(fresh):
     fresh.setenv('PATH', '')
-    ok, words = said(native.native_available)
-    assert (
-        not ok
-        and len(words) == 1
-        and 'no C++ compiler' in words[0]
-        and 'build-ops' in words[0]
-        and '\n' not in words[0]
-    )
-    for ask in (
-        lambda: native.native_available(torch.float16),
-        lambda: native.native_available(device='mps'),
-    ):
-        assert said(ask) == (False, [])
+    ok, (text,) = with_warnings(native.native_available)
+    assert not ok and 'no C++ compiler' in text and 'build-ops' in text and '\n' not in text
+    assert with_warnings(lambda: native.native_available(torch.float16)) == (False, [])
+    assert with_warnings(lambda: native.native_available(device='mps')) == (False, [])
     assert 'no C++ compiler' in native.ops_status()['cpu']['reason']
 
 
 def test_modes(fresh):
     fresh.setenv('PATH', '')
     fresh.setenv('SEMIDETR_OPS', 'torch')
-    assert said(native.native_available) == (False, []) and not native._TRIED
+    assert with_warnings(native.native_available) == (False, []) and not native._TRIED
     fresh.setenv('SEMIDETR_OPS', 'native')
     with pytest.raises(ConfigError, match='no C\\+\\+ compiler'):
         native.native_available()
@@ -481,36 +439,40 @@ def test_failed_build(fresh, tmp_path):
     fake.write_text('#!/bin/sh\necho "x.cpp:1: error: no such thing" >&2\nexit 1\n')
     fake.chmod(0o755)
     fresh.setenv('CXX', str(fake))
-    ok, words = said(native.native_available)
-    assert not ok and len(words) == 1 and 'error: no such thing' in words[0]
-    assert not list((tmp_path / 'cache' / 'ops').glob('*.so')) and not list(
-        (tmp_path / 'cache' / 'ops').glob('.build*')
-    )
+    ok, (text,) = with_warnings(native.native_available)
+    assert not ok and 'error: no such thing' in text
+    left = [f.name for f in (tmp_path / 'cache' / 'ops').iterdir()]
+    assert not any(name.endswith('.so') or name.startswith('.build') for name in left)
 
 
 def test_unsupported(fresh):
     fresh.setattr(native, '_TRIED', dict(cpu=dict(ready=True, source='', path='', reason='')))
     assert native.native_available() and native.native_available(torch.bfloat16, 'cpu', 128, 16)
-    ok, words = said(lambda: native.native_available(torch.float16))
-    assert not ok and len(words) == 1 and 'float16' in words[0]
-    assert said(lambda: native.native_available(points=129)) == (False, []) and not native.native_available(
-        device='meta'
-    )
+    ok, (text,) = with_warnings(lambda: native.native_available(torch.float16))
+    assert not ok and 'float16' in text
+    assert with_warnings(lambda: native.native_available(points=129)) == (False, [])
+    assert not native.native_available(device='meta')
+
+
+def test_compiler_that_hangs_or_is_missing(tmp_path):
+    with pytest.raises(ConfigError, match='the build took longer than 0 s'):
+        build._run([sys.executable, '-c', 'import time; time.sleep(60)'], 0.1)
+    with pytest.raises(ConfigError, match='the compiler could not be started'):
+        build._run([str(tmp_path / 'no_such_compiler')], 1.0)
+    with pytest.raises(ConfigError, match='the build failed: exit code 3'):
+        build._run([sys.executable, '-c', 'raise SystemExit(3)'], 60.0)
 
 
 @needs_compiler
 def test_read_only_cache(fresh, tmp_path):
     (tmp_path / 'file').write_text('')
     fresh.setenv('SEMIDETR_CACHE', str(tmp_path / 'file'))
-    fresh.setattr(native, '_compile', lambda sources, out, *a: (out.write_bytes(b'x'), out)[1])
-    first, second = native.build_ops(), native.build_ops()
-    assert (
-        first == second
-        and first.parent.parent == tmp_path / 'tmp'
-        and first.parent.stat().st_mode & 0o077 == 0
-    )
+    fresh.setattr(build, '_compile', lambda sources, out, *a: (out.write_bytes(b'x'), out)[1])
+    first = build.build_ops()
+    assert first == build.build_ops() and first.parent.parent == tmp_path / 'tmp'
+    assert first.parent.stat().st_mode & 0o077 == 0
     first.parent.chmod(0o777)  # a folder that others can write to is not trusted
-    assert native.build_ops().parent != first.parent
+    assert build.build_ops().parent != first.parent
 
 
 @needs_compiler
@@ -522,32 +484,33 @@ def test_damaged_library_is_built_anew(fresh, library):
         Path(out).write_bytes(b'no library' if len(built) == 1 else Path(library).read_bytes())
         return out
 
-    fresh.setattr(native, '_compile', compile)
+    fresh.setattr(build, '_compile', compile)
     fresh.setattr(native, '_has_kernel', lambda kind: len(built) == 2)
     assert native._load('cpu')['ready'] and len(built) == 2
 
 
 def test_key_follows_sources_flags_and_torch(fresh):
-    if not native._compiler():
+    if not build._compiler():
         pytest.skip('no C++ compiler on this machine')
-    key = native._plan()[3]
-    assert key == native._plan()[3]
-    fresh.setattr(native, '_FLAGS', native._FLAGS + ' -DX')
-    assert key != native._plan()[3]
+    key = build._plan()[3]
+    assert key == build._plan()[3]
+    fresh.setattr(build, '_FLAGS', build._FLAGS + ' -DX')
+    assert key != build._plan()[3]
     fresh.undo()
     fresh.setattr(torch, '__version__', '2.99')
-    assert key != native._plan()[3]
+    assert key != build._plan()[3]
 
 
 ALONE = '''
 import shutil, sys; sys.path.insert(0, {here!r})
 import torch, oracle as O
-from semidetr.detectors import native
+from semidetr.detectors import build, native
 from semidetr.detectors.attention import MSDeformAttn, ms_deform_attn
 def copied(sources, out, *a): shutil.copy({lib!r}, out); return out
-if {lib!r}: native._compile = copied                     # a build that takes no time
+if {lib!r}: build._compile = copied                     # a build that takes no time
 (value, shapes, loc, w), _, _ = O.case(1, 5, 2, 16, [(4, 5), (2, 3)], 2)
-for _ in range(2): assert O.error(ms_deform_attn(value, shapes, loc, w), O.plain(value.double(), shapes, loc.double(), w.double())) < 1e-6
+want = O.plain(value.double(), shapes, loc.double(), w.double())
+for _ in range(2): assert O.error(ms_deform_attn(value, shapes, loc, w), want) < 1e-6
 m = MSDeformAttn(32, 2, 2, 2)
 assert m(torch.randn(1, 5, 32), torch.rand(1, 5, 2, 2), torch.randn(1, 26, 32), shapes).isfinite().all()
 print(native.ops_status()['cpu']['ready'], native.ops_status()['cpu']['path'])
@@ -555,20 +518,11 @@ print(native.ops_status()['cpu']['ready'], native.ops_status()['cpu']['path'])
 
 
 def alone(lib, **env):
-    "(what was printed, lines of stderr) of a new process that attends once through the package's one door"
+    "(words that were printed, lines of stderr) of a new process that calls the package's attention"
     env = {k: v for k, v in dict(os.environ, **env).items() if k not in ('SEMIDETR_OPS', 'CXX')}
-    done = subprocess.run(
-        [
-            sys.executable,
-            '-W',
-            'always::RuntimeWarning',
-            '-c',
-            ALONE.format(here=str(HERE / 'csrc'), lib=lib),
-        ],
-        env=env,
-        capture_output=True,
-        text=True,
-    )
+    script = ALONE.format(here=str(HERE / 'csrc'), lib=lib)
+    command = [sys.executable, '-W', 'always::RuntimeWarning', '-c', script]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1500:]
     return done.stdout.split(), [o for o in done.stderr.splitlines() if o.strip() and not o.startswith(' ')]
 
@@ -586,40 +540,32 @@ def test_process_with_a_read_only_cache_gives_the_right_numbers_without_a_word(l
 
 RACE = '''
 import sys, torch
-from semidetr.detectors import native
-native._FLAGS = native._FLAGS.replace('-O3', '-O0')
-real = native._compile
+from semidetr.detectors import build, native
+build._FLAGS = build._FLAGS.replace('-O3', '-O0')
+real = build._compile
 def counted(sources, out, *a): open({mark!r}, 'a').write('built\\n'); return real(sources, out, *a)
-native._compile = counted
+build._compile = counted
 assert native.native_available(), native._TRIED
-v, loc, w = torch.arange(12.).view(1, 12, 1, 1), torch.tensor([[2/4, 1.5/3]]).view(1, 1, 1, 1, 1, 2), torch.ones(1, 1, 1, 1, 1)
-assert float(native.native_ms_deform_attn(v, [(3, 4)], loc, w)) == 5.5
+v, loc = torch.arange(12.).view(1, 12, 1, 1), torch.tensor([[2/4, 1.5/3]]).view(1, 1, 1, 1, 1, 2)
+assert float(native.native_ms_deform_attn(v, [(3, 4)], loc, torch.ones(1, 1, 1, 1, 1))) == 5.5
 '''
 
 
 @needs_compiler
 def test_two_processes_build_once(tmp_path):
     env = dict(os.environ, SEMIDETR_CACHE=str(tmp_path / 'cache'), SEMIDETR_OPS='native')
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, '-c', RACE.format(mark=str(tmp_path / 'mark'))],
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
+    command = [sys.executable, '-c', RACE.format(mark=str(tmp_path / 'mark'))]
+    jobs = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     assert [(j.communicate()[1][-800:], j.returncode) for j in jobs] == [('', 0)] * 2
-    assert (tmp_path / 'mark').read_text() == 'built\n' and len(
-        list((tmp_path / 'cache' / 'ops').glob('*.so'))
-    ) == 1
+    assert (tmp_path / 'mark').read_text() == 'built\n'
+    assert len(list((tmp_path / 'cache' / 'ops').glob('*.so'))) == 1
 
 
-# ---- the CUDA kernels, on the CPU ------------------------------------------------------------------------------------
+# ---- the CUDA kernels, on the CPU --------------------------------------------------------------------------
 @pytest.fixture(scope='session')
 def shim(tmp_path_factory):
     "Kernels, launchers and binding of csrc/msda_cuda.cu, run through tests/csrc/cuda_on_cpu.h"
-    if not native._compiler():
+    if not build._compiler():
         pytest.skip('no C++ compiler on this machine')
     torch.ops.load_library(str(sanitize.shim(tmp_path_factory.mktemp('shim') / 'shim.so', '-O1')))
     return native._register('semidetr_shim')
@@ -628,27 +574,20 @@ def shim(tmp_path_factory):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('D', [6, 7, 8, 16, 24, 32, 64])
 def test_cuda_text_equals_grid_sample(shim, dtype, D):
-    plain, fused = worst(
-        shim, 1, 7, 3, D, [(4, 5), (2, 3), (1, 1)], 3, dtype, ref_dim=2 if D % 16 else 4, mask=True
-    )
+    shapes, ref_dim = [(4, 5), (2, 3), (1, 1)], 2 if D % 16 else 4
+    plain, fused = worst(shim, 1, 7, 3, D, shapes, 3, dtype, ref_dim=ref_dim, mask=True)
     assert plain < LIMIT[dtype] and fused < 3 * LIMIT[dtype]
 
 
 def test_cuda_text_half_offsets_bad_locations_empty(shim):
-    assert (
-        worst(shim, 1, 5, 2, 16, [(4, 5), (2, 3)], 2, torch.float16, raw=torch.float16)[1]
-        < 4 * LIMIT[torch.float16]
-    )
+    _, fused = worst(shim, 1, 5, 2, 16, [(4, 5), (2, 3)], 2, torch.float16, raw=torch.float16)
+    assert fused < 4 * LIMIT[torch.float16]
     (value, shapes, loc, w), _, grad = O.case(1, 5, 2, 16, [(4, 5), (2, 3)], 2)
     for bad in (float('nan'), float('inf'), 1e30, -1e30):
         loc[0, 1, :, :, 0] = bad
-        assert all(
-            torch.isfinite(t).all()
-            for t in (
-                shim.ms_deform_attn(value, [4, 5, 2, 3], loc, w),
-                *shim.ms_deform_attn_backward(grad, value, [4, 5, 2, 3], loc, w),
-            )
-        )
+        out = shim.ms_deform_attn(value, [4, 5, 2, 3], loc, w)
+        back = shim.ms_deform_attn_backward(grad, value, [4, 5, 2, 3], loc, w)
+        assert all(torch.isfinite(t).all() for t in (out, *back))
     assert shim.ms_deform_attn(value, [4, 5, 2, 3], loc[:, :0], w[:, :0]).shape == (1, 0, 32)
 
 
@@ -671,7 +610,7 @@ sys.exit(0 if max(e) < 1e-6 else 3)
 @pytest.mark.parametrize('mutant', ['none', *MUTANTS])
 @needs_compiler
 def test_mutants_of_the_cuda_kernel_are_caught(mutant, tmp_path):
-    src = native._package() / 'csrc'
+    src = build.package_folder() / 'csrc'
     for f in src.glob('msda_cuda.cu*'):
         text = f.read_text()
         if mutant != 'none' and f.suffix == '.cuh':
@@ -689,13 +628,10 @@ def test_mutants_of_the_cuda_kernel_are_caught(mutant, tmp_path):
 
 
 def test_value_gradient_is_added_atomically():
-    "Fibers take turns, so a race cannot show itself: the text must not add to the value's gradient in any other way"
-    text = (native._package() / 'csrc' / 'msda_cuda.cuh').read_text()
-    assert (
-        'atomicAdd(p.grad_value' in text
-        and 'grad_value[' not in text
-        and text.count('grad_value +') == text.count('atomicAdd(p.grad_value +')
-    )
+    "Fibers take turns, so a race cannot show: no other way to add to the value's gradient is in the source"
+    text = (build.package_folder() / 'csrc' / 'msda_cuda.cuh').read_text()
+    assert 'atomicAdd(p.grad_value' in text and 'grad_value[' not in text
+    assert text.count('grad_value +') == text.count('atomicAdd(p.grad_value +')
 
 
 @needs_compiler
@@ -708,7 +644,7 @@ def test_sanitizers(tmp_path):
     assert done.returncode == 0 and 'clean' in done.stdout, done.stderr[-3000:]
 
 
-# ---- on a GPU --------------------------------------------------------------------------------------------------------
+# ---- on a GPU ----------------------------------------------------------------------------------------------
 def gpu(test):
     return pytest.mark.gpu(
         pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU on this machine')(test)
@@ -743,15 +679,17 @@ def test_gpu_stream_and_device():
 
 
 def test_cuda_needs_an_architecture(monkeypatch):
-    "Ahead of time, on a machine without a GPU: the architecture must be named, and the library is the one that a machine with that GPU looks for"
-    monkeypatch.setattr(native, '_nvcc', lambda: 'nvcc')
+    """Ahead of time, on a machine without a GPU, the architecture must be named
+
+    The library is then the one that a machine with that GPU looks for."""
+    monkeypatch.setattr(build, '_nvcc', lambda: 'nvcc')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(ConfigError, match='no GPU is visible.*--archs 80,90'):
-        native.build_ops('cuda')
+        build.build_ops('cuda')
     with pytest.raises(ConfigError, match="'8.0' is not a CUDA architecture"):
-        native.build_ops('cuda', archs=('8.0',))
-    ahead = native._plan('cuda', archs=('90',))[3]
+        build.build_ops('cuda', archs=('8.0',))
+    ahead = build._plan('cuda', archs=('90',))[3]
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (9, 0))
-    monkeypatch.setattr(native, '_cpu_isa', lambda: 'base')
-    assert native._plan('cuda')[3] == ahead != native._plan('cuda', archs=('80', '90'))[3]
+    monkeypatch.setattr(build, '_cpu_isa', lambda: 'base')
+    assert build._plan('cuda')[3] == ahead != build._plan('cuda', archs=('80', '90'))[3]

@@ -186,36 +186,44 @@ def _fit_to_data(cfg, given):  # -> overrides that these data need, each with th
             )
         elif list(val.classes) != list(train.classes):
             raise _bad(
-                f'{d.val or d.data}: the classes of the test split are {val.classes[:10]}, those of the training images {train.classes[:10]}; give both the same'
+                f'{d.val or d.data}: the classes of the test split are {val.classes[:10]}, those of the '
+                f'training images {train.classes[:10]}; give both the same'
             )
     if d.unlabelled and 'method.name' not in given:
+        from semidetr.semi.methods import WITH_UNLABELLED
+
         yield (
-            'method.name=mean_teacher',
-            '--unlabelled is given: method mean_teacher (--method supervised leaves those images out)',
+            f'method.name={WITH_UNLABELLED}',
+            f'--unlabelled is given: method {WITH_UNLABELLED} (--method supervised leaves those images out)',
         )
 
 
-def _fit_to_method(cfg, given):  # -> as above, for the method
-    m, n = cfg.method, cfg.optim.iters
-    if m.name == 'semi_detr' and 'method.T1' not in given and m.T1 <= m.burn_in_iters < n:
-        T1 = (m.burn_in_iters + n) // 2
-        yield (
-            f'method.T1={T1}',
-            f'method.T1={T1}: one-to-many matching for the first half of the {n - m.burn_in_iters} iterations that see unlabelled images, one-to-one from there on',
-        )
+def _fit_to_method(cfg, given):
+    "Overrides that the method derives from the other settings, each with the line that says so"
+    for name, (value, reason) in cfg.method.implementation.derived(cfg).items():
+        if name not in given:
+            yield f'{name}={value}', f'{name}={value}: {reason}'
 
 # %% ../../nbs/cli/01_commands.ipynb #2037c2cd
-def _check_method(cfg):  # -> lines about settings that make no sense together
-    partly = cfg.data.unlabelled or cfg.data.split_file or cfg.data.count or cfg.data.percent not in (0, 100)
-    if cfg.method.name == 'supervised':
-        if partly:
-            yield 'method supervised: unlabelled images are not used (--method semi_detr or mean_teacher learns from them)'
-    elif not partly:
+def _check_method(cfg):
+    "Lines about settings that make no sense together"
+    from semidetr.semi.methods import METHODS, MethodConfig
+
+    d, m, n = cfg.data, cfg.method, cfg.optim.iters
+    partly = d.unlabelled or d.split_file or d.count or d.percent not in (0, 100)
+    if not m.needs_unlabelled and partly:
+        others = ' or '.join(name for name in METHODS if MethodConfig(name).needs_unlabelled)
+        yield f'method {m.name}: unlabelled images are not used (--method {others} learns from them)'
+    if m.needs_unlabelled and not partly:
         raise _bad(
-            f"method {cfg.method.name} needs unlabelled images: --unlabelled FOLDER, or keep the labels of a part with --percent or --count"
+            f'method {m.name} needs unlabelled images: --unlabelled FOLDER, or keep the labels of a part '
+            'with --percent or --count'
         )
-    elif cfg.method.burn_in_iters >= cfg.optim.iters:
-        yield f'method.burn_in_iters={cfg.method.burn_in_iters} takes all of the {cfg.optim.iters} iterations; no unlabelled image will be used'
+    if m.needs_unlabelled and m.burn_in_iters >= n:
+        yield (
+            f'method.burn_in_iters={m.burn_in_iters} takes all of the {n} iterations; no unlabelled image '
+            'will be used'
+        )
 
 
 @contextlib.contextmanager

@@ -17,10 +17,11 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 from ..core import ConfigError, SemiDETRError, suggest
-from ..train.config import from_dict, override, preset, to_dict
+from ..semi.methods import METHODS
+from ..train import health, trainer
+from ..train.config import override, preset
 from ..train.machine import prepare
 from ..train.run_folder import finished
-from ..train.trainer import Trainer
 
 # %% ../../nbs/lab/00_study.ipynb #99ec3d16
 def run_config(
@@ -30,14 +31,14 @@ def run_config(
     position: int = 0,  # line of the progress bar when several runs share a terminal
 ) -> dict:  # content of run.json
     "Look up a finished run, resume a stopped one, or start a new one"
-    return finished(cfg, folder) or Trainer(cfg, folder, progress, position).fit()
+    return finished(cfg, folder) or trainer.Trainer(cfg, folder, progress, position).fit()
 
 
-def _job(values, folder, progress, position):
+def _job(cfg, folder, progress, position):
     "`run_config` in a process of its own; errors come back as text, whatever they hold"
     prepare()
     try:
-        return run_config(from_dict(values), folder, progress, position)
+        return run_config(cfg, folder, progress, position)
     except SemiDETRError as e:
         return dict(error=f'{folder}: {e}')
 
@@ -55,7 +56,7 @@ def run_many(
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         waiting = []
         for i, (cfg, folder) in enumerate(jobs):
-            waiting.append(pool.submit(_job, to_dict(cfg), str(folder), progress, i % workers))
+            waiting.append(pool.submit(_job, cfg, str(folder), progress, i % workers))
         results = [w.result() for w in waiting]
     if bad := [r['error'] for r in results if 'error' in r]:
         raise SemiDETRError('; '.join(bad))
@@ -71,11 +72,8 @@ def branches(
     start_folder=None,  # of the study whose burn-in it is, if not of this one
 ) -> dict:  # name -> (Config, folder of the run); the shared start, `burn_in`, comes first
     "The runs of one seed: a burn-in, and every arm from its checkpoint"
-    base, folder, start = (
-        override(base, [f'run.seed={seed}', f'data.fold={seed}']),
-        Path(folder) / f'seed{seed}',
-        [],
-    )
+    base = override(base, [f'run.seed={seed}', f'data.fold={seed}'])
+    folder, start = Path(folder) / f'seed{seed}', []
     runs = {}
     if burn_in:
         own, first = (
@@ -106,30 +104,8 @@ def paired(
     ]
 
 # %% ../../nbs/lab/00_study.ipynb #a1bbed41
-CURVES = {
-    'step',
-    'loss',
-    'pseudo_boxes',
-    'pseudo_precision',
-    'pseudo_recall',
-    'pseudo_score',
-    'empty_images',
-    'grad_norm',
-    'con_boxes',
-    'initial_boxes',
-    'mined_precision',
-    'mined_recall',
-    'initial_precision',
-    'initial_recall',
-    'cost_threshold',
-    'cost_mean_low',
-    'cost_mean_high',
-    'positives_per_object',
-    'loss_con',
-    'parts_grad_norm',
-}
-
-
+# numbers that a record keeps for every logged iteration, where a result does not name its own
+CURVES = {*trainer.CURVES, *health.CURVES, *(k for m in METHODS.values() for k in m.curves)}
 KEPT = (
     'name hash commit versions machine cores threads device data iterations seconds cpu_seconds '
     'peak_memory_mb health metrics history config'
@@ -153,7 +129,7 @@ def record(
     log = Path(folder) / 'log.jsonl'
     if folder and log.is_file():
         rows = [r for r in map(_line, log.read_text().splitlines()) if 'loss' in r]
-        names = sorted({k for r in rows for k in r} & CURVES)
+        names = sorted({k for r in rows for k in r} & set(result.get('curves', CURVES)))
         short = lambda v: round(v, 4) if isinstance(v, float) else v
         out['curve'] = {k: [short(r.get(k)) for r in rows] for k in names}
     return out

@@ -14,7 +14,7 @@ from torch import nn, Tensor
 from torchvision.ops import nms
 from ..boxes import normalize_boxes, transform_boxes
 from ..core import in_range
-from ..detectors.detector import post_process
+from ..detectors.contract import post_process
 
 # %% ../../nbs/semi/00_teacher.ipynb #032e10d7
 @dataclass(frozen=True)

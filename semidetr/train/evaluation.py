@@ -13,7 +13,7 @@ from torchvision.ops import batched_nms
 from tqdm import tqdm
 from ..core import rank, rng_state, set_rng_state, world_size
 from ..data.datasets import Subset
-from ..detectors.detector import post_process
+from ..detectors.contract import post_process
 from ..data.loader import EvalLoader
 from ..semi.teacher import keep_boxes
 from .metrics import evaluate

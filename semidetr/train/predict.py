@@ -19,8 +19,8 @@ from ..data.files import load_image, read_folder, reason
 from ..data.datasets import CocoDataset, Sample
 from ..data.augment import eval_view
 from ..data.loader import collate
-from ..detectors.detector import Detector, post_process
-from .config import from_dict
+from ..detectors.contract import build_detector, post_process
+from .config import from_saved
 from .checkpoint import load_checkpoint, load_weights
 from .evaluation import to_device
 
@@ -40,13 +40,10 @@ def load_model(
                 f"{path}: this checkpoint holds no '{key}'; give the folder of a run, or its last.pt"
             )
     try:
-        cfg = from_dict(state['config'])
+        cfg = from_saved(state['config'])
     except ConfigError as e:
         raise DataError(f'{path}: {e}; written by another version of semidetr') from None
-    bare = dataclasses.replace(
-        cfg.detector, backbone=dataclasses.replace(cfg.detector.backbone, weights='none')
-    )
-    model = Detector(bare)
+    model = build_detector(cfg.detector.untrained())
     load_weights(model, state[which], path)
     return model.to(device).eval().requires_grad_(False), cfg, list(state['classes'])
 

@@ -1,20 +1,22 @@
-"""Compile and link the CUDA kernels for sm_80 and sm_90 with nvcc, then import the library: `make cuda-check`. No GPU needed."""
+"""Compile and link the CUDA kernels for sm_80 and sm_90 with nvcc, and import the library: `make cuda-check`.
+
+No GPU is needed."""
 
 import shutil, subprocess, sys
 from pathlib import Path
 import torch
-from semidetr.detectors import native
+from semidetr.detectors import build, native
 
 
 def main(out):
-    if not native._nvcc():
+    if not build._nvcc():
         print('cuda-check: skipped, no nvcc (set CUDA_HOME)')
         return 0
-    if not (native._torch_paths()[1] / 'libtorch_cuda.so').exists():
+    if not (build._torch_paths()[1] / 'libtorch_cuda.so').exists():
         print('cuda-check: skipped, this torch was built without CUDA')
         return 0
-    lib = native.build_ops('cuda', out=Path(out) / '_C_cuda.so', archs=('80', '90'))
-    dump = Path(native._nvcc()).with_name('cuobjdump')
+    lib = build.build_ops('cuda', out=Path(out) / '_C_cuda.so', archs=('80', '90'))
+    dump = Path(build._nvcc()).with_name('cuobjdump')
     tool = str(dump) if dump.exists() else shutil.which('cuobjdump')
     if tool:
         listed = subprocess.run([tool, '--list-elf', str(lib)], capture_output=True, text=True).stdout

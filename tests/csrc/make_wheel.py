@@ -1,11 +1,12 @@
-"""A binary wheel: the pure wheel plus the op compiled for all x86-64 instruction sets, then tried in an empty venv: `make wheel`.
+"""A binary wheel, then tried in an empty venv: `make wheel`.
 
-The library uses torch's stable ABI and no Python symbol, so one file serves every Python from 3.11 and every torch from 2.10.
-The manylinux tag is read from the newest glibc symbol that the library asks for."""
+It is the pure wheel plus the op compiled for all x86-64 instruction sets. The library uses torch's stable ABI
+and no Python symbol, so one file serves every Python from 3.11 and every torch from 2.10. The manylinux tag
+is read from the newest glibc symbol that the library needs."""
 
 import platform, re, shutil, subprocess, sys, tempfile, venv
 from pathlib import Path
-from semidetr.detectors import native
+from semidetr.detectors.build import build_ops
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,7 +29,7 @@ def build(dist):
         (pure,) = tmp.glob('semidetr-*.whl')
         run(sys.executable, '-m', 'wheel', 'unpack', '-d', tmp / 'tree', pure)
         (tree,) = (tmp / 'tree').iterdir()
-        lib = native.build_ops(out=tree / 'semidetr' / '_C.abi3.so', isas=('all',))
+        lib = build_ops(out=tree / 'semidetr' / '_C.abi3.so', isas=('all',))
         if tool := shutil.which('strip'):
             run(tool, '--strip-unneeded', lib)
         (meta,) = tree.glob('*.dist-info/WHEEL')
@@ -37,20 +38,8 @@ def build(dist):
         run(sys.executable, '-m', 'wheel', 'pack', '-d', tmp / 'packed', tree)
         (packed,) = (tmp / 'packed').glob('*.whl')
         tag = 'manylinux_{}_{}_{}'.format(*glibc_of(lib), platform.machine())
-        run(
-            sys.executable,
-            '-m',
-            'wheel',
-            'tags',
-            '--remove',
-            '--python-tag',
-            'cp311',
-            '--abi-tag',
-            'abi3',
-            '--platform-tag',
-            tag,
-            packed,
-        )
+        tags = f'--remove --python-tag cp311 --abi-tag abi3 --platform-tag {tag}'
+        run(sys.executable, '-m', 'wheel', 'tags', *tags.split(), packed)
         (made,) = (tmp / 'packed').glob('*.whl')
         return Path(shutil.move(made, dist / made.name))
 
@@ -62,7 +51,8 @@ from semidetr.detectors import native
 assert "{env}" in semidetr.__file__, semidetr.__file__
 status = native.ops_status()["cpu"]
 assert status["source"] == "prebuilt", status
-v, loc, w = torch.arange(12.).view(1, 12, 1, 1), torch.tensor([[2/4, 1.5/3]]).view(1, 1, 1, 1, 1, 2), torch.ones(1, 1, 1, 1, 1)
+v, loc = torch.arange(12.).view(1, 12, 1, 1), torch.tensor([[2/4, 1.5/3]]).view(1, 1, 1, 1, 1, 2)
+w = torch.ones(1, 1, 1, 1, 1)
 assert float(native.native_ms_deform_attn(v, [(3, 4)], loc, w)) == 5.5
 print("wheel works in an empty venv, instruction set", status["isa"])
 '''
@@ -76,12 +66,9 @@ def try_out(wheel):
         python = env / 'bin' / 'python'
         run(python, '-m', 'pip', 'install', '-q', '--no-deps', '--no-index', Path(wheel).resolve())
         paths = [p for p in sys.path if p.endswith(('site-packages', 'dist-packages'))]
-        subprocess.run(
-            [str(python), '-c', TRIAL.format(paths=paths, env=env.name)],
-            check=True,
-            cwd=tmp,
-            env=dict(PATH='', SEMIDETR_CACHE=str(Path(tmp) / 'none'), HOME=tmp),
-        )
+        trial = TRIAL.format(paths=paths, env=env.name)
+        variables = dict(PATH='', SEMIDETR_CACHE=str(Path(tmp) / 'none'), HOME=tmp)
+        subprocess.run([str(python), '-c', trial], check=True, cwd=tmp, env=variables)
 
 
 if __name__ == '__main__':

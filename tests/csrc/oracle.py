@@ -1,4 +1,4 @@
-"""Plain deformable attention for the tests of the native op: a chain of grid_sample calls, in any precision."""
+"""Plain deformable attention for the tests of the native op: grid_sample calls, in any precision."""
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,8 @@ def fused(value, shapes, reference, offsets, logits, mask=None):
         wh = torch.tensor([[w, h] for h, w in shapes], dtype=reference.dtype)
         locations = reference[:, :, None, :, None] + offsets / wh[:, None]
     else:
-        locations = (
-            reference[:, :, None, :, None, :2] + offsets / P * reference[:, :, None, :, None, 2:] * 0.5
-        )
+        centre, size = reference[:, :, None, :, None].split(2, -1)
+        locations = centre + offsets / P * size * 0.5
     return plain(value, shapes, locations, logits.softmax(-1).view(B, Q, M, L, P))
 
 
@@ -52,20 +51,18 @@ def case(B, Q, M, D, shapes, P, dtype=torch.float32, ref_dim=2, mask=False, spre
 
 def error(a, b):
     "Largest difference relative to the largest value"
-    return (
-        ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)).item()
-        if b.numel()
-        else 0.0
-    )
+    if not b.numel():
+        return 0.0
+    a, b = a.double(), b.double()
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
 
 
 def errors(ops, inputs, grad, oracle):
     "Errors of the output and of each gradient against the oracle in float64; `ops` = (forward, backward)"
-    leaves = [
-        t.double().requires_grad_() if torch.is_tensor(t) and t.is_floating_point() else t for t in inputs
-    ]
+    is_number = [torch.is_tensor(t) and t.is_floating_point() for t in inputs]
+    leaves = [t.double().requires_grad_() if n else t for t, n in zip(inputs, is_number)]
     want = oracle(*leaves)
-    wrt = [t for t in leaves if torch.is_tensor(t) and t.requires_grad]
+    wrt = [t for t, n in zip(leaves, is_number) if n]
     wanted = torch.autograd.grad(want, wrt, grad.double(), allow_unused=True)
     flat = [n for hw in inputs[1] for n in hw]
     args = (inputs[0], flat, *inputs[2:])

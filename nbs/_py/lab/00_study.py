@@ -28,10 +28,11 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 from semidetr.core import ConfigError, SemiDETRError, suggest
-from semidetr.train.config import from_dict, override, preset, to_dict
+from semidetr.semi.methods import METHODS
+from semidetr.train import health, trainer
+from semidetr.train.config import override, preset
 from semidetr.train.machine import prepare
 from semidetr.train.run_folder import finished
-from semidetr.train.trainer import Trainer
 
 
 # %% [markdown]
@@ -49,14 +50,14 @@ def run_config(
     position: int = 0,  # line of the progress bar when several runs share a terminal
 ) -> dict:  # content of run.json
     "Look up a finished run, resume a stopped one, or start a new one"
-    return finished(cfg, folder) or Trainer(cfg, folder, progress, position).fit()
+    return finished(cfg, folder) or trainer.Trainer(cfg, folder, progress, position).fit()
 
 
-def _job(values, folder, progress, position):
+def _job(cfg, folder, progress, position):
     "`run_config` in a process of its own; errors come back as text, whatever they hold"
     prepare()
     try:
-        return run_config(from_dict(values), folder, progress, position)
+        return run_config(cfg, folder, progress, position)
     except SemiDETRError as e:
         return dict(error=f'{folder}: {e}')
 
@@ -82,7 +83,7 @@ def run_many(
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         waiting = []
         for i, (cfg, folder) in enumerate(jobs):
-            waiting.append(pool.submit(_job, to_dict(cfg), str(folder), progress, i % workers))
+            waiting.append(pool.submit(_job, cfg, str(folder), progress, i % workers))
         results = [w.result() for w in waiting]
     if bad := [r['error'] for r in results if 'error' in r]:
         raise SemiDETRError('; '.join(bad))
@@ -100,11 +101,8 @@ def branches(
     start_folder=None,  # of the study whose burn-in it is, if not of this one
 ) -> dict:  # name -> (Config, folder of the run); the shared start, `burn_in`, comes first
     "The runs of one seed: a burn-in, and every arm from its checkpoint"
-    base, folder, start = (
-        override(base, [f'run.seed={seed}', f'data.fold={seed}']),
-        Path(folder) / f'seed{seed}',
-        [],
-    )
+    base = override(base, [f'run.seed={seed}', f'data.fold={seed}'])
+    folder, start = Path(folder) / f'seed{seed}', []
     runs = {}
     if burn_in:
         own, first = (
@@ -143,30 +141,8 @@ def paired(
 
 # %%
 #| export
-CURVES = {
-    'step',
-    'loss',
-    'pseudo_boxes',
-    'pseudo_precision',
-    'pseudo_recall',
-    'pseudo_score',
-    'empty_images',
-    'grad_norm',
-    'con_boxes',
-    'initial_boxes',
-    'mined_precision',
-    'mined_recall',
-    'initial_precision',
-    'initial_recall',
-    'cost_threshold',
-    'cost_mean_low',
-    'cost_mean_high',
-    'positives_per_object',
-    'loss_con',
-    'parts_grad_norm',
-}
-
-
+# numbers that a record keeps for every logged iteration, where a result does not name its own
+CURVES = {*trainer.CURVES, *health.CURVES, *(k for m in METHODS.values() for k in m.curves)}
 KEPT = (
     'name hash commit versions machine cores threads device data iterations seconds cpu_seconds '
     'peak_memory_mb health metrics history config'
@@ -190,7 +166,7 @@ def record(
     log = Path(folder) / 'log.jsonl'
     if folder and log.is_file():
         rows = [r for r in map(_line, log.read_text().splitlines()) if 'loss' in r]
-        names = sorted({k for r in rows for k in r} & CURVES)
+        names = sorted({k for r in rows for k in r} & set(result.get('curves', CURVES)))
         short = lambda v: round(v, 4) if isinstance(v, float) else v
         out['curve'] = {k: [short(r.get(k)) for r in rows] for k in names}
     return out

@@ -31,7 +31,7 @@ import functools
 import json
 from pathlib import Path
 import torch
-from semidetr.detectors.detector import Detector
+from semidetr.detectors.contract import build_detector
 from semidetr.lab.plan import open_all, state
 from semidetr.train.config import config_hash
 from semidetr.train.evaluation import same_rng
@@ -54,10 +54,9 @@ def kept_bytes(
     sides=SIDES,  # pixels
 ) -> tuple:  # (weights, [bytes for one image of side x side])
     "What autograd keeps of one image, parameters aside: each storage that a hook is given, once"
-    backbone = dataclasses.replace(detector.backbone, weights='none')
     classes = detector.num_classes or 80
     with same_rng():
-        model = Detector(dataclasses.replace(detector, num_classes=classes, backbone=backbone)).train()
+        model = build_detector(dataclasses.replace(detector.untrained(), num_classes=classes)).train()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     totals = []
     for side in sides:
@@ -75,11 +74,11 @@ def kept_bytes(
     return sum(p.numel() for p in model.parameters()), totals
 
 
-def images_a_batch(
+def images_per_batch(
     cfg,  # Config
 ) -> int:  # on one process
     "Images that the student sees between two backward passes"
-    return cfg.loader.n_labelled + (cfg.loader.n_unlabelled if cfg.method.name != 'supervised' else 0)
+    return cfg.loader.n_labelled + (cfg.loader.n_unlabelled if cfg.method.needs_unlabelled else 0)
 
 
 def memory_estimate(
@@ -89,7 +88,7 @@ def memory_estimate(
     weights, (small, large) = kept_bytes(cfg.detector)
     p1, p2 = (s * s for s in SIDES)
     one = small + (large - small) / (p2 - p1) * (max(cfg.view.short_sides) * cfg.view.max_side - p1)
-    return round((20 * weights + images_a_batch(cfg) * one + 0.9e9) / 2**20)
+    return round((20 * weights + images_per_batch(cfg) * one + 0.9e9) / 2**20)
 
 
 # %% [markdown]
@@ -156,7 +155,7 @@ def dry_run(
                 r.title,
                 key,
                 r.cfg.optim.iters,
-                images_a_batch(r.cfg) * r.cfg.optim.accumulate * processes,
+                images_per_batch(r.cfg) * r.cfg.optim.accumulate * processes,
                 f'{counts[0]} / {counts[1]}' if counts else '?',
                 'new, recorded' if word == 'new' and known else word,
                 memory,

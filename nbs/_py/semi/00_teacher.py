@@ -21,7 +21,7 @@ from torch import nn, Tensor
 from torchvision.ops import nms
 from semidetr.boxes import normalize_boxes, transform_boxes
 from semidetr.core import in_range
-from semidetr.detectors.detector import post_process
+from semidetr.detectors.contract import post_process
 
 # %%
 import matplotlib.pyplot as plt

@@ -396,9 +396,7 @@ class SemiDETR(Supervised):
         if mining.memory:
             self.memory = CostMemory(mining.memory)
         if consistency.needs_queries:
-            self.projector = Projector(
-                cfg.detector.transformer.d_model, consistency.hidden, consistency.projector
-            )
+            self.projector = Projector(cfg.detector.d_model, consistency.hidden, consistency.projector)
 
     def step(self, student, teacher, batch, t):
         losses, scalars, _ = super().step(student, teacher, batch, t)

@@ -38,25 +38,25 @@ import matplotlib.pyplot as plt
 # %%
 #| export
 def build_optimizer(
-    model,  # Detector
+    model,  # a detector; its `param_groups` are 'backbone' and 'rest' (@sec-contract)
     cfg,  # OptimConfig
     parts=(),  # other modules that are trained along
 ):
     "AdamW with a smaller rate for the backbone; frozen parameters are left out"
-    groups = {True: [], False: [p for m in parts for p in m.parameters()]}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            groups[name.startswith('backbone.')].append(p)
+    groups = model.param_groups()
+    others = [p for m in parts for p in m.parameters()]
     params = [
         dict(params=ps, lr=cfg.lr * mult, base_lr=cfg.lr * mult)
-        for ps, mult in ((groups[False], 1.0), (groups[True], cfg.backbone_mult))
+        for ps, mult in (([*others, *groups['rest']], 1.0), (groups['backbone'], cfg.backbone_mult))
         if ps
     ]
     return torch.optim.AdamW(params, weight_decay=cfg.weight_decay, fused=True)
 
 
 # %%
-toy = torch.nn.ModuleDict(dict(backbone=torch.nn.Linear(2, 2), head=torch.nn.Linear(2, 1)))
+backbone, head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
+toy_groups = dict(backbone=list(backbone.parameters()), rest=list(head.parameters()))
+toy = SimpleNamespace(param_groups=lambda: toy_groups)
 toy_cfg = SimpleNamespace(lr=1e-3, backbone_mult=0.1, weight_decay=1e-4)
 optimizer = build_optimizer(toy, toy_cfg, [torch.nn.Linear(3, 3)])
 assert [len(g['params']) for g in optimizer.param_groups] == [4, 2]

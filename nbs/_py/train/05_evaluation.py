@@ -20,7 +20,7 @@ from torchvision.ops import batched_nms
 from tqdm import tqdm
 from semidetr.core import rank, rng_state, set_rng_state, world_size
 from semidetr.data.datasets import Subset
-from semidetr.detectors.detector import post_process
+from semidetr.detectors.contract import post_process
 from semidetr.data.loader import EvalLoader
 from semidetr.semi.teacher import keep_boxes
 from semidetr.train.metrics import evaluate

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from semidetr.core import ConfigError, DataError
 from semidetr.data.catalog import open_dataset
-from semidetr.train.config import config_hash, differences, from_dict, load_config, override, to_dict
+from semidetr.train.config import config_hash, differences, from_saved, override, to_dict
 
 # %%
 #| hide
@@ -84,6 +84,14 @@ def _read_result(folder):
     return result
 
 
+def _read_config(path, cfg):
+    "The configuration that a study wrote for a run; its settings may have had other names then"
+    try:
+        return from_saved(json.loads(path.read_text()), like=cfg)
+    except (ValueError, ConfigError) as e:
+        raise DataError(f'{path}: {e}; delete this folder, or choose another --out') from None
+
+
 def _has_hash(result, cfg):
     "Is this the result of `cfg`? `run.amp=auto` stands for the precision that was chosen when the run began"
     if cfg.run.amp == 'auto':
@@ -107,7 +115,7 @@ def folder_state(
     if not (folder / 'last.pt').exists():
         return FolderState('new')
     written = folder / 'config.json'
-    changed = changed_settings(load_config(written), cfg) if written.exists() else []
+    changed = changed_settings(_read_config(written, cfg), cfg) if written.exists() else []
     if changed:
         more = f' and {len(changed) - 3} more' if len(changed) > 3 else ''
         message = (
@@ -198,7 +206,7 @@ def check_same_run(
     folder,  # of the run, for the message
 ):
     "ConfigError or DataError if a checkpoint belongs to another run than `cfg`"
-    if changed := changed_settings(from_dict(old), cfg):
+    if changed := changed_settings(from_saved(old, like=cfg), cfg):
         raise ConfigError(
             f'{folder}: holds a run with other settings ({"; ".join(changed[:3])}); choose another folder, '
             'or the same settings to go on with it'

@@ -46,7 +46,7 @@ from semidetr.data.catalog import open_dataset
 from semidetr.data.datasets import Joined, Subset, Unlabelled
 from semidetr.data.loader import SemiLoader
 from semidetr.data.splits import load_split, make_split
-from semidetr.detectors.detector import Detector
+from semidetr.detectors.contract import build_detector
 from semidetr.matching.matching import NonFiniteError
 from semidetr.semi.teacher import ema_decay, make_teacher, update_teacher
 from semidetr.train.checkpoint import (
@@ -60,11 +60,12 @@ from semidetr.train.checkpoint import (
     save_checkpoint,
     unpack_rng,
 )
-from semidetr.train.config import Config, DataConfig, config_hash, differences, from_saved, to_dict
+from semidetr.train.config import Config, DataConfig, config_hash, to_dict
 from semidetr.train.evaluation import evaluate_model, same_rng, to_device
 from semidetr.train import health
 from semidetr.train.machine import choose_amp
 from semidetr.train.optim import average_gradients, build_optimizer, gradient_norm, lr_factor
+from semidetr.train.run_folder import check_same_run
 
 
 # %% [markdown]
@@ -158,24 +159,6 @@ def resolve(
     return dataclasses.replace(cfg, detector=dataclasses.replace(cfg.detector, num_classes=len(classes)))
 
 
-def check_same_run(
-    run_dir,  # folder that holds a run
-    saved: dict,  # its checkpoint
-    cfg: Config,  # of the run that is to continue it
-    fingerprint: str,  # of its split
-):
-    "A run is continued only with the settings and the split that it began with"
-    old = from_saved(saved['config'], like=cfg)
-    if config_hash(old) != config_hash(cfg):
-        changed = '; '.join(differences(to_dict(old), to_dict(cfg))[:3])
-        raise ConfigError(
-            f'{run_dir}: holds a run with other settings ({changed}); choose another folder, or the same '
-            'settings to go on with it'
-        )
-    if saved['split'] != fingerprint:
-        raise DataError(f'{run_dir}: the data have changed since this run began; choose another folder')
-
-
 # %%
 #| export
 class RunState:
@@ -202,7 +185,7 @@ class RunState:
             )
         self.cfg = resolve(cfg, self.data.classes)
         seed_everything(cfg.run.seed)
-        self.student = Detector(self.cfg.detector)
+        self.student = build_detector(self.cfg.detector)
         self.student.to(self.device, memory_format=torch.channels_last)  # a third faster on CPUs
         if cfg.run.init:
             load_weights(self.student, load_checkpoint(cfg.run.init)[cfg.run.init_from], cfg.run.init)
@@ -254,7 +237,7 @@ class RunState:
 
     def load(self):
         saved = load_checkpoint(self.dir / 'last.pt')
-        check_same_run(self.dir, saved, self.cfg, self.data.split.fingerprint)
+        check_same_run(saved['config'], self.cfg, saved['split'], self.data.split.fingerprint, self.dir)
         load_weights(self.student, saved['student'], self.dir)
         load_weights(self.teacher, saved['teacher'], self.dir)
         self.method.load_state_dict(saved.get('parts', {}))
@@ -266,15 +249,6 @@ class RunState:
         self.recent = saved['recent']
         self.health.load_state_dict(saved['health'])
         set_rng_state(unpack_rng(saved['rng']))
-
-
-# %% [markdown]
-# The message for other settings in the folder of an old run names what differs:
-
-# %%
-changed = differences(to_dict(Config()), to_dict(dataclasses.replace(Config(), data=DataConfig(count=20))))
-assert changed == ['data.count: 0 -> 20']
-changed
 
 
 # %% [markdown]

@@ -35,8 +35,8 @@ from semidetr.data.files import load_image, read_folder, reason
 from semidetr.data.datasets import CocoDataset, Sample
 from semidetr.data.augment import eval_view
 from semidetr.data.loader import collate
-from semidetr.detectors.detector import Detector, post_process
-from semidetr.train.config import from_dict
+from semidetr.detectors.contract import build_detector, post_process
+from semidetr.train.config import from_saved
 from semidetr.train.checkpoint import load_checkpoint, load_weights
 from semidetr.train.evaluation import to_device
 
@@ -76,13 +76,10 @@ def load_model(
                 f"{path}: this checkpoint holds no '{key}'; give the folder of a run, or its last.pt"
             )
     try:
-        cfg = from_dict(state['config'])
+        cfg = from_saved(state['config'])
     except ConfigError as e:
         raise DataError(f'{path}: {e}; written by another version of semidetr') from None
-    bare = dataclasses.replace(
-        cfg.detector, backbone=dataclasses.replace(cfg.detector.backbone, weights='none')
-    )
-    model = Detector(bare)
+    model = build_detector(cfg.detector.untrained())
     load_weights(model, state[which], path)
     return model.to(device).eval().requires_grad_(False), cfg, list(state['classes'])
 
@@ -102,7 +99,7 @@ small = [
 tiny = resolve(override(preset('digits'), small), scenes.classes)
 folder = Path(tempfile.mkdtemp())
 torch.manual_seed(0)
-network = Detector(tiny.detector)
+network = build_detector(tiny.detector)
 weights = network.state_dict()
 save_checkpoint(
     folder / 'last.pt', config=to_dict(tiny), classes=scenes.classes, student=weights, teacher=weights

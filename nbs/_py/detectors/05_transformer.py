@@ -1,15 +1,14 @@
 # %% [markdown]
 # # Transformer {#sec-transformer}
 #
-# > Turn feature maps into object queries: encode the maps, select proposals, and move them layer by layer
-# > onto objects.
+# > Turn feature maps into object queries: encode the maps, select proposals, and refine them layer by layer.
 #
-# The first DETR starts from queries that are the same for every image and lets each search the whole image.
-# It needs hundreds of epochs before a query has learnt where to look. The cure has three parts. An *encoder*
-# lets each cell of the feature pyramid look at a few others, on all scales. *Query selection* asks the
-# encoded cells themselves which of them sit on an object, and starts the queries there. *Iterative
-# refinement* gives each decoder layer a box and asks only for its correction. This chapter holds the three;
-# backbone and heads belong to @sec-detector.
+# The first DETR starts from queries that are the same for every image, and each attends to the whole image. It
+# needs hundreds of epochs before a query has learned where to attend. The cure has three parts. In the
+# *encoder* each cell of the feature pyramid attends to a few others, on all levels. *Query selection* scores
+# the encoded cells and starts the queries at the best ones. With *iterative refinement* each decoder layer
+# gets a box and predicts only a correction. This chapter holds the three; backbone and heads belong to
+# @sec-detector.
 
 # %%
 #| default_exp detectors.transformer
@@ -31,7 +30,7 @@ from torch import nn, Tensor
 from semidetr.detectors.attention import MSDeformAttn
 from semidetr.detectors.backbone import sine_position
 from semidetr.boxes import inverse_sigmoid
-from semidetr.core import ConfigError, suggest
+from semidetr.core import ConfigError, one_of
 from semidetr.detectors.self_attention import SelfAttention
 
 
@@ -47,30 +46,31 @@ class TransformerConfig:
     d_model: int = 256  # width d of every token and query
     n_heads: int = 8  # M
     n_levels: int = 4  # L feature maps, the coarsest ones made by stride-2 convolutions
-    n_points: int = 4  # K samples a head and level
+    n_points: int = 4  # K samples per head and level
     enc_layers: int = 6
     dec_layers: int = 6
     ffn: int = 2048  # hidden width of the feed-forward blocks
     dropout: float = 0.0  # after attention and in the feed-forward block (DINO 0, Deformable-DETR .1)
     activation: str = 'relu'  # 'relu' or 'gelu'
     num_queries: int = 900  # Q
-    query_content: str = 'learned'  # 'learned': a table, the same for every image (DINO); 'memory': the selected tokens, detached
-    select_score: str = 'max'  # rank of a token: 'max' over the classes (DINO), or 'class0' (the one logit that class-agnostic targets train)
-    select_invalid: bool = False  # may padding and border cells compete for the queries? (official code: yes)
-    position_unit: str = 'canvas'  # unit of the box behind a query's position code: 'canvas', the padded image (official), or 'image'
+    query_content: str = 'learned'  # 'learned': a table (DINO); 'memory': the selected tokens, detached
+    select_score: str = (
+        'max'  # of a token: 'max' over the classes (DINO), 'class0': for class-agnostic targets
+    )
+    select_invalid: bool = False  # do padding and border cells compete for the queries? (official code: yes)
+    position_unit: str = (
+        'canvas'  # of a query's position code: 'canvas', padding included (official), 'image'
+    )
 
     def __post_init__(self):
-        known = dict(
+        one_of(
+            'transformer',
+            self,
             activation=('relu', 'gelu'),
             query_content=('learned', 'memory'),
             select_score=('max', 'class0'),
             position_unit=('canvas', 'image'),
         )
-        for f, values in known.items():
-            if getattr(self, f) not in values:
-                raise ConfigError(
-                    f"transformer.{f}='{getattr(self, f)}' is unknown; {suggest(getattr(self, f), values)}"
-                )
         if self.d_model % self.n_heads or self.d_model % 4:
             raise ConfigError(
                 f'transformer.d_model={self.d_model} must be a multiple of 4 and of n_heads={self.n_heads}'
@@ -80,11 +80,11 @@ class TransformerConfig:
 
 
 # %% [markdown]
-# ## Tokens and where they lie
+# ## Tokens and their positions
 #
-# The maps of all $L$ levels are flattened into one row of $S=\sum_l H_lW_l$ *tokens*. A batch is padded at
-# the right and the bottom, so a token needs two positions: as a share of the valid part of its image, for
-# boxes; and as a share of the padded map, for sampling. The first is the centre of cell $(i,j)$ over the
+# The maps of all $L$ levels are flattened into one sequence of $S=\sum_l H_lW_l$ *tokens*. A batch is padded
+# at the right and the bottom, so a token needs two positions: relative to the valid part of its image, for
+# boxes; and relative to the padded map, for sampling. The first is the centre of cell $(i,j)$ divided by the
 # valid width and height $W'_l,H'_l$ in cells; the second is the first times the *valid ratio*
 # $r_l=(W'_l/W_l,\;H'_l/H_l)$:
 #
@@ -98,7 +98,7 @@ def cell_centres(
     shapes,  # L pairs (H, W) of the feature maps
     valid_wh: Tensor,  # (B or 1, L, 2) valid width and height, in cells
 ) -> Tensor:  # (B or 1, S, 2) x, y; 1 is the end of the valid part
-    "Where tokens lie in their image (@eq-transformer-points)"
+    "Positions of tokens in their image (@eq-transformer-points)"
     out = []
     for (h, w), wh in zip(shapes, valid_wh.unbind(1)):
         x, y = torch.arange(w, device=wh.device) + 0.5, torch.arange(h, device=wh.device) + 0.5
@@ -123,29 +123,27 @@ centres[0]
 # %% [markdown]
 # ## One anchor for each token
 #
-# As a proposal, a token of level $l$ stands for a box about its cell whose side depends on the level only:
+# The proposal of a token of level $l$ starts from a box around its cell whose side depends on the level only:
 #
 # $$
 # a = \left(p_{ij},\; 0.05\cdot 2^l,\; 0.05\cdot 2^l\right)
 # $$ {#eq-transformer-anchor}
 #
-# The box head will correct it in logit space, where 0 and 1 are infinitely far away. Anchors with a
-# coordinate outside $(0.01, 0.99)$, and those of padding, are therefore *invalid*: their logit is $+\infty$,
-# their box $(1,1,1,1)$.
+# The box head corrects it in logit space, where 0 and 1 are infinitely far away. Anchors with a coordinate
+# outside $(0.01, 0.99)$, and those of padding, are therefore *invalid*: their logit is $+\infty$, their box
+# $(1,1,1,1)$.
 
 # %%
 #| export
 def anchor_logits(
     shapes,  # L pairs (H, W) of the feature maps
     valid_wh: Tensor = None,  # (B,L,2) valid width and height, in cells; None: no padding
-    device=None,  # where to make them, if there is no `valid_wh`
+    device=None,  # of the result, if there is no `valid_wh`
 ) -> tuple:  # ((B or 1, S, 4) logits, +inf where invalid; (B or 1, S) bool: valid)
-    "The box that each token stands for, in logit space (@eq-transformer-anchor)"
+    "The anchor of each token, in logit space (@eq-transformer-anchor)"
     centres = cell_centres(shapes, _full_size(shapes, device) if valid_wh is None else valid_wh)
-    side = torch.cat(
-        [torch.full((h * w,), 0.05 * 2**l, device=centres.device) for l, (h, w) in enumerate(shapes)]
-    )
-    anchors = torch.cat([centres, side[:, None].expand(*centres.shape)], -1)
+    sides = [torch.full((h * w,), 0.05 * 2**l, device=centres.device) for l, (h, w) in enumerate(shapes)]
+    anchors = torch.cat([centres, torch.cat(sides)[:, None].expand(*centres.shape)], -1)
     valid = ((anchors > 0.01) & (anchors < 0.99)).all(-1)
     return torch.logit(anchors).masked_fill(~valid[..., None], math.inf), valid
 
@@ -153,15 +151,14 @@ def anchor_logits(
 # %%
 logits, valid = anchor_logits([(4, 4), (2, 2)])
 anchors = logits[0].sigmoid()
-assert torch.allclose(anchors[0], torch.tensor([0.125, 0.125, 0.05, 0.05])) and torch.allclose(
-    anchors[16], torch.tensor([0.25, 0.25, 0.1, 0.1])
-)
+assert torch.allclose(anchors[0], torch.tensor([0.125, 0.125, 0.05, 0.05]))
+assert torch.allclose(anchors[16], torch.tensor([0.25, 0.25, 0.1, 0.1]))
 anchors[[0, 16]]
 
 
 # %% [markdown]
-# The best-scoring tokens become queries. A token has one logit for each class; its rank is the largest of
-# them. There may be fewer tokens than queries asked for: then all tokens are taken, the invalid ones last.
+# The best-scoring tokens become queries. A token has one logit for each class; its score is the largest of
+# them. If there are fewer tokens than queries, all tokens are taken, the invalid ones last.
 
 # %%
 #| export
@@ -180,8 +177,9 @@ def select_queries(
 
 # %%
 token_logits = torch.tensor([[[0.0, 1.0], [5.0, 0.0], [9.0, 9.0], [2.0, 3.0]]])
-first_two = select_queries(token_logits, 2, torch.tensor([[True, True, False, True]]))
-everything = select_queries(token_logits, 900, torch.tensor([[True, True, False, True]]))
+third_is_invalid = torch.tensor([[True, True, False, True]])
+first_two = select_queries(token_logits, 2, third_is_invalid)
+everything = select_queries(token_logits, 900, third_is_invalid)
 assert first_two.tolist() == [[1, 3]] and everything.tolist() == [[1, 3, 0, 2]]
 first_two, everything
 
@@ -189,7 +187,7 @@ first_two, everything
 # ::: {.callout-note}
 # ## Paper vs. code
 # In the official code invalid tokens compete too: their features are set to zero before the heads, so all of
-# them share one score, and more padding means more of them. Here they come last, so that padding cannot
+# them share one score, and more padding means more of them. Here they are ranked last, so that padding cannot
 # displace a proposal; `select_invalid=True` restores the official ranking.
 # :::
 
@@ -199,17 +197,14 @@ from semidetr.draw import draw_boxes, draw_points
 
 # %%
 #| label: fig-transformer-anchors
-#| fig-cap: "Padding gives no proposals: each level offers one anchor a cell of the valid part (dots), of a side that doubles with the level (boxes); the queries start at the tokens with the best scores (filled)."
+#| fig-cap: "Padding gives no proposals: each level has one anchor per cell of the valid part (dots), with a side that doubles with the level (boxes); the queries start at the tokens with the best scores (filled)."
 #| fig-alt: "Two grids of cells, 8x8 and 4x4; the right quarter is padding and empty; dots on the valid cells, a few of them filled, and an anchor box on each level"
 pic_shapes, pic_wh = [(8, 8), (4, 4)], torch.tensor([[[6.0, 8.0], [3.0, 4.0]]])
 pic_logits, pic_valid = anchor_logits(pic_shapes, pic_wh)
-pic_xy = cell_centres(pic_shapes, pic_wh)[0] * torch.tensor(
-    [96.0, 128.0]
-)  # an image of 96x128 in a canvas of 128x128
-score = -(pic_xy - torch.tensor([40.0, 50.0])).norm(dim=-1)[
-    None, :, None
-]  # pretend that an object lies at (40,50)
-chosen = select_queries(score, 9, pic_valid)[0]
+pic_size = torch.tensor([96.0, 128.0])  # of an image in a canvas of 128x128
+pic_xy = cell_centres(pic_shapes, pic_wh)[0] * pic_size
+score = -(pic_xy - torch.tensor([40.0, 50.0])).norm(dim=-1)  # as if an object lay at (40,50)
+chosen = select_queries(score[None, :, None], 9, pic_valid)[0]
 fig, axes = plt.subplots(1, 2, figsize=(5.4, 2.8), dpi=80)
 for l, (ax, part) in enumerate(zip(axes, (slice(0, 64), slice(64, 80)))):
     ax.set(xlim=(0, 128), ylim=(128, 0), aspect='equal', title=f'level {l}', xticks=[], yticks=[])
@@ -218,17 +213,17 @@ for l, (ax, part) in enumerate(zip(axes, (slice(0, 64), slice(64, 80)))):
     ax.plot(*here[ok].T, 'o', ms=3, mfc='none', color='grey')
     picked = chosen[(chosen >= part.start) & (chosen < part.stop)]
     draw_points(ax, pic_xy[picked], kind='student', size=30)
-    side = 0.05 * 2**l * torch.tensor([96.0, 128.0])
-    c = here[0]
-    draw_boxes(ax, torch.cat([c - side / 2, c + side / 2])[None], kind='truth')
+    side = 0.05 * 2**l * pic_size
+    first = torch.cat([here[0] - side / 2, here[0] + side / 2])
+    draw_boxes(ax, first[None], kind='truth')
 plt.show()
 
 
 # %% [markdown]
 # ## From a box to a position code
 #
-# A decoder layer must know where its box is. With $F$ numbers a coordinate (128 in the paper) and $T=10000$,
-# the code of a coordinate $v$ is
+# A decoder layer needs the position of its box. With $F$ numbers per coordinate (128 in the paper) and
+# $T=10000$, the code of a coordinate $v$ is
 #
 # $$
 # e_{2i}(v)=\sin\frac{2\pi v}{T^{2i/F}},\qquad e_{2i+1}(v)=\cos\frac{2\pi v}{T^{2i/F}}
@@ -251,17 +246,15 @@ def sine_embed_boxes(
     temperature: float = 10000.0,  # T
 ) -> Tensor:  # (..., 4*F), blocks in the order y, x, w, h
     "Sine code of a box (@eq-transformer-sine)"
-    angle = boxes[..., [1, 0, 2, 3], None] * _frequencies(
-        num_feats // 2, temperature, boxes.device, boxes.dtype
-    )
+    frequencies = _frequencies(num_feats // 2, temperature, boxes.device, boxes.dtype)
+    angle = boxes[..., [1, 0, 2, 3], None] * frequencies
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(-3)
 
 
 # %%
 code = sine_embed_boxes(torch.tensor([0.25, 0.5, 0.0, 0.0]), num_feats=2).view(4, 2)
-assert torch.allclose(
-    code, torch.tensor([[0.0, -1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), atol=1e-6
-)  # y=.5, x=.25
+by_hand = torch.tensor([[0.0, -1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])  # y=.5, x=.25, w=h=0
+assert torch.allclose(code, by_hand, atol=1e-6)
 code
 
 
@@ -277,15 +270,14 @@ code
 #
 # $\sigma^{-1}$ clips its argument at a distance of $10^{-5}$ from 0 and 1, so that the chain stays finite
 # even from an invalid anchor. The next layer starts from $b_d$, without gradient: each layer is responsible
-# for one step. But the box of layer $d$ that goes into the *loss* starts from the box with gradient, and uses
-# the correction of the normalised output, $\Delta'_d$:
+# for one step. But the box of layer $d$ that enters the *loss* starts from the box with gradient, and uses the
+# correction predicted from the normalised output, $\Delta'_d$:
 #
 # $$
 # \hat b_d=\sigma\left(\Delta'_d+\sigma^{-1}(\tilde b_{d-1})\right)
 # $$ {#eq-transformer-lft}
 #
-# So the loss of layer $d$ also teaches layer $d-1$ what would have been a better start, and nobody further
-# back.
+# So the loss of layer $d$ also trains layer $d-1$ to give a better start, and no earlier layer.
 
 # %%
 #| export
@@ -300,7 +292,7 @@ def refine(
 def predict_boxes(
     references: Tensor,  # (layers,B,N,4) the box before each layer, with gradient
     deltas: Tensor,  # (layers,B,N,4) box head of the normalised outputs
-    look_forward_twice: bool = True,  # False: each layer answers for its own correction alone
+    look_forward_twice: bool = True,  # False: the loss of a layer trains its own correction only
 ) -> Tensor:  # (layers,B,N,4) cxcywh in [0,1]
     "Boxes for the loss (@eq-transformer-lft)"
     return refine(references if look_forward_twice else references.detach(), deltas)
@@ -315,9 +307,9 @@ moved
 # %% [markdown]
 # ## Building blocks
 #
-# The self-attention among queries uses the layout of weights of `nn.MultiheadAttention` and its boolean mask
-# (True: this row may not see this column). It is written out, because queries and keys share their input
-# while values do not: two matrix products instead of three.
+# The self-attention among queries has the weights of `nn.MultiheadAttention` in the same layout, and its boolean
+# mask (True: this row may not attend to this column). It is written out because queries and keys share their
+# input while values do not: two matrix products instead of three.
 
 # %%
 #| export
@@ -326,9 +318,9 @@ class MLP(nn.Module):
 
     def __init__(
         self,
-        d_in: int,
-        d_hidden: int,
-        d_out: int,  # widths
+        d_in: int,  # width of the input
+        d_hidden: int,  # width between the layers
+        d_out: int,  # width of the output
         n_layers: int,  # number of linear layers
     ):
         super().__init__()
@@ -344,14 +336,14 @@ class MLP(nn.Module):
 # %% [markdown]
 # ## Encoder
 #
-# A token asks a few places near itself on each level (@sec-attention): query = token + position, where the
-# position is the sine code of its place in the valid part plus a learned vector for its level. Then comes a
-# feed-forward block. LayerNorm follows each sum; there is none after the last layer.
+# A token samples a few locations near itself on each level (@sec-attention): query = token + position, where
+# the position is the sine code of its cell in the valid part plus a learned vector for its level. Then follows
+# a feed-forward block. LayerNorm comes after each sum; there is none after the last layer.
 
 # %%
 #| export
 class _FeedForward(nn.Module):
-    "What both kinds of layer end with; a base class, so that the weights carry the field's names"
+    "The block that ends both kinds of layer; a base class, so that the weights keep their usual names"
 
     def _build_ffn(self, cfg):
         self.linear1, self.linear2 = nn.Linear(cfg.d_model, cfg.ffn), nn.Linear(cfg.ffn, cfg.d_model)
@@ -378,7 +370,7 @@ class EncoderLayer(_FeedForward):
     def forward(
         self,
         x: Tensor,  # (B,S,d) tokens
-        pos: Tensor,  # (B or 1, S, d)
+        pos: Tensor,  # (B or 1, S, d) position codes
         reference_points: Tensor,  # (B,S,L,2) in units of the padded maps
         shapes,  # L pairs (H, W)
         padding: Tensor = None,  # (B,S) bool, True=padding
@@ -396,7 +388,14 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(cfg) for _ in range(cfg.enc_layers))
 
-    def forward(self, x, pos, reference_points, shapes, padding=None) -> Tensor:  # as in `EncoderLayer`
+    def forward(
+        self,
+        x: Tensor,  # (B,S,d) tokens
+        pos: Tensor,  # (B or 1, S, d) position codes
+        reference_points: Tensor,  # (B,S,L,2) in units of the padded maps
+        shapes,  # L pairs (H, W)
+        padding: Tensor = None,  # (B,S) bool, True=padding
+    ) -> Tensor:  # (B,S,d)
         for layer in self.layers:
             x = layer(x, pos, reference_points, shapes, padding)
         return x
@@ -405,10 +404,10 @@ class Encoder(nn.Module):
 # %% [markdown]
 # ## Decoder
 #
-# A query is a pair of *content* and box. A layer lets the queries see each other (values are the content
-# alone, without position), then look at the image around their boxes, then think. The weights are named as in
-# Deformable-DETR: `norm2` follows the self-attention, `norm1` the attention to the image, `norm3` the
-# feed-forward block.
+# A query is a pair of *content* and box. In a layer the queries attend to each other (values are the content
+# alone, without position), then to the image around their boxes, and pass a feed-forward block. The weights
+# are named as in Deformable-DETR: `norm2` follows the self-attention, `norm1` the attention to the image,
+# `norm3` the feed-forward block.
 
 # %%
 #| export
@@ -426,13 +425,13 @@ class DecoderLayer(_FeedForward):
     def forward(
         self,
         x: Tensor,  # (B,N,d) queries
-        pos: Tensor,  # (B,N,d)
+        pos: Tensor,  # (B,N,d) position codes
         reference_boxes: Tensor,  # (B,N,L,4) in units of the padded maps
-        memory: Tensor,  # (B,S,d)
+        memory: Tensor,  # (B,S,d) tokens after the encoder
         shapes,  # L pairs (H, W)
-        padding: Tensor = None,  # (B,S) bool
-        blocked: Tensor = None,  # (N,N) bool
-        others=None,  # see `SelfAttention`
+        padding: Tensor = None,  # (B,S) bool, True=padding
+        blocked: Tensor = None,  # (N,N) bool, True: row may not attend to column
+        others=None,  # (content, pos) of further queries, as in `SelfAttention`
     ) -> Tensor:  # (B,N,d)
         x = self.norm2(x + self.dropout(self.self_attn(x, pos, blocked, others)))
         x = self.norm1(x + self.dropout(self.cross_attn(x + pos, reference_boxes, memory, shapes, padding)))
@@ -440,14 +439,14 @@ class DecoderLayer(_FeedForward):
 
 
 # %% [markdown]
-# Between the layers the box moves. The correction is read from the layer's output as it is; what goes to the
-# heads is that output after one more LayerNorm, shared by all layers. The box head comes in as a function:
-# the decoder owns no head.
+# Between the layers the box is refined. The correction is predicted from the layer's output as it is; the heads
+# get that output after one more LayerNorm, shared by all layers. The box head is passed in as a function: the
+# decoder owns no head.
 
 # %%
 #| export
 class Decoder(nn.Module):
-    "A stack of decoder layers that moves its reference boxes from layer to layer"
+    "A stack of decoder layers that refine the reference boxes one after another"
 
     def __init__(self, cfg: TransformerConfig):
         super().__init__()
@@ -460,33 +459,31 @@ class Decoder(nn.Module):
         self,
         x: Tensor,  # (B,N,d) content of the queries
         reference: Tensor,  # (B,N,4) cxcywh in [0,1]: boxes to start from
-        memory: Tensor,  # (B,S,d)
+        memory: Tensor,  # (B,S,d) tokens after the encoder
         shapes,  # L pairs (H, W)
         box_head,  # callable (B,N,d) -> (B,N,4) corrections
-        padding: Tensor = None,  # (B,S) bool
+        padding: Tensor = None,  # (B,S) bool, True=padding
         valid_ratios: Tensor = None,  # (B,L,2); None: no padding
-        blocked: Tensor = None,  # (N,N) bool, True: row may not see column
-        states=None,  # third result of an earlier pass over the same memory: queries that these ones see, without being seen
-    ) -> tuple:  # (hs (layers,B,N,d) normalised outputs; references (layers,B,N,4) box before each layer, *with* gradient to the layer before; states: (content, pos) before each layer)
-        hs, references, scale, kept = [], [reference.detach()], None, []
+        blocked: Tensor = None,  # (N,N) bool, True: row may not attend to column
+        states=None,  # of an earlier pass over the same memory: its queries are attended to as well
+    ) -> tuple:  # (hs (layers,B,N,d), references (layers,B,N,4), states: (content, pos) before each layer)
+        "Outputs after the norm; boxes before each layer, with gradient to the layer before; inputs of layers"
+        hs, references, new_states, scale = [], [reference.detach()], [], None
         if valid_ratios is not None:
             scale = valid_ratios.repeat(1, 1, 2)[:, None]  # (B,1,L,4)
         for i, layer in enumerate(self.layers):
             now = references[-1].detach()
-            per_level = (
-                now[:, :, None].expand(-1, -1, len(shapes), -1) if scale is None else now[:, :, None] * scale
-            )
-            pos = self.ref_point_head(
-                sine_embed_boxes(per_level[:, :, 0] if self.canvas else now, self.num_feats).to(x.dtype)
-            )
-            kept.append((x, pos))
-            x = layer(
-                x, pos, per_level, memory, shapes, padding, blocked, None if states is None else states[i]
-            )
+            per_level = now[:, :, None]
+            per_level = per_level.expand(-1, -1, len(shapes), -1) if scale is None else per_level * scale
+            code = sine_embed_boxes(per_level[:, :, 0] if self.canvas else now, self.num_feats)
+            pos = self.ref_point_head(code.to(x.dtype))
+            new_states.append((x, pos))
+            others = None if states is None else states[i]
+            x = layer(x, pos, per_level, memory, shapes, padding, blocked, others)
             hs.append(self.norm(x))
             if i + 1 < len(self.layers):
                 references.append(refine(now, box_head(x)))
-        return torch.stack(hs), torch.stack(references), kept
+        return torch.stack(hs), torch.stack(references), new_states
 
 
 # %% [markdown]
@@ -497,8 +494,8 @@ class Decoder(nn.Module):
 # in the batch. `position_unit='image'` removes that; without padding both are the same.
 # :::
 #
-# The claim about gradients can be seen. Replace the box head by five free corrections and ask which of them
-# each predicted box depends on:
+# The claim about gradients can be checked. Replace the box head by five free corrections and compute which of
+# them each predicted box depends on:
 
 # %%
 def gradient_pattern(twice, n=5):
@@ -507,15 +504,10 @@ def gradient_pattern(twice, n=5):
     dec = Decoder(TransformerConfig(d_model=16, n_heads=2, n_levels=1, n_points=1, dec_layers=n, ffn=16))
     deltas = [torch.zeros(1, 1, 4, requires_grad=True) for _ in range(n)]
     calls = iter(deltas)
-    _, references, _ = dec(
-        torch.randn(1, 1, 16),
-        torch.full((1, 1, 4), 0.4),
-        torch.randn(1, 4, 16),
-        [(2, 2)],
-        lambda o: next(calls),
-    )
-    hat = predict_boxes(references, torch.stack(deltas), twice)
-    grads = [torch.autograd.grad(b.sum(), deltas, retain_graph=True, allow_unused=True) for b in hat]
+    content, memory = torch.randn(1, 1, 16), torch.randn(1, 4, 16)
+    _, references, _ = dec(content, torch.full((1, 1, 4), 0.4), memory, [(2, 2)], lambda o: next(calls))
+    boxes = predict_boxes(references, torch.stack(deltas), twice)
+    grads = [torch.autograd.grad(b.sum(), deltas, retain_graph=True, allow_unused=True) for b in boxes]
     return torch.tensor([[0.0 if g is None else g.abs().sum() for g in row] for row in grads])
 
 
@@ -531,30 +523,24 @@ assert torch.equal(once > 0, torch.eye(5) > 0) and torch.equal(twice > 0, band >
 fig, axes = plt.subplots(1, 2, figsize=(4.6, 2.4), dpi=80)
 for ax, m, name in zip(axes, (once, twice), ('once', 'twice')):
     ax.imshow(m, cmap='Blues', vmin=0, vmax=1)
-    ax.set(
-        title=f'look forward {name}',
-        xlabel='correction of layer',
-        ylabel='box of layer',
-        xticks=range(5),
-        yticks=range(5),
-    )
-    ax.set_xticklabels(range(1, 6))
-    ax.set_yticklabels(range(1, 6))
+    ax.set(title=f'look forward {name}', xlabel='correction of layer', ylabel='box of layer')
+    ax.set_xticks(range(5), range(1, 6))
+    ax.set_yticks(range(5), range(1, 6))
 plt.tight_layout()
 plt.show()
 
 
 # %% [markdown]
-# ## What the encoder leaves behind
+# ## The encoder's result
 #
 # One pass of the encoder serves any number of decoder passes: with other extra queries, with or without
-# gradient. What they need travels together.
+# gradient. All that they need is kept together.
 
 # %%
 #| export
 @dataclass
 class Encoded:
-    "An image after the encoder: all that a decoder needs, any number of times"
+    "A batch of images after the encoder: all that any number of decoder passes need"
 
     features: list  # L maps (B,d,h,w): the pyramid before the encoder
     memory: Tensor  # (B,S,d) tokens after it
@@ -564,8 +550,8 @@ class Encoded:
     enc_logits: Tensor  # (B,Q,C) class logits of the selected tokens, with gradient
     enc_boxes: Tensor  # (B,Q,4) their boxes, cxcywh in [0,1], with gradient
     reference_logits: Tensor  # (B,Q,4) the same in logit space, detached and finite
-    content: Tensor  # (B,Q,d) what the queries start from
-    selected: Tensor  # (B,Q) index of the token that each came from
+    content: Tensor  # (B,Q,d) initial content of the queries
+    selected: Tensor  # (B,Q) index of the token of each query
 
 
 # %% [markdown]
@@ -576,11 +562,11 @@ class Encoded:
 #| export
 @dataclass
 class Geometry:
-    "What depends on sizes and padding only; leading dimension B, or 1 where nothing is padded"
+    "Everything that depends on sizes and padding only; leading dimension B, or 1 where nothing is padded"
 
     shapes: tuple  # L pairs (H, W)
     position: Tensor  # (B,S,d) sine code of each token
-    reference_points: Tensor  # (B,S,L,2) places of the tokens in units of each padded map
+    reference_points: Tensor  # (B,S,L,2) positions of the tokens in units of each padded map
     anchors: Tensor  # (B,S,4) logits, +inf where invalid
     valid: Tensor  # (B,S) bool
     padding: Tensor = None  # (B,S) bool; None: no padding
@@ -591,34 +577,29 @@ def token_geometry(
     shapes,  # L pairs (H, W)
     d_model: int,  # d
     masks=None,  # L masks (B,h,w), True=padding; None: no padding
-    device=None,  # where to make it, if there are no masks
+    device=None,  # of the result, if there are no masks
 ) -> Geometry:
     "Positions, reference points (@eq-transformer-points) and anchors (@eq-transformer-anchor) of all tokens"
     blank = masks or [torch.zeros(1, h, w, dtype=torch.bool, device=device) for h, w in shapes]
     position = torch.cat([sine_position(m, d_model // 2).flatten(2).transpose(1, 2) for m in blank], 1)
     size = _full_size(shapes, blank[0].device)
-    wh = (
-        torch.stack([torch.stack([(~m[:, 0]).sum(1), (~m[:, :, 0]).sum(1)], -1) for m in blank], 1)
-        .to(size)
-        .clamp(min=1)
-    )
+    wh = torch.stack([torch.stack([(~m[:, 0]).sum(1), (~m[:, :, 0]).sum(1)], -1) for m in blank], 1)
+    wh = wh.to(size).clamp(min=1)
     ratios, padding = wh / size, torch.cat([m.flatten(1) for m in blank], 1)
-    anchors, valid = anchor_logits(shapes, wh)
     points = cell_centres(shapes, wh)[:, :, None] * ratios[:, None]
-    known = (None, None) if masks is None else (padding, ratios)
-    return Geometry(
-        shapes, position, points, anchors.masked_fill(padding[..., None], math.inf), valid & ~padding, *known
-    )
+    anchors, valid = anchor_logits(shapes, wh)
+    anchors, valid = anchors.masked_fill(padding[..., None], math.inf), valid & ~padding
+    if masks is None:
+        padding = ratios = None
+    return Geometry(shapes, position, points, anchors, valid, padding, ratios)
 
 
 # %%
 #| export
 def _kept_geometry(cache, features, masks):
     "Geometry of a pyramid, from `cache` where nothing is padded (at most 32 sets of sizes stay there)"
-    shapes, (d, device) = (
-        tuple(tuple(f.shape[-2:]) for f in features),
-        (features[0].shape[1], features[0].device),
-    )
+    shapes = tuple(tuple(f.shape[-2:]) for f in features)
+    d, device = features[0].shape[1], features[0].device
     if masks is not None:
         return token_geometry(shapes, d, masks)
     if (shapes, device) not in cache:
@@ -631,18 +612,19 @@ def _kept_geometry(cache, features, masks):
 
 # %% [markdown]
 # *Mixed* query selection takes boxes from the tokens and contents from a learned table. With few training
-# images the table is slow to learn; `query_content='memory'` then starts each query from the token it was
-# selected from (without gradient, so that the encoder is not pulled by two masters).
+# images the table is slow to learn; with `query_content='memory'` a query starts from the content of its token
+# (without gradient, so that the decoder's losses do not compete with the encoder's own).
 #
-# Ranking needs no gradient. So all tokens are scored without one, and only the $Q$ chosen rows go through the
-# layers again with gradient: the same values and gradients as the long way, at a fraction of the memory.
+# Ranking needs no gradient. So all tokens are scored without one, and only the $Q$ chosen rows pass the heads
+# again with gradient: the same values and gradients as with gradients for all tokens, at a fraction of the
+# memory.
 
 # %%
 #| export
 def propose(
     memory: Tensor,  # (B,S,d) encoder output
     geo: Geometry,
-    embed,  # (B,N,d) -> (B,N,d): what the heads see of a token
+    embed,  # (B,N,d) -> (B,N,d): layers between token and heads
     class_head,  # (B,N,d) -> (B,N,C)
     box_head,  # (B,N,d) -> (B,N,4)
     cfg: TransformerConfig,
@@ -650,12 +632,8 @@ def propose(
     "Query selection: the Q tokens of best score, and their anchors as corrected by the box head"
     known = memory.masked_fill(~geo.valid[..., None], 0)
     with torch.no_grad():
-        index = select_queries(
-            class_head(embed(known)),
-            cfg.num_queries,
-            None if cfg.select_invalid else geo.valid,
-            cfg.select_score,
-        )
+        logits, valid = class_head(embed(known)), None if cfg.select_invalid else geo.valid
+        index = select_queries(logits, cfg.num_queries, valid, cfg.select_score)
 
     def pick(x):
         return x.expand(len(memory), -1, -1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
@@ -671,7 +649,7 @@ def propose(
 # %%
 #| export
 class Transformer(nn.Module):
-    "Encoder, query selection and decoder; heads are handed in, because the detector owns them"
+    "Encoder, query selection and decoder; heads are passed in, because the detector owns them"
 
     def __init__(self, cfg: TransformerConfig):
         super().__init__()
@@ -698,37 +676,39 @@ class Transformer(nn.Module):
         self,
         features,  # L maps (B,d,h,w)
         masks,  # L masks (B,h,w), True=padding; None: no padding
-        class_head,
-        box_head,  # of the encoder: (B,N,d) -> (B,N,C) and (B,N,4)
+        class_head,  # of the encoder: (B,N,d) -> (B,N,C)
+        box_head,  # of the encoder: (B,N,d) -> (B,N,4)
     ) -> Encoded:
         "Tokens through the encoder, then the best of them as proposals"
-        geo, tokens = (
-            _kept_geometry(self._cache, features, masks),
-            torch.cat([f.flatten(2).transpose(1, 2) for f in features], 1),
-        )
+        geo = _kept_geometry(self._cache, features, masks)
+        tokens = torch.cat([f.flatten(2).transpose(1, 2) for f in features], 1)
         level = torch.cat([e.expand(h * w, -1) for e, (h, w) in zip(self.level_embed, geo.shapes)])
         points = geo.reference_points.to(tokens.dtype).expand(len(tokens), -1, -1, -1)
         memory = self.encoder(tokens, geo.position.to(tokens.dtype) + level, points, geo.shapes, geo.padding)
-        logits, boxes, h, index = propose(
-            memory, geo, lambda x: self.enc_output_norm(self.enc_output(x)), class_head, box_head, self.cfg
-        )
-        content = (
-            h.detach()
-            if self.cfg.query_content == 'memory'
-            else self.query_content.weight[: index.shape[1]].expand(len(memory), -1, -1)
-        )
+        logits, boxes, h, index = propose(memory, geo, self.embed_token, class_head, box_head, self.cfg)
+        if self.cfg.query_content == 'memory':
+            content = h.detach()
+        else:
+            content = self.query_content.weight[: index.shape[1]].expand(len(memory), -1, -1)
         return Encoded(
-            list(features),
-            memory,
-            geo.padding,
-            geo.shapes,
-            geo.valid_ratios,
-            logits,
-            boxes,
-            inverse_sigmoid(boxes.detach()),
-            content,
-            index,
+            features=list(features),
+            memory=memory,
+            padding_mask=geo.padding,
+            shapes=geo.shapes,
+            valid_ratios=geo.valid_ratios,
+            enc_logits=logits,
+            enc_boxes=boxes,
+            reference_logits=inverse_sigmoid(boxes.detach()),
+            content=content,
+            selected=index,
         )
+
+    def embed_token(
+        self,
+        x: Tensor,  # (B,N,d) encoded tokens
+    ) -> Tensor:  # (B,N,d)
+        "The layer between encoder and proposal heads"
+        return self.enc_output_norm(self.enc_output(x))
 
 
 # %% [markdown]
@@ -737,45 +717,41 @@ class Transformer(nn.Module):
 
 # %%
 torch.manual_seed(0)
-toy = Transformer(
-    TransformerConfig(
-        d_model=16, n_heads=2, n_levels=2, n_points=2, enc_layers=1, dec_layers=2, ffn=32, num_queries=5
-    )
-)
+toy_sizes = dict(d_model=16, n_heads=2, n_levels=2, n_points=2, enc_layers=1, dec_layers=2, ffn=32)
+toy = Transformer(TransformerConfig(**toy_sizes, num_queries=5))
 to_class, to_box = nn.Linear(16, 3), MLP(16, 16, 4, 3)
 nn.init.zeros_(to_box.layers[-1].weight)
 nn.init.zeros_(to_box.layers[-1].bias)
 pyramid = [torch.randn(2, 16, 4, 4), torch.randn(2, 16, 2, 2)]
-seen = toy.encode(pyramid, None, to_class, to_box)
-hs, refs, _ = toy.decoder(seen.content, seen.reference_logits.sigmoid(), seen.memory, seen.shapes, to_box)
-stays = predict_boxes(refs, to_box(hs))
-assert torch.allclose(seen.enc_boxes[0], anchors[seen.selected[0]], atol=1e-5)
-assert torch.allclose(stays, seen.enc_boxes.expand(2, -1, -1, -1), atol=1e-5)
-hs.shape, stays[-1, 0]
+encoded = toy.encode(pyramid, None, to_class, to_box)
+start = encoded.reference_logits.sigmoid()
+hs, refs, _ = toy.decoder(encoded.content, start, encoded.memory, encoded.shapes, to_box)
+unmoved = predict_boxes(refs, to_box(hs))
+assert torch.allclose(encoded.enc_boxes[0], anchors[encoded.selected[0]], atol=1e-5)
+assert torch.allclose(unmoved, encoded.enc_boxes.expand(2, -1, -1, -1), atol=1e-5)
+hs.shape, unmoved[-1, 0]
 
 # %% [markdown]
-# Padding must not matter: the same maps inside larger ones filled with rubbish give the same proposals.
+# Padding must not matter: the same maps inside larger ones with other content give the same proposals.
 
 # %%
-rubbish = [torch.full((2, 16, 8, 8), 9.0), torch.full((2, 16, 4, 4), 9.0)]
-hidden = [torch.ones(2, 8, 8, dtype=torch.bool), torch.ones(2, 4, 4, dtype=torch.bool)]
-for big, hide, small in zip(rubbish, hidden, pyramid):
+canvases = [torch.full((2, 16, 8, 8), 9.0), torch.full((2, 16, 4, 4), 9.0)]
+paddings = [torch.ones(2, 8, 8, dtype=torch.bool), torch.ones(2, 4, 4, dtype=torch.bool)]
+for canvas, is_padding, small in zip(canvases, paddings, pyramid):
     n = small.shape[-1]
-    big[:, :, :n, :n], hide[:, :n, :n] = small, False
-padded = toy.encode(rubbish, hidden, to_class, to_box)
-assert torch.allclose(padded.enc_logits, seen.enc_logits, atol=1e-4) and torch.allclose(
-    padded.enc_boxes, seen.enc_boxes, atol=1e-4
-)
-(padded.enc_logits - seen.enc_logits).abs().max().item()
+    canvas[:, :, :n, :n], is_padding[:, :n, :n] = small, False
+padded = toy.encode(canvases, paddings, to_class, to_box)
+assert torch.allclose(padded.enc_logits, encoded.enc_logits, atol=1e-4)
+assert torch.allclose(padded.enc_boxes, encoded.enc_boxes, atol=1e-4)
+(padded.enc_logits - encoded.enc_logits).abs().max().item()
 
 # %% [markdown]
 # ## Summary
 #
-# - Tokens are cells of all levels in one row; each knows its place in its image and in the padded canvas.
-# - Every token stands for an anchor box; the best by class score become queries, with contents from a learned
-#   table.
+# - Tokens are the cells of all levels in one sequence; each has a position in its image and in the padded canvas.
+# - Every token has an anchor box; the best by class score become queries, with contents from a learned table.
 # - Decoder layers correct a box in logit space, each from a start without gradient.
-# - The loss of a layer sees the layer before as well (look forward twice), and no further.
+# - The loss of a layer also reaches the layer before (look forward twice), and no further.
 # - What depends on sizes only is computed once; what needs no gradient is computed without.
 #
 # ## Exercises
@@ -783,4 +759,4 @@ assert torch.allclose(padded.enc_logits, seen.enc_logits, atol=1e-4) and torch.a
 # 1. Why is the side of an anchor not learned?
 # 2. Let the decoder keep the gradient of all references: which pattern does @fig-transformer-forward-twice
 #    show then?
-# 3. Which tokens are invalid in an image of one cell a level, and what happens to its queries?
+# 3. Which tokens are invalid in an image with one cell on each level, and what happens to its queries?
