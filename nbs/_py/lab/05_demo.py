@@ -31,11 +31,11 @@ from semidetr.train.predict import load_model
 #| export
 BURN_IN = ['optim.iters=300', 'method.T1=200', 'loader.n_labelled=8', 'optim.lr=2e-3']
 MIXED = ['loader.n_labelled=2', 'loader.n_unlabelled=6', 'pseudo.threshold=0.3', 'method.unsup_weight=2']
-ARMS = {
-    'supervised': ['method.name=supervised', 'loader.n_labelled=8'],
-    'mean_teacher': ['method.name=mean_teacher', *MIXED],
-    'semi_detr': ['method.name=semi_detr', 'method.T1=100', *MIXED],
-}
+ARMS = dict(
+    supervised=['method.name=supervised', 'loader.n_labelled=8'],
+    mean_teacher=['method.name=mean_teacher', *MIXED],
+    semi_detr=['method.name=semi_detr', 'method.T1=100', *MIXED],
+)
 # of all continuations
 LATER = 'method.T1=0 optim.iters=300 optim.lr=1e-3 optim.schedule=cosine optim.warmup=30'.split()
 
@@ -76,7 +76,7 @@ def keep_detections(
 def table(
     result: dict,  # content of results.json
     part: str = 'val',  # 'val' = test split, 'dev' = development part
-    who: str = 'teacher',  # which network; for 'supervised' the teacher is the averaged student
+    who: str = 'teacher',  # which network; without unlabelled images the teacher is the averaged student
 ) -> list:  # lines of Markdown
     "AP and AP50 of every run, and the gain pair by pair"
     names = list(result['runs'][0]['arms'])
