@@ -26,11 +26,16 @@ _PUBLIC = {
 _WHERE = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 __all__ = ['__version__', *_WHERE]
 
+
 def __getattr__(name):
     "Import a public name when it is first used, so that `import semidetr` costs nothing"
-    if name not in _WHERE: raise AttributeError(f"module 'semidetr' has no attribute '{name}'")
+    if name not in _WHERE:
+        raise AttributeError(f"module 'semidetr' has no attribute '{name}'")
     from importlib import import_module
+
     value = globals()[name] = getattr(import_module(f'semidetr.{_WHERE[name]}'), name)
     return value
 
-def __dir__(): return sorted({*globals(), *__all__})
+
+def __dir__():
+    return sorted({*globals(), *__all__})

@@ -115,7 +115,7 @@ def numbers(path):
     return json.dumps(strip(json.loads(path.read_text())))
 
 
-# --- real runs ------------------------------------------------------------------------------------
+# --- real runs -------------------------------------------------------------------------
 ENV = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
 
 
@@ -259,7 +259,7 @@ def test_killed_and_stopped_studies_go_on(whole, tmp_path):
     )
 
 
-# --- the engine, with a notebook that only pretends -----------------------------------------------
+# --- the engine, with a notebook that only pretends ------------------------------------
 def test_order_records_and_no_second_time(fake, monkeypatch):
     "An arm waits for its own burn-in alone; two at a time; the same file for one job and for two; no repeats"
     shell = fake()
@@ -614,7 +614,7 @@ def test_submitit_on_this_machine(fake):
     )
 
 
-# --- the dry run ----------------------------------------------------------------------------------
+# --- the dry run -----------------------------------------------------------------------
 def test_a_job_that_dies_is_a_failure_of_its_run(tmp_path):
     "An engine whose job raises: one line with the run, and the other runs go on"
 

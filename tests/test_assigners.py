@@ -40,7 +40,7 @@ def case(sizes, Q=20, C=4, layers=2, seed=0, near=True, dtype=torch.float64):
     return torch.randn(layers, len(sizes), Q, C, generator=g).to(dtype), pred, targets
 
 
-# --- the definitions, one number at a time --------------------------------------------------------
+# --- the definitions, one number at a time ---------------------------------------------
 def sig(z):
     return 1 / (1 + math.exp(-z))
 
@@ -270,7 +270,7 @@ def test_simota_by_hand():
     assert set(assign_simota(z, near, two).target.tolist()) == {1}
 
 
-# --- background that fits better ------------------------------------------------------------------
+# --- background that fits better -------------------------------------------------------
 def slow_misplaced(m, boxes, truth):
     lost, weight = [], []
     for layer in range(boxes.shape[0]):

@@ -193,7 +193,7 @@ def test_linear_in_value_and_weights():
     torch.testing.assert_close(ones, torch.ones_like(ones))
 
 
-# --- locations ----------------------------------------------------------------------------------------------
+# --- locations -------------------------------------------------------------------------
 def test_spec_3_boxes_scale_points_do_not():
     offsets = torch.randn(1, 2, 2, 2, 3, 2, generator=torch.Generator().manual_seed(0))
     shapes = [(4, 8), (2, 4)]
@@ -219,7 +219,7 @@ def test_locations_stay_float32():
     torch.testing.assert_close(where.flatten(), ref.flatten())
 
 
-# --- the module ---------------------------------------------------------------------------------------------
+# --- the module ------------------------------------------------------------------------
 def test_spec_2_initial_star():
     star = star_offsets(8, 4, 4)
     torch.testing.assert_close(star[1, 0], torch.tensor([[1.0, 1], [2, 2], [3, 3], [4, 4]]))

@@ -61,7 +61,7 @@ def find(image):
     return np.array([(d.sum(0) * xs).sum() / d.sum(), (d.sum(1) * ys).sum() / d.sum()]), d
 
 
-# --- constants and frequencies (spec 41, 42) ------------------------------------------------------
+# --- constants and frequencies (spec 41, 42) -------------------------------------------
 
 
 def test_magnitudes():
@@ -148,7 +148,7 @@ def test_weak_and_strong_are_independent_even_with_one_seed():
     assert near(same_size, 1 / 11, 3000) and near(same_flip, 1 / 2, 3000)
 
 
-# --- matrices (spec 36, 43) -----------------------------------------------------------------------
+# --- matrices (spec 36, 43) ------------------------------------------------------------
 
 OPS = [
     ('resize', 64),
@@ -302,7 +302,7 @@ def test_fill_and_canvas():
     assert (render(white, [('translate_x', 0.1)], SMALL, raw=True).image[:, :, :10] == 125).all()
 
 
-# --- colours --------------------------------------------------------------------------------------
+# --- colours ---------------------------------------------------------------------------
 
 
 def test_colors_are_the_ones_of_torchvision_tensors():
@@ -328,7 +328,7 @@ def test_colors_are_the_ones_of_torchvision_tensors():
     assert blur < x.float().diff(dim=-1).abs().mean() < sharp
 
 
-# --- boxes ----------------------------------------------------------------------------------------
+# --- boxes -----------------------------------------------------------------------------
 
 
 def test_boxes_follow_and_degenerate_ones_go():
@@ -364,7 +364,7 @@ def test_erasing_leaves_boxes_and_stays_in_the_image():
     assert (np.asarray(s.image) == 0).all()  # the sample's own image is untouched
 
 
-# --- sizes ----------------------------------------------------------------------------------------
+# --- sizes -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -431,7 +431,7 @@ def test_config_from_json_lists():
     assert ViewConfig(short_sides=[480], mean=[0.5] * 3) == ViewConfig(short_sides=(480,), mean=(0.5,) * 3)
 
 
-# --- purity ---------------------------------------------------------------------------------------
+# --- purity ----------------------------------------------------------------------------
 
 
 def test_pure_function_of_sample_config_seed():

@@ -38,7 +38,7 @@ def trainable(model):
     return {n for n, p in model.named_parameters() if p.requires_grad}
 
 
-# --- shapes -------------------------------------------------------------------------------------------------
+# --- shapes ----------------------------------------------------------------------------
 @pytest.mark.parametrize(
     'name,strides,channels',
     [
@@ -66,7 +66,7 @@ def test_unused_layers_are_dropped():
     assert not any('blocks_5' in k or 'head' in k or 'classifier' in k for k in build().state_dict())
 
 
-# --- weights ------------------------------------------------------------------------------------------------
+# --- weights ---------------------------------------------------------------------------
 def full_lite0():
     model = timm.create_model('tf_efficientnet_lite0').eval()
     model.load_state_dict(match_by_order(model, bb._read_state(lite0_weights())), strict=True)
@@ -176,7 +176,7 @@ def test_unusable_files(tmp_path):
             build(name, str(tmp_path / 'r18.pth'))
 
 
-# --- frozen norms are folded into convolutions --------------------------------------------------------------
+# --- frozen norms are folded into convolutions -----------------------------------------
 def step_by_step(net, x):
     "What the chain computes, module by module"
     out = []
@@ -299,7 +299,7 @@ def test_timm_weights(tmp_path):
         build('timm:convnext_atto', 'auto')
 
 
-# --- frozen layers ------------------------------------------------------------------------------------------
+# --- frozen layers ---------------------------------------------------------------------
 def test_lite0_trains_only_beyond_stride_8():
     net = build(weights='auto')
     names = trainable(net)
@@ -413,7 +413,7 @@ def test_channels_last_and_float64():
         assert net.double()(x.double())[1].dtype == torch.float64
 
 
-# --- configuration errors -----------------------------------------------------------------------------------
+# --- configuration errors --------------------------------------------------------------
 def test_unknown_names():
     with pytest.raises(ConfigError, match="did you mean 'resnet50'") as e:
         BackboneConfig('resnet5')
@@ -430,7 +430,7 @@ def test_unknown_names():
         BackboneConfig(out_strides=())
 
 
-# --- positions ----------------------------------------------------------------------------------------------
+# --- positions -------------------------------------------------------------------------
 def sine_loops(mask, num, temperature):
     "Cell by cell, feature by feature"
     B, H, W = mask.shape
@@ -485,7 +485,7 @@ def test_resize_mask_nearest():
     assert not resize_mask(pad, (3, 2))[0, 0, 0]  # an image keeps at least its first cell
 
 
-# --- projections --------------------------------------------------------------------------------------------
+# --- projections -----------------------------------------------------------------------
 def test_input_proj():
     torch.manual_seed(0)
     proj = InputProj([40, 112], 64, 4)

@@ -237,7 +237,7 @@ def test_cuda_is_named_in_few_places():
     assert named <= {'core', 'trainer', 'attention', 'native', 'checkpoint', 'machine'}, named
 
 
-# --- the tools themselves -------------------------------------------------------------------------
+# --- the tools themselves --------------------------------------------------------------
 def test_names_link_to_definitions():
     index = {'area': ('nbs/01_boxes.ipynb', 'semidetr.boxes.area')}
     assert (

@@ -52,7 +52,7 @@ def shear(fx, fy):
     return mat([1, fx, 0], [0, 1, 0], [0, 0, 1]) @ mat([1, 0, 0], [fy, 1, 0], [0, 0, 1])
 
 
-# --- formats --------------------------------------------------------------------------------------
+# --- formats ---------------------------------------------------------------------------
 def test_formats_by_hand():
     assert xyxy_to_cxcywh(torch.tensor([10.0, 20, 30, 60])).tolist() == [20, 40, 20, 40]
     b = normalize_boxes(torch.tensor([[10.0, 20, 30, 60]]), (100, 200))  # (H, W)
@@ -91,7 +91,7 @@ def test_inverse_sigmoid():
     assert inverse_sigmoid(EMPTY).shape == (0, 4)
 
 
-# --- overlap --------------------------------------------------------------------------------------
+# --- overlap ---------------------------------------------------------------------------
 def counted(a, b):
     "IoU and GIoU of integer boxes by counting unit squares"
 
@@ -215,7 +215,7 @@ def test_half_precision_is_raised(dtype):
         assert f(a, a).dtype == torch.float32 and f(a, a).item() == 1
 
 
-# --- transport (item 36) --------------------------------------------------------------------------
+# --- transport (item 36) ---------------------------------------------------------------
 BOX = torch.tensor([[10.0, 20, 30, 40]])
 
 

@@ -133,7 +133,7 @@ def run(tmp_path_factory, coco):
     return out
 
 
-# --- help, version, usage -------------------------------------------------------------------------
+# --- help, version, usage --------------------------------------------------------------
 COMMANDS = ['ablate', 'build-ops', 'demo', 'doctor', 'eval', 'predict', 'site', 'split', 'train']
 
 
@@ -240,7 +240,7 @@ def test_one_of_several_processes_speaks(capsys, monkeypatch):
     assert capsys.readouterr().out == 'once\n'
 
 
-# --- training on one's own data -------------------------------------------------------------------
+# --- training on one's own data --------------------------------------------------------
 def train(shell, *args):
     code, out, err = shell('train', '-q', '--threads', '1', *args, *FAST)
     assert code == 0, err
@@ -361,7 +361,7 @@ def test_settings_that_make_no_sense_together(refused, shell, coco, tmp_path):
     )
 
 
-# --- mistakes -------------------------------------------------------------------------------------
+# --- mistakes --------------------------------------------------------------------------
 def edit(path, change):
     d = json.loads(path.read_text())
     change(d)
@@ -500,7 +500,7 @@ def test_broken_run_folders(refused, run, coco, tmp_path):
     assert not (tmp_path / 'p').exists() and (tmp_path / 'bad' / 'last.pt').exists()
 
 
-# --- using a run ----------------------------------------------------------------------------------
+# --- using a run -----------------------------------------------------------------------
 def test_eval(shell, refused, run, coco, tmp_path):
     code, out, err = shell('eval', '--run', run, '-q', '-o', tmp_path / 'm.json')
     assert code == 0 and '3 images' in out and all(f'\n  {n} ' in out for n in ('teacher', 'student', *NAMES))

@@ -158,7 +158,7 @@ def gradients(world):
     }
 
 
-# --- configuration --------------------------------------------------------------------------------
+# --- configuration ---------------------------------------------------------------------
 
 
 def test_defaults_and_bad_values():
@@ -198,7 +198,7 @@ def test_until():
     assert not consistency_active(0, 0, CFG) and not consistency_active(0, 10, replace(CFG, weight=0.0))
 
 
-# --- levels and features (acceptance 28) ----------------------------------------------------------
+# --- levels and features (acceptance 28) -----------------------------------------------
 
 
 def test_levels():
@@ -293,7 +293,7 @@ def test_features_of_nothing():
     assert some.shape == (1, 5, 7, 7)
 
 
-# --- projector ------------------------------------------------------------------------------------
+# --- projector -------------------------------------------------------------------------
 
 
 def test_projector_layers():
@@ -342,7 +342,7 @@ def test_idle_projector():
     assert p.idle() == 0 and all(q.grad is not None and not q.grad.any() for q in p.parameters())
 
 
-# --- boxes ----------------------------------------------------------------------------------------
+# --- boxes -----------------------------------------------------------------------------
 
 
 def test_which_boxes():
@@ -465,7 +465,7 @@ def test_boxes_are_transported_once(monkeypatch, dtype):
             assert all(torch.equal(a[k], b[k]) for a, b in zip(once, twice, strict=True) for k in b)
 
 
-# --- queries and mask (acceptance 8, 30) ----------------------------------------------------------
+# --- queries and mask (acceptance 8, 30) -----------------------------------------------
 
 
 def test_slots():
@@ -555,7 +555,7 @@ def test_groups_are_copies(student, cfg, counts):
     assert one[0] > 0
 
 
-# --- loss (acceptance 29) -------------------------------------------------------------------------
+# --- loss (acceptance 29) --------------------------------------------------------------
 
 
 def test_scale():
@@ -640,7 +640,7 @@ def test_memory_grows_with_the_slots_only():
     assert 0 < largest <= s.numel()
 
 
-# --- gradients (acceptance 31) --------------------------------------------------------------------
+# --- gradients (acceptance 31) ---------------------------------------------------------
 
 
 @pytest.mark.parametrize('cross', ['one', 'swap', 'both'])
@@ -671,7 +671,7 @@ def test_no_gradient_when_inactive(student):
     assert not any(p.grad.any() for p in w.projector.parameters())
 
 
-# --- directions -----------------------------------------------------------------------------------
+# --- directions ------------------------------------------------------------------------
 
 
 def test_both_adds_the_mirrored_term(student):
@@ -732,7 +732,7 @@ def test_identical_networks_and_views_agree(student):
         assert total < 1e-9 and max(g.abs().max() for g in grads.values()) < 1e-4
 
 
-# --- empty (acceptance 32) ------------------------------------------------------------------------
+# --- empty (acceptance 32) -------------------------------------------------------------
 
 
 @pytest.mark.parametrize('cross', ['one', 'swap', 'both'])
@@ -777,7 +777,7 @@ def test_code_mode_halves_the_loss_of_a_batch_with_an_empty_image():
     )
 
 
-# --- the Hungarian alternative --------------------------------------------------------------------
+# --- the Hungarian alternative ---------------------------------------------------------
 
 
 def predictions(Q, C=3, layers=2, d=8, seed=0):
@@ -861,7 +861,7 @@ def test_hungarian_on_networks(student):
     assert student.backbone.steps[0].weight.grad.any()
 
 
-# --- it teaches -----------------------------------------------------------------------------------
+# --- it teaches ------------------------------------------------------------------------
 
 
 def test_a_few_steps_bring_the_answers_together(student):

@@ -15,7 +15,7 @@ from semidetr.detectors.transformer import TransformerConfig
 CLOSE = dict(rtol=1e-6, atol=1e-8)
 
 
-# --- the check: call it with the settings of a detector ---------------------------------------------------
+# --- the check: call it with the settings of a detector --------------------------------
 def check_contract(
     settings,  # of a detector: at least two classes, small
 ):
@@ -166,7 +166,7 @@ def check_extra_queries(model, settings):
         torch.testing.assert_close(a, b, **CLOSE, msg='cached outputs give other results than a common pass')
 
 
-# --- detectors --------------------------------------------------------------------------------------------
+# --- detectors -------------------------------------------------------------------------
 def small(backbone='efficientnet_lite0', look_forward_twice=True, **transformer):
     sizes = dict(d_model=32, n_heads=4, n_levels=3, n_points=2, enc_layers=1, dec_layers=3, ffn=48)
     return DetectorConfig(
@@ -235,7 +235,7 @@ def test_faults_are_noticed(monkeypatch, where, name, fault, message):
         check_contract(small())
 
 
-# --- reading boxes (acceptance 38, 39) --------------------------------------------------------------------
+# --- reading boxes (acceptance 38, 39) -------------------------------------------------
 def best_pairs(outputs, b, above=0.0):
     "(score, query, class) of all pairs of one image, best first"
     scores = outputs['pred_logits'][b].sigmoid()

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
 
 
-# --- errors ---------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------
 def test_errors_are_one_family():
     for kind in (DataError, ConfigError):
         assert issubclass(kind, SemiDETRError) and not issubclass(kind, (ValueError, KeyError))
@@ -70,7 +70,7 @@ def test_in_range(value, range_, want):
     assert said == want
 
 
-# --- files ----------------------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------
 def test_atomic_write_text_bytes_folders(tmp_path):
     f = tmp_path / 'a' / 'b' / 'c.json'
     atomic_write(f, 'Straße')
@@ -125,7 +125,7 @@ def test_atomic_write_survives_a_kill(tmp_path):
     assert len(data) == 300_000 and len(set(data)) == 1 and contents == {b'a', b'b'}
 
 
-# --- hashes ---------------------------------------------------------------------------------------
+# --- hashes ----------------------------------------------------------------------------
 FIXED = [
     ((), 8203414616412130826),
     ((0,), 3456079177858693020),
@@ -175,7 +175,7 @@ def test_stable_hash_is_uniform():
     assert ((count - 200) ** 2 / 200).sum() < 43.8  # chi square, 19 degrees of freedom, 0.1 %
 
 
-# --- generators -----------------------------------------------------------------------------------
+# --- generators ------------------------------------------------------------------------
 def _draw():
     return [
         random.random(),
@@ -223,7 +223,7 @@ def test_seed_everything():
     seed_everything(stable_hash('seed'))  # 63 bits are fine
 
 
-# --- device ---------------------------------------------------------------------------------------
+# --- device ----------------------------------------------------------------------------
 def test_pick_device(monkeypatch):
     assert pick_device('cpu') == torch.device('cpu')
     with pytest.raises(ConfigError, match='auto, cpu, cuda'):
@@ -246,7 +246,7 @@ def test_pick_device_counts_gpus(monkeypatch):
         pick_device('cuda:2')
 
 
-# --- processes ------------------------------------------------------------------------------------
+# --- processes -------------------------------------------------------------------------
 def test_alone_everything_is_the_identity():
     assert (world_size(), rank(), is_main()) == (1, 0, True)
     x = torch.randn(3, 2, requires_grad=True)

@@ -59,7 +59,7 @@ def coco(tmp_path):
     return make
 
 
-# --- COCO -----------------------------------------------------------------------------------------
+# --- COCO ------------------------------------------------------------------------------
 def test_coco_content(coco):
     ds = CocoDataset(coco())
     assert (ds.ids, ds.classes, ds.cat_ids) == ([7, 3, 11], ['ant', 'dog', 'zebra'], [1, 18, 90])
@@ -238,7 +238,7 @@ def test_file_without_annotations_is_unlabelled(coco):
         assert not ds.has_boxes and len(ds) == 3 and ds[0].boxes.shape == (0, 4)
 
 
-# --- decoding -------------------------------------------------------------------------------------
+# --- decoding --------------------------------------------------------------------------
 @pytest.mark.parametrize(
     'mode,name',
     [
@@ -295,7 +295,7 @@ def test_exif_against_the_annotations(tmp_path):
     assert load_image(tmp_path / 'x.jpg').size == (20, 50)
 
 
-# --- VOC ------------------------------------------------------------------------------------------
+# --- VOC -------------------------------------------------------------------------------
 def voc(root, objects, ids=('000001', '000002'), splits=('trainval',)):
     for i in ids:
         picture(root / 'JPEGImages' / f'{i}.jpg')
@@ -352,7 +352,7 @@ def test_voc_faults(tmp_path):
         VocDataset(root)
 
 
-# --- YOLO and folders -----------------------------------------------------------------------------
+# --- YOLO and folders ------------------------------------------------------------------
 def test_yolo(tmp_path):
     picture(tmp_path / 'images/train/a.jpg', 100, 50)
     picture(tmp_path / 'images/train/b.jpg', 100, 50)
@@ -393,7 +393,7 @@ def test_folder(tmp_path):
         ds.annotation(1)
 
 
-# --- open_dataset ---------------------------------------------------------------------------------
+# --- open_dataset ----------------------------------------------------------------------
 def test_open_by_name_and_what_it_says_if_not(coco, tmp_path, monkeypatch):
     coco(where='cells/instances_train.json', images='cells/images')
     monkeypatch.delenv('SEMIDETR_DATA', raising=False)
@@ -431,7 +431,7 @@ def test_open_digits():
         open_dataset('digits', 'trainval')
 
 
-# --- parts, and labels that stay hidden -----------------------------------------------------------
+# --- parts, and labels that stay hidden ------------------------------------------------
 def test_subset(coco):
     ds = CocoDataset(coco())
     sub = Subset(ds, [2, 0])
@@ -498,7 +498,7 @@ def test_unlabelled_files_hold_no_box_in_memory(coco):
     assert all(len(v) == 0 for v in inner._packed.values()) and len(full[0].boxes) == 2
 
 
-# --- workers --------------------------------------------------------------------------------------
+# --- workers ---------------------------------------------------------------------------
 def first_boxes(ds):
     return ds[0].boxes.tolist()
 
@@ -518,7 +518,7 @@ def test_picklable_and_usable_in_a_worker(coco):
     assert [s.image_id for s in loader] == [7, 3, 11]
 
 
-# --- digits scenes --------------------------------------------------------------------------------
+# --- digits scenes ---------------------------------------------------------------------
 def test_scene_is_a_function_of_its_number():
     a, b = DigitsScenes(n=40), DigitsScenes(n=20)
     late = a[17]
@@ -582,7 +582,7 @@ def test_digits_fingerprint():
     assert Subset(DigitsScenes(n=9), [1, 2]).fingerprint() == Subset(DigitsScenes(n=9), [1, 2]).fingerprint()
 
 
-# --- real data, if there --------------------------------------------------------------------------
+# --- real data, if there ---------------------------------------------------------------
 REAL = next(
     (
         p

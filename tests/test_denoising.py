@@ -152,7 +152,7 @@ def test_targets_are_not_changed():
     assert all(torch.equal(t[k], before[k]) for k in t)
 
 
-# --- several sets of extra queries (spec 3.2) ---------------------------------------------------------------
+# --- several sets of extra queries (spec 3.2) ------------------------------------------
 
 
 def extra(P, name, groups=1):

@@ -68,7 +68,7 @@ def everything(o):
     return sum(p['pred_logits'].square().sum() + p['pred_boxes'].sum() for p in parts)
 
 
-# --- configuration and shapes -------------------------------------------------------------------------------
+# --- configuration and shapes ----------------------------------------------------------
 
 
 def test_outputs(toy):
@@ -120,7 +120,7 @@ def test_presets():
     hash(full)  # frozen at all depths
 
 
-# --- initial state (acceptance 5) ---------------------------------------------------------------------------
+# --- initial state (acceptance 5) ------------------------------------------------------
 
 
 def test_fresh_heads(toy):
@@ -136,7 +136,7 @@ def test_fresh_heads(toy):
     assert torch.equal(model.enc_class_head.weight, model.class_head.weight)
 
 
-# --- isolation of extra queries (acceptance 8) --------------------------------------------------------------
+# --- isolation of extra queries (acceptance 8) -----------------------------------------
 
 
 @pytest.mark.parametrize('dtype,tol', [(torch.float32, 1e-5), (torch.float64, 1e-12)])
@@ -180,7 +180,7 @@ def test_gradient_of_extras_reaches_their_content(toy):
     assert c.grad.abs().sum() > 0
 
 
-# --- gradients, empty batches -------------------------------------------------------------------------------
+# --- gradients, empty batches ----------------------------------------------------------
 
 
 @pytest.mark.parametrize('content', ['learned', 'memory'])
@@ -278,7 +278,7 @@ def test_more_padding_same_detections(toy):
         assert torch.allclose(f['boxes'], found[0]['boxes'], atol=1e-2)  # pixels: 1e-4 of the image
 
 
-# --- official checkpoint ------------------------------------------------------------------------------------
+# --- official checkpoint ---------------------------------------------------------------
 
 RENAMED = {
     'bbox_head.': '',
@@ -314,7 +314,7 @@ def test_every_official_tensor_has_its_place(toy):
     assert official == present and len(official) > 90
 
 
-# --- real models --------------------------------------------------------------------------------------------
+# --- real models -----------------------------------------------------------------------
 
 
 def test_small_preset_trains_a_step():

@@ -283,7 +283,7 @@ def test_exif_is_a_note_and_no_mismatch(tmp_path):
         assert r.exit_code == 0 and len(r.of(kind='exif-rotated')) == 2
 
 
-# --- more than one set ----------------------------------------------------------------------------
+# --- more than one set -----------------------------------------------------------------
 def second(root, edit=lambda d: None):
     d = base()
     for im in d['images']:
@@ -390,7 +390,7 @@ def test_split_files(tmp_path):
     assert kinds(check_dataset(str(path), split_files=[str(tmp_path / 'bad.json')]), 'error') == ['bad-split']
 
 
-# --- other formats --------------------------------------------------------------------------------
+# --- other formats ---------------------------------------------------------------------
 def test_voc_and_folder_and_digits(tmp_path):
     root = voc(tmp_path / 'voc', [('dog', (1, 1, 60, 40), 0), ('cat', (9, 9, 5, 5), 0)], ids=('1', '2', '3'))
     (root / 'Annotations/2.xml').write_text('<annotation>')

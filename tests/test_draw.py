@@ -59,7 +59,7 @@ def test_colour_code():
         draw_on_image(Image.new('RGB', (9, 9)), None, kind='teachr')
 
 
-# --- images ---------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------
 KINDS = dict(
     pil=Image.fromarray(RGB),
     hwc=RGB,
@@ -106,7 +106,7 @@ def test_what_is_no_image(bad):
         to_pil(bad)
 
 
-# --- boxes on axes --------------------------------------------------------------------------------
+# --- boxes on axes ---------------------------------------------------------------------
 @pytest.mark.parametrize('none', NONE)
 def test_zero_boxes(none, ax):
     assert draw_boxes(ax, none, torch.zeros(0), torch.zeros(0), ['a']) == [] and not ax.texts
@@ -166,7 +166,7 @@ def test_grid(ax):
     image_grid([]).canvas.draw()
 
 
-# --- compare --------------------------------------------------------------------------------------
+# --- compare ---------------------------------------------------------------------------
 def det(*rows):
     return dict(
         boxes=torch.tensor([r[:4] for r in rows]).float().reshape(-1, 4),
@@ -219,7 +219,7 @@ def test_compare_by_id_by_place_and_by_sample():
     assert [len(p.patches) for p in compare([RGB], {'student': [a]}).axes] == [0, 2]  # no truth known
 
 
-# --- pixels ---------------------------------------------------------------------------------------
+# --- pixels ----------------------------------------------------------------------------
 def frame(x1, y1, x2, y2, width=1):
     m = np.zeros((H, W), bool)
     m[y1:y2, x1:x2] = True
@@ -305,7 +305,7 @@ def test_draw_on_image_needs_no_matplotlib():
     subprocess.run([sys.executable, '-c', code], check=True, cwd=Path(__file__).resolve().parents[1])
 
 
-# --- curves ---------------------------------------------------------------------------------------
+# --- curves ----------------------------------------------------------------------------
 def test_curve_mean_spread_and_n(ax):
     y = np.array([[1.0, 2, 4], [3.0, 2, 8], [5, 2, 0]])
     line = curve(ax, [0, 1, 2], y, 'ours', 'teacher')

@@ -72,7 +72,7 @@ def ids(part):
     return [t['image_id'] for t in part['targets']]
 
 
-# --- draws ----------------------------------------------------------------------------------------
+# --- draws -----------------------------------------------------------------------------
 
 
 def test_each_epoch_is_a_permutation():
@@ -129,7 +129,7 @@ def test_no_unlabelled_means_no_chance():
     assert plan_draws(3, 4, 0, 'binomial') == (range(12, 16), range(0))
 
 
-# --- collate --------------------------------------------------------------------------------------
+# --- collate ---------------------------------------------------------------------------
 
 
 def test_collate_against_views():
@@ -153,7 +153,7 @@ def test_collate_against_views():
         collate([])
 
 
-# --- batches --------------------------------------------------------------------------------------
+# --- batches ---------------------------------------------------------------------------
 
 
 def test_batch_is_what_the_views_say():
@@ -313,7 +313,7 @@ def test_truth_of_unlabelled_does_not_matter():
     )
 
 
-# --- real data on disk ----------------------------------------------------------------------------
+# --- real data on disk -----------------------------------------------------------------
 
 
 def write_coco(root, n=4):
@@ -393,7 +393,7 @@ def test_ready_for_spawn():
     assert same(L._receive(work[3], VIEW), make().batch(3))
 
 
-# --- evaluation -----------------------------------------------------------------------------------
+# --- evaluation ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -413,7 +413,7 @@ def test_eval_loader(workers):
     assert list(EvalLoader(Fake(0), VIEW, num_workers=workers)) == []
 
 
-# --- shutdown -------------------------------------------------------------------------------------
+# --- shutdown --------------------------------------------------------------------------
 
 SCRIPT = """
 import os, sys, traceback

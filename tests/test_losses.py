@@ -80,7 +80,7 @@ def total(d):
     return sum(v for k, v in d.items() if k.startswith('loss_'))
 
 
-# --- the slow reference: plain numbers, one formula per line ----------------------------------------
+# --- the slow reference: plain numbers, one formula per line ---------------------------
 def sig(z):
     return 1 / (1 + math.exp(-z))
 
@@ -213,7 +213,7 @@ def slow_criterion(o, targets, stage, c, denoising=True):
     return out
 
 
-# --- tests ----------------------------------------------------------------------------------------
+# --- tests -----------------------------------------------------------------------------
 CONFIGS = [
     CriterionConfig(),
     CriterionConfig(loss_l1=5, enc_labels='true', k=3),

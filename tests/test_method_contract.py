@@ -1,4 +1,4 @@
-"A method of one's own: one class and its settings, and the public trainer, log, records and dry run know all of it"
+"A method of one's own: a class and its settings; public trainer, log and records know it"
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from semidetr.train.config import config_hash, from_dict, override, to_dict
 from test_trainer import tiny
 
 
-# --- the whole method ---------------------------------------------------------------------------------------------------
+# --- the whole method ------------------------------------------------------------------
 class BoxesOnly(MeanTeacher):
     "Pseudo labels teach where objects are, not what they are"
 
@@ -37,7 +37,7 @@ class BoxesOnlyConfig(MethodConfig):
     implementation = BoxesOnly
 
 
-# --- the end of the method ----------------------------------------------------------------------------------------------
+# --- the end of the method -------------------------------------------------------------
 def settings(**method):
     return dataclasses.replace(tiny('run.test=false'), method=BoxesOnlyConfig(burn_in_iters=2, **method))
 

@@ -155,7 +155,7 @@ def test_unknown_names():
 
 @pytest.mark.parametrize('name', METHODS)
 def test_what_a_method_says_of_itself(name):
-    "Views, words of the bar and curves belong together: all that is shown or drawn is among the scalars of a step"
+    "What is shown on the bar is also drawn; burn-in and data follow from the views"
     cls = METHODS[name]
     assert 'labelled' in cls.views and set(cls.views) <= {'labelled', 'weak', 'strong'}
     assert MethodConfig(name=name).needs_unlabelled is ('weak' in cls.views)

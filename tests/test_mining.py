@@ -112,7 +112,7 @@ def slow_fit(x, reg=1e-5):
     return w, mu, var
 
 
-# --- the fit --------------------------------------------------------------------------------------
+# --- the fit ---------------------------------------------------------------------------
 @solvers
 @pytest.mark.parametrize('case', range(len(GOLDEN)))
 def test_recorded_thresholds_of_the_official_code(case, solver):
@@ -191,7 +191,7 @@ def test_scikit_learn_is_silent():
             fit_mixture_sklearn(torch.tensor(GOLDEN[1]['costs']))
 
 
-# --- the threshold --------------------------------------------------------------------------------
+# --- the threshold ---------------------------------------------------------------------
 def test_threshold_is_a_cost_of_the_low_cluster_with_the_highest_likelihood():  # 24
     for name, x in list(data_sets())[::3]:
         t, mix = mining_threshold(x.tolist())
@@ -243,7 +243,7 @@ def test_about_half_of_the_low_cluster_passes():
     )
 
 
-# --- costs of boxes -------------------------------------------------------------------------------
+# --- costs of boxes --------------------------------------------------------------------
 def case(sizes, Q=20, C=4, seed=0):
     g = torch.Generator().manual_seed(seed)
 
@@ -326,7 +326,7 @@ def test_no_gradient_and_no_state():  # 27
     assert net.norm.weight.grad is None and all(v.equal(before[k]) for k, v in net.state_dict().items())
 
 
-# --- which boxes ----------------------------------------------------------------------------------
+# --- which boxes -----------------------------------------------------------------------
 def detections(*scores, labels=None):
     return [
         dict(
@@ -480,7 +480,7 @@ def test_unknown_words_are_refused(kw, word):
         MiningConfig(**kw)
 
 
-# --- as many as there are labels ------------------------------------------------------------------
+# --- as many as there are labels -------------------------------------------------------
 def test_class_rates_of_a_data_set():
     class Two:
         def __len__(self):
@@ -598,7 +598,7 @@ def test_growing_scores_let_no_more_boxes_in():
     assert [n for _, n in kept] == [18] * 4 and kept[0][0] < kept[1][0] < kept[2][0] < kept[3][0]
 
 
-# --- memory ---------------------------------------------------------------------------------------
+# --- memory ----------------------------------------------------------------------------
 def test_memory_of_nothing_passes_through():
     m, x = CostMemory(), torch.tensor([3.0, 1.0])
     assert m.add(x) is x and m.state_dict()['costs'].numel() == 0

@@ -1,4 +1,4 @@
-"The Semi-DETR step: every loss against a slow reference, one pass against the published order of passes, stages, switches, empty batches, resume"
+"The Semi-DETR step: losses against a slow reference, the published order of passes, switches, resume"
 
 import dataclasses, json, math
 import numpy as np, pytest, torch
@@ -83,7 +83,7 @@ def backward(losses, student, method):
     ]
 
 
-# --- the slow reference: plain loops in float64, from the formulas of the specification -------------------------------
+# --- the slow reference: plain loops in float64, from the formulas of the specification ---
 
 
 def sig(x):
@@ -347,11 +347,11 @@ def test_every_loss_of_a_step_against_the_slow_reference(step, stage):
     assert len(student.heard) == 3 and len(teacher.heard) == (2 if stage == 'o2m' else 1)
 
 
-# --- one pass for two --------------------------------------------------------------------------------------------------
+# --- one pass for two ------------------------------------------------------------------
 
 
 def published_order(student, teacher, data, step, method):
-    "The same step as the published code goes through it: costs from a pass of their own, everything encoded again each time"
+    "The step in the order of the published code: a pass for the costs, every view encoded again each time"
     cfg = method.cfg
     weak, strong = data['weak'], data['strong']
     part_ = data['labelled']
@@ -420,7 +420,7 @@ def test_groups_change_neither_loss_nor_gradient():
         assert torch.allclose(x, y, atol=1e-9 * max(1.0, float(y.abs().max())), rtol=1e-6)
 
 
-# --- stages, weights, gradients -----------------------------------------------------------------------------------------
+# --- stages, weights, gradients --------------------------------------------------------
 
 
 @pytest.mark.parametrize('step,o2m_stage', [(9, True), (10, False)])  # spec items 31, 34
@@ -533,9 +533,9 @@ def test_float32_autocast_stays_finite():
     assert all(torch.isfinite(g).all() for g in backward(losses, student, method))
 
 
-# --- switches -----------------------------------------------------------------------------------------------------------
+# --- switches --------------------------------------------------------------------------
 
-SWITCHES = {  # name -> (settings of `config`, iteration, losses that change: a part of their names, losses that must not)
+SWITCHES = {  # name -> (settings of `build`, iteration, part of the names of losses that change, must not)
     'cqc_cross': (dict(con=dict(cross='swap')), 3, 'con_', 'cls'),
     'cqc_norm': (dict(con=dict(norm=False)), 3, 'con_', 'cls'),
     'cqc_until': (dict(con=dict(until='end')), 10, 'con_', 'unsup_cls_'),
@@ -591,7 +591,7 @@ def test_degenerate_boxes_may_be_kept():
     )
 
 
-# --- memory, checkpoint -------------------------------------------------------------------------------------------------
+# --- memory, checkpoint ----------------------------------------------------------------
 
 
 def test_memory_pools_costs():

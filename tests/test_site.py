@@ -103,7 +103,7 @@ def test_no_loose_ends(site):
             assert loose not in t.out, (f.name, loose)
 
 
-# --- in a browser ---------------------------------------------------------------------------------
+# --- in a browser ----------------------------------------------------------------------
 @pytest.fixture
 def visit(browser, address):
     "Open a page, and fail at its end on errors of the page or requests to other hosts"
@@ -201,7 +201,7 @@ def test_phone(visit, path):
     assert p.evaluate('document.documentElement.scrollWidth <= window.innerWidth')
 
 
-# --- the parts, and what goes wrong ---------------------------------------------------------------
+# --- the parts, and what goes wrong ----------------------------------------------------
 def build(folder, *options):
     return subprocess.run(
         [sys.executable, '-m', 'semidetr.book.site', *options], cwd=folder, capture_output=True, text=True

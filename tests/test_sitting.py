@@ -10,7 +10,7 @@ SHORT = {  # what keeps a run to seconds, and lets an untrained teacher label so
     'optim.iters=120': 'optim.iters=4',
     "'method.T1=60'": "'method.T1=2'",
     "'pseudo.threshold=0.3'": "'pseudo.threshold=0.01', 'pseudo.top_k=5'",
-    "'data.dev=20'": "'data.dev=20', 'view.short_sides=[64]', 'view.eval_short=64', 'detector.backbone.weights=none'",
+    "'data.dev=20'": "'data.dev=20', 'view.short_sides=[64]', 'detector.backbone.weights=none'",
     'run.log_every=5': 'run.log_every=1',
 }
 

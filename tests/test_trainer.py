@@ -91,7 +91,7 @@ def test_run_json_tells_all(whole):
 
 @pytest.mark.parametrize('stop,workers', [(1, 0), (3, 2), (5, 0)])
 def test_exact_resume(whole, tmp_path, stop, workers):
-    "Stopped by a signal in the burn-in, after it, and with worker processes: weights, log and metrics of an unbroken run"
+    "Stopped in the burn-in, after it, with worker processes: weights, log and metrics of an unbroken run"
     folder = tmp_path / 'r'
     t = T.Trainer(tiny(f'loader.num_workers={workers}'), folder, progress=False)
     real = t.method.step
@@ -259,7 +259,7 @@ def test_health_of_scenes_that_are_truly_empty():
 
 
 def test_log_averages_over_the_steps_that_have_a_number(tmp_path):
-    "A step without boxes has no cost threshold; that is not a threshold of 0. A loss that it does not have is 0"
+    "A step without boxes has no cost threshold, which is not a threshold of 0; a missing loss is 0"
     lines, steps = [], [dict(loss=4.0, loss_con=2.0, cost_threshold=-3.0), dict(loss=2.0)]
 
     class Log:
@@ -381,7 +381,8 @@ from semidetr.train.trainer import Trainer
 sys.path.insert(0, {tests!r})
 from test_trainer import tiny
 t = Trainer(tiny({more}), sys.argv[1], progress=False); t.fit()
-torch.save([p.detach() for p in t.student.parameters()], sys.argv[1]+f'/rank{{t.device.index or __import__("os").environ["RANK"]}}.pt')
+rank = __import__('os').environ['RANK']
+torch.save([p.detach() for p in t.student.parameters()], f'{{sys.argv[1]}}/rank{{rank}}.pt')
 '''
 
 
@@ -433,7 +434,8 @@ from semidetr.lab.study import run_config
 sys.path.insert(0, {tests!r})
 from test_trainer import tiny
 machine.bf16_speed = lambda device: 2. if os.environ['RANK'] == '0' else .5
-result = run_config(tiny('optim.iters=1', 'run.amp=auto', 'run.device=cpu', 'run.test=false', method='supervised'), sys.argv[1], progress=False)
+cfg = tiny('optim.iters=1', 'run.amp=auto', 'run.device=cpu', 'run.test=false', method='supervised')
+result = run_config(cfg, sys.argv[1], progress=False)
 open(sys.argv[1]+'/amp'+os.environ['RANK'], 'w').write(result['config']['run']['amp'])
 '''
 
@@ -528,7 +530,7 @@ def test_a_continued_teacher_remembers_its_start(tmp_path):
     assert 0 < moved[-1] < 0.05 * moved[0]
 
 
-# --- what run.json says of the code -----------------------------------------------------------------------------------
+# --- what run.json says of the code ----------------------------------------------------
 def test_commit_is_that_of_this_project_and_dirty_where_code_changed(tmp_path):
     "None outside a checkout and in somebody else's; what runs write does not count as a change"
     package, record = tmp_path / 'semidetr', tmp_path / 'nbs/ablations/results/toy/seed0.json'

@@ -58,7 +58,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-# --- configuration ------------------------------------------------------------------------------------------
+# --- configuration ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_width_must_fit_the_heads():
         TransformerConfig(num_queries=0)
 
 
-# --- anchors (acceptance 6) and selection -------------------------------------------------------------------
+# --- anchors (acceptance 6) and selection ----------------------------------------------
 
 
 def test_anchor_of_first_cells():
@@ -128,7 +128,7 @@ def test_selection_puts_invalid_tokens_last_and_caps_the_count():
     assert len(got) == 8 and set(got[:3]) == {0, 1, 2}
 
 
-# --- codes --------------------------------------------------------------------------------------------------
+# --- codes -----------------------------------------------------------------------------
 
 
 def test_box_code_against_a_loop():
@@ -153,7 +153,7 @@ def test_self_attention_is_that_of_torch():
         assert torch.allclose(attention(x, pos, mask), want, atol=1e-5)
 
 
-# --- layers -------------------------------------------------------------------------------------------------
+# --- layers ----------------------------------------------------------------------------
 
 
 def test_layer_order_and_names_of_norms():
@@ -191,7 +191,7 @@ def test_initialisation():
     assert m.level_embed.abs().max() > bound and abs(m.level_embed.std() - 1) < 0.4  # normal, not Xavier
 
 
-# --- refinement (acceptance 7) ------------------------------------------------------------------------------
+# --- refinement (acceptance 7) ---------------------------------------------------------
 
 
 def chain(n_layers, twice):
@@ -248,7 +248,7 @@ def test_box_head_gets_raw_output_and_loss_head_the_normalised_one():
     assert torch.allclose(dec.norm(raw), hs[0]) and not torch.allclose(raw, hs[0])
 
 
-# --- whole transformer --------------------------------------------------------------------------------------
+# --- whole transformer -----------------------------------------------------------------
 
 
 def padded(features, masks, extra):

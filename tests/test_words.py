@@ -15,19 +15,20 @@ PROSE = sorted(
 )
 MODULES = sorted(f for f in (ROOT / 'semidetr').rglob('*.py') if not f.name.startswith('_'))
 
-COUNTED = (
-    'box(?:es)? query queries detections? objects? images? lines? seeds? cells? pixels? bytes MB seconds minutes '
-    'samples? points? rows? pages? records? files? one once twice positives predictions slots? scores? entr(?:y|ies) '
-    'objects? levels? masks? numbers? tuple'
-).split()
-UNITS = (
-    'image object query layer level scene step run core place class record seed page side study iteration file '
-    'split process machine device head cell row batch arm'
-).split()
+COUNTED = """
+    box(?:es)? query queries detections? objects? images? lines? seeds? cells? pixels? bytes MB seconds
+    minutes
+    samples? points? rows? pages? records? files? one once twice positives predictions slots? scores? levels?
+    entr(?:y|ies) masks? numbers? tuple
+""".split()
+UNITS = """
+    image object query layer level scene step run core place class record seed page side study iteration file
+    split process machine device head cell row batch arm
+""".split()
 PER = re.compile(rf"(?<!')\b(?:{'|'.join(COUNTED)}) an? (?:{'|'.join(UNITS)})\b", re.I)
 RIDDLES = re.compile(
-    r"\b(heaps?|swears?|sworn|dreamt|dreams?|witness(?:es)?|young|grown|talkative(?:ly)?|gone on with|goes on with"
-    r"|chance that|slip of the pen|house that)\b",
+    r'\b(heaps?|swears?|sworn|dreamt|dreams?|witness(?:es)?|young|grown|talkative(?:ly)?|gone on with'
+    r'|goes on with|chance that|slip of the pen|house that)\b',
     re.I,
 )
 NAMES = {'seen', 'look', 'theirs', 'ours', 'asks', 'least', 'YOUNG', 'asked'}

@@ -115,7 +115,7 @@ def _register(
     return ops
 
 
-_register();
+_register()
 
 # %% ../../nbs/detectors/01_native.ipynb #a97a8ddc
 _DTYPES = dict(

@@ -6,7 +6,6 @@
 __all__ = ['load_model', 'as_sample', 'Predictor', 'to_coco', 'coco_ids', 'predict_folder']
 
 # %% ../../nbs/train/09_predict.ipynb #182de78f
-import dataclasses
 import io
 import json
 from pathlib import Path

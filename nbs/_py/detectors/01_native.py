@@ -162,7 +162,7 @@ def _register(
     return ops
 
 
-_register();
+_register()
 
 # %% [markdown]
 # Fake tensors have shapes and no numbers. This is what `torch.compile` and `torch.export` work with: an

@@ -85,9 +85,9 @@ class HealthMonitor:
         self.warned = True
         score = f'{row["top_score"]:.2f}'
         return (
-            f'no pseudo label in {self.window} iterations (best score of the teacher: {score}): the unlabelled '
-            'images teach nothing. Lower pseudo.threshold, lengthen method.burn_in_iters, or check that both '
-            'data sets show the same things.'
+            f'no pseudo label in {self.window} iterations (best score of the teacher: {score}): the '
+            'unlabelled images teach nothing. Lower pseudo.threshold, lengthen method.burn_in_iters, or check '
+            'that both data sets show the same things.'
         )
 
     def summary(self) -> dict:  # means over the window; precision and recall where the truth is known
@@ -158,10 +158,9 @@ def toy_step(threshold, g):
     boxes, scores = torch.cat([Scenes.boxes, Scenes.boxes + 1000]), torch.cat([good, bad])
     keep = scores >= threshold
     n = int(keep.sum())
+    predictions = dict(image_id=0, boxes=boxes[keep], labels=torch.zeros(n, dtype=torch.long))
     scalars = dict(pseudo_boxes=float(n), labelled_boxes=10.0, top_score=float(scores.max()))
-    return scalars, dict(
-        pseudo=[dict(image_id=0, boxes=boxes[keep], labels=torch.zeros(n, dtype=torch.long))]
-    )
+    return scalars, dict(pseudo=[predictions])
 
 
 thresholds = [i / 20 for i in range(19)]

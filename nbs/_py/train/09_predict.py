@@ -22,7 +22,6 @@ warnings.filterwarnings('ignore', message='IProgress')
 
 # %%
 #| export
-import dataclasses
 import io
 import json
 from pathlib import Path
