@@ -1,18 +1,21 @@
-"""Deformable DETR (one stage, no box refinement; spec of the original paper) made of semidetr's modules, and of transformers' for comparison.
+"""Deformable DETR (one stage, no box refinement) of the original paper, made of semidetr's modules.
 
-`twins(name)` builds transformers' model from a configuration (nothing is downloaded), copies its weights into ours, and `agreement` says how far the two are apart."""
+`twins(name)` builds transformers' model from a configuration (nothing is downloaded) and copies its weights
+into ours; `agreement` measures how far the two are apart."""
 
 import dataclasses, math, re, tempfile
 from pathlib import Path
+from unittest import mock
 import torch
 import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
-from semidetr.detectors import backbone as B
 from semidetr.boxes import inverse_sigmoid
+from semidetr.detectors import backbone as B
+from semidetr.detectors.contract import split_parameters
 from semidetr.detectors.detector import level_masks, make_heads
-from semidetr.matching.losses import CriterionConfig, set_criterion
 from semidetr.detectors.transformer import DecoderLayer, Encoder, TransformerConfig, token_geometry
+from semidetr.matching.losses import CriterionConfig, set_criterion
 
 # the backbones of the comparison: kind of block, stem, widths and blocks of the stages
 RESNETS = dict(
@@ -23,14 +26,13 @@ RESNETS = dict(
 SIZE = TransformerConfig(
     d_model=128, n_heads=8, n_levels=4, n_points=4, enc_layers=3, dec_layers=3, ffn=512, num_queries=100
 )
-CLASSES, CRITERION = (
-    80,
-    CriterionConfig(w_cls=1.0, cost_l1=5.0, w_giou=2.0, loss_l1=5.0),
-)  # their weights, in cost and loss
+CLASSES = 80
+# the weights of transformers, in cost and loss
+CRITERION = CriterionConfig(w_cls=1.0, cost_l1=5.0, w_giou=2.0, loss_l1=5.0)
 
 
 def sine(mask, num_feats, temperature=10000):  # (B,h,w) True=padding -> (B,2*num_feats,h,w)
-    "Position code of Deformable DETR: as `semidetr.detectors.backbone.sine_position`, at the centre of a cell instead of its end"
+    "Position code of Deformable DETR: `sine_position` at the centre of a cell instead of its end"
     power = 2 * torch.arange(num_feats // 2, device=mask.device) / num_feats
 
     def code(count, last):
@@ -48,14 +50,10 @@ class DeformableDETR(nn.Module):
         super().__init__()
         d = cfg.d_model
         self.backbone, self.input_proj = backbone, B.InputProj(backbone.channels, d, cfg.n_levels)
-        self.encoder, self.layers = (
-            Encoder(cfg),
-            nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.dec_layers)),
-        )
-        self.level_embed, self.queries = (
-            nn.Parameter(torch.empty(cfg.n_levels, d)),
-            nn.Embedding(cfg.num_queries, 2 * d),
-        )
+        self.encoder = Encoder(cfg)
+        self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.dec_layers))
+        self.level_embed = nn.Parameter(torch.empty(cfg.n_levels, d))
+        self.queries = nn.Embedding(cfg.num_queries, 2 * d)
         self.reference_points = nn.Linear(d, 2)
         self.class_head, self.box_head = make_heads(d, num_classes)
         self.cfg, self.cache = cfg, {}
@@ -76,18 +74,11 @@ class DeformableDETR(nn.Module):
 
     def forward(self, images, mask=None):  # (B,3,H,W), (B,H,W) True=padding -> as `Detector`
         features = self.input_proj(self.backbone(images))
-        geo, tokens = (
-            self.geometry(features, level_masks(mask, features)),
-            torch.cat([f.flatten(2).transpose(1, 2) for f in features], 1),
-        )
+        geo = self.geometry(features, level_masks(mask, features))
+        tokens = torch.cat([f.flatten(2).transpose(1, 2) for f in features], 1)
         level = torch.cat([e.expand(h * w, -1) for e, (h, w) in zip(self.level_embed, geo.shapes)])
-        memory = self.encoder(
-            tokens,
-            geo.position.to(tokens.dtype) + level,
-            geo.reference_points.expand(len(tokens), -1, -1, -1),
-            geo.shapes,
-            geo.padding,
-        )
+        cells = geo.reference_points.expand(len(tokens), -1, -1, -1)
+        memory = self.encoder(tokens, geo.position.to(tokens.dtype) + level, cells, geo.shapes, geo.padding)
         pos, x = (q.expand(len(tokens), -1, -1) for q in self.queries.weight.chunk(2, -1))
         points = self.reference_points(pos).float().sigmoid()
         per_level, hs = points[:, :, None].expand(-1, -1, len(geo.shapes), -1), []
@@ -102,21 +93,19 @@ class DeformableDETR(nn.Module):
         layers = [dict(pred_logits=c, pred_boxes=b) for c, b in zip(logits, boxes)]
         return dict(**layers[-1], aux_outputs=layers[:-1])
 
+    def param_groups(self):  # as `Detector`
+        return split_parameters(self)
+
 
 # --- transformers' model ------------------------------------------------------------------------------------
 def build_theirs(name, cfg=SIZE, num_classes=CLASSES, seed=0):
-    "DeformableDetrForObjectDetection with random weights, statistics of its frozen norms and sampling offsets included"
+    "DeformableDetrForObjectDetection with random weights, statistics of norms and sampling offsets included"
     from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
 
     kind, stem, widths, depths = RESNETS[name]
     torch.manual_seed(seed)
-    resnet = ResNetConfig(
-        layer_type=kind,
-        embedding_size=stem,
-        hidden_sizes=list(widths),
-        depths=list(depths),
-        out_features=['stage2', 'stage3', 'stage4'],
-    )
+    sizes = dict(embedding_size=stem, hidden_sizes=list(widths), depths=list(depths))
+    resnet = ResNetConfig(layer_type=kind, **sizes, out_features=['stage2', 'stage3', 'stage4'])
     model = DeformableDetrForObjectDetection(
         DeformableDetrConfig(
             backbone_config=resnet,
@@ -146,14 +135,10 @@ def build_theirs(name, cfg=SIZE, num_classes=CLASSES, seed=0):
                 t.uniform_(0.5, 1.0)
             elif 'sampling_offsets.weight' in n or 'attention_weights.weight' in n:
                 t.normal_(0, 0.02)
-            elif t.ndim == 1:
-                t.add_(
-                    0.05 * torch.randn_like(t)
-                )  # norms and biases too: otherwise exchanged ones would not be noticed
-    for n, p in model.model.backbone.named_parameters():
-        p.requires_grad_(
-            bool(re.search(r'encoder\.stages\.[123]\.', n))
-        )  # stem and first stage fixed, as in ours
+            elif t.ndim == 1:  # norms and biases too: otherwise exchanged ones would not be noticed
+                t.add_(0.05 * torch.randn_like(t))
+    for n, p in model.model.backbone.named_parameters():  # stem and first stage frozen, as in ours
+        p.requires_grad_(bool(re.search(r'encoder\.stages\.[123]\.', n)))
     return model
 
 
@@ -208,7 +193,7 @@ def convert(state):  # (backbone under torchvision's names, the rest under ours)
 
 
 # --- ours with the same weights -----------------------------------------------------------------------------
-def _half_resnet(norm):
+def _half_resnet(norm_layer):
     "ResNet-18 of half the width"
 
     class Half(ResNet):
@@ -217,24 +202,22 @@ def _half_resnet(norm):
                 self.inplanes = 32
             return super()._make_layer(block, planes // 2, *args, **kw)
 
-    model = Half(BasicBlock, [2, 2, 2, 2], norm_layer=norm)
-    model.conv1, model.bn1, model.fc = nn.Conv2d(3, 32, 7, 2, 3, bias=False), norm(32), nn.Linear(256, 1)
+    model = Half(BasicBlock, [2, 2, 2, 2], norm_layer=norm_layer)
+    model.conv1, model.bn1 = nn.Conv2d(3, 32, 7, 2, 3, bias=False), norm_layer(32)
+    model.fc = nn.Linear(256, 1)
     return model
 
 
 def build_backbone(name, weights):
-    "semidetr's backbone of a state dict under torchvision's names, through its own loader; torchvision knows no ResNet of half the width, so it is lent one"
+    "semidetr's backbone of a state dict under torchvision's names, through its own loader"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'resnet.pt'
         torch.save(weights, path)
-        make, known = torchvision.models.resnet18, dict(weights=str(path), out_strides=(8, 16, 32))
+        known = dict(weights=str(path), out_strides=(8, 16, 32))
         if name != 'tiny':
             return B.build_backbone(B.BackboneConfig(name, **known))
-        try:
-            torchvision.models.resnet18 = lambda norm_layer: _half_resnet(norm_layer)
+        with mock.patch.object(torchvision.models, 'resnet18', _half_resnet):  # torchvision has none so small
             return B.build_backbone(B.BackboneConfig('resnet18', **known))
-        finally:
-            torchvision.models.resnet18 = make
 
 
 def build_ours(name, theirs, cfg=SIZE, num_classes=CLASSES):
@@ -251,12 +234,12 @@ def scene(size, images, num_classes=CLASSES, objects=10, seed=0):  # (images, ta
     "Random pixels and boxes"
     torch.manual_seed(seed)
 
-    def boxes(n):
-        return torch.cat([0.2 + 0.6 * torch.rand(n, 2), 0.05 + 0.3 * torch.rand(n, 2)], -1)
+    def target():
+        labels = torch.randint(num_classes, (objects,))
+        centre, size = 0.2 + 0.6 * torch.rand(objects, 2), 0.05 + 0.3 * torch.rand(objects, 2)
+        return dict(labels=labels, boxes=torch.cat([centre, size], -1))
 
-    return torch.randn(images, 3, size, size), [
-        dict(labels=torch.randint(num_classes, (objects,)), boxes=boxes(objects)) for _ in range(images)
-    ]
+    return torch.randn(images, 3, size, size), [target() for _ in range(images)]
 
 
 def their_labels(targets):
@@ -264,10 +247,8 @@ def their_labels(targets):
 
 
 def their_outputs(out):
-    return [
-        dict(pred_logits=o['logits'], pred_boxes=o['pred_boxes'])
-        for o in (*(out.auxiliary_outputs or ()), dict(logits=out.logits, pred_boxes=out.pred_boxes))
-    ]
+    layers = [*(out.auxiliary_outputs or ()), dict(logits=out.logits, pred_boxes=out.pred_boxes)]
+    return [dict(pred_logits=o['logits'], pred_boxes=o['pred_boxes']) for o in layers]
 
 
 def twins(name, cfg=SIZE, num_classes=CLASSES):  # (theirs, ours)
@@ -279,7 +260,9 @@ def twins(name, cfg=SIZE, num_classes=CLASSES):  # (theirs, ours)
 
 
 def agreement(theirs, ours, images, targets, mask=None):  # {'outputs': , 'loss': , 'gradients': }
-    "Largest difference of logits and boxes in all layers; relative ones of the loss and of the gradients (of a tensor, in units of its norm)"
+    """Largest difference of logits and boxes in all layers, relative differences of loss and gradients
+
+    That of a gradient is in units of its norm; those of the backbone are compared by their total norm."""
     out = theirs(images, pixel_mask=None if mask is None else (~mask).long(), labels=their_labels(targets))
     mine = ours(images, mask)
     pairs = list(zip(their_outputs(out), [*mine['aux_outputs'], mine]))
@@ -290,16 +273,12 @@ def agreement(theirs, ours, images, targets, mask=None):  # {'outputs': , 'loss'
         l.backward()
     with torch.no_grad():
         far = max(float((a[k] - b[k]).abs().max()) for a, b in pairs for k in a)
-        (body, rest), own = (
-            convert({n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}),
-            {n: p.grad for n, p in ours.named_parameters() if p.grad is not None},
-        )
+        body, rest = convert({n: p.grad for n, p in theirs.named_parameters() if p.grad is not None})
+        own = {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}
         grads = [(g, own[n]) for n, g in rest.items()]
-        total = [
-            torch.stack([g.norm() for g in gs]).norm()
-            for gs in (list(body.values()), [g for n, g in own.items() if n.startswith('backbone.')])
-        ]
-        off = max(float((a - b).norm() / a.norm().clamp(min=1e-6)) for a, b in (*grads, total))
+        own_body = [g for n, g in own.items() if n.startswith('backbone.')]
+        grads.append([torch.stack([g.norm() for g in gs]).norm() for gs in (list(body.values()), own_body)])
+        off = max(float((a - b).norm() / a.norm().clamp(min=1e-6)) for a, b in grads)
     assert len(rest) + len(body) == len(own)
     for model in (theirs, ours):
         model.zero_grad()

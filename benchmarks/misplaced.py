@@ -1,6 +1,8 @@
-"""How often does matching with imprecise boxes call the better-placed query background, on a trained detector?
+"""How often does matching with imprecise boxes make the better-placed query of a trained detector background?
 
-python benchmarks/misplaced.py runs/studies/components_50/seed0/burn_in --to nbs/ablations/results/misplaced.json
+    python benchmarks/misplaced.py RUN --to nbs/ablations/results/misplaced.json
+
+RUN is a folder such as runs/studies/components_50/seed0/burn_in.
 """
 
 import argparse, json
@@ -20,7 +22,7 @@ from semidetr.train.trainer import build_data
 AMOUNTS = [0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3]
 
 
-def ways(k):  # as the criterion uses them
+def assigners(k):  # as the criterion uses them
     return {
         'Hungarian': assign_o2o,
         'Max-IoU': ASSIGNERS['max_iou'],
@@ -35,10 +37,8 @@ def predictions(run, images):  # last decoder layer on unlabelled images of the 
     "logits (1,B,Q,C), boxes (1,B,Q,4), targets"
     model, cfg, _ = load_model(run)
     data, logits, boxes, targets = build_data(cfg.data), [], [], []
-    for part in tqdm(
-        EvalLoader(Subset(data.unlabelled, range(min(images, len(data.unlabelled)))), cfg.view, 8),
-        leave=False,
-    ):
+    some = Subset(data.unlabelled, range(min(images, len(data.unlabelled))))
+    for part in tqdm(EvalLoader(some, cfg.view, 8), leave=False):
         out = model.eval()(part['images'], part['mask'])
         logits.append(out['pred_logits'])
         boxes.append(out['pred_boxes'])
@@ -58,26 +58,14 @@ if __name__ == '__main__':
     for run in args.runs:
         logits, boxes, targets, cfg = predictions(run, args.images)
         truth, objects = pad_targets(targets), sum(len(t['labels']) for t in targets)
-        rates = {
-            name: [
-                misplaced_background(
-                    way(logits, boxes, pad_targets(jitter_targets(targets, by))), boxes, truth
-                )
-                for by in AMOUNTS
-            ]
-            for name, way in ways(cfg.criterion.k).items()
-        }
+        rates = {}
+        for name, assign in assigners(cfg.criterion.k).items():
+            rates[name] = []
+            for amount in AMOUNTS:
+                matched = assign(logits, boxes, pad_targets(jitter_targets(targets, amount)))
+                rates[name].append(misplaced_background(matched, boxes, truth))
         done = json.loads((run / 'run.json').read_text())
-        out.append(
-            dict(
-                run='/'.join(run.parts[-2:]),
-                hash=done['hash'],
-                commit=done['commit'],
-                images=len(targets),
-                objects=objects,
-                queries=boxes.shape[2],
-                amounts=AMOUNTS,
-                rates=rates,
-            )
-        )
+        record = dict(run='/'.join(run.parts[-2:]), hash=done['hash'], commit=done['commit'])
+        counts = dict(images=len(targets), objects=objects, queries=boxes.shape[2])
+        out.append(dict(**record, **counts, amounts=AMOUNTS, rates=rates))
     atomic_write(args.to, json.dumps(out))

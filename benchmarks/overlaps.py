@@ -1,6 +1,8 @@
-"""How often does a teacher label one object twice? Pseudo boxes on unlabelled images, after per-class suppression and above the threshold, against the hidden boxes.
+"""How often does a teacher label one object twice?
 
-python benchmarks/overlaps.py runs/studies/components/seed0 --to nbs/ablations/results/overlaps.json
+Pseudo boxes on unlabelled images, after per-class suppression and above the threshold, against hidden boxes.
+
+    python benchmarks/overlaps.py runs/studies/components/seed0 --to nbs/ablations/results/overlaps.json
 """
 
 import argparse, json
@@ -21,18 +23,15 @@ def overlaps(run, images, threshold=0.3):  # of a finished run
     model, cfg, _ = load_model(run)
     data = build_data(cfg.data)
     out = dict(boxes=0, objects=0, covered=0, several=0)
-    for i, d in detect(
-        model, Subset(data.unlabelled, range(min(images, len(data.unlabelled)))), cfg.view, nms=cfg.pseudo.nms
-    ).items():
-        truth, boxes = (
-            data.truth.annotation(data.truth.index_of(i))['boxes'],
-            d['boxes'][d['scores'] >= threshold],
-        )
-        on = (box_iou(truth, boxes) >= 0.5).sum(1)
-        for key, n in dict(
-            boxes=len(boxes), objects=len(truth), covered=(on > 0).sum(), several=(on > 1).sum()
-        ).items():
-            out[key] += int(n)
+    some = Subset(data.unlabelled, range(min(images, len(data.unlabelled))))
+    for i, d in detect(model, some, cfg.view, nms=cfg.pseudo.nms).items():
+        truth = data.truth.annotation(data.truth.index_of(i))['boxes']
+        boxes = d['boxes'][d['scores'] >= threshold]
+        hits = (box_iou(truth, boxes) >= 0.5).sum(1)
+        out['boxes'] += len(boxes)
+        out['objects'] += len(truth)
+        out['covered'] += int((hits > 0).sum())
+        out['several'] += int((hits > 1).sum())
     return out | dict(hash=json.loads((run / 'run.json').read_text())['hash'])
 
 
@@ -45,12 +44,8 @@ if __name__ == '__main__':
     ask.add_argument('--to', type=Path, required=True)
     args = ask.parse_args()
     torch.set_num_threads(1)
-    atomic_write(
-        args.to,
-        json.dumps(
-            [
-                dict(seed=s.name, images=args.images, arms={a: overlaps(s / a, args.images) for a in ARMS})
-                for s in args.seeds
-            ]
-        ),
-    )
+    out = []
+    for s in args.seeds:
+        arms = {a: overlaps(s / a, args.images) for a in ARMS}
+        out.append(dict(seed=s.name, images=args.images, arms=arms))
+    atomic_write(args.to, json.dumps(out))

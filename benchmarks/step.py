@@ -1,28 +1,23 @@
-"""A whole training step and a whole inference against transformers' `DeformableDetrForObjectDetection`, same weights, same images."""
+"""A whole training step and a whole inference against transformers' `DeformableDetrForObjectDetection`.
 
-import contextlib, os, types
+Both have the same weights and get the same images."""
+
+import contextlib, os
 import torch
 from semidetr.train.config import OptimConfig
 from semidetr.matching.losses import set_criterion
-from semidetr.train.optim import build_optimizer
-from semidetr.train.trainer import optimizer_step
+from semidetr.train.optim import build_optimizer, lr_factor
+from semidetr.train.trainer import clip_and_step
 import matcher
 from deformable_detr import CRITERION, agreement, scene, their_labels, twins
 from timing import compare, interleave, need_op
 
-CASES = {
-    'tiny': ('tiny', 256, 4),
-    'r50': ('resnet50', 256, 2),
-    'r18-512': ('resnet18', 512, 2),
-}  # backbone, side of the images, batch
-INFERENCE, TWO_THREADS = (
-    ('tiny', 'r50'),
-    ('tiny', 'r50'),
-)  # cases whose inference is timed too; cases that are repeated with more threads
-VARIANTS = {
-    'float32': contextlib.nullcontext,
-    'bfloat16': lambda: torch.autocast('cpu', torch.bfloat16),
-}  # ours; theirs runs in float32
+# case: backbone, side of the images, batch
+CASES = {'tiny': ('tiny', 256, 4), 'r50': ('resnet50', 256, 2), 'r18-512': ('resnet18', 512, 2)}
+INFERENCE = 'tiny', 'r50'  # cases whose inference is timed too
+TWO_THREADS = 'tiny', 'r50'  # cases that are repeated with more threads
+# of ours; theirs runs in float32
+VARIANTS = {'float32': contextlib.nullcontext, 'bfloat16': lambda: torch.autocast('cpu', torch.bfloat16)}
 LIMIT = 1e-4  # of the outputs, before anything is timed
 OPTIM = OptimConfig(lr=1e-5, clip=0.1)
 
@@ -30,10 +25,10 @@ OPTIM = OptimConfig(lr=1e-5, clip=0.1)
 def their_step(model):
     "Forward with loss, backward, clip, AdamW"
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        dict(params=[p for n, p in named if ('backbone' in n) == b], lr=OPTIM.lr * m)
-        for b, m in ((False, 1.0), (True, OPTIM.backbone_mult))
-    ]
+    groups = []
+    for is_backbone, mult in ((False, 1.0), (True, OPTIM.backbone_mult)):
+        params = [p for n, p in named if ('backbone' in n) == is_backbone]
+        groups.append(dict(params=params, lr=OPTIM.lr * mult))
     optimizer = torch.optim.AdamW(groups, weight_decay=OPTIM.weight_decay)
 
     def step(images, targets, variant=contextlib.nullcontext):
@@ -55,16 +50,12 @@ def our_loss(model, variant, images, targets):
 
 def our_step(model):
     "The same with the trainer's own optimizer step; a function for each variant"
-    run = types.SimpleNamespace(
-        optimizer=build_optimizer(model, OPTIM),
-        scaler=torch.amp.GradScaler('cpu', enabled=False),
-        cfg=types.SimpleNamespace(optim=OPTIM),
-        step=0,
-    )
+    optimizer, scaler = build_optimizer(model, OPTIM), torch.amp.GradScaler('cpu', enabled=False)
+    factor = lr_factor(0, OPTIM)
 
     def step(variant, images, targets):
         our_loss(model, variant, images, targets).backward()
-        optimizer_step(run)
+        clip_and_step(optimizer, scaler, OPTIM.clip, factor)
 
     return step
 
@@ -80,24 +71,21 @@ def train_rows(theirs, ours, images, targets, rounds, both, **what):
     theirs.train()
     ours.train()
     step, mine, what = their_step(theirs), our_step(ours), dict(quantity='training step', **what)
-    jobs = {'theirs': lambda: step(images, targets)} | {
-        n: (lambda v=v: mine(v, images, targets)) for n, v in VARIANTS.items()
-    }
+    jobs = {'theirs': lambda: step(images, targets)}
+    for name, variant in VARIANTS.items():
+        jobs[name] = lambda v=variant: mine(v, images, targets)
     if both:
         jobs['theirs bfloat16'] = lambda: step(images, targets, VARIANTS['bfloat16'])
     t = interleave(jobs, rounds)
-    return (
-        [compare(t['theirs']['all'], t['theirs bfloat16']['all'], name='theirs bfloat16', **what)]
-        if both
-        else []
-    ) + rows_of(t, **what)
+    rows = rows_of(t, **what)
+    if both:
+        low = compare(t['theirs']['all'], t['theirs bfloat16']['all'], name='theirs bfloat16', **what)
+        rows.insert(0, low)
+    return rows
 
 
-GROUPS = (
-    ('convolutions', 'conv'),
-    ('matrices', 'mm'),
-    ('attention', 'ms_deform'),
-)  # by a part of the operator's name, in this order
+# by a part of the operator's name, in this order
+GROUPS = ('convolutions', 'conv'), ('matrices', 'mm'), ('attention', 'ms_deform')
 
 
 @contextlib.contextmanager
@@ -114,7 +102,7 @@ def silent():
 
 
 def profile(ours, images, targets):  # {variant: {group: share of the time}}
-    "Where the time of our training step goes"
+    "Shares of the time of our training step"
     out, step = {}, our_step(ours.train())
     for name, variant in VARIANTS.items():
         step(variant, images, targets)
@@ -136,32 +124,29 @@ def inference_rows(theirs, ours, images, rounds, **what):
         with variant():
             ours(images)
 
-    return rows_of(
-        interleave(
-            {'theirs': lambda: theirs(images) and None}
-            | {n: (lambda v=v: run(v)) for n, v in VARIANTS.items()},
-            rounds,
-        ),
-        quantity='inference',
-        **what,
-    )
+    jobs = {'theirs': lambda: theirs(images) and None}
+    for name, variant in VARIANTS.items():
+        jobs[name] = lambda v=variant: run(v)
+    return rows_of(interleave(jobs, rounds), quantity='inference', **what)
 
 
 def run_kept(threads, quick, say):
     "The smallest case and one matching, in a process that keeps its memory"
-    return dict(
-        rows=run(threads, True, say, 3 if quick else 15, alone=False)['rows']
-        + matcher.rows(threads, say, 3 if quick else 15)
-    )
+    rounds = 3 if quick else 15
+    steps = run(threads, True, say, rounds, alone=False)['rows']
+    return dict(rows=steps + matcher.rows(threads, say, rounds))
 
 
-def run(threads, quick, say, rounds=None, alone=True):  # alone: what autocast does for theirs, too
+def run(threads, quick, say, rounds=None, alone=True):  # alone: time autocast for theirs, too
     "Rows of all cases"
     need_op()
     rows, shares, rounds = [], [], rounds or (3 if quick else 15)
-    for case, (name, side, batch) in CASES.items():
-        if case not in (('tiny',) if quick else CASES if threads == 1 else TWO_THREADS):
-            continue
+    if quick:
+        cases = ['tiny']
+    else:
+        cases = CASES if threads == 1 else TWO_THREADS
+    for case in cases:
+        name, side, batch = CASES[case]
         theirs, ours = twins(name)
         ours = ours.to(memory_format=torch.channels_last)  # as the trainer does
         images, targets = scene(side, batch)
@@ -169,30 +154,15 @@ def run(threads, quick, say, rounds=None, alone=True):  # alone: what autocast d
         with torch.no_grad():
             full, low = (our_loss(ours, v, images, targets) for v in VARIANTS.values())
         error['bfloat16'] = float((low - full).abs() / full)
-        assert (
-            error['outputs'] < LIMIT
-            and error['loss'] < LIMIT
-            and error['gradients'] < 1e-2
-            and error['bfloat16'] < 2e-2
-        ), f'{case}: {error}'
-        what = dict(
-            case=case,
-            threads=threads,
-            side=side,
-            batch=batch,
-            error=error,
-            parameters=sum(p.numel() for p in ours.parameters()),
-        )
-        new = (
-            inference_rows(theirs, ours, images, rounds, **what) if case in INFERENCE else []
-        ) + train_rows(
-            theirs, ours, images, targets, rounds, alone and case == 'tiny' and threads == 1, **what
-        )
-        say(
-            f'step {case}: '
-            + ', '.join(f"{r['quantity']} {r['name']} {r['ratio'][1]:.2f}x" for r in new)
-            + f" ({new[-1]['theirs_ms']:.0f} -> {new[-1]['ours_ms']:.0f} ms)"
-        )
+        limits = dict(outputs=LIMIT, loss=LIMIT, gradients=1e-2, bfloat16=2e-2)
+        assert all(error[k] < limit for k, limit in limits.items()), f'{case}: {error}'
+        what = dict(case=case, threads=threads, side=side, batch=batch, error=error)
+        what['parameters'] = sum(p.numel() for p in ours.parameters())
+        new = inference_rows(theirs, ours, images, rounds, **what) if case in INFERENCE else []
+        both = alone and case == 'tiny' and threads == 1
+        new += train_rows(theirs, ours, images, targets, rounds, both, **what)
+        texts = [f"{r['quantity']} {r['name']} {r['ratio'][1]:.2f}x" for r in new]
+        say(f"step {case}: {', '.join(texts)} ({new[-1]['theirs_ms']:.0f} -> {new[-1]['ours_ms']:.0f} ms)")
         rows += new
         if threads == 1:
             shares.append(dict(case=case, **profile(ours, images, targets)))

@@ -1,6 +1,10 @@
-"""What does a score threshold keep of each class? Precision and recall of a teacher on the unlabelled images of its run, by hidden truth.
+"""What does a score threshold keep of each class?
 
-python benchmarks/thresholds.py runs/studies/txl_semi/p1/seed0/burn_in --to nbs/ablations/results/thresholds.json
+Precision and recall of a teacher on the unlabelled images of its run, by hidden truth.
+
+    python benchmarks/thresholds.py RUN --to nbs/ablations/results/thresholds.json
+
+RUN is a folder such as runs/studies/txl_semi/p1/seed0/burn_in.
 """
 
 import argparse, json
@@ -11,8 +15,9 @@ from semidetr.core import atomic_write
 from semidetr.data.datasets import Subset
 from semidetr.data.loader import EvalLoader
 from semidetr.train.metrics import pseudo_quality
-from semidetr.semi.methods import look, to_original
+from semidetr.semi.methods import to_original
 from semidetr.semi.variants import class_rates
+from semidetr.semi.teacher import teacher_detections
 from semidetr.train.predict import load_model
 from semidetr.train.trainer import build_data
 
@@ -25,26 +30,21 @@ def counts(found, truth, threshold, cls):
     for d in found:
         a = truth.annotation(truth.index_of(d['image_id']))
         keep, true = (d['labels'] == cls) & (d['scores'] >= threshold), (a['labels'] == cls) & ~a['ignore']
-        total += torch.tensor(
-            [
-                int(n)
-                for n in pseudo_quality(
-                    d['boxes'][keep], d['labels'][keep], a['boxes'][true], a['labels'][true]
-                )
-            ]
-        )
+        found_here, true_here = (d['boxes'][keep], d['labels'][keep]), (a['boxes'][true], a['labels'][true])
+        total += torch.tensor([int(n) for n in pseudo_quality(*found_here, *true_here)])
     return total.tolist()
 
 
+@torch.no_grad()
 def by_class(run, images):
-    "dict of a run: for each class and threshold precision and recall, boxes an image"
+    "dict of a run: for each class and threshold precision and recall, boxes per image"
     model, cfg, _ = load_model(run)
     data, found = build_data(cfg.data), []
-    for part in tqdm(
-        EvalLoader(Subset(data.unlabelled, range(min(images, len(data.unlabelled)))), cfg.view, 8),
-        leave=False,
-    ):
-        found += to_original(look(model.eval(), part, cfg.pseudo), part['targets'])
+    some = Subset(data.unlabelled, range(min(images, len(data.unlabelled))))
+    for part in tqdm(EvalLoader(some, cfg.view, 8), leave=False):
+        outputs = model.eval()(part['images'], part['mask'])
+        detections = teacher_detections(outputs, part['targets'], cfg.pseudo)
+        found += to_original(detections, part['targets'])
     classes, out = {}, json.loads((Path(run) / 'run.json').read_text())
     for c, name in enumerate(data.truth.classes):
         n = [counts(found, data.truth, t, c) for t in THRESHOLDS]
@@ -54,20 +54,11 @@ def by_class(run, images):
             recall=[tp / g if g else None for tp, _, g in n],
             boxes=[k / len(found) for _, k, _ in n],
         )
-    labelled = {
-        name: round(float(r) * len(data.labelled))
-        for name, r in zip(data.truth.classes, class_rates(data.labelled, len(data.truth.classes)))
-    }
-    return dict(
-        run='/'.join(Path(run).parts[-3:]),
-        hash=out['hash'],
-        commit=out['commit'],
-        images=len(found),
-        labelled_images=len(data.labelled),
-        labelled=labelled,
-        thresholds=THRESHOLDS,
-        classes=classes,
-    )
+    rates = class_rates(data.labelled, len(data.truth.classes))
+    labelled = {name: round(float(r) * len(data.labelled)) for name, r in zip(data.truth.classes, rates)}
+    record = dict(run='/'.join(Path(run).parts[-3:]), hash=out['hash'], commit=out['commit'])
+    counted = dict(images=len(found), labelled_images=len(data.labelled), labelled=labelled)
+    return dict(**record, **counted, thresholds=THRESHOLDS, classes=classes)
 
 
 if __name__ == '__main__':

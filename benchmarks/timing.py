@@ -1,4 +1,4 @@
-"""What all parts of the benchmark share: taking turns, ratios with quartiles, and a description of the machine."""
+"""What all parts of the benchmark share: turns, ratios with quartiles, a description of the machine."""
 
 import datetime, gc, os, statistics, subprocess, time
 from pathlib import Path
@@ -8,9 +8,9 @@ def interleave(
     jobs,  # {name: function}; what a function returns as a dict of seconds are its own phases
     rounds=15,  # turns of each
     warm=1,  # turns that do not count
-    seconds=None,  # go on until so much time is used, at most 10 times `rounds`
+    seconds=None,  # continue until so much time is used, at most 10 times `rounds`
 ):  # {name: {phase: [seconds of each turn]}}; the phase of the whole call is 'all'
-    "Let all take turns, so that a slow moment of the machine meets all of them; the collector of garbage sleeps meanwhile"
+    "Let all take turns, so that a slow moment of the machine affects all of them; without garbage collection"
     rounds, times = min(rounds, int(os.environ.get('BENCH_ROUNDS', rounds))), {name: {} for name in jobs}
     for _ in range(warm):
         for f in jobs.values():
@@ -33,18 +33,18 @@ def interleave(
 
 
 def quartiles(values):  # [lower quartile, median, upper quartile]
-    "Three numbers that say where the values lie"
+    "Location and spread of the values"
     if len(values) < 2:
         return [values[0]] * 3
     return statistics.quantiles(values, n=4, method='inclusive')
 
 
 def compare(
-    theirs,
-    ours,  # seconds of each turn, in the same order
+    theirs,  # seconds of each turn
+    ours,  # the same, in the same order
     **what,  # what was measured: case, name, quantity
 ):  # a row of a result file
-    "How many times faster ours is: the median over the turns, each with its own neighbour"
+    "How many times faster ours is: median over the turns, each compared with its neighbour"
     return dict(
         **what,
         theirs_ms=1e3 * statistics.median(theirs),
@@ -62,7 +62,7 @@ def _lines(path):
 
 
 def caches():  # {'L1': bytes, ...}
-    "Data caches of the first core, as the system tells them"
+    "Data caches of the first core, as the system reports them"
     out = {}
     for d in sorted(Path('/sys/devices/system/cpu/cpu0/cache').glob('index*')):
         kind, level, size = (next(iter(_lines(d / f)), '') for f in ('type', 'level', 'size'))
@@ -79,9 +79,10 @@ def machine():  # plain values
     import platform, torch
     from semidetr.detectors import native
 
-    info = dict(
-        reversed([[o.strip() for o in line.split(':', 1)] for line in _lines('/proc/cpuinfo') if ':' in line])
-    )
+    pairs = [line.split(':', 1) for line in _lines('/proc/cpuinfo') if ':' in line]
+    info = {
+        key.strip(): value.strip() for key, value in reversed(pairs)
+    }  # the first core comes last, and stays
     flags = (info.get('flags') or info.get('Features') or '').split()
     try:
         import transformers
@@ -89,12 +90,8 @@ def machine():  # plain values
         hf = transformers.__version__
     except ImportError:
         hf = None
-    git = subprocess.run(
-        ['git', 'describe', '--always', '--dirty', '--abbrev=12'],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
+    command = ['git', 'describe', '--always', '--dirty', '--abbrev=12']
+    git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     cpu = native.ops_status()['cpu']
     return dict(
         cpu=info.get('model name') or platform.processor() or platform.machine(),

@@ -1,4 +1,4 @@
-"The benchmark measures what it says: same answers before timing, turns that alternate, result files that the page can read."
+"The benchmark measures what it claims: equal results before timing, alternating turns, valid result files."
 
 import dataclasses, importlib.util, json, shutil, subprocess, sys, tomllib
 import pytest, torch
@@ -14,25 +14,21 @@ needs_theirs = pytest.mark.skipif(
 
 
 def test_turns_alternate():
-    said = []
-    t = timing.interleave(
-        dict(a=lambda: said.append('a'), b=lambda: said.append('b') or dict(part=7.0)), rounds=3, warm=2
-    )
-    assert said == ['a', 'b'] * 5 and len(t['a']['all']) == 3 and t['b']['part'] == [7.0] * 3
+    calls = []
+    jobs = dict(a=lambda: calls.append('a'), b=lambda: calls.append('b') or dict(part=7.0))
+    t = timing.interleave(jobs, rounds=3, warm=2)
+    assert calls == ['a', 'b'] * 5 and len(t['a']['all']) == 3 and t['b']['part'] == [7.0] * 3
 
 
 def test_ratio_pairs_neighbours():
-    "A slow moment that meets both leaves the ratio alone; the ratio of medians would not be 2"
+    "A slow moment that affects both does not change the ratio; the ratio of medians would not be 2"
     r = timing.compare([2.0, 20.0, 4.0, 8.0], [1.0, 10.0, 2.0, 4.0], case='x')
     assert r['ratio'] == [2.0, 2.0, 2.0] and r['theirs_ms'] == 6000 and r['rounds'] == 4 and r['case'] == 'x'
-    assert timing.quartiles([3.0]) == [3.0, 3.0, 3.0] and timing.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == [
-        2.0,
-        3.0,
-        4.0,
-    ]
+    assert timing.quartiles([3.0]) == [3.0, 3.0, 3.0]
+    assert timing.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == [2.0, 3.0, 4.0]
 
 
-def test_the_collector_wakes_up_again():
+def test_garbage_collection_is_on_again():
     import gc
 
     def fault():
@@ -99,9 +95,8 @@ def test_same_pairs_as_theirs():
 
     outputs, targets = matcher.batch(3, 40, seed=1)
     theirs = matcher.pairs(matcher.theirs()(outputs, targets))
-    assert theirs == matcher.pairs(hungarian(outputs, targets)) and [len(p) for p in theirs] == [
-        len(t['labels']) for t in targets
-    ]
+    assert theirs == matcher.pairs(hungarian(outputs, targets))
+    assert [len(p) for p in theirs] == [len(t['labels']) for t in targets]
     assert theirs != matcher.pairs(hungarian(outputs, targets, w_l1=0.0))
 
 
@@ -111,46 +106,35 @@ def test_thresholds_let_boxes_pass(tmp_path):
 
     run, batches = semi.make_run(tmp_path, 'digits', 'mean_teacher', batches=2)
     semi.set_thresholds(run, batches)
-    step, seen = semi.stepper(run, batches)
-    step(), step()
-    assert all(semi.BOXES * 0.5 < n < semi.BOXES * 2 for n in seen), seen
-    assert [len(batches[0][k]['targets']) for k in ('labelled', 'weak', 'strong')] == [
-        semi.LABELLED,
-        semi.UNLABELLED,
-        semi.UNLABELLED,
-    ]
+    step, pseudo_boxes = semi.stepper(run, batches)
+    step()
+    step()
+    assert all(semi.BOXES * 0.5 < n < semi.BOXES * 2 for n in pseudo_boxes), pseudo_boxes
+    images = [len(batches[0][k]['targets']) for k in ('labelled', 'weak', 'strong')]
+    assert images == [semi.LABELLED, semi.UNLABELLED, semi.UNLABELLED]
 
 
 def test_aims_pick_one_row_each():
-    "An aim that matches nothing would silently never be missed; what is not measured yet is said on the page"
+    "An aim that matches no row would pass unnoticed; parts that are not measured yet are marked on the page"
     aims = tomllib.loads((ROOT / 'benchmarks' / 'aims.toml').read_text())['aim']
     for aim in aims:
         assert ('at_least' in aim) != ('at_most' in aim) and aim['part'] in runner.PARTS
         f = ROOT / 'benchmarks' / 'results' / f"{aim['part']}.json"
         if not f.exists():
             continue
-        found = [
-            r
-            for r in json.loads(f.read_text())['rows']
-            if all(r.get(k) == v for k, v in aim['match'].items())
-        ]
+        rows = json.loads(f.read_text())['rows']
+        found = [r for r in rows if all(r.get(k) == v for k, v in aim['match'].items())]
         assert len(found) == 1 and ('cost' if 'at_most' in aim else 'ratio') in found[0], aim['what']
 
 
 @needs_theirs
 def test_smoke(tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / 'benchmarks' / 'run.py', '--quick', '--only', 'matcher', '--out', tmp_path],
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, ROOT / 'benchmarks' / 'run.py', '--quick', '--only', 'matcher']
+    done = subprocess.run([*command, '--out', tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / 'matcher.json').read_text())
-    assert (
-        result['quick']
-        and result['machine']['versions']['torch'] == torch.__version__
-        and all(r['rounds'] == 3 for r in result['rows'])
-    )
+    assert result['quick'] and result['machine']['versions']['torch'] == torch.__version__
+    assert all(r['rounds'] == 3 for r in result['rows'])
 
 
 @pytest.fixture(scope='module')
@@ -160,25 +144,14 @@ def short_run(tmp_path_factory):
     from test_trainer import tiny
 
     folder = tmp_path_factory.mktemp('short')
-    trainer = Trainer(
-        tiny('optim.iters=1', 'run.test=false', method='supervised'), folder / 'r', progress=False
-    )
+    cfg = tiny('optim.iters=1', 'run.test=false', method='supervised')
+    trainer = Trainer(cfg, folder / 'r', progress=False)
     trainer.fit()
 
     def measure(script):
-        done = subprocess.run(
-            [
-                sys.executable,
-                ROOT / 'benchmarks' / script,
-                folder / 'r',
-                '--images',
-                '9',
-                '--to',
-                folder / 'out.json',
-            ],
-            capture_output=True,
-            text=True,
-        )
+        options = ['--images', '9', '--to', folder / 'out.json']
+        command = [sys.executable, ROOT / 'benchmarks' / script, folder / 'r', *options]
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return json.loads((folder / 'out.json').read_text())[0]
 
@@ -190,7 +163,7 @@ def hidden_boxes(data):
 
 
 def test_misplaced_background_of_a_run(short_run):
-    "Unlabelled images with hidden truth, every way of matching; true boxes give what the function gives without the script"
+    "Unlabelled images with hidden truth, every assigner; with true boxes the result is that of the function"
     import misplaced
     from semidetr.matching.assigners import misplaced_background
     from semidetr.matching.matching import assign_o2o, pad_targets
@@ -199,15 +172,10 @@ def test_misplaced_background_of_a_run(short_run):
     m, hidden = measure('misplaced.py'), hidden_boxes(trainer.data)
     logits, boxes, targets, cfg = misplaced.predictions(trainer.dir, 9)
     labelled = {str(i) for i in trainer.data.labelled.ids}
-    assert [len(a['labels']) for a in hidden] == [len(t['labels']) for t in targets] and not labelled & {
-        str(i) for i in trainer.data.unlabelled.ids[:9]
-    }
-    assert (
-        m['images'] == 9
-        and m['objects'] == sum(len(t['labels']) for t in targets) > 0
-        and len(m['rates']) == 5
-        and all(len(r) == len(m['amounts']) for r in m['rates'].values())
-    )
+    assert [len(a['labels']) for a in hidden] == [len(t['labels']) for t in targets]
+    assert not labelled & {str(i) for i in trainer.data.unlabelled.ids[:9]}
+    assert m['images'] == 9 and m['objects'] == sum(len(t['labels']) for t in targets) > 0
+    assert len(m['rates']) == 5 and all(len(r) == len(m['amounts']) for r in m['rates'].values())
     truth = pad_targets(targets)
     assert m['rates']['Hungarian'][0] == misplaced_background(assign_o2o(logits, boxes, truth), boxes, truth)
 
@@ -234,22 +202,19 @@ def test_objects_labelled_twice(short_run):
             want['covered'] += n > 0
             want['several'] += n > 1
     got = overlaps(trainer.dir, 9, threshold)
-    assert (
-        {k: got[k] for k in want} == want
-        and 0 < got['boxes'] < len(scores)
-        and got['hash'] == json.loads((trainer.dir / 'run.json').read_text())['hash']
-    )
+    assert {k: got[k] for k in want} == want and 0 < got['boxes'] < len(scores)
+    assert got['hash'] == json.loads((trainer.dir / 'run.json').read_text())['hash']
 
 
 def test_the_teacher_of_a_run_is_followed_once_more(short_run, tmp_path):
-    "At the start and at the end, on unlabelled scenes; a run that ends otherwise is not taken for it"
+    "At the start and at the end, on unlabelled scenes; a run that ends with another teacher is refused"
     import qualitative
 
     trainer, _ = short_run
-    seen = qualitative.through_training(trainer.dir, times=2, images=2)
-    assert [n['step'] for n in seen['notes']] == [0, 1] and list(seen['truth']) == list(
-        seen['notes'][0]['found']
-    ) == [str(i) for i in trainer.data.unlabelled.ids[:2]]
+    followed = qualitative.through_training(trainer.dir, times=2, images=2)
+    ids = [str(i) for i in trainer.data.unlabelled.ids[:2]]
+    assert [n['step'] for n in followed['notes']] == [0, 1]
+    assert list(followed['truth']) == list(followed['notes'][0]['found']) == ids
     shutil.copytree(trainer.dir, tmp_path / 'other')
     state = torch.load(tmp_path / 'other' / 'last.pt', weights_only=True)
     next(v for v in state['teacher'].values() if v.is_floating_point()).add_(1)
@@ -259,7 +224,7 @@ def test_the_teacher_of_a_run_is_followed_once_more(short_run, tmp_path):
 
 
 def test_points_and_features_of_queries(short_run):
-    "The points that are drawn are those that the last layer reads: they give its output; one feature and one label an object"
+    "The recorded points give the output of the last cross-attention; one feature and one label per object"
     import qualitative
     from semidetr.detectors.attention import ms_deform_attn
     from semidetr.data.datasets import Subset
@@ -269,52 +234,36 @@ def test_points_and_features_of_queries(short_run):
     trainer, _ = short_run
     ds = Subset(trainer.data.truth, range(12))
     model, cfg, _ = load_model(trainer.dir)
-    layer, heard = model.transformer.decoder.layers[-1].cross_attn, {}
-    layer.register_forward_hook(lambda m, args, out: heard.update(value=args[2], shapes=args[3], out=out))
+    layer, recorded = model.transformer.decoder.layers[-1].cross_attn, {}
+    layer.register_forward_hook(lambda m, args, out: recorded.update(value=args[2], shapes=args[3], out=out))
     part = next(iter(EvalLoader(ds, cfg.view, 1)))
     model(part['images'], part['mask'])
     *_, xy, weights = next(iter(qualitative.decoded(trainer.dir, ds)))
     split = (1, len(xy), layer.n_heads, layer.n_levels, layer.n_points)
-    again = layer.output_proj(
-        ms_deform_attn(
-            layer.value_proj(heard['value']).view(1, -1, layer.n_heads, layer.d_model // layer.n_heads),
-            heard['shapes'],
-            xy.view(*split, 2),
-            weights.view(split),
-        )
-    )
-    torch.testing.assert_close(again, heard['out'], rtol=1e-4, atol=1e-5)
-    points, f = (
-        qualitative.attention_points(trainer.dir, ds, 1),
-        qualitative.query_features(trainer.dir, ds, least=0),
-    )
+    value = layer.value_proj(recorded['value']).view(1, -1, layer.n_heads, layer.d_model // layer.n_heads)
+    read = ms_deform_attn(value, recorded['shapes'], xy.view(*split, 2), weights.view(split))
+    torch.testing.assert_close(layer.output_proj(read), recorded['out'], rtol=1e-4, atol=1e-5)
+    points = qualitative.attention_points(trainer.dir, ds, 1)
+    f = qualitative.query_features(trainer.dir, ds, min_iou=0)
     objects = [len(ds.annotation(i)['labels']) for i in range(12)]
-    assert (
-        [len(q) for q in points.values()] == [min(n, 1) for n in objects]
-        and f['objects'] == len(f['plane']) == len(f['labels']) == sum(objects)
-        and 0 <= f['told'] <= 1
-        and f['asked'] == sum(objects[6:])
-    )
+    assert [len(q) for q in points.values()] == [min(n, 1) for n in objects]
+    assert f['objects'] == len(f['plane']) == len(f['labels']) == sum(objects)
+    assert 0 <= f['told'] <= 1 and f['asked'] == sum(objects[6:])
 
 
 def test_thresholds_of_a_run(short_run):
-    "Precision and recall of each class as counted by hand; more boxes and no less recall with a lower threshold"
+    "Precision and recall of each class as counted by hand; a lower threshold gives no fewer boxes"
     import thresholds
 
     trainer, measure = short_run
     t, hidden = measure('thresholds.py'), hidden_boxes(trainer.data)
-    labels = torch.cat(
-        [trainer.data.labelled.annotation(i)['labels'] for i in range(len(trainer.data.labelled))]
-    )
+    labelled = trainer.data.labelled
+    labels = torch.cat([labelled.annotation(i)['labels'] for i in range(len(labelled))])
     assert list(t['labelled'].values()) == labels.bincount(minlength=len(t['labelled'])).tolist()
-    assert (
-        t['images'] == 9
-        and t['labelled_images'] == len(trainer.data.labelled)
-        and t['thresholds'] == thresholds.THRESHOLDS
-    )
-    assert [c['objects'] for c in t['classes'].values()] == [
-        sum(int((a['labels'] == c).sum()) for a in hidden) for c in range(len(trainer.data.truth.classes))
-    ]
+    assert t['images'] == 9 and t['labelled_images'] == len(labelled)
+    assert t['thresholds'] == thresholds.THRESHOLDS
+    for c, counted in enumerate(t['classes'].values()):
+        assert counted['objects'] == sum(int((a['labels'] == c).sum()) for a in hidden)
     assert all(a >= b for c in t['classes'].values() for a, b in zip(c['boxes'], c['boxes'][1:]))
 
     class Truth:  # two objects of class 0, one of class 1
@@ -322,22 +271,12 @@ def test_thresholds_of_a_run(short_run):
             return i
 
         def annotation(self, i):
-            return dict(
-                boxes=torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60], [80, 80, 90, 90]]),
-                labels=torch.tensor([0, 0, 1]),
-                ignore=torch.tensor([False, False, False]),
-            )
+            boxes = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60], [80, 80, 90, 90]])
+            return dict(boxes=boxes, labels=torch.tensor([0, 0, 1]), ignore=torch.zeros(3, dtype=torch.bool))
 
-    found = [
-        dict(
-            image_id=0,
-            boxes=torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [80, 80, 90, 90]]),
-            labels=torch.tensor([0, 0, 1]),
-            scores=torch.tensor([0.9, 0.3, 0.1]),
-        )
-    ]
-    assert (
-        thresholds.counts(found, Truth(), 0.2, 0) == [1, 2, 2]
-        and thresholds.counts(found, Truth(), 0.5, 0) == [1, 1, 2]
-        and thresholds.counts(found, Truth(), 0.2, 1) == [0, 0, 1]
-    )
+    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [80, 80, 90, 90]])
+    scores = torch.tensor([0.9, 0.3, 0.1])
+    found = [dict(image_id=0, boxes=boxes, labels=torch.tensor([0, 0, 1]), scores=scores)]
+    assert thresholds.counts(found, Truth(), 0.2, 0) == [1, 2, 2]
+    assert thresholds.counts(found, Truth(), 0.5, 0) == [1, 1, 2]
+    assert thresholds.counts(found, Truth(), 0.2, 1) == [0, 0, 1]

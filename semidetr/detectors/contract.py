@@ -69,7 +69,12 @@ class DetectionTransformer(Protocol):
     ) -> list:  # of `ExtraQueries`; empty without denoising, or where no image has a box
         "Extra queries with known targets, made of boxes"
 
-    def forward(self, images: Tensor, mask: Tensor = None, targets: list = None) -> Outputs:
+    def forward(
+        self,
+        images: Tensor,  # as in `encode`
+        mask: Tensor = None,  # as in `encode`
+        targets: list = None,  # as in `denoise`
+    ) -> Outputs:
         "Encode and decode; in training with `targets`, denoising queries are added"
 
     def param_groups(self) -> dict:  # 'backbone', 'rest' -> trainable parameters, in the order of the modules

@@ -115,7 +115,7 @@ def _register(
     return ops
 
 
-_register()
+_OPS = _register()
 
 # %% ../../nbs/detectors/01_native.ipynb #a97a8ddc
 _DTYPES = dict(
@@ -249,7 +249,7 @@ def native_ms_deform_attn(
     "Deformable attention's sampling and sum (@eq-native-sum) by the native op; ask `native_available` first"
     real = torch.promote_types(value.dtype, torch.float32)
     shapes = _flat(spatial_shapes)
-    return torch.ops.semidetr.ms_deform_attn(value, shapes, locations.to(real), weights.to(real))
+    return _OPS.ms_deform_attn(value, shapes, locations.to(real), weights.to(real))
 
 
 def native_fused_ms_deform_attn(
@@ -265,6 +265,4 @@ def native_fused_ms_deform_attn(
     raw = value.dtype if raw_offsets.dtype == logits.dtype == value.dtype else real
     reference_points, raw_offsets, logits = reference_points.to(real), raw_offsets.to(raw), logits.to(raw)
     shapes = _flat(spatial_shapes)
-    return torch.ops.semidetr.fused_ms_deform_attn(
-        value, shapes, reference_points, raw_offsets, logits, padding_mask
-    )
+    return _OPS.fused_ms_deform_attn(value, shapes, reference_points, raw_offsets, logits, padding_mask)

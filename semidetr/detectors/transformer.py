@@ -348,11 +348,11 @@ def _kept_geometry(cache, features, masks):
 # %% ../../nbs/detectors/05_transformer.ipynb #82ce19b1
 def propose(
     memory: Tensor,  # (B,S,d) encoder output
-    geo: Geometry,
+    geo: Geometry,  # anchors, and which are valid
     embed,  # (B,N,d) -> (B,N,d): layers between token and heads
     class_head,  # (B,N,d) -> (B,N,C)
     box_head,  # (B,N,d) -> (B,N,4)
-    cfg: TransformerConfig,
+    cfg: TransformerConfig,  # number of queries, kind of score
 ) -> tuple:  # (logits (B,Q,C), boxes (B,Q,4) in [0,1], embedded tokens (B,Q,d), index (B,Q)), with gradient
     "Query selection: the Q tokens of best score, and their anchors as corrected by the box head"
     known = memory.masked_fill(~geo.valid[..., None], 0)

