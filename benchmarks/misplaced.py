@@ -17,7 +17,7 @@ from semidetr.data.datasets import Subset
 from semidetr.data.loader import EvalLoader
 from semidetr.matching.matching import assign_o2m, assign_o2o, pad_targets
 from semidetr.train.predict import load_model
-from semidetr.train.trainer import build_data
+from semidetr.train.run_data import build_data
 
 AMOUNTS = [0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3]
 

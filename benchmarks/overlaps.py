@@ -13,7 +13,7 @@ from semidetr.core import atomic_write
 from semidetr.data.datasets import Subset
 from semidetr.train.evaluation import detect
 from semidetr.train.predict import load_model
-from semidetr.train.trainer import build_data
+from semidetr.train.run_data import build_data
 
 ARMS = ('burn_in', 'supervised', 'mean_teacher', 'shm_cqc_cpm')
 

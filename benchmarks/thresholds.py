@@ -19,7 +19,7 @@ from semidetr.semi.methods import to_original
 from semidetr.semi.variants import class_rates
 from semidetr.semi.teacher import teacher_detections
 from semidetr.train.predict import load_model
-from semidetr.train.trainer import build_data
+from semidetr.train.run_data import build_data
 
 THRESHOLDS = [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6]
 

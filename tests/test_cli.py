@@ -693,18 +693,18 @@ def test_first_stage_of_semi_detr(shell):
 def test_build_ops(shell, refused, tmp_path, monkeypatch):
     "Where, how long, what instruction set; one line without a compiler, which is a stand-in here"
     from semidetr.train import machine
-    from semidetr.detectors import native
+    from semidetr.detectors import build
 
     made = tmp_path / 'cache' / 'ops' / 'cpu-1.so'
     monkeypatch.setenv('SEMIDETR_CACHE', str(tmp_path / 'cache'))
-    monkeypatch.setattr(native, '_plan', lambda *a: ([], '', [], 'cpu-1'))
+    monkeypatch.setattr(build, '_plan', lambda *a: ([], '', [], 'cpu-1'))
 
     def compile_(sources, out, *a):
         out.write_bytes(b'x')
         return out
 
-    monkeypatch.setattr(native, '_compile', compile_)
-    monkeypatch.setattr(native, '_compiler', lambda: ['c++'])
+    monkeypatch.setattr(build, '_compile', compile_)
+    monkeypatch.setattr(build, '_compiler', lambda: ['c++'])
     monkeypatch.setattr(
         machine, 'ops_status', lambda: dict(mode='auto', cpu=dict(ready=True, reason='', isa='v3'))
     )
@@ -718,7 +718,7 @@ def test_build_ops(shell, refused, tmp_path, monkeypatch):
         lambda: dict(mode='auto', cpu=dict(ready=False, reason='cpu-1.so cannot be loaded')),
     )
     refused('build-ops', words=['cpu-1.so', 'cannot be loaded'])
-    monkeypatch.setattr(native, '_compiler', list)
+    monkeypatch.setattr(build, '_compiler', list)
     refused('build-ops', words=['no C++ compiler', 'install g++'])
     refused('build-ops', '--device', 'tpu', words=['tpu', 'cpu, cuda'])
 

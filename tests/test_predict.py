@@ -17,7 +17,7 @@ from semidetr.data.datasets import ImageFolder
 from semidetr.detectors.detector import Detector
 from semidetr.train.evaluation import detect
 from semidetr.train.predict import Predictor, as_sample, load_model, predict_folder, to_coco
-from semidetr.train.trainer import resolve
+from semidetr.train.run_data import resolve
 from test_trainer import TINY
 
 SIZES = [(96, 96), (60, 200), (96, 96), (130, 70), (60, 200)]  # (H, W)

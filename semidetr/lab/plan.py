@@ -15,7 +15,7 @@ from ..data.catalog import open_dataset
 from .study import branches, load_study
 from ..train.config import Config, override
 from ..train.run_folder import folder_state
-from ..train.trainer import build_data
+from ..train.run_data import build_data
 
 # %% ../../nbs/lab/01_plan.ipynb #2d62642d
 STUDIES = Path('nbs/ablations/studies.toml')  # below the top folder of a checkout

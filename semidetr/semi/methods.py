@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'WITH_UNLABELLED', 'StepResult', 'Method', 'MethodConfig', 'Supervised', 'unsup_weight', 'to_original',
            'weighted', 'teacher_predict', 'has_denoising', 'MeanTeacher', 'pseudo_stats', 'mine_pseudo_labels', 'View',
-           'encode_decode', 'SemiDETR', 'mining_stats', 'monitored_boxes']
+           'encode_decode', 'CrossViewConsistency', 'SemiDETR', 'mining_stats', 'monitored_boxes']
 
 # %% ../../nbs/semi/04_methods.ipynb #7ae8c397
 from dataclasses import dataclass
@@ -295,13 +295,8 @@ def encode_decode(
     return View(encoded, detector.decode(encoded))
 
 # %% ../../nbs/semi/04_methods.ipynb #9d5714ea
-class SemiDETR(Supervised):
-    "Labelled losses plus w_u times detection losses on B^sup and consistency on B^con (@eq-methods-semi)"
-
-    views = ('labelled', 'weak', 'strong')
-    shown = {'pseudo_boxes': 'pseudo'}
-    curves = (*MeanTeacher.curves, 'initial_boxes', 'con_boxes', 'loss_con', 'positives_per_object')
-    curves += ('cost_threshold', 'cost_mean_low', 'cost_mean_high')
+class CrossViewConsistency(Supervised):
+    "What Semi-DETR remembers and trains beside the networks, and the consistency of its cross-view queries"
 
     def __init__(self, cfg, labelled=None):
         super().__init__(cfg)
@@ -313,28 +308,6 @@ class SemiDETR(Supervised):
             self.memory = CostMemory(mining.memory)
         if consistency.needs_queries:
             self.projector = Projector(cfg.detector.d_model, consistency.hidden, consistency.projector)
-
-    def step(self, student, teacher, batch, t):
-        losses, scalars, _ = super().step(student, teacher, batch, t)
-        cfg, weight = self.cfg, unsup_weight(t, self.cfg.method)
-        if 'weak' not in batch or weight == 0:
-            return StepResult(losses, scalars, {})
-        weak, strong = batch['weak'], batch['strong']
-        with torch.no_grad():
-            teacher_view = encode_decode(teacher, weak)
-        student_view = encode_decode(student, strong)
-        outputs = teacher_view.outputs, student_view.outputs
-        mined = mine_pseudo_labels(*outputs, weak['targets'], strong['targets'], cfg, self.memory, self.rates)
-        targets = keep_boxes(mined['strong'], mined['sup'])
-        denoising = has_denoising(stage_of(t, cfg.method.T1), cfg.method)
-        extras = student.denoise(targets) if denoising else []
-        outputs, con = self.consistency(student, teacher, student_view, teacher_view, mined, extras, batch, t)
-        unsup = self.criterion(outputs, targets, t, denoising, scalars)
-        losses |= weighted(unsup | con, weight, 'unsup')
-        if con:
-            scalars['loss_con'] = sum(v.item() for v in con.values())
-        scalars |= mining_stats(mined, targets)
-        return StepResult(losses, scalars, monitored_boxes(mined, weak['targets']))
 
     def consistency(self, student, teacher, student_view, teacher_view, mined, extras, batch, t):
         "The student's outputs with all extra queries, and the consistency losses (@eq-consistency-loss)"
@@ -358,6 +331,37 @@ class SemiDETR(Supervised):
         with torch.no_grad():
             teacher_out = teacher.decode(teacher_view.encoded, same, teacher_out)
         return outputs, cross_view_losses(outputs, teacher_out, c)
+
+# %% ../../nbs/semi/04_methods.ipynb #02734bfb
+class SemiDETR(CrossViewConsistency):
+    "Labelled losses plus w_u times detection losses on B^sup and consistency on B^con (@eq-methods-semi)"
+
+    views = ('labelled', 'weak', 'strong')
+    shown = {'pseudo_boxes': 'pseudo'}
+    curves = (*MeanTeacher.curves, 'initial_boxes', 'con_boxes', 'loss_con', 'positives_per_object')
+    curves += ('cost_threshold', 'cost_mean_low', 'cost_mean_high')
+
+    def step(self, student, teacher, batch, t):
+        losses, scalars, _ = super().step(student, teacher, batch, t)
+        cfg, weight = self.cfg, unsup_weight(t, self.cfg.method)
+        if 'weak' not in batch or weight == 0:
+            return StepResult(losses, scalars, {})
+        weak, strong = batch['weak'], batch['strong']
+        with torch.no_grad():
+            teacher_view = encode_decode(teacher, weak)
+        student_view = encode_decode(student, strong)
+        outputs = teacher_view.outputs, student_view.outputs
+        mined = mine_pseudo_labels(*outputs, weak['targets'], strong['targets'], cfg, self.memory, self.rates)
+        targets = keep_boxes(mined['strong'], mined['sup'])
+        denoising = has_denoising(stage_of(t, cfg.method.T1), cfg.method)
+        extras = student.denoise(targets) if denoising else []
+        outputs, con = self.consistency(student, teacher, student_view, teacher_view, mined, extras, batch, t)
+        unsup = self.criterion(outputs, targets, t, denoising, scalars)
+        losses |= weighted(unsup | con, weight, 'unsup')
+        if con:
+            scalars['loss_con'] = sum(v.item() for v in con.values())
+        scalars |= mining_stats(mined, targets)
+        return StepResult(losses, scalars, monitored_boxes(mined, weak['targets']))
 
     @classmethod
     def derived(cls, cfg):

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from .checkpoint import load_checkpoint
 from ..core import ConfigError, DataError, all_reduce_mean, is_main, pick_device, world_size
-from ..detectors.native import build_ops, ops_status
+from ..detectors.build import build_ops
+from ..detectors.native import ops_status
 
 # %% ../../nbs/train/03_machine.ipynb #90a83ed5
 def usable_cores(

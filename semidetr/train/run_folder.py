@@ -66,7 +66,7 @@ def _has_hash(result, cfg):
         cfg = override(cfg, [f"run.amp={result['config']['run']['amp']}"])
     return result['hash'] == config_hash(cfg)
 
-
+# %% ../../nbs/train/07_run_folder.ipynb #55771e05
 def folder_state(
     cfg,  # Config
     folder,  # of the run

@@ -259,7 +259,7 @@ def _fit_to_data(cfg, given):  # -> overrides that these data need, each with th
             f'{len(train)} images: {most} of them, not {d.dev}, are held out as development part (data.dev)',
         )
     if cfg.run.test and 'run.test' not in given:
-        from semidetr.train.trainer import test_split
+        from semidetr.train.run_data import test_split
 
         val, why = test_split(d, train)
         if val is None:
@@ -467,17 +467,15 @@ assert shell('semidetr train --data digits:n=30,size=96 --percent 20 --device cu
 def _eval_part(cfg, data, part):
     "The data set to measure on"
     from semidetr.data.catalog import open_dataset
-    from semidetr.train.trainer import build_data, test_split
+    from semidetr.train.run_data import build_data, test_split
 
     known = ('val', 'train', 'test') if data else ('val', 'dev', 'train')
     if part not in known:
         raise _bad(f"--part '{part}' is unknown{' with --data' if data else ''}; known: {', '.join(known)}")
     if data or part == 'train':
         return open_dataset(data or cfg.data, part)
-    if part == 'val':
-        ds, why = test_split(cfg)
-    else:
-        ds, why = build_data(cfg).dev, 'the run held no development part out'
+    dev = 'the run held no development part out'
+    ds, why = test_split(cfg) if part == 'val' else (build_data(cfg).dev, dev)
     if ds is None:
         raise _bad(f'{why}; give --data, or another --part (val, dev, train)')
     return ds

@@ -22,7 +22,7 @@ from semidetr.data.catalog import open_dataset
 from semidetr.lab.study import branches, load_study
 from semidetr.train.config import Config, override
 from semidetr.train.run_folder import folder_state
-from semidetr.train.trainer import build_data
+from semidetr.train.run_data import build_data
 
 # %%
 #| hide

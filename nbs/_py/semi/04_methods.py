@@ -49,6 +49,24 @@ from semidetr.semi.variants import (
     one_to_many_assigner,
 )
 
+# %%
+#| hide
+import dataclasses
+from types import SimpleNamespace
+import matplotlib.pyplot as plt
+from semidetr.boxes import denormalize_boxes
+from semidetr.data.augment import ViewConfig
+from semidetr.data.catalog import open_dataset
+from semidetr.data.datasets import Subset, Unlabelled
+from semidetr.data.loader import SemiLoader
+from semidetr.detectors.contract import build_detector
+from semidetr.detectors.detector import detector_small
+from semidetr.draw import draw_boxes, show_image
+from semidetr.matching.losses import CriterionConfig
+from semidetr.semi.consistency import ConsistencyConfig
+from semidetr.semi.mining import MiningConfig
+from semidetr.semi.teacher import make_teacher
+
 
 # %% [markdown]
 # ## The contract
@@ -250,6 +268,12 @@ def has_denoising(
 
 
 # %%
+renamed = weighted(dict(loss_cls=torch.tensor(2.0), loss_giou_0=torch.tensor(1.0)), 0.5, 'unsup')
+assert list(renamed) == ['loss_unsup_cls', 'loss_unsup_giou_0']
+renamed
+
+
+# %%
 #| export
 class MeanTeacher(Supervised):
     "Labelled losses plus w_u times the same losses on the teacher's boxes (@eq-methods-mt)"
@@ -293,6 +317,15 @@ def pseudo_stats(
         empty_images=sum(len(p['scores']) == 0 for p in pseudo) / n,
         top_score=sum(best) / n,
     )
+
+
+# %%
+two_images = [dict(scores=torch.tensor([0.9, 0.5, 0.2])), dict(scores=torch.tensor([0.1]))]
+sure = keep_boxes(two_images, [d['scores'] >= 0.4 for d in two_images])
+left = [dict(labels=torch.zeros(1)), dict(labels=torch.zeros(0))]  # one box left the strong view
+toy_stats = pseudo_stats(two_images, sure, left)
+assert toy_stats['pseudo_boxes'] == 1.0 and toy_stats['empty_images'] == 0.5
+{k: round(v, 3) for k, v in toy_stats.items()}
 
 
 # %% [markdown]
@@ -379,13 +412,8 @@ def encode_decode(
 
 # %%
 #| export
-class SemiDETR(Supervised):
-    "Labelled losses plus w_u times detection losses on B^sup and consistency on B^con (@eq-methods-semi)"
-
-    views = ('labelled', 'weak', 'strong')
-    shown = {'pseudo_boxes': 'pseudo'}
-    curves = (*MeanTeacher.curves, 'initial_boxes', 'con_boxes', 'loss_con', 'positives_per_object')
-    curves += ('cost_threshold', 'cost_mean_low', 'cost_mean_high')
+class CrossViewConsistency(Supervised):
+    "What Semi-DETR remembers and trains beside the networks, and the consistency of its cross-view queries"
 
     def __init__(self, cfg, labelled=None):
         super().__init__(cfg)
@@ -397,28 +425,6 @@ class SemiDETR(Supervised):
             self.memory = CostMemory(mining.memory)
         if consistency.needs_queries:
             self.projector = Projector(cfg.detector.d_model, consistency.hidden, consistency.projector)
-
-    def step(self, student, teacher, batch, t):
-        losses, scalars, _ = super().step(student, teacher, batch, t)
-        cfg, weight = self.cfg, unsup_weight(t, self.cfg.method)
-        if 'weak' not in batch or weight == 0:
-            return StepResult(losses, scalars, {})
-        weak, strong = batch['weak'], batch['strong']
-        with torch.no_grad():
-            teacher_view = encode_decode(teacher, weak)
-        student_view = encode_decode(student, strong)
-        outputs = teacher_view.outputs, student_view.outputs
-        mined = mine_pseudo_labels(*outputs, weak['targets'], strong['targets'], cfg, self.memory, self.rates)
-        targets = keep_boxes(mined['strong'], mined['sup'])
-        denoising = has_denoising(stage_of(t, cfg.method.T1), cfg.method)
-        extras = student.denoise(targets) if denoising else []
-        outputs, con = self.consistency(student, teacher, student_view, teacher_view, mined, extras, batch, t)
-        unsup = self.criterion(outputs, targets, t, denoising, scalars)
-        losses |= weighted(unsup | con, weight, 'unsup')
-        if con:
-            scalars['loss_con'] = sum(v.item() for v in con.values())
-        scalars |= mining_stats(mined, targets)
-        return StepResult(losses, scalars, monitored_boxes(mined, weak['targets']))
 
     def consistency(self, student, teacher, student_view, teacher_view, mined, extras, batch, t):
         "The student's outputs with all extra queries, and the consistency losses (@eq-consistency-loss)"
@@ -442,6 +448,42 @@ class SemiDETR(Supervised):
         with torch.no_grad():
             teacher_out = teacher.decode(teacher_view.encoded, same, teacher_out)
         return outputs, cross_view_losses(outputs, teacher_out, c)
+
+
+# %% [markdown]
+# A step puts the parts together, in the order that is described above.
+
+# %%
+#| export
+class SemiDETR(CrossViewConsistency):
+    "Labelled losses plus w_u times detection losses on B^sup and consistency on B^con (@eq-methods-semi)"
+
+    views = ('labelled', 'weak', 'strong')
+    shown = {'pseudo_boxes': 'pseudo'}
+    curves = (*MeanTeacher.curves, 'initial_boxes', 'con_boxes', 'loss_con', 'positives_per_object')
+    curves += ('cost_threshold', 'cost_mean_low', 'cost_mean_high')
+
+    def step(self, student, teacher, batch, t):
+        losses, scalars, _ = super().step(student, teacher, batch, t)
+        cfg, weight = self.cfg, unsup_weight(t, self.cfg.method)
+        if 'weak' not in batch or weight == 0:
+            return StepResult(losses, scalars, {})
+        weak, strong = batch['weak'], batch['strong']
+        with torch.no_grad():
+            teacher_view = encode_decode(teacher, weak)
+        student_view = encode_decode(student, strong)
+        outputs = teacher_view.outputs, student_view.outputs
+        mined = mine_pseudo_labels(*outputs, weak['targets'], strong['targets'], cfg, self.memory, self.rates)
+        targets = keep_boxes(mined['strong'], mined['sup'])
+        denoising = has_denoising(stage_of(t, cfg.method.T1), cfg.method)
+        extras = student.denoise(targets) if denoising else []
+        outputs, con = self.consistency(student, teacher, student_view, teacher_view, mined, extras, batch, t)
+        unsup = self.criterion(outputs, targets, t, denoising, scalars)
+        losses |= weighted(unsup | con, weight, 'unsup')
+        if con:
+            scalars['loss_con'] = sum(v.item() for v in con.values())
+        scalars |= mining_stats(mined, targets)
+        return StepResult(losses, scalars, monitored_boxes(mined, weak['targets']))
 
     @classmethod
     def derived(cls, cfg):
@@ -500,23 +542,6 @@ WITH_UNLABELLED = 'mean_teacher'  # the method that unlabelled images get where 
 # teacher labels something.
 
 # %%
-#| hide
-import dataclasses
-from types import SimpleNamespace
-import matplotlib.pyplot as plt
-from semidetr.boxes import denormalize_boxes
-from semidetr.data.augment import ViewConfig
-from semidetr.data.catalog import open_dataset
-from semidetr.data.datasets import Subset, Unlabelled
-from semidetr.data.loader import SemiLoader
-from semidetr.detectors.detector import Detector, detector_small
-from semidetr.draw import draw_boxes, show_image
-from semidetr.matching.losses import CriterionConfig
-from semidetr.semi.consistency import ConsistencyConfig
-from semidetr.semi.mining import MiningConfig
-from semidetr.semi.teacher import make_teacher
-
-# %%
 torch.manual_seed(0)
 scenes = open_dataset('digits:n=40', 'train')
 view = ViewConfig(short_sides=(96,), eval_short=96, max_side=160, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -524,11 +549,10 @@ loader = SemiLoader(Subset(scenes, range(4)), Unlabelled(scenes, range(4, 40)), 
 batch = next(iter(loader))
 tiny = detector_small(10)
 tiny = dataclasses.replace(
-    tiny,
-    backbone=dataclasses.replace(tiny.backbone, weights='none'),
+    tiny.untrained(),
     transformer=dataclasses.replace(tiny.transformer, num_queries=20, d_model=32, n_heads=4, ffn=64),
 )
-student = Detector(tiny).train()
+student = build_detector(tiny).train()
 teacher = make_teacher(student)
 run_cfg = SimpleNamespace(  # the groups of a configuration (@sec-config) that methods read
     method=MethodConfig('mean_teacher', burn_in_iters=10, unsup_weight=4.0),

@@ -33,7 +33,8 @@ import torch
 import torch.nn.functional as F
 from semidetr.train.checkpoint import load_checkpoint
 from semidetr.core import ConfigError, DataError, all_reduce_mean, is_main, pick_device, world_size
-from semidetr.detectors.native import build_ops, ops_status
+from semidetr.detectors.build import build_ops
+from semidetr.detectors.native import ops_status
 
 
 # %% [markdown]

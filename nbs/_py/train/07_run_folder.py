@@ -99,6 +99,8 @@ def _has_hash(result, cfg):
     return result['hash'] == config_hash(cfg)
 
 
+# %%
+#| export
 def folder_state(
     cfg,  # Config
     folder,  # of the run

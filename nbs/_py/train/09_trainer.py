@@ -18,7 +18,6 @@
 # %%
 #| export
 import contextlib
-import dataclasses
 import json
 import math
 import signal
@@ -28,7 +27,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from semidetr.core import (
-    ConfigError,
     DataError,
     all_reduce_mean,
     atomic_write,
@@ -42,10 +40,7 @@ from semidetr.core import (
     start_processes,
     world_size,
 )
-from semidetr.data.catalog import open_dataset
-from semidetr.data.datasets import Joined, Subset, Unlabelled
 from semidetr.data.loader import SemiLoader
-from semidetr.data.splits import load_split, make_split
 from semidetr.detectors.contract import build_detector
 from semidetr.matching.matching import NonFiniteError
 from semidetr.semi.teacher import ema_decay, make_teacher, update_teacher
@@ -60,81 +55,13 @@ from semidetr.train.checkpoint import (
     save_checkpoint,
     unpack_rng,
 )
-from semidetr.train.config import Config, DataConfig, config_hash, to_dict
+from semidetr.train.config import Config, config_hash, to_dict
 from semidetr.train.evaluation import evaluate_model, same_rng, to_device
 from semidetr.train import health
 from semidetr.train.machine import choose_amp
 from semidetr.train.optim import average_gradients, build_optimizer, gradient_norm, lr_factor
+from semidetr.train.run_data import RunData, build_data, resolve
 from semidetr.train.run_folder import check_same_run
-
-
-# %% [markdown]
-# ## Data of a run
-
-# %%
-#| export
-@dataclasses.dataclass
-class RunData:
-    "The four roles that images play in a run"
-
-    labelled: object  # with boxes
-    unlabelled: object  # stripped of every box; may be None
-    dev: object  # held out of training: the only part that settings are chosen on
-    val: object  # test split, for reported numbers; may be None
-    truth: object  # data set that knows the boxes of the unlabelled images, for the health monitor alone
-    split: object
-    classes: list
-
-
-def test_split(
-    cfg,  # DataConfig
-    train=None,  # the training images, if they are open already
-):  # (data set or None, why there is none)
-    "Images for the reported numbers: `val`, or the val split of `data` if that is not the training set again"
-    if cfg.val:
-        return open_dataset(cfg.val, 'val'), ''
-    try:
-        val = open_dataset(cfg.data, 'val')
-    except DataError as e:
-        return None, str(e)
-    train = open_dataset(cfg.data, 'train') if train is None else train
-    same = getattr(val, 'where', 0) == getattr(train, 'where', None) and list(val.ids) == list(train.ids)
-    return (None, f'{cfg.data}: has no split of its own for testing') if same else (val, '')
-
-
-def build_data(
-    cfg,  # DataConfig
-) -> RunData:
-    "Open the data sets and divide the training images"
-    train = open_dataset(cfg.data, 'train')
-    if cfg.split_file:
-        split = load_split(cfg.split_file, train)
-    else:
-        percent, count = cfg.percent or (None if cfg.count else 100.0), cfg.count or None
-        split = make_split(train, percent, count, cfg.fold, cfg.dev, cfg.split_seed, cfg.cover_classes)
-
-    def pick(ids):
-        return Subset(train, [train.index_of(i) for i in ids])
-
-    pools = [Unlabelled(pick(split.unlabelled))] if split.unlabelled else []
-    if cfg.unlabelled:
-        pools.append(Unlabelled(open_dataset(cfg.unlabelled, 'train')))
-    return RunData(
-        labelled=pick(split.labelled),
-        unlabelled=Joined(pools) if len(pools) > 1 else pools[0] if pools else None,
-        dev=pick(split.dev) if split.dev else None,
-        val=test_split(cfg, train)[0],
-        truth=None if cfg.unlabelled else train,
-        split=split,
-        classes=list(train.classes),
-    )
-
-
-# %%
-toy_data = build_data(DataConfig(data='digits:n=40', count=6, dev=4))
-assert (len(toy_data.labelled), len(toy_data.unlabelled), len(toy_data.dev)) == (6, 30, 4)
-assert len(toy_data.unlabelled[0].boxes) == 0
-toy_data.split
 
 
 # %% [markdown]
@@ -146,23 +73,8 @@ toy_data.split
 
 # %%
 #| export
-def resolve(
-    cfg,  # Config
-    classes: list,
-):  # Config
-    "Fill in what the data decides"
-    n = cfg.detector.num_classes
-    if n not in (0, len(classes)):
-        raise ConfigError(
-            f'detector.num_classes={n}, but the data set has {len(classes)} classes; leave it at 0'
-        )
-    return dataclasses.replace(cfg, detector=dataclasses.replace(cfg.detector, num_classes=len(classes)))
-
-
-# %%
-#| export
-class RunState:
-    "What a configuration builds, and what a checkpoint holds"
+class BuiltRun:
+    "What a configuration builds: data, networks, method, optimiser, monitor"
 
     def __init__(
         self,
@@ -196,6 +108,15 @@ class RunState:
         self.health = health.HealthMonitor(self.data.truth, cfg.run.health_window)
         self.step, self.recent, self.history, self.spent = 0, [], [], dict(seconds=0.0, cpu=0.0)
         seed_everything(stable_hash(cfg.run.seed, 'train', rank()) % 2**32)  # processes draw differently
+
+
+# %%
+#| export
+class RunState(BuiltRun):
+    "What a checkpoint holds; a run whose folder has one continues from it"
+
+    def __init__(self, cfg: Config, run_dir, progress: bool = True, position: int = 0):
+        super().__init__(cfg, run_dir, progress, position)
         if (self.dir / 'last.pt').exists():
             self.load()
 
@@ -603,6 +524,7 @@ class Trainer(Evaluation):
 # %%
 #| hide
 import tempfile
+from semidetr.core import ConfigError
 import matplotlib.pyplot as plt
 from semidetr.train.config import override, preset
 

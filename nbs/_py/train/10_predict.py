@@ -48,7 +48,7 @@ from semidetr.train.checkpoint import save_checkpoint
 from semidetr.train.config import override, preset, to_dict
 from semidetr.data.catalog import open_dataset
 from semidetr.draw import show_image
-from semidetr.train.trainer import resolve
+from semidetr.train.run_data import resolve
 
 
 # %% [markdown]
