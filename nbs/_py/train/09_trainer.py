@@ -197,7 +197,6 @@ def make_loader(
         unlabelled, n_unlabelled = None, 0
     elif burn_in:
         n, unlabelled, n_unlabelled = n + n_unlabelled, None, 0
-    ratio = dict(ratio=c.ratio) if unlabelled is not None else {}
     return SemiLoader(
         data.labelled,
         unlabelled,
@@ -209,7 +208,7 @@ def make_loader(
         rank=rank(),
         world=world_size(),
         start=step * cfg.optim.accumulate,
-        **ratio,
+        **({} if unlabelled is None else dict(ratio=c.ratio)),
     )
 
 
@@ -219,8 +218,7 @@ def total_loss(
     "Sum of all terms; NonFiniteError names those that are not finite"
     total = torch.stack([v.float() for v in losses.values()]).sum()
     if not torch.isfinite(total):
-        bad = [k for k, v in losses.items() if not torch.isfinite(v)]
-        raise NonFiniteError('not finite: ' + ', '.join(bad))
+        raise NonFiniteError('not finite: ' + ', '.join(k for k, v in losses.items() if not v.isfinite()))
     return total
 
 
@@ -364,8 +362,8 @@ class Session(RunState):
             warnings.warn(message)
         self.recent.append(scalars)
         if self.step % self.cfg.run.log_every == 0 or self.step == self.cfg.optim.iters:
-            rate = self.optimizer.param_groups[0]['lr']
-            log.write(mean_scalars(self.recent) | self.health.summary() | dict(step=self.step, lr=rate))
+            last = dict(step=self.step, lr=self.optimizer.param_groups[0]['lr'])
+            log.write(mean_scalars(self.recent) | self.health.summary() | last)
             self.recent = []
 
     def show(self, scalars, bar):
@@ -469,7 +467,7 @@ class Progress:
 
 # %%
 #| export
-STOPPED = 'stopped after iteration {}; the same command goes on from there'
+RESUME = 'the same command goes on from there'
 
 
 class Trainer(Evaluation):
@@ -508,7 +506,7 @@ class Trainer(Evaluation):
                 if stopped or self.step == until or self.step % cfg.checkpoint_every == 0:
                     self.save()
                 if stopped:
-                    raise KeyboardInterrupt(STOPPED.format(self.step))
+                    raise KeyboardInterrupt(f'stopped after iteration {self.step}; {RESUME}')
                 if self.step == until:
                     return None
         self.save()
