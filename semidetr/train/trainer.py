@@ -381,10 +381,9 @@ class Progress:
     "Log file, bar and clock of a run"
 
     def __init__(self, run):
-        iters = run.cfg.optim.iters
         self.log, self.spent = RunLog(run.dir, run.step), run.spent
         self.start = time.perf_counter(), cpu_seconds()
-        bar = dict(total=iters, initial=run.step, desc=run.dir.name, unit='it')
+        bar = dict(total=run.cfg.optim.iters, initial=run.step, desc=run.dir.name, unit='it')
         self.bar = tqdm(**bar, disable=not run.progress, position=run.position)
 
     def time(self) -> dict:  # seconds and CPU-seconds of the run, earlier sessions included
