@@ -257,7 +257,7 @@ def on_any_process(flag: bool, device) -> bool:
 
 # %% ../../nbs/train/09_trainer.ipynb #174fe0ea
 class Session(RunState):
-    "What surrounds the updates of a run: batches, log, evaluation, report"
+    "What surrounds the updates of a run: batches, precision, numbers for the log, evidence of failures"
 
     def batches(self):
         "Batches of each iteration that is left, over burn-in and main phase"
@@ -303,17 +303,6 @@ class Session(RunState):
             last = dict(step=self.step, lr=self.optimizer.param_groups[0]['lr'])
             log.write(mean_scalars(self.recent) | self.health.summary() | last)
             self.recent = []
-
-    def show(self, scalars, bar):
-        "One iteration on the bar"
-        shown = dict(loss=f"{scalars['loss']:.2f}")
-        for key, name in self.method.shown.items():
-            if key in scalars:
-                shown[name] = f'{scalars[key]:.1f}'
-        if self.history:
-            shown['AP'] = f"{self.history[-1]['teacher']['AP']:.1f}"
-        bar.set_postfix(shown, refresh=False)
-        bar.update()
 
 # %% ../../nbs/train/09_trainer.ipynb #f7975911
 class Evaluation(Session):
@@ -390,6 +379,17 @@ class Progress:
         seconds, cpu = time.perf_counter() - self.start[0], cpu_seconds() - self.start[1]
         return dict(seconds=self.spent['seconds'] + seconds, cpu=self.spent['cpu'] + cpu)
 
+    def show(self, run, scalars):
+        "One iteration on the bar"
+        shown = dict(loss=f"{scalars['loss']:.2f}")
+        for key, name in run.method.shown.items():
+            if key in scalars:
+                shown[name] = f'{scalars[key]:.1f}'
+        if run.history:
+            shown['AP'] = f"{run.history[-1]['teacher']['AP']:.1f}"
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
     def close(self):
         self.bar.close()
         self.log.close()
@@ -428,7 +428,7 @@ class Trainer(Evaluation):
                 self.count(scalars, result.boxes, progress.log)
                 if cfg.eval_every and self.step % cfg.eval_every == 0:
                     self.evaluate_dev(progress.log)
-                self.show(scalars, progress.bar)
+                progress.show(self, scalars)
                 self.spent = progress.time()
                 stopped = on_any_process(bool(signals), self.device)
                 if stopped or self.step == until or self.step % cfg.checkpoint_every == 0:
