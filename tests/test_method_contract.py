@@ -4,10 +4,10 @@ import dataclasses
 import json
 
 import pytest
-from semidetr import Trainer
-from semidetr.core import ConfigError
+from semidetr import Predictor, Trainer
+from semidetr.core import ConfigError, DataError
 from semidetr.lab.study import record
-from semidetr.semi.methods import MeanTeacher, MethodConfig, StepResult
+from semidetr.semi.methods import METHODS, MeanTeacher, MethodConfig, StepResult
 from semidetr.train.config import config_hash, from_dict, override, to_dict
 from test_trainer import tiny
 
@@ -50,6 +50,9 @@ def test_it_trains_and_shows_up_everywhere(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / 'r' / 'log.jsonl').read_text().splitlines()]
     assert rows[-1]['kept_terms'] > 0 and 'loss_unsup_l1' in rows[-1] and 'loss_unsup_cls' not in rows[-1]
     assert record(result, tmp_path / 'r')['curve']['kept_terms'][-1] == rows[-1]['kept_terms']
+    assert Predictor(tmp_path / 'r', like=cfg).cfg.method == cfg.method
+    with pytest.raises(DataError, match='method.strength.*give `like`'):
+        Predictor(tmp_path / 'r')
 
 
 def test_it_resumes_and_its_settings_count(tmp_path):
@@ -66,3 +69,22 @@ def test_its_settings_are_read_and_overridden_by_name():
     assert cfg.method.strength == 2.0 and from_dict(to_dict(cfg), settings()) == cfg
     with pytest.raises(ConfigError, match="did you mean 'strength'"):
         override(settings(), ['method.strenght=2'])
+
+
+def test_with_a_name_its_settings_are_reached_from_the_command_line(monkeypatch):
+    "A class in `METHODS` brings its settings; the way back drops them"
+    monkeypatch.setattr(BoxesOnly, 'settings', BoxesOnlyConfig)
+    monkeypatch.setitem(METHODS, 'boxes_only', BoxesOnly)
+    cfg = override(tiny(), ['method.name=boxes_only', 'method.strength=2'])
+    assert type(cfg.method) is BoxesOnlyConfig and cfg.method.strength == 2.0
+    assert cfg.method.burn_in_iters == tiny().method.burn_in_iters
+    assert override(cfg, ['method.name=mean_teacher']) == tiny()
+
+
+def test_classes_with_equal_fields_have_different_hashes():
+    @dataclasses.dataclass(frozen=True)
+    class Same(MethodConfig):
+        implementation = BoxesOnly
+
+    same = dataclasses.replace(tiny(), method=Same(**dataclasses.asdict(tiny().method)))
+    assert config_hash(same) != config_hash(tiny())

@@ -202,6 +202,8 @@ def from_dict(
             cure = f"it is called '{now}' now" if now else suggest(k, hints)
             raise ConfigError(f"unknown setting '{name}'; {cure}")
         old = getattr(base, k)
+        if name == 'method' and isinstance(v, dict) and isinstance(v.get('name'), str):
+            old = old.named(v['name'])
         if dataclasses.is_dataclass(old):
             if not isinstance(v, dict):
                 first = next(iter(typing.get_type_hints(type(old))))
@@ -315,6 +317,9 @@ def config_hash(
 ) -> str:  # 12 hex digits
     "Name of a configuration: equal for equal choices, whenever and on whatever machine it is computed"
     values = _renamed(to_dict(cfg), RENAMED)
+    for group, usual in (('method', MethodConfig), ('detector', DetectorConfig)):
+        if type(getattr(cfg, group)) is not usual:  # two classes may have the same fields
+            values[group]['class'] = type(getattr(cfg, group)).__name__
     left_out = [*UNHASHED, *(name for name, unchanged in LEGACY_DEFAULTS.items() if unchanged(cfg))]
     for name in left_out:
         group, key = name.split('.')

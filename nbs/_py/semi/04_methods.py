@@ -13,7 +13,7 @@
 
 # %%
 #| export
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 import torch
 from torch import nn
@@ -90,6 +90,7 @@ class Method(nn.Module):
     views = ('labelled',)  # parts of a batch that `step` reads; of unlabelled images 'weak' and 'strong'
     shown = {}  # scalar -> its name on the progress bar
     curves = ()  # scalars that a record of a study keeps for every logged iteration
+    settings = None  # class of its settings, a subclass of `MethodConfig`; None: that class itself
 
     def __init__(
         self,
@@ -152,6 +153,17 @@ class MethodConfig:
     def needs_unlabelled(self) -> bool:
         "Does the method learn from unlabelled images?"
         return 'weak' in self.implementation.views
+
+    def named(
+        self,
+        name: str,  # a key of `METHODS`, or that of these settings
+    ) -> 'MethodConfig':
+        "The settings of another method; fields that both have keep their values"
+        cls = METHODS[name].settings or MethodConfig if name in METHODS else type(self)
+        if type(self) is cls:
+            return self
+        shared = {f.name: getattr(self, f.name) for f in fields(self) if f.name in cls.__dataclass_fields__}
+        return cls(**(shared | dict(name=name)))
 
     def burn_in(
         self,

@@ -64,7 +64,8 @@ def load_model(
     path,  # folder of a run, or its .pt file
     which: str = 'teacher',  # or 'student'
     device='cpu',  # where to put the detector
-):  # (Detector in eval mode, Config, class names)
+    like=None,  # Config with settings classes of your own, if the run has such
+):  # (detector in eval mode, Config, class names)
     "The detector of a run; the file with the pre-trained backbone is not needed"
     if which not in ('teacher', 'student'):
         raise ConfigError(f"'{which}' is not a network of a run; known: student, teacher")
@@ -75,9 +76,10 @@ def load_model(
                 f"{path}: this checkpoint holds no '{key}'; give the folder of a run, or its last.pt"
             )
     try:
-        cfg = from_saved(state['config'])
+        cfg = from_saved(state['config'], like)
     except ConfigError as e:
-        raise DataError(f'{path}: {e}; written by another version of semidetr') from None
+        why = 'written by another version of semidetr, or with settings classes of its own (give `like`)'
+        raise DataError(f'{path}: {e}; {why}') from None
     model = build_detector(cfg.detector.untrained())
     load_weights(model, state[which], path)
     return model.to(device).eval().requires_grad_(False), cfg, list(state['classes'])
@@ -185,13 +187,14 @@ class Predictor:
         threshold: float = 0.3,  # scores must be larger
         nms: float = None,  # IoU of per-class suppression; None: none, as DETR is meant to be used
         which: str = 'teacher',  # or 'student'
+        like=None,  # Config with settings classes of your own, if the run has such
     ):
         if not 0 <= threshold <= 1:
             raise ConfigError(f'threshold={threshold} is outside [0, 1]; scores are probabilities')
         if nms is not None and not 0 < nms <= 1:
             raise ConfigError(f'nms={nms} is outside (0, 1]; it is an IoU')
         self.device = pick_device(device)
-        self.model, self.cfg, self.classes = load_model(path, which, self.device)
+        self.model, self.cfg, self.classes = load_model(path, which, self.device, like)
         self.threshold, self.nms = threshold, nms
 
     def _same_size(self, views):
