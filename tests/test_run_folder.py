@@ -129,3 +129,13 @@ def test_a_checkpoint_of_the_same_run():
     with pytest.raises(DataError) as e:
         F.check_same_run(to_dict(CFG), CFG, 'f', 'g', 'runs/a')
     assert str(e.value) == 'runs/a: the data have changed since this run began; choose another folder'
+
+
+def test_a_run_with_old_names_of_settings_is_the_same_run(tmp_path):
+    "config.json of a study that was started before a setting was renamed"
+    values = to_dict(CFG)
+    values['criterion']['w_l1'] = values['criterion'].pop('cost_l1')
+    (tmp_path / 'last.pt').write_text('')
+    (tmp_path / 'config.json').write_text(json.dumps(values))
+    assert F.folder_state(CFG, tmp_path).kind == 'stopped'
+    F.check_same_run(values, CFG, 'a', 'a', tmp_path)

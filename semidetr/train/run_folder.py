@@ -57,7 +57,7 @@ def _read_config(path, cfg):
     try:
         return from_saved(json.loads(path.read_text()), like=cfg)
     except (ValueError, ConfigError) as e:
-        raise DataError(f'{path}: {e}; delete this folder, or choose another --out') from None
+        raise ConfigError(f'{path}: {e}; delete this folder, or choose another --out') from None
 
 
 def _has_hash(result, cfg):
