@@ -648,6 +648,7 @@ def sine_position(
     mask: Tensor,  # (B,h,w) True = padding
     num_feats: int,  # features for one axis, even; d_model/2
     temperature: float = 20,  # DINO's; 10000 in DETR
+    offset: float = 0.0,  # added to the count of cells: -.5 in Deformable-DETR
 ) -> Tensor:  # (B, 2*num_feats, h, w) float32: y features, then x features
     "Sine code of the position of a cell within the valid part, sine and cosine interleaved (DINO)"
     if num_feats % 2:
@@ -656,7 +657,7 @@ def sine_position(
     power = torch.arange(num_feats // 2, device=mask.device, dtype=torch.float32) * 2 / num_feats
 
     def code(count, last):  # (B,h,w) -> (B,h,w,num_feats)
-        angle = (count / (last + 1e-6) * 2 * math.pi)[..., None] / temperature**power
+        angle = ((count + offset) / (last + 1e-6) * 2 * math.pi)[..., None] / temperature**power
         return torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)
 
     y, x = valid.cumsum(1).float(), valid.cumsum(2).float()  # integer sums: exact and deterministic

@@ -578,10 +578,12 @@ def token_geometry(
     d_model: int,  # d
     masks=None,  # L masks (B,h,w), True=padding; None: no padding
     device=None,  # of the result, if there are no masks
+    **sine,  # temperature and offset of `sine_position`; none: those of DINO
 ) -> Geometry:
     "Positions, reference points (@eq-transformer-points) and anchors (@eq-transformer-anchor) of all tokens"
     blank = masks or [torch.zeros(1, h, w, dtype=torch.bool, device=device) for h, w in shapes]
-    position = torch.cat([sine_position(m, d_model // 2).flatten(2).transpose(1, 2) for m in blank], 1)
+    codes = [sine_position(m, d_model // 2, **sine) for m in blank]
+    position = torch.cat([code.flatten(2).transpose(1, 2) for code in codes], 1)
     size = _full_size(shapes, blank[0].device)
     wh = torch.stack([torch.stack([(~m[:, 0]).sum(1), (~m[:, :, 0]).sum(1)], -1) for m in blank], 1)
     wh = wh.to(size).clamp(min=1)
@@ -596,17 +598,17 @@ def token_geometry(
 
 # %%
 #| export
-def _kept_geometry(cache, features, masks):
+def _kept_geometry(cache, features, masks, **sine):
     "Geometry of a pyramid, from `cache` where nothing is padded (at most 32 sets of sizes stay there)"
     shapes = tuple(tuple(f.shape[-2:]) for f in features)
     d, device = features[0].shape[1], features[0].device
     if masks is not None:
-        return token_geometry(shapes, d, masks)
+        return token_geometry(shapes, d, masks, **sine)
     if (shapes, device) not in cache:
         if len(cache) >= 32:
             cache.clear()
         with torch.inference_mode(False), torch.no_grad():
-            cache[shapes, device] = token_geometry(shapes, d, device=device)
+            cache[shapes, device] = token_geometry(shapes, d, device=device, **sine)
     return cache[shapes, device]
 
 

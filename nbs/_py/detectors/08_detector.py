@@ -157,7 +157,7 @@ probabilities
 # %%
 #| export
 def collect_outputs(
-    encoded: Encoded,  # has the proposals
+    encoded: Encoded,  # has the proposals; `enc_logits` is None without query selection
     hs: Tensor,  # (layers,B,P+Q,d)
     cls: Tensor,  # (layers,B,P+Q,C) logits
     box: Tensor,  # (layers,B,P+Q,4) cxcywh
@@ -175,14 +175,16 @@ def collect_outputs(
         return {**cached, 'extra': {**cached['extra'], **extra}}
     P = sum(e.content.shape[1] for e in extras)
     layers = [dict(pred_logits=c[:, P:], pred_boxes=b[:, P:]) for c, b in zip(cls, box)]
-    return dict(
+    outputs = dict(
         **layers[-1],
         aux_outputs=layers[:-1],
         hs=hs[:, :, P:],
         extra=extra,
         states=[(x[:, P:], p[:, P:]) for x, p in states],
-        enc_outputs=dict(pred_logits=encoded.enc_logits, pred_boxes=encoded.enc_boxes),
     )
+    if encoded.enc_logits is not None:
+        outputs['enc_outputs'] = dict(pred_logits=encoded.enc_logits, pred_boxes=encoded.enc_boxes)
+    return outputs
 
 
 def _with_extras(encoded, extras, alone=False):
