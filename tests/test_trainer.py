@@ -7,6 +7,7 @@ from semidetr.train import trainer as T
 from semidetr.train.checkpoint import git_commit, load_checkpoint
 from semidetr.train.config import override, preset
 from semidetr.core import ConfigError, SemiDETRError
+from semidetr.detectors.contract import build_detector
 from semidetr.train.health import HealthMonitor
 from semidetr.matching.matching import NonFiniteError
 from semidetr.train.optim import build_optimizer, lr_factor
@@ -181,7 +182,7 @@ def test_schedules():
 
 def test_backbone_gets_its_own_rate():
     t = build_optimizer(
-        T.Detector(T.resolve(tiny(), list('0123456789')).detector),
+        build_detector(T.resolve(tiny(), list('0123456789')).detector),
         tiny('optim.lr=1e-3', 'optim.backbone_mult=.2').optim,
     )
     assert sorted(g['lr'] for g in t.param_groups) == pytest.approx([2e-4, 1e-3]) and all(
