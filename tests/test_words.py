@@ -33,7 +33,8 @@ RIDDLES = re.compile(
 )
 # what described the package before it had layers: names that are gone, sentences that are no longer true
 STALE = re.compile(
-    r'\b(StepConfig|train_step|method_parts|supervised_step|RunState\.steps|knows nothing of|smaller numbers)\b'
+    r'\b(StepConfig|train_step|method_parts|supervised_step|RunState\.steps'
+    r'|knows nothing of|smaller numbers)\b'
 )
 NAMES = {'story', 'desert', 'seen', 'look', 'theirs', 'ours', 'asks', 'least', 'YOUNG', 'asked'}
 
