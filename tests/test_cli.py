@@ -817,13 +817,13 @@ def test_ctrl_c_and_go_on(shell, coco, tmp_path, monkeypatch):
     )
     from semidetr.train import trainer
 
-    real = trainer.train_step
+    real = trainer.clip_and_step
 
-    def once(run_, batches):
+    def once(*args):
         os.kill(os.getpid(), signal.SIGINT)
-        return real(run_, batches)
+        return real(*args)
 
-    monkeypatch.setattr(trainer, 'train_step', once)
+    monkeypatch.setattr(trainer, 'clip_and_step', once)
     code, _, err = shell(*args)
     assert (
         code == 130

@@ -7,7 +7,6 @@ from semidetr.train import trainer as T
 from semidetr.train.checkpoint import git_commit, load_checkpoint
 from semidetr.train.config import override, preset
 from semidetr.core import ConfigError, SemiDETRError
-from semidetr.detectors.contract import build_detector
 from semidetr.train.health import HealthMonitor
 from semidetr.matching.matching import NonFiniteError
 from semidetr.train.optim import build_optimizer, lr_factor
@@ -182,7 +181,7 @@ def test_schedules():
 
 def test_backbone_gets_its_own_rate():
     t = build_optimizer(
-        build_detector(T.resolve(tiny(), list('0123456789')).detector),
+        T.build_detector(T.resolve(tiny(), list('0123456789')).detector),
         tiny('optim.lr=1e-3', 'optim.backbone_mult=.2').optim,
     )
     assert sorted(g['lr'] for g in t.param_groups) == pytest.approx([2e-4, 1e-3]) and all(
@@ -298,8 +297,9 @@ def test_own_test_split_of_a_voc_folder_and_none_of_a_single_file(tmp_path):
     from test_cli import make_voc
     from semidetr.train.config import DataConfig
     from semidetr.data.catalog import open_dataset
+    from semidetr.train.run_data import test_split
 
-    val, why = T.test_split(DataConfig(data=str(make_voc(tmp_path / 'v'))))
+    val, why = test_split(DataConfig(data=str(make_voc(tmp_path / 'v'))))
     assert not why and not set(val.ids) & set(open_dataset(str(tmp_path / 'v'), 'train').ids)
 
 

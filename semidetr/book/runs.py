@@ -108,7 +108,8 @@ def main(
     ap.add_argument('--scale', default='', help="of the runs; default: the study's own")
     ap.add_argument('--out', default='runs/studies', help='folder of the runs')
     ap.add_argument('--data', default='', help="data set that the runs were given instead of the study's own")
-    a, firsts = ap.parse_args(argv), []
+    a = ap.parse_args(argv)
+    firsts = []
     try:
         for name in a.names:
             seeds = load_study(STUDIES, name, a.scale)['seeds'][:1]
@@ -116,9 +117,12 @@ def main(
     except SemiDETRError as e:
         print(e, file=sys.stderr)
         return 2
-    pages, book = write_appendix(firsts, STUDIES.parent / 'runs'), Path('_quarto.yml')
-    listed = book.read_text(encoding='utf-8') if book.is_file() else None
-    for page in pages if listed is not None else []:
+    pages = write_appendix(firsts, STUDIES.parent / 'runs')
+    book = Path('_quarto.yml')
+    if not book.is_file():
+        return 0
+    listed = book.read_text(encoding='utf-8')
+    for page in pages:
         if page.as_posix() not in listed:
             cure = 'list it under `appendices` in _quarto.yml to have it in the book'
             print(f'{page}: the executed runs; {cure}')

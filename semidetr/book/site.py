@@ -136,7 +136,7 @@ def finish_code_cell(
     refs: CrossRefs,  # labels of the whole book
     page: str,  # path of the page
 ) -> dict:
-    "Number captions, resolve what the outputs say"
+    "Number captions, resolve references in captions and outputs"
     _, options, code = split_directives(cell['source'])
     label = _option(options, 'label')
     name = f'{refs.labels[label][1]}: ' if label in refs.labels else ''

@@ -142,7 +142,8 @@ def split(
     _say(f'{out}: {counts}')
 
 # %% ../../nbs/cli/01_commands.ipynb #d3caea2f
-def _settings(preset, config, items):  # -> (Config, names that the user set)
+def _settings(preset, config, items):
+    "(Config, names of the settings that the user gave)"
     from semidetr.train.config import Config, load_config, override
     from semidetr.train.config import preset as named
 
@@ -157,13 +158,15 @@ def _settings(preset, config, items):  # -> (Config, names that the user set)
     return cfg, given
 
 
-def _file(path):  # content of a configuration file that has been checked
+def _file(path):
+    "Content of a configuration file that has been checked"
     import tomllib
 
     return (json.loads if path.suffix == '.json' else tomllib.loads)(path.read_text())
 
 
-def _fit_to_data(cfg, given):  # -> overrides that these data need, each with the line that says so
+def _fit_to_data(cfg, given):
+    "Overrides that these data need, each with a line about it for the user"
     from semidetr.data.catalog import open_dataset
 
     d, train = cfg.data, open_dataset(cfg.data.data, 'train')
@@ -199,14 +202,14 @@ def _fit_to_data(cfg, given):  # -> overrides that these data need, each with th
 
 
 def _fit_to_method(cfg, given):
-    "Overrides that the method derives from the other settings, each with the line that says so"
+    "Overrides that the method derives from the other settings, each with a line about it for the user"
     for name, (value, reason) in cfg.method.implementation.derived(cfg).items():
         if name not in given:
             yield f'{name}={value}', f'{name}={value}: {reason}'
 
 # %% ../../nbs/cli/01_commands.ipynb #2037c2cd
 def _check_method(cfg):
-    "Lines about settings that make no sense together"
+    "Lines about settings that do not go together"
     from semidetr.semi.methods import METHODS, MethodConfig
 
     d, m, n = cfg.data, cfg.method, cfg.optim.iters
@@ -240,7 +243,7 @@ def _no_debris(folder):
 
 def _row(name, m):
     "One line of metrics"
-    value = lambda k: f'{m[k]:5.1f}' if m.get(k) is not None and m[k] == m[k] else '    -'
+    value = lambda k: '    -' if _no_nan(m[k]) is None else f'{m[k]:5.1f}'
     return f"  {name:10s} " + '  '.join(f'{k} {value(k)}' for k in ('AP', 'AP50', 'AP75') if k in m)
 
 
@@ -254,8 +257,8 @@ def _summary(result, out):
             _say(f' {title}, {d[part]} images')
             for who, m in networks.items():
                 _say(_row(who, m))
-    h = result.get('health') or {}
-    share = lambda k: '-' if h[k] != h[k] else f'{h[k]:.2f}'
+    h = _no_nan(result.get('health') or {})
+    share = lambda k: '-' if h[k] is None else f'{h[k]:.2f}'
     if 'pseudo_boxes' in h:
         text = f" pseudo labels: {h['pseudo_boxes']:.1f} boxes per image"
         text += f" (labelled images: {h['labelled_boxes']:.1f})"
@@ -512,10 +515,10 @@ def run_studies(
     book = find_book()
     if not study:
         return _say('\n'.join(study_lines(book / STUDIES)))
-    out = _seen_from(book, _free(out or book / 'runs' / 'studies'))
-    results = _seen_from(book, _free(results, '--results')) if results else None
+    out = _from_book(book, _free(out or book / 'runs' / 'studies'))
+    results = _from_book(book, _free(results, '--results')) if results else None
     if data and Path(data).exists():
-        data = str(_seen_from(book, data))
+        data = str(_from_book(book, data))
     with contextlib.chdir(book):
         bad = ablate(
             study,
@@ -539,8 +542,8 @@ def run_studies(
         raise typer.Exit(2 if dry_run else 1)
 
 
-def _seen_from(book, path):
-    "A path as seen from the checkout, links as they are; absolute if it is outside"
+def _from_book(book, path):
+    "A path relative to the checkout, links not followed; absolute if it is outside"
     inside = Path(os.path.abspath(path)).is_relative_to(book)
     return Path(os.path.relpath(path, book) if inside else Path(path).absolute())
 

@@ -54,7 +54,8 @@ def plan(
     only: tuple = (),  # names of groups; empty: all
 ) -> list:  # of Run, each burn-in before its arms
     "All runs of a study; at another scale than its own a study has folders of its own"
-    s, runs = load_study(path, name, scale), []
+    s = load_study(path, name, scale)
+    runs = []
     if unknown := sorted(set(only) - set(s['groups'])):
         known = suggest(unknown[0], s['groups']) if any(s['groups']) else 'it has none at all'
         raise ConfigError(f"{path}: study {name} has no group '{unknown[0]}'; {known}")

@@ -73,13 +73,11 @@ def branches(
 ) -> dict:  # name -> (Config, folder of the run); the shared start, `burn_in`, comes first
     "The runs of one seed: a burn-in, and every arm from its checkpoint"
     base = override(base, [f'run.seed={seed}', f'data.fold={seed}'])
-    folder, start = Path(folder) / f'seed{seed}', []
-    runs = {}
+    folder = Path(folder) / f'seed{seed}'
+    runs, start = {}, []
     if burn_in:
-        own, first = (
-            burn_in if 'run.test' in str(burn_in) else [*burn_in, 'run.test=false'],
-            Path(start_folder or folder.parent) / folder.name / 'burn_in',
-        )
+        own = burn_in if 'run.test' in str(burn_in) else [*burn_in, 'run.test=false']
+        first = Path(start_folder or folder.parent) / folder.name / 'burn_in'
         runs['burn_in'] = override(base, ['method.name=supervised', 'method.burn_in_iters=0', *own]), first
         start = ['method.burn_in_iters=0', f'run.init={first}']
     return runs | {name: (override(base, [*start, *own]), folder / name) for name, own in arms.items()}
@@ -225,7 +223,7 @@ def study_table(
     scale: str = '',  # as for `load_study`
     later: tuple = (),  # studies that come after this one, directly or not
 ) -> tuple:  # (table of the study at this scale, settings of the scale for all studies)
-    "What the file says about a study at a scale"
+    "The table of a study at a scale, with what it shares with the study that it comes after"
     studies, scales = read_studies(path)
     if name not in studies:
         raise ConfigError(f"{path}: has no study '{name}'; {suggest(name, studies)}")

@@ -72,9 +72,8 @@ class CriterionConfig:
     w_giou: float = 2.0  # GIoU term, in matching cost and loss
     loss_l1: float = 10.0  # L1 term of the loss (effective weight of the code: 10; paper: 5)
     enc_labels: str = 'zero'  # labels of the encoder output: 'zero' = object or not (code), 'true' (DINO)
-    cls_loss: str = (
-        'focal'  # one-to-one stage: 'focal' (paper); 'task_aligned', 'varifocal' (towards the IoU)
-    )
+    # one-to-one stage: 'focal' (paper), or 'task_aligned' or 'varifocal', both towards the IoU
+    cls_loss: str = 'focal'
     o2m: str = 'task_aligned'  # one-to-many assignment; for comparison 'max_iou', 'atss', 'simota'
     k: int = 13  # task_aligned: maximum number of positives per object
     alpha: float = 1.0  # one-to-many: power of the score
@@ -117,9 +116,8 @@ def layer_losses(
 ):  # dict of cls, l1, giou, each (L,): weighted sums over the batch, not yet normalised
     "Sums of the three losses of all layers (@eq-losses-o2m); without pairs 0, still connected to the graph"
     n_layers = logits.shape[0]
-    l1, giou, iou = box_losses(
-        boxes[m.layer, m.image, m.query], padded.boxes[m.image, m.target].to(boxes.dtype)
-    )
+    truth = padded.boxes[m.image, m.target].to(boxes.dtype)
+    l1, giou, iou = box_losses(boxes[m.layer, m.image, m.query], truth)
     y = torch.zeros_like(logits)
     y_matched = iou if stage == 'o2o' and cfg.cls_loss != 'focal' else m.weight
     y[m.layer, m.image, m.query, labels[m.layer, m.image, m.target]] = y_matched.to(y.dtype)
@@ -220,7 +218,9 @@ def set_criterion(
     here = here.clamp(min=1)
     factor = logits.new_tensor([cfg.w_enc if n == '_enc' else 1.0 for n in names])
     losses = _named(sums, names, (here if stage == 'o2o' else mean)[:-1], mean[:-1], factor)
-    return {**losses, **(_denoising_losses(dn, padded, cfg, here[-1], mean[-1]) if dn else {})}
+    if dn:
+        losses |= _denoising_losses(dn, padded, cfg, here[-1], mean[-1])
+    return losses
 
 
 def _denoising_losses(dn, padded, cfg, z_cls, z_box):

@@ -58,8 +58,8 @@ class ConsistencyConfig:
             raise ConfigError(f'consistency.jitter={self.jitter} must be below 1, or boxes turn inside out')
 
     @property
-    def needs_queries(self) -> bool:  # and so a `Projector`
-        "Are there cross-view queries at all?"
+    def needs_queries(self) -> bool:
+        "Are there cross-view queries, which need a `Projector`?"
         return (
             self.weight > 0
             and self.correspondence == 'cross_view'
@@ -253,7 +253,8 @@ def cross_view_extras(
         with torch.no_grad():
             c_s = content(student.features, frames[1], 'strong')
         return [queries(c_t, 'strong')], [queries(c_s, 'weak')]
-    c_s, mirror = content(student.features, frames[1], 'strong'), 'consistency_mirror'
+    mirror = 'consistency_mirror'
+    c_s = content(student.features, frames[1], 'strong')
     of_student = [queries(c_t, 'strong'), queries(c_s, 'strong', mirror)]
     of_teacher = [queries(c_t.detach(), 'weak'), queries(c_s.detach(), 'weak', mirror)]
     return of_student, of_teacher

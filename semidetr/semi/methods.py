@@ -83,7 +83,7 @@ class Method(nn.Module):
     def derived(
         cls,
         cfg,  # Config of the run
-    ) -> dict:  # 'group.field' -> (value, sentence that says so)
+    ) -> dict:  # 'group.field' -> (value, the reason in one sentence)
         "Settings that follow from others unless the user sets them"
         return {}
 
@@ -176,12 +176,10 @@ def to_original(
     "Take boxes back to the pixels of the image file, where the hidden truth is known"
     out = []
     for d, t in zip(detections, targets):
-        boxes, _ = transform_boxes(d['boxes'], torch.linalg.inv(t['matrix'].double()), t['orig_size'], 0.0)
-        out.append(
-            dict(
-                image_id=t['image_id'], boxes=boxes.cpu(), labels=d['labels'].cpu(), scores=d['scores'].cpu()
-            )
-        )
+        to_file = torch.linalg.inv(t['matrix'].double())
+        boxes, _ = transform_boxes(d['boxes'], to_file, t['orig_size'], 0.0)
+        row = dict(image_id=t['image_id'], boxes=boxes.cpu())
+        out.append(row | dict(labels=d['labels'].cpu(), scores=d['scores'].cpu()))
     return out
 
 # %% ../../nbs/semi/04_methods.ipynb #301fc7b4
@@ -226,8 +224,8 @@ class MeanTeacher(Supervised):
             return StepResult(losses, scalars, {})
         weak, strong = batch['weak'], batch['strong']
         detections = teacher_predict(teacher, weak, cfg.pseudo)
-        sure = [fixed_threshold(d['scores'], cfg.pseudo.threshold) for d in detections]
-        pseudo = keep_boxes(detections, sure)
+        confident = [fixed_threshold(d['scores'], cfg.pseudo.threshold) for d in detections]
+        pseudo = keep_boxes(detections, confident)
         targets = transport(pseudo, weak['targets'], strong['targets'], cfg.pseudo.min_side)
         denoising = has_denoising(stage_of(t, cfg.method.T1), cfg.method)
         outputs = student(strong['images'], strong['mask'], targets if denoising else None)
@@ -266,9 +264,8 @@ def mine_pseudo_labels(
 ) -> dict:  # detections; weak, strong: B^0 in both views; sup, con: masks of B^0; costs, tau, mixture
     "From the teacher's detections to B^sup and B^con (@sec-mining)"
     detections = teacher_detections(teacher_out, weak, cfg.pseudo)
-    first = keep_boxes(
-        detections, initial_boxes(detections, initial_filter(cfg.mining, cfg.pseudo.threshold))
-    )
+    initial = initial_boxes(detections, initial_filter(cfg.mining, cfg.pseudo.threshold))
+    first = keep_boxes(detections, initial)
     moved = transport(first, weak, strong, cfg.pseudo.min_side)
     first = in_both_views(first, moved)  # boxes that left the strong view cannot be matched
     costs = matched_costs(student_out, moved, cfg.criterion)
@@ -321,7 +318,17 @@ class CrossViewConsistency(Supervised):
         if consistency.needs_queries:
             self.projector = Projector(cfg.detector.d_model, consistency.hidden, consistency.projector)
 
-    def consistency(self, student, teacher, student_view, teacher_view, mined, extras, batch, t):
+    def consistency(
+        self,
+        student,  # detector in training mode
+        teacher,  # its average, in eval mode
+        student_view: View,  # of the strong views
+        teacher_view: View,  # of the weak views
+        mined: dict,  # of `mine_pseudo_labels`
+        extras: list,  # denoising queries of the student
+        batch: dict,  # parts 'weak' and 'strong'
+        t: int,  # iteration, counted from 0
+    ) -> tuple:  # (outputs of the student, losses loss_con_0, ...; none if the consistency is not active)
         "The student's outputs with all extra queries, and the consistency losses (@eq-consistency-loss)"
         c, weak, strong = self.cfg.consistency, batch['weak'], batch['strong']
         outputs, teacher_out = student_view.outputs, teacher_view.outputs
@@ -362,8 +369,15 @@ class SemiDETR(CrossViewConsistency):
         with torch.no_grad():
             teacher_view = encode_decode(teacher, weak)
         student_view = encode_decode(student, strong)
-        outputs = teacher_view.outputs, student_view.outputs
-        mined = mine_pseudo_labels(*outputs, weak['targets'], strong['targets'], cfg, self.memory, self.rates)
+        mined = mine_pseudo_labels(
+            teacher_view.outputs,
+            student_view.outputs,
+            weak['targets'],
+            strong['targets'],
+            cfg,
+            self.memory,
+            self.rates,
+        )
         targets = keep_boxes(mined['strong'], mined['sup'])
         denoising = has_denoising(stage_of(t, cfg.method.T1), cfg.method)
         extras = student.denoise(targets) if denoising else []
@@ -416,4 +430,4 @@ def monitored_boxes(
 
 
 METHODS = {'supervised': Supervised, 'mean_teacher': MeanTeacher, 'semi_detr': SemiDETR}
-WITH_UNLABELLED = 'mean_teacher'  # the method that unlabelled images get where none is named
+WITH_UNLABELLED = 'mean_teacher'  # default method where unlabelled images are given

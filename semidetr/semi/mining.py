@@ -26,7 +26,7 @@ class MiningConfig:
 
     # filters: 'score', 'mean_std', 'top_k', 'per_class', 'class_rate', 'all', 'cpm'
     con_filter: str = 'cpm'  # B^con: 'cpm' (mined), 'score' (the same as B^sup), or another filter
-    sup_filter: str = 'score'  # B^sup: 'score' (pseudo.threshold), 'cpm' (worse, says the paper), or another
+    sup_filter: str = 'score'  # B^sup: 'score' (pseudo.threshold), 'cpm' (worse in the paper), or another
     init: str = 'mean_std'  # B^0: 'mean_std' (code), 'score' (paper), 'all'
     union: bool = True  # B^con includes B^sup (code); False: the boxes of the filter alone (paper)
     top_k: int = 10  # 'top_k': boxes per image

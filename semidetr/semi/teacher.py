@@ -23,7 +23,7 @@ class EmaConfig:
 
     decay: float = 0.999  # ceiling m of the decay
     warmup: int = 0  # w; with a larger one the decay rises more slowly
-    start: int = -1  # t_0: updates that the first teacher stands for; -1: 0, after run.init past the ramp
+    start: int = -1  # t_0: updates that the first teacher stands for; -1: 0, but no ramp after run.init
 
     def __post_init__(self):
         in_range('ema', self, decay=(0, 1), warmup=0, start=-1)

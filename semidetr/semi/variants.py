@@ -250,7 +250,7 @@ def jittered_boxes(
     return denormalize_boxes(xyxy_to_cxcywh(noisy), size)
 
 
-def _unlabelled(boxes):
+def _as_detections(boxes):
     "Boxes as detections of class 0 with score 0"
     labels = torch.zeros(len(boxes), dtype=torch.long, device=boxes.device)
     return dict(boxes=boxes, labels=labels, scores=boxes.new_zeros(len(boxes)))
@@ -266,8 +266,8 @@ def box_picker(
             boxes = jittered_boxes(sup['boxes'], size, cfg.jitter, generator)
             return dict(boxes=boxes, labels=sup['labels'], scores=sup['scores'])
         if cfg.boxes == 'random':
-            return _unlabelled(random_boxes(size, cfg.n_random, con['boxes'], generator))
-        return dict(mined=con, score=sup, none=_unlabelled(con['boxes'][:0]))[cfg.boxes]
+            return _as_detections(random_boxes(size, cfg.n_random, con['boxes'], generator))
+        return dict(mined=con, score=sup, none=_as_detections(con['boxes'][:0]))[cfg.boxes]
 
     def pick(
         con,  # B^con: per image dict(boxes (n,4) xyxy pixels of the weak view, labels, scores)
@@ -280,9 +280,9 @@ def box_picker(
         if cfg.density == 'sparse':
             return picked
         for i, (p, size) in enumerate(zip(picked, sizes)):
-            more = proposals[i] if proposals else _unlabelled(p['boxes'][:0])
+            more = proposals[i] if proposals else _as_detections(p['boxes'][:0])
             if not len(more['boxes']):
-                more = _unlabelled(grid_boxes(size, cfg.grid, p['boxes']))
+                more = _as_detections(grid_boxes(size, cfg.grid, p['boxes']))
             picked[i] = {k: torch.cat([p[k], more[k].to(p[k].dtype)]) for k in ('boxes', 'labels', 'scores')}
         return picked
 

@@ -72,9 +72,8 @@ class OptimConfig:
     schedule: str = 'constant'  # 'constant', 'cosine' (to 0 at the end), or 'step' (x0.1 at each of `steps`)
     steps: tuple[int, ...] = ()
     warmup: int = 0  # iterations of linear warm-up
-    accumulate: int = (
-        1  # batches averaged into one step; processes x accumulate = 8 gives the paper's 8 x 5 images
-    )
+    # batches averaged into one step; processes x accumulate = 8 gives the paper's 8 x 5 images
+    accumulate: int = 1
 
     def __post_init__(self):
         one_of('optim', self, schedule=('constant', 'cosine', 'step'))
@@ -174,6 +173,7 @@ RENAMED = {  # frozen: today's name -> the name in hashes and in files written b
     'criterion.cost_l1': 'criterion.w_l1',
     'criterion.loss_l1': 'criterion.l1_weight',
 }
+_TODAY = {old: name for name, old in RENAMED.items()}
 
 
 def _renamed(values, names):
@@ -198,7 +198,7 @@ def from_dict(
     for k, v in values.items():
         name = f'{where}{k}'
         if k not in hints:
-            now = {old: new for new, old in RENAMED.items()}.get(name)
+            now = _TODAY.get(name)
             cure = f"it is called '{now}' now" if now else suggest(k, hints)
             raise ConfigError(f"unknown setting '{name}'; {cure}")
         old = getattr(base, k)
@@ -218,12 +218,12 @@ def from_saved(
     values: dict,  # of a checkpoint, a run.json or a record; names of settings may be older
     like=None,  # Config whose method and detector have settings of their own classes
 ) -> Config:
-    "The configuration that a run was saved with; settings younger than the file have their defaults"
+    "The configuration that a run was saved with; settings newer than the file have their defaults"
     base = Config()
     if like is not None:
         fresh = type(like.detector)(num_classes=0)
         base = dataclasses.replace(base, method=type(like.method)(), detector=fresh)
-    return from_dict(_renamed(values, {old: new for new, old in RENAMED.items()}), base)
+    return from_dict(_renamed(values, _TODAY), base)
 
 # %% ../../nbs/train/00_config.ipynb #4d05a65d
 def _parse(text: str):
@@ -296,7 +296,7 @@ def differences(
     return out
 
 # %% ../../nbs/train/00_config.ipynb #3a2dc640
-LEGACY_DEFAULTS = {  # settings younger than the first records -> does their value leave a run as it was?
+LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value leave a run as it was?
     'pseudo.cross_nms': lambda c: c.pseudo.cross_nms >= 1,
     'mining.rate_window': lambda c: 'class_rate' not in (c.mining.sup_filter, c.mining.con_filter),
     'ema.start': lambda c: c.ema.start == 0 or (c.ema.start < 0 and not c.run.init),

@@ -38,7 +38,9 @@ class HealthMonitor:
         truth=None,  # data set that knows the boxes of the unlabelled images
         window: int = 200,  # steps
     ):
-        self.truth, self.window, self.warned, self.rows = truth, window, False, deque(maxlen=window)
+        self.truth, self.window = truth, window
+        self.warned = False
+        self.rows = deque(maxlen=window)
 
     def add(
         self,

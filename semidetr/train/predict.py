@@ -117,7 +117,7 @@ class Predictor:
     def __call__(
         self,
         image,  # path, PIL image, (H,W,3) uint8 array, or a list of these
-        batch: int = 8,  # most images per forward pass
+        batch: int = 8,  # maximum number of images per forward pass
     ):  # dict(boxes (K,4) xyxy pixels, labels (K,), scores (K,) descending, names), or a list of these
         "Detections of one image or of several, in pixels of the files (@eq-predict-pixels)"
         if not isinstance(image, (list, tuple)):
@@ -223,7 +223,7 @@ def predict_folder(
     out,  # folder for pictures and detections.json
     draw: bool = True,  # write pictures
     ids=None,  # COCO annotation file whose image and category ids to use; None: file names, label + 1
-    batch: int = 8,  # most images per forward pass
+    batch: int = 8,  # maximum number of images per forward pass
     progress=lambda x: x,  # wraps the list of batches
 ):  # (COCO results of all images, one line for each file that could not be read)
     "Detect objects in every image; write pictures and one JSON file"

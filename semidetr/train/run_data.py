@@ -16,15 +16,15 @@ from .config import DataConfig
 # %% ../../nbs/train/08_run_data.ipynb #f92bafe4
 @dataclasses.dataclass
 class RunData:
-    "The four roles that images play in a run"
+    "The images of a run by their roles; each part but the split and the classes is a data set"
 
     labelled: object  # with boxes
     unlabelled: object  # stripped of every box; may be None
     dev: object  # held out of training: the only part that settings are chosen on
     val: object  # test split, for reported numbers; may be None
     truth: object  # data set that knows the boxes of the unlabelled images, for the health monitor alone
-    split: object
-    classes: list
+    split: object  # `Split` that divided the training images
+    classes: list  # names, in the order of the labels
 
 
 def test_split(
@@ -39,8 +39,11 @@ def test_split(
     except DataError as e:
         return None, str(e)
     train = open_dataset(cfg.data, 'train') if train is None else train
-    same = getattr(val, 'where', 0) == getattr(train, 'where', None) and list(val.ids) == list(train.ids)
-    return (None, f'{cfg.data}: has no split of its own for testing') if same else (val, '')
+    # the defaults differ, so data sets that lack `where` are never the same
+    same_place = getattr(val, 'where', 0) == getattr(train, 'where', None)
+    if same_place and list(val.ids) == list(train.ids):
+        return None, f'{cfg.data}: has no split of its own for testing'
+    return val, ''
 
 
 def build_data(
@@ -51,7 +54,9 @@ def build_data(
     if cfg.split_file:
         split = load_split(cfg.split_file, train)
     else:
-        percent, count = cfg.percent or (None if cfg.count else 100.0), cfg.count or None
+        percent, count = cfg.percent or None, cfg.count or None
+        if percent is None and count is None:
+            percent = 100.0
         split = make_split(train, percent, count, cfg.fold, cfg.dev, cfg.split_seed, cfg.cover_classes)
 
     def pick(ids):
@@ -60,9 +65,12 @@ def build_data(
     pools = [Unlabelled(pick(split.unlabelled))] if split.unlabelled else []
     if cfg.unlabelled:
         pools.append(Unlabelled(open_dataset(cfg.unlabelled, 'train')))
+    unlabelled = pools[0] if pools else None
+    if len(pools) > 1:
+        unlabelled = Joined(pools)
     return RunData(
         labelled=pick(split.labelled),
-        unlabelled=Joined(pools) if len(pools) > 1 else pools[0] if pools else None,
+        unlabelled=unlabelled,
         dev=pick(split.dev) if split.dev else None,
         val=test_split(cfg, train)[0],
         truth=None if cfg.unlabelled else train,

@@ -100,30 +100,29 @@ class RunState(BuiltRun):
             self.load()
 
     @property
-    def own_file(self):
+    def own_file(self) -> Path:
+        "The checkpoint of this process"
         return self.dir / ('last.pt' if is_main() else f'last.rank{rank()}.pt')
 
     def state_dict(self) -> dict:  # tensors and plain values
+        "All state that this process saves"
         own = dict(
             step=self.step, rng=pack_rng(rng_state()), health=self.health.state_dict(), recent=self.recent
         )
         if not is_main():
             return own
-        return (
-            own
-            | self.weights()
-            | dict(
-                split=self.data.split.fingerprint,
-                history=self.history,
-                spent=self.spent,
-                parts=self.method.state_dict(),
-                optimizer=self.optimizer.state_dict(),
-                scaler=self.scaler.state_dict(),
-            )
+        return dict(
+            own | self.weights(),
+            split=self.data.split.fingerprint,
+            history=self.history,
+            spent=self.spent,
+            parts=self.method.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
         )
 
     def weights(self) -> dict:
-        "What `Predictor` needs"
+        "What `Predictor` needs: configuration, classes and both networks"
         return dict(
             config=to_dict(self.cfg),
             classes=self.data.classes,
@@ -133,9 +132,11 @@ class RunState(BuiltRun):
         )
 
     def save(self):
+        "Write the checkpoint of this process"
         save_checkpoint(self.own_file, **self.state_dict())
 
     def load(self):
+        "Continue from the checkpoint; an error if it belongs to another run"
         saved = load_checkpoint(self.dir / 'last.pt')
         check_same_run(saved['config'], self.cfg, saved['split'], self.data.split.fingerprint, self.dir)
         load_weights(self.student, saved['student'], self.dir)
@@ -190,9 +191,8 @@ def total_loss(
 
 # %% ../../nbs/train/09_trainer.ipynb #a54c6612
 CURVES = ('step', 'loss', 'grad_norm', 'parts_grad_norm')  # numbers of every run that records keep
-LOGGED = [
-    f'loss_{kind}{term}' for kind in ('', 'unsup_') for term in ('cls', 'l1', 'giou')
-]  # of the last layer
+# losses that are logged: those of the last decoder layer
+LOGGED = [f'loss_{kind}{term}' for kind in ('', 'unsup_') for term in ('cls', 'l1', 'giou')]
 
 
 def clip_and_step(

@@ -31,8 +31,8 @@ import matplotlib.pyplot as plt
 # ## What the book consists of
 #
 # `_quarto.yml` lists parts and chapters. Everything below starts from that list: a notebook that is not on it
-# is not in the book, and a test fails. The tools of this chapter belong to the extra `[book]`; without it the
-# error is one line that says what to install.
+# is not in the book, and a test fails. The tools of this chapter belong to the extra `[book]`; without it a
+# one-line error names what to install.
 
 # %%
 #| export
@@ -48,7 +48,7 @@ def fail(
 def need(
     module: str,  # a module of the extra [book]
 ):
-    "Import it, or say in one line what to install"
+    "Import it; without it a one-line error names what to install"
     try:
         return import_module(module)
     except ImportError:
@@ -407,7 +407,9 @@ class CrossRefs:
             depth[level] += 1
             depth[level + 1 :] = [0] * (6 - level)
             number = '.'.join(map(str, [n, *depth[2 : level + 1]]))
-            kind = 'Section' if level > 1 else 'Appendix' if isinstance(n, str) else 'Chapter'
+            kind = 'Appendix' if isinstance(n, str) else 'Chapter'
+            if level > 1:
+                kind = 'Section'
             if label := re.search(r'#(sec-[\w-]+)', attributes):
                 self.add(label.group(1), page, f'{kind} {number}', number)
 
@@ -460,7 +462,8 @@ def load_pages(
     index, out = symbol_index(root, files), []
     chapter, letters = 0, iter(string.ascii_uppercase)
     for page in files:
-        folder, text = os.path.dirname(page), (Path(root) / page).read_text(encoding='utf-8')
+        folder = os.path.dirname(page)
+        text = (Path(root) / page).read_text(encoding='utf-8')
         if page.endswith('.ipynb'):
             nb = filter_notebook(json.loads(text), index, folder)
             cells = [(c['cell_type'], c['source']) for c in nb['cells']]
@@ -521,7 +524,7 @@ def write_home(
     caption: str,  # of the picture
     alt: str,  # its description
     table: str,  # from `markdown_table`
-    table_caption: str,  # says what was run: data, scale, seeds
+    table_caption: str,  # what was run: data, scale, seeds
 ):
     "Write the part of the home page that shows results"
     from semidetr.core import atomic_write

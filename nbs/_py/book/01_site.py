@@ -194,7 +194,7 @@ def finish_code_cell(
     refs: CrossRefs,  # labels of the whole book
     page: str,  # path of the page
 ) -> dict:
-    "Number captions, resolve what the outputs say"
+    "Number captions, resolve references in captions and outputs"
     _, options, code = split_directives(cell['source'])
     label = _option(options, 'label')
     name = f'{refs.labels[label][1]}: ' if label in refs.labels else ''
@@ -403,8 +403,8 @@ print(parameters)
 # ## What Quarto calls
 #
 # Quarto pipes each notebook through `python -m semidetr.book.site --filter`, in the folder of the notebook.
-# Before a build it calls `--fresh`: it caches filtered notebooks by the time of their last change alone, so a
-# change in another chapter would be missed. Without an option the module builds the site.
+# Before a build it calls `--fresh`: Quarto caches filtered notebooks by the time of their last change only, so
+# a change in another chapter would be missed. Without an option the module builds the site.
 
 # %%
 #| export
@@ -463,7 +463,7 @@ if __name__ == '__main__' and globals().get('__spec__'):
 # * Formulas such as @eq-site-mathml become MathML, so the site needs no script from another host and can be
 #   read from a disk.
 # * The old site is replaced only when the new one is complete.
-# * Without the extra `[book]` the error is one line that says what to install.
+# * Without the extra `[book]` a one-line error names what to install.
 #
 # ## Exercises
 #

@@ -4,8 +4,8 @@
 # > Run the whole book from a shell: `semidetr demo`, `doctor`, `build-ops`, `split`, `train`, `eval`,
 # > `predict`, `ablate`, `site`.
 #
-# The commands of this chapter hold no logic of their own: each opens its inputs, calls a function of an
-# earlier chapter, and prints. They behave as @sec-terminal describes: a mistake is one line and exit code 2,
+# The commands of this chapter contain little logic: each checks its options, adapts defaults to the data,
+# calls a function of an earlier chapter, and prints. They behave as @sec-terminal describes: a mistake is one line and exit code 2,
 # results are written completely or not at all, `--help` is fast. Two rules are added for training:
 #
 # - Ctrl-C ends a training run after the current iteration with a checkpoint and exit code 130; the same
@@ -219,13 +219,14 @@ assert not (home / 'other.json').exists()
 # %% [markdown]
 # ## Settings of a run
 #
-# A run's settings come from four places, later ones win: preset, `--config` file, options, single settings
-# `group.field=value` (@sec-config). Then the command adapts to the data what you did not set yourself, and
-# prints one line per change.
+# A run's settings come from four places: preset, `--config` file, options, single settings
+# `group.field=value` (@sec-config); a later one replaces an earlier one. Then the command adapts to the data
+# what you did not set yourself, and prints one line per change.
 
 # %%
 #| export
-def _settings(preset, config, items):  # -> (Config, names that the user set)
+def _settings(preset, config, items):
+    "(Config, names of the settings that the user gave)"
     from semidetr.train.config import Config, load_config, override
     from semidetr.train.config import preset as named
 
@@ -240,13 +241,15 @@ def _settings(preset, config, items):  # -> (Config, names that the user set)
     return cfg, given
 
 
-def _file(path):  # content of a configuration file that has been checked
+def _file(path):
+    "Content of a configuration file that has been checked"
     import tomllib
 
     return (json.loads if path.suffix == '.json' else tomllib.loads)(path.read_text())
 
 
-def _fit_to_data(cfg, given):  # -> overrides that these data need, each with the line that says so
+def _fit_to_data(cfg, given):
+    "Overrides that these data need, each with a line about it for the user"
     from semidetr.data.catalog import open_dataset
 
     d, train = cfg.data, open_dataset(cfg.data.data, 'train')
@@ -282,7 +285,7 @@ def _fit_to_data(cfg, given):  # -> overrides that these data need, each with th
 
 
 def _fit_to_method(cfg, given):
-    "Overrides that the method derives from the other settings, each with the line that says so"
+    "Overrides that the method derives from the other settings, each with a line about it for the user"
     for name, (value, reason) in cfg.method.implementation.derived(cfg).items():
         if name not in given:
             yield f'{name}={value}', f'{name}={value}: {reason}'
@@ -291,7 +294,7 @@ def _fit_to_method(cfg, given):
 # %%
 #| export
 def _check_method(cfg):
-    "Lines about settings that make no sense together"
+    "Lines about settings that do not go together"
     from semidetr.semi.methods import METHODS, MethodConfig
 
     d, m, n = cfg.data, cfg.method, cfg.optim.iters
@@ -325,7 +328,7 @@ def _no_debris(folder):
 
 def _row(name, m):
     "One line of metrics"
-    value = lambda k: f'{m[k]:5.1f}' if m.get(k) is not None and m[k] == m[k] else '    -'
+    value = lambda k: '    -' if _no_nan(m[k]) is None else f'{m[k]:5.1f}'
     return f"  {name:10s} " + '  '.join(f'{k} {value(k)}' for k in ('AP', 'AP50', 'AP75') if k in m)
 
 
@@ -339,8 +342,8 @@ def _summary(result, out):
             _say(f' {title}, {d[part]} images')
             for who, m in networks.items():
                 _say(_row(who, m))
-    h = result.get('health') or {}
-    share = lambda k: '-' if h[k] != h[k] else f'{h[k]:.2f}'
+    h = _no_nan(result.get('health') or {})
+    share = lambda k: '-' if h[k] is None else f'{h[k]:.2f}'
     if 'pseudo_boxes' in h:
         text = f" pseudo labels: {h['pseudo_boxes']:.1f} boxes per image"
         text += f" (labelled images: {h['labelled_boxes']:.1f})"
@@ -643,10 +646,10 @@ def run_studies(
     book = find_book()
     if not study:
         return _say('\n'.join(study_lines(book / STUDIES)))
-    out = _seen_from(book, _free(out or book / 'runs' / 'studies'))
-    results = _seen_from(book, _free(results, '--results')) if results else None
+    out = _from_book(book, _free(out or book / 'runs' / 'studies'))
+    results = _from_book(book, _free(results, '--results')) if results else None
     if data and Path(data).exists():
-        data = str(_seen_from(book, data))
+        data = str(_from_book(book, data))
     with contextlib.chdir(book):
         bad = ablate(
             study,
@@ -670,8 +673,8 @@ def run_studies(
         raise typer.Exit(2 if dry_run else 1)
 
 
-def _seen_from(book, path):
-    "A path as seen from the checkout, links as they are; absolute if it is outside"
+def _from_book(book, path):
+    "A path relative to the checkout, links not followed; absolute if it is outside"
     inside = Path(os.path.abspath(path)).is_relative_to(book)
     return Path(os.path.relpath(path, book) if inside else Path(path).absolute())
 
@@ -713,11 +716,11 @@ assert shell('semidetr predict --help') == 0
 # %% [markdown]
 # ## Summary
 #
-# - Commands hold no logic: a script can do the same with the functions of the earlier chapters.
+# - Commands contain little logic: a script can do the same with the functions of the earlier chapters.
 # - Errors that a user can cure are one line with place and cure and exit code 2; anything else is a
 #   traceback, because it is a bug.
 # - The output path is checked before the work, and files are written completely or not at all.
-# - Defaults are adapted to the data (development part, test split, method), always with a line that says so;
+# - Defaults are adapted to the data (development part, test split, method), and each change is printed;
 #   your own settings are not changed.
 # - Ctrl-C loses nothing: exit code 130, and the same command resumes the run.
 #

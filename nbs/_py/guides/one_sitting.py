@@ -58,8 +58,8 @@ image_grid([ds[i].image for i in range(4)], [ds[i].boxes for i in range(4)])
 # %% [markdown]
 # ## A detector that has learnt a little
 #
-# A preset holds every setting (@sec-config). The first iterations are supervised: the labels of 20 scenes,
-# one-to-many assignment, denoising queries made of true boxes. `Trainer` writes a folder with checkpoint, log
+# A preset holds every setting (@sec-config). The first 200 iterations are supervised: the labels of 20 scenes,
+# one-to-many assignment until iteration 130, denoising queries made of true boxes. `Trainer` writes a folder with checkpoint, log
 # and metrics (@sec-trainer); here it takes about a minute on one core.
 
 # %%
@@ -120,10 +120,10 @@ with torch.no_grad():
 # ## Pseudo labels, and which of them to trust
 #
 # The teacher's detections with a score of at least mean + standard deviation of their image are candidates,
-# $B^0$. Each is matched to the student's predictions in the strong view; what that matching costs is a second
-# opinion on the box (@sec-mining). Two Gaussians are fitted to the costs of the batch, and boxes of the cheaper
-# component are mined for the consistency loss; boxes with a score above the threshold are targets of all
-# losses.
+# $B^0$. Each is matched to the student's predictions in the strong view, and the cost of that match measures
+# how far the two networks agree on the box (@sec-mining). Two Gaussians are fitted to the costs of the batch.
+# Boxes that cost at most as much as the mode of the component of low costs are mined for the consistency loss.
+# Boxes with a score of at least the threshold are targets of all losses.
 
 # %%
 #| slow
@@ -164,7 +164,7 @@ plt.show()
 # %% [markdown]
 # ## One-to-many, then one-to-one
 #
-# While pseudo boxes are imprecise, an object may be answered by several queries: the 6 of best
+# While pseudo boxes are imprecise, an object is assigned to several queries: the 6 with the largest
 # $\text{score}\cdot\text{IoU}^6$ here, 13 in the paper. A wrong box then costs less. Later each object gets exactly
 # one query, so that the final detector needs no suppression of duplicates (@sec-matching).
 
@@ -204,8 +204,8 @@ assert all(k in losses for k in parts.values())
 # %% [markdown]
 # ## A small training
 #
-# The same, 120 times, from the burn-in's checkpoint; beside it, a supervised run with as many images per
-# step. One short run with one seed shows how to compare, not by how much the method gains; that is on
+# The same, 120 times, from the burn-in's checkpoint, and for comparison a supervised run with as many images
+# per step. One short run with one seed shows how to compare, not by how much the method gains; that is on
 # @sec-abl-components, with five seeds.
 
 # %%

@@ -33,7 +33,7 @@ import matplotlib.pyplot as plt
 # ## From a table to runs
 #
 # A study of $g$ groups, $s$ seeds and $a$ arms is $g \cdot s \cdot (a+1)$ runs: in each group and seed the
-# arms wait for their burn-in. Every run has a folder; paths are relative to the top folder of the checkout,
+# arms wait for their burn-in. Without a burn-in it is $g \cdot s \cdot a$ runs. Every run has a folder; paths are relative to the top folder of the checkout,
 # because the path of the burn-in is part of a configuration and thus of its hash.
 
 # %%
@@ -74,7 +74,8 @@ def plan(
     only: tuple = (),  # names of groups; empty: all
 ) -> list:  # of Run, each burn-in before its arms
     "All runs of a study; at another scale than its own a study has folders of its own"
-    s, runs = load_study(path, name, scale), []
+    s = load_study(path, name, scale)
+    runs = []
     if unknown := sorted(set(only) - set(s['groups'])):
         known = suggest(unknown[0], s['groups']) if any(s['groups']) else 'it has none at all'
         raise ConfigError(f"{path}: study {name} has no group '{unknown[0]}'; {known}")
@@ -231,15 +232,8 @@ for row, seed in enumerate((0, 1)):
     names = [r.arm for r in toy if r.seed == seed]
     for column, name in enumerate(names):
         x, y = (0, row) if column == 0 else (1, row + 0.22 * (3 - 2 * column))
-        ax.text(
-            x,
-            y,
-            f'seed {seed}: {name}',
-            ha='center',
-            va='center',
-            fontsize=8,
-            bbox=dict(boxstyle='round', facecolor='white'),
-        )
+        style = dict(ha='center', va='center', fontsize=8, bbox=dict(boxstyle='round', facecolor='white'))
+        ax.text(x, y, f'seed {seed}: {name}', **style)
         if column:
             ax.annotate('', (0.72, y), (0.25, row), arrowprops=dict(arrowstyle='->'))
 ax.set(xlim=(-0.4, 1.4), ylim=(-0.5, 1.5))

@@ -241,9 +241,9 @@ def pair_cost(
 AB, labels = torch.tensor([[0.50, 0.5, 0.4, 0.4], [0.54, 0.5, 0.4, 0.4]]), torch.tensor([0, 1])
 logits = torch.tensor([[0.2, 0.1], [0.9, 0.1], [0.9, 0.1], [0.9, 0.1]]).logit()
 cost = pair_cost(logits, P, labels, AB)
-assert torch.allclose(
-    cost[:3], torch.tensor([[-1.4984, -0.5054], [-4.5066, -0.7786], [-3.4971, -0.2473]]), atol=1e-4
-) and cost.argmin(0).tolist() == [1, 1]
+expected = torch.tensor([[-1.4984, -0.5054], [-4.5066, -0.7786], [-3.4971, -0.2473]])
+assert torch.allclose(cost[:3], expected, atol=1e-4)
+assert cost.argmin(0).tolist() == [1, 1]
 cost
 
 
@@ -593,10 +593,9 @@ near = gt.repeat(20, 1) + 0.05 * torch.randn(60, 4, generator=g)
 crowd = dict(pred_logits=torch.randn(1, 60, 1, generator=g), pred_boxes=near.clamp(0.05, 0.95)[None])
 objects = [dict(labels=torch.zeros(3, dtype=torch.long), boxes=gt)]
 fig, axes = plt.subplots(1, 2, figsize=(6, 3.1), dpi=80, layout='constrained')
-for ax, name, (found,) in zip(
-    axes, ('one-to-many, k=8', 'one-to-one'), (one_to_many(crowd, objects, k=8), hungarian(crowd, objects))
-):
-    pixels, gt_pixels = (denormalize_boxes(x, (100, 100)) for x in (crowd['pred_boxes'][0], gt))
+pixels, gt_pixels = (denormalize_boxes(x, (100, 100)) for x in (crowd['pred_boxes'][0], gt))
+matchings = {'one-to-many, k=8': one_to_many(crowd, objects, k=8), 'one-to-one': hungarian(crowd, objects)}
+for ax, (name, (found,)) in zip(axes, matchings.items()):
     used = found[0].unique()
     row = {int(j): n for n, j in enumerate(used)}
     pairs = [row[int(j)] for j in found[0]], found[1]

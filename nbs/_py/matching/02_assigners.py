@@ -4,7 +4,7 @@
 # > Replace the one-to-many assignment by Max-IoU, ATSS or SimOTA, and see how each handles inaccurate boxes.
 #
 # Dense detectors have always assigned several predictions to an object. Max-IoU takes the predictions that
-# overlap the object by at least one half, ATSS those that overlap it more than its neighbours on average do,
+# overlap the object by at least one half, ATSS those that overlap it more than nearby predictions do on average,
 # SimOTA a number of them that follows from the overlaps. All three were designed for annotated boxes. A
 # pseudo box is off by a tenth of its width, sometimes by a third, and an assignment that relies on it labels
 # good queries as background. This chapter implements the three with the signature of `assign_o2m`
@@ -83,14 +83,12 @@ def _matches(positive, m, iou):
 def scene(images=1, queries=60, spread=0.2, seed=3):
     "logits (1,B,Q,1), boxes (1,B,Q,4), targets"
     g = torch.Generator().manual_seed(seed)
-    place = torch.tensor([[0.27, 0.3], [0.73, 0.3], [0.5, 0.72]]) + 0.05 * torch.randn(
-        images, 3, 2, generator=g
-    )
-    gt = torch.cat([place, torch.rand(images, 3, 2, generator=g) * 0.2 + 0.2], -1)
+    places = torch.tensor([[0.27, 0.3], [0.73, 0.3], [0.5, 0.72]])
+    centres = places + 0.05 * torch.randn(images, 3, 2, generator=g)
+    gt = torch.cat([centres, torch.rand(images, 3, 2, generator=g) * 0.2 + 0.2], -1)
     boxes = gt[:, torch.arange(queries) % 3]
-    boxes = (boxes + spread * torch.randn(boxes.shape, generator=g) * boxes[..., [2, 3, 2, 3]]).clamp(
-        0.02, 0.98
-    )
+    boxes = boxes + spread * torch.randn(boxes.shape, generator=g) * boxes[..., [2, 3, 2, 3]]
+    boxes = boxes.clamp(0.02, 0.98)
     fit = pairwise_overlap(boxes, gt)[0].amax(-1)
     logits = (6 * fit - 4 + torch.randn(fit.shape, generator=g))[..., None]
     return logits[None], boxes[None], [dict(labels=torch.zeros(3, dtype=torch.long), boxes=b) for b in gt]
@@ -240,10 +238,13 @@ torch.bincount(some.target, minlength=3), expected
 #| label: fig-assigners-scene
 #| fig-cap: "Five assignments of the same sixty queries. Task-aligned and Max-IoU assignment give each object many positives, SimOTA a few, ATSS two, one or none, the Hungarian method exactly one."
 #| fig-alt: "Six panels with three green boxes each: all queries, then lines from the objects to their queries: many for task-aligned and Max-IoU, six for SimOTA, two, one and none for ATSS, one for Hungarian."
-ways = dict(
-    Hungarian=assign_o2o,
-    **{'task-aligned': assign_o2m, 'Max-IoU': assign_max_iou, 'ATSS': assign_atss, 'SimOTA': assign_simota},
-)
+ways = {
+    'Hungarian': assign_o2o,
+    'task-aligned': assign_o2m,
+    'Max-IoU': assign_max_iou,
+    'ATSS': assign_atss,
+    'SimOTA': assign_simota,
+}
 fig, axes = plt.subplots(2, 3, figsize=(6, 4), dpi=80, layout='constrained')
 pixels, truth_px = (denormalize_boxes(x, (100, 100)) for x in (boxes[0, 0], targets[0]['boxes']))
 draw_boxes(axes[0, 0], pixels, kind='student', lw=0.4)

@@ -48,7 +48,7 @@ class EmaConfig:
 
     decay: float = 0.999  # ceiling m of the decay
     warmup: int = 0  # w; with a larger one the decay rises more slowly
-    start: int = -1  # t_0: updates that the first teacher stands for; -1: 0, after run.init past the ramp
+    start: int = -1  # t_0: updates that the first teacher stands for; -1: 0, but no ramp after run.init
 
     def __post_init__(self):
         in_range('ema', self, decay=(0, 1), warmup=0, start=-1)
@@ -78,7 +78,8 @@ assert [round(ema_decay(t), 6) for t in (0, 1, 9, 998, 999)] == [0, 0.5, 0.9, 0.
 # first teacher stands for.
 
 # %%
-cold, warm = ([ema_decay(t, trained=known) for t in range(3)] for known in (False, True))
+cold = [ema_decay(t) for t in range(3)]
+warm = [ema_decay(t, trained=True) for t in range(3)]
 assert cold == [0, 0.5, 1 - 1 / 3] and warm == [0.999] * 3
 cold, warm
 
@@ -285,7 +286,7 @@ in_both_views(det, flipped), in_both_views(det, shifted)
 # - It labels weak views without gradient. Non-maximum suppression removes duplicates, a threshold on the score
 #   uncertain detections.
 # - Two recorded matrices move a box between views; a box that leaves the view is dropped.
-# - Everything is a function of tensors; the training step that combines them is in @sec-methods.
+# - These are functions of tensors; the training step that combines them is in @sec-methods.
 #
 # ## Exercises
 #

@@ -60,7 +60,7 @@ class MiningConfig:
 
     # filters: 'score', 'mean_std', 'top_k', 'per_class', 'class_rate', 'all', 'cpm'
     con_filter: str = 'cpm'  # B^con: 'cpm' (mined), 'score' (the same as B^sup), or another filter
-    sup_filter: str = 'score'  # B^sup: 'score' (pseudo.threshold), 'cpm' (worse, says the paper), or another
+    sup_filter: str = 'score'  # B^sup: 'score' (pseudo.threshold), 'cpm' (worse in the paper), or another
     init: str = 'mean_std'  # B^0: 'mean_std' (code), 'score' (paper), 'all'
     union: bool = True  # B^con includes B^sup (code); False: the boxes of the filter alone (paper)
     top_k: int = 10  # 'top_k': boxes per image
@@ -372,7 +372,9 @@ def simulate(skill, seed=0, images=24, objects=5, classes=6):
 
     detections, targets, logits, queries, correct = [], [], [], [], []
     for _ in range(images):
-        truth, kind, false = random_boxes(objects), random_classes(objects), random_boxes(4)
+        truth = random_boxes(objects)
+        kind = random_classes(objects)
+        false = random_boxes(4)
         found = torch.rand(objects, generator=g) < 0.5 + 0.5 * skill
         boxes = torch.cat([jittered(truth[found], 0.16 - 0.1 * skill), false])
         labels = torch.cat([kind[found], random_classes(4)])
@@ -380,13 +382,13 @@ def simulate(skill, seed=0, images=24, objects=5, classes=6):
         correct.append((overlap & (labels[:, None] == kind)).any(1))
         raw = torch.where(correct[-1], 3.5 * skill - 1.5, 1.5 * skill - 2)
         scores = (raw + torch.randn(len(boxes), generator=g)).sigmoid()
-        near, copied = jittered(truth.repeat(3, 1), 0.2 - 0.14 * skill), jittered(false[:1], 0.2)
+        near = jittered(truth.repeat(3, 1), 0.2 - 0.14 * skill)
+        copied = jittered(false[:1], 0.2)
         queries.append(torch.cat([near, copied, random_boxes(30)]))
         confident = 3 * objects + 1
         z = torch.randn(len(queries[-1]), classes, generator=g) - 4
-        z[range(confident), torch.cat([kind.repeat(3), labels[-4:-3]])] += (
-            1 + 5 * skill * torch.rand(confident, generator=g).sqrt()
-        )
+        predicted = torch.cat([kind.repeat(3), labels[-4:-3]])
+        z[range(confident), predicted] += 1 + 5 * skill * torch.rand(confident, generator=g).sqrt()
         logits.append(z)
         detections.append(dict(scores=scores, labels=labels, boxes=100 * cxcywh_to_xyxy(boxes)))
         targets.append(dict(labels=labels, boxes=boxes))
@@ -448,9 +450,10 @@ def judge(skill, seed):
 
 skills = [0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95]
 rows = torch.tensor([[judge(skill, seed) for skill in skills] for seed in range(4)])
-story = rows.permute(2, 0, 1)  # (7 numbers, seeds, skills)
-assert (story[0].diff(dim=1).mean(0) < 0).all() and (story[3] > story[5]).float().mean() > 0.8
-story.mean(1)
+judged = rows.permute(2, 0, 1)  # (7 numbers, seeds, skills)
+assert (judged[0].diff(dim=1).mean(0) < 0).all()
+assert (judged[3] > judged[5]).float().mean() > 0.8
+judged.mean(1)
 
 # %%
 #| label: fig-mining-moves
@@ -462,14 +465,14 @@ for row, name, color in (
     (2, 'wrong boxes', 'crimson'),
     (0, 'threshold', COLORS['mined']),
 ):
-    curve(axes[0], skills, story[row], name, color=color)
+    curve(axes[0], skills, judged[row], name, color=color)
 for row, name, kind, color in (
     (3, 'mined: precision', 'student', COLORS['mined']),
     (5, 'score .4: precision', 'student', COLORS['paper']),
     (4, 'mined: recall', 'mined', COLORS['mined']),
     (6, 'score .4: recall', 'mined', COLORS['paper']),
 ):
-    curve(axes[1], skills, story[row], name, kind, color)
+    curve(axes[1], skills, judged[row], name, kind, color)
 axes[0].set(xlabel='skill', ylabel='matching cost')
 axes[1].set(xlabel='skill', ylim=(0, 1.02))
 for ax in axes:

@@ -132,8 +132,8 @@ class ConsistencyConfig:
             raise ConfigError(f'consistency.jitter={self.jitter} must be below 1, or boxes turn inside out')
 
     @property
-    def needs_queries(self) -> bool:  # and so a `Projector`
-        "Are there cross-view queries at all?"
+    def needs_queries(self) -> bool:
+        "Are there cross-view queries, which need a `Projector`?"
         return (
             self.weight > 0
             and self.correspondence == 'cross_view'
@@ -311,7 +311,7 @@ assert project(torch.randn(1, 8, 7, 7)).isfinite().all()
 # %% [markdown]
 # ::: {.callout-note}
 # ## Paper vs. code
-# The paper speaks of backbone features and an MLP (`projector='mlp'`); the code takes the projected pyramid
+# The paper describes backbone features and an MLP (`projector='mlp'`); the code takes the projected pyramid
 # and puts two convolutions in front (`'code'`), each layer with batch norm and ReLU, the last one with ReLU
 # alone.
 # :::
@@ -526,7 +526,8 @@ def cross_view_extras(
         with torch.no_grad():
             c_s = content(student.features, frames[1], 'strong')
         return [queries(c_t, 'strong')], [queries(c_s, 'weak')]
-    c_s, mirror = content(student.features, frames[1], 'strong'), 'consistency_mirror'
+    mirror = 'consistency_mirror'
+    c_s = content(student.features, frames[1], 'strong')
     of_student = [queries(c_t, 'strong'), queries(c_s, 'strong', mirror)]
     of_teacher = [queries(c_t.detach(), 'weak'), queries(c_s.detach(), 'weak', mirror)]
     return of_student, of_teacher
@@ -537,7 +538,8 @@ def cross_view_extras(
 # the same content and different references:
 
 # %%
-projector, frames = Projector(64, hidden=128), (weak['images'].shape[-2:], strong['images'].shape[-2:])
+projector = Projector(64, hidden=128)
+frames = weak['images'].shape[-2:], strong['images'].shape[-2:]
 pairs = pair_boxes(detections, weak['targets'], strong['targets'])
 with torch.no_grad():
     encoded_weak = teacher.encode(weak['images'], weak['mask'])

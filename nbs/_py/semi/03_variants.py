@@ -231,9 +231,9 @@ def kept_by(name, **kw):  # indices of the boxes that become labels
     return sup[0].nonzero().flatten().tolist()
 
 
-kept = {name: kept_by(name) for name in ('score', 'mean_std', 'per_class', 'all')} | dict(
-    top_3=kept_by('top_k', top_k=3), class_thresholds=kept_by('per_class', class_thresholds=(0.75, 0.05))
-)
+kept = {name: kept_by(name) for name in ('score', 'mean_std', 'per_class', 'all')}
+kept['top_3'] = kept_by('top_k', top_k=3)
+kept['class_thresholds'] = kept_by('per_class', class_thresholds=(0.75, 0.05))
 assert kept['per_class'] == [0, 1, 4, 5] and kept['top_3'] == [0, 1, 2]
 assert kept['class_thresholds'] == [0, 1, 4, 5, 6]
 kept
@@ -335,7 +335,8 @@ low, high, n_high
 #| label: fig-variants-rates
 #| fig-cap: "Pseudo boxes per image while the scores of a detector grow. A fixed threshold keeps more and more of the same detections; the class rate keeps as many as the labels have."
 #| fig-alt: "Boxes per image against the mean score: three rising curves for fixed thresholds and a level line at three boxes for the class rate."
-means, per_image = [], {name: [] for name in ('score .3', 'score .4', 'score .5', 'class rate')}
+means = []
+per_image = {name: [] for name in ('score .3', 'score .4', 'score .5', 'class rate')}
 growing = ClassRates(torch.tensor([3.0]), window=1)
 for power in (4, 3, 2, 1.5, 1, 0.75, 0.5):
     scores = [torch.rand(12, generator=torch.Generator().manual_seed(i)) ** power for i in range(50)]
@@ -454,7 +455,7 @@ def jittered_boxes(
     return denormalize_boxes(xyxy_to_cxcywh(noisy), size)
 
 
-def _unlabelled(boxes):
+def _as_detections(boxes):
     "Boxes as detections of class 0 with score 0"
     labels = torch.zeros(len(boxes), dtype=torch.long, device=boxes.device)
     return dict(boxes=boxes, labels=labels, scores=boxes.new_zeros(len(boxes)))
@@ -472,8 +473,8 @@ def box_picker(
             boxes = jittered_boxes(sup['boxes'], size, cfg.jitter, generator)
             return dict(boxes=boxes, labels=sup['labels'], scores=sup['scores'])
         if cfg.boxes == 'random':
-            return _unlabelled(random_boxes(size, cfg.n_random, con['boxes'], generator))
-        return dict(mined=con, score=sup, none=_unlabelled(con['boxes'][:0]))[cfg.boxes]
+            return _as_detections(random_boxes(size, cfg.n_random, con['boxes'], generator))
+        return dict(mined=con, score=sup, none=_as_detections(con['boxes'][:0]))[cfg.boxes]
 
     def pick(
         con,  # B^con: per image dict(boxes (n,4) xyxy pixels of the weak view, labels, scores)
@@ -486,9 +487,9 @@ def box_picker(
         if cfg.density == 'sparse':
             return picked
         for i, (p, size) in enumerate(zip(picked, sizes)):
-            more = proposals[i] if proposals else _unlabelled(p['boxes'][:0])
+            more = proposals[i] if proposals else _as_detections(p['boxes'][:0])
             if not len(more['boxes']):
-                more = _unlabelled(grid_boxes(size, cfg.grid, p['boxes']))
+                more = _as_detections(grid_boxes(size, cfg.grid, p['boxes']))
             picked[i] = {k: torch.cat([p[k], more[k].to(p[k].dtype)]) for k in ('boxes', 'labels', 'scores')}
         return picked
 

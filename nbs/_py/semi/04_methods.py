@@ -114,16 +114,16 @@ class Method(nn.Module):
     def derived(
         cls,
         cfg,  # Config of the run
-    ) -> dict:  # 'group.field' -> (value, sentence that says so)
+    ) -> dict:  # 'group.field' -> (value, the reason in one sentence)
         "Settings that follow from others unless the user sets them"
         return {}
 
 
 # %% [markdown]
 # `MethodConfig` is the group `method` of a configuration. It names the class, and the rest of the package
-# asks it: the loader which views are needed, the commands whether unlabelled images are. A method of your own
-# brings a subclass of `MethodConfig` with its settings and its class as `implementation`; nothing else has to
-# change.
+# asks the class: the loader which views are needed, the commands whether unlabelled images are. A new method
+# is a subclass of `MethodConfig` with its settings, and a class that it names as `implementation`; nothing else
+# has to change.
 
 # %%
 #| export
@@ -241,12 +241,10 @@ def to_original(
     "Take boxes back to the pixels of the image file, where the hidden truth is known"
     out = []
     for d, t in zip(detections, targets):
-        boxes, _ = transform_boxes(d['boxes'], torch.linalg.inv(t['matrix'].double()), t['orig_size'], 0.0)
-        out.append(
-            dict(
-                image_id=t['image_id'], boxes=boxes.cpu(), labels=d['labels'].cpu(), scores=d['scores'].cpu()
-            )
-        )
+        to_file = torch.linalg.inv(t['matrix'].double())
+        boxes, _ = transform_boxes(d['boxes'], to_file, t['orig_size'], 0.0)
+        row = dict(image_id=t['image_id'], boxes=boxes.cpu())
+        out.append(row | dict(labels=d['labels'].cpu(), scores=d['scores'].cpu()))
     return out
 
 
@@ -301,8 +299,8 @@ class MeanTeacher(Supervised):
             return StepResult(losses, scalars, {})
         weak, strong = batch['weak'], batch['strong']
         detections = teacher_predict(teacher, weak, cfg.pseudo)
-        sure = [fixed_threshold(d['scores'], cfg.pseudo.threshold) for d in detections]
-        pseudo = keep_boxes(detections, sure)
+        confident = [fixed_threshold(d['scores'], cfg.pseudo.threshold) for d in detections]
+        pseudo = keep_boxes(detections, confident)
         targets = transport(pseudo, weak['targets'], strong['targets'], cfg.pseudo.min_side)
         denoising = has_denoising(stage_of(t, cfg.method.T1), cfg.method)
         outputs = student(strong['images'], strong['mask'], targets if denoising else None)
@@ -333,9 +331,9 @@ def pseudo_stats(
 
 # %%
 two_images = [dict(scores=torch.tensor([0.9, 0.5, 0.2])), dict(scores=torch.tensor([0.1]))]
-sure = keep_boxes(two_images, [d['scores'] >= 0.4 for d in two_images])
+confident = keep_boxes(two_images, [d['scores'] >= 0.4 for d in two_images])
 left = [dict(labels=torch.zeros(1)), dict(labels=torch.zeros(0))]  # one box left the strong view
-toy_stats = pseudo_stats(two_images, sure, left)
+toy_stats = pseudo_stats(two_images, confident, left)
 assert toy_stats['pseudo_boxes'] == 1.0 and toy_stats['empty_images'] == 0.5
 {k: round(v, 3) for k, v in toy_stats.items()}
 
@@ -347,7 +345,7 @@ assert toy_stats['pseudo_boxes'] == 1.0 and toy_stats['empty_images'] == 0.5
 # \mathcal{L} = \mathcal{L}_{sup} + w_u\left(\mathcal{L}_{unsup}(B^{sup}) + \mathcal{L}_{con}(B^{con})\right)
 # $$ {#eq-methods-semi}
 #
-# Three things change against the mean teacher as the paper's baseline has it (`method.T1=0`). Matching is
+# Three things differ from the mean teacher of the paper's baseline (`method.T1=0`). Matching is
 # one-to-many for the first $T_1$ iterations, for labelled and unlabelled images alike (@sec-matching). The
 # teacher's boxes with high scores for their image ($B^0$) form *two* sets (@sec-mining): $B^{sup}$, reliable
 # enough to be targets, and the larger $B^{con}$, which only has to lie where objects are. And $B^{con}$ makes
@@ -374,9 +372,8 @@ def mine_pseudo_labels(
 ) -> dict:  # detections; weak, strong: B^0 in both views; sup, con: masks of B^0; costs, tau, mixture
     "From the teacher's detections to B^sup and B^con (@sec-mining)"
     detections = teacher_detections(teacher_out, weak, cfg.pseudo)
-    first = keep_boxes(
-        detections, initial_boxes(detections, initial_filter(cfg.mining, cfg.pseudo.threshold))
-    )
+    initial = initial_boxes(detections, initial_filter(cfg.mining, cfg.pseudo.threshold))
+    first = keep_boxes(detections, initial)
     moved = transport(first, weak, strong, cfg.pseudo.min_side)
     first = in_both_views(first, moved)  # boxes that left the strong view cannot be matched
     costs = matched_costs(student_out, moved, cfg.criterion)
@@ -438,7 +435,17 @@ class CrossViewConsistency(Supervised):
         if consistency.needs_queries:
             self.projector = Projector(cfg.detector.d_model, consistency.hidden, consistency.projector)
 
-    def consistency(self, student, teacher, student_view, teacher_view, mined, extras, batch, t):
+    def consistency(
+        self,
+        student,  # detector in training mode
+        teacher,  # its average, in eval mode
+        student_view: View,  # of the strong views
+        teacher_view: View,  # of the weak views
+        mined: dict,  # of `mine_pseudo_labels`
+        extras: list,  # denoising queries of the student
+        batch: dict,  # parts 'weak' and 'strong'
+        t: int,  # iteration, counted from 0
+    ) -> tuple:  # (outputs of the student, losses loss_con_0, ...; none if the consistency is not active)
         "The student's outputs with all extra queries, and the consistency losses (@eq-consistency-loss)"
         c, weak, strong = self.cfg.consistency, batch['weak'], batch['strong']
         outputs, teacher_out = student_view.outputs, teacher_view.outputs
@@ -484,8 +491,15 @@ class SemiDETR(CrossViewConsistency):
         with torch.no_grad():
             teacher_view = encode_decode(teacher, weak)
         student_view = encode_decode(student, strong)
-        outputs = teacher_view.outputs, student_view.outputs
-        mined = mine_pseudo_labels(*outputs, weak['targets'], strong['targets'], cfg, self.memory, self.rates)
+        mined = mine_pseudo_labels(
+            teacher_view.outputs,
+            student_view.outputs,
+            weak['targets'],
+            strong['targets'],
+            cfg,
+            self.memory,
+            self.rates,
+        )
         targets = keep_boxes(mined['strong'], mined['sup'])
         denoising = has_denoising(stage_of(t, cfg.method.T1), cfg.method)
         extras = student.denoise(targets) if denoising else []
@@ -545,7 +559,7 @@ def monitored_boxes(
 
 
 METHODS = {'supervised': Supervised, 'mean_teacher': MeanTeacher, 'semi_detr': SemiDETR}
-WITH_UNLABELLED = 'mean_teacher'  # the method that unlabelled images get where none is named
+WITH_UNLABELLED = 'mean_teacher'  # default method where unlabelled images are given
 
 # %% [markdown]
 # ## One step in detail
@@ -660,17 +674,16 @@ assert run_cfg.method.needs_unlabelled and 'loss_unsup_l1' in without_classes.lo
 #| fig-cap: "The teacher's boxes in the weak view (left) become the student's targets in the strong view (right), through flip, shift, shear and rotation."
 #| fig-alt: "Two scenes in weak and strong views with the same boxes"
 fig, axes = plt.subplots(2, 2, figsize=(4, 4), dpi=80)
-parts = batch['weak'], batch['strong']
-for row, w, s, weak_image, strong_image in zip(
-    axes, *(p['targets'] for p in parts), *(p['images'] for p in parts)
-):
+weak, strong = batch['weak'], batch['strong']
+for i, row in enumerate(axes):
+    w, s = weak['targets'][i], strong['targets'][i]
     truth = scenes.annotation(scenes.index_of(w['image_id']))
     in_weak, _ = transform_boxes(truth['boxes'], w['matrix'], w['size'])
     perfect = [dict(boxes=in_weak, labels=truth['labels'], scores=torch.ones(len(in_weak)))]
-    carried = transport(perfect, [w], [s])[0]
-    show_image(row[0], weak_image, view.mean, view.std)
+    (carried,) = transport(perfect, [w], [s])
+    show_image(row[0], weak['images'][i], view.mean, view.std)
     draw_boxes(row[0], in_weak, kind='teacher')
-    show_image(row[1], strong_image, view.mean, view.std)
+    show_image(row[1], strong['images'][i], view.mean, view.std)
     draw_boxes(row[1], denormalize_boxes(carried['boxes'], s['size']), kind='student')
 axes[0, 0].set_title('weak: teacher')
 axes[0, 1].set_title('strong: student')

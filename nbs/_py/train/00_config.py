@@ -84,9 +84,8 @@ class OptimConfig:
     schedule: str = 'constant'  # 'constant', 'cosine' (to 0 at the end), or 'step' (x0.1 at each of `steps`)
     steps: tuple[int, ...] = ()
     warmup: int = 0  # iterations of linear warm-up
-    accumulate: int = (
-        1  # batches averaged into one step; processes x accumulate = 8 gives the paper's 8 x 5 images
-    )
+    # batches averaged into one step; processes x accumulate = 8 gives the paper's 8 x 5 images
+    accumulate: int = 1
 
     def __post_init__(self):
         one_of('optim', self, schedule=('constant', 'cosine', 'step'))
@@ -155,8 +154,8 @@ Config().loader
 # %% [markdown]
 # ## To a file and back
 #
-# Plain dictionaries in between: they print, they travel as JSON, and an unknown key is an error that names
-# the nearest known one. A typing mistake in a learning rate must not train the wrong model for a day.
+# Plain dictionaries in between: they can be printed and written as JSON, and an unknown key is an error that
+# names the nearest known one. A typing mistake in a learning rate must not train the wrong model for a day.
 
 # %%
 #| export
@@ -198,9 +197,9 @@ def _coerce(value, kind, where):
 
 
 # %% [markdown]
-# Names improve, and a hash must not change with them. One table says what a setting was called when the first
-# records were written: hashes are computed with the old names, saved configurations are read with either, and
-# whoever writes an old name into a new configuration is told the new one.
+# A setting may get a better name, and its hash must not change with it. One table holds the names that
+# settings had when the first records were written. Hashes are computed with the old names, saved configurations
+# are read with either, and an old name in a new configuration is an error that gives the new one.
 
 # %%
 #| export
@@ -208,6 +207,7 @@ RENAMED = {  # frozen: today's name -> the name in hashes and in files written b
     'criterion.cost_l1': 'criterion.w_l1',
     'criterion.loss_l1': 'criterion.l1_weight',
 }
+_TODAY = {old: name for name, old in RENAMED.items()}
 
 
 def _renamed(values, names):
@@ -234,7 +234,7 @@ def from_dict(
     for k, v in values.items():
         name = f'{where}{k}'
         if k not in hints:
-            now = {old: new for new, old in RENAMED.items()}.get(name)
+            now = _TODAY.get(name)
             cure = f"it is called '{now}' now" if now else suggest(k, hints)
             raise ConfigError(f"unknown setting '{name}'; {cure}")
         old = getattr(base, k)
@@ -254,12 +254,12 @@ def from_saved(
     values: dict,  # of a checkpoint, a run.json or a record; names of settings may be older
     like=None,  # Config whose method and detector have settings of their own classes
 ) -> Config:
-    "The configuration that a run was saved with; settings younger than the file have their defaults"
+    "The configuration that a run was saved with; settings newer than the file have their defaults"
     base = Config()
     if like is not None:
         fresh = type(like.detector)(num_classes=0)
         base = dataclasses.replace(base, method=type(like.method)(), detector=fresh)
-    return from_dict(_renamed(values, {old: new for new, old in RENAMED.items()}), base)
+    return from_dict(_renamed(values, _TODAY), base)
 
 
 # %%
@@ -338,7 +338,7 @@ def differences(
 
 # %%
 #| export
-LEGACY_DEFAULTS = {  # settings younger than the first records -> does their value leave a run as it was?
+LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value leave a run as it was?
     'pseudo.cross_nms': lambda c: c.pseudo.cross_nms >= 1,
     'mining.rate_window': lambda c: 'class_rate' not in (c.mining.sup_filter, c.mining.con_filter),
     'ema.start': lambda c: c.ema.start == 0 or (c.ema.start < 0 and not c.run.init),
@@ -475,8 +475,8 @@ def preset(
 # %% [markdown]
 # ## In use
 #
-# A typing mistake is answered with the nearest name, a wrong type with the right one, an impossible number
-# with what is possible:
+# For an unknown name the error gives the nearest known one, for a wrong type the right one, for a number
+# outside the allowed range that range:
 
 # %%
 messages = []
@@ -527,6 +527,6 @@ plt.show()
 #
 # ## Exercises
 #
-# 1. Which settings would you add to the ignored ones, and how would you prove that they change no number?
+# 1. Which settings would you add to `UNHASHED`, and how would you prove that they change no number?
 # 2. Write a TOML file for one GPU with the effective batch of the paper.
 # 3. Why are the dataclasses frozen?

@@ -298,7 +298,7 @@ report[0].split(',')[0].split('.')[0]
 # * `usable_cores` counts the cores that affinity and container allow; `fit_threads` lowers the number of
 #   threads to that.
 # * `keep_memory` saves the system calls for large tensors; `semidetr train` and `semidetr demo` switch it on.
-# * `bf16_speed` measures what bfloat16 gains on this CPU; nothing is switched on automatically.
+# * `bf16_speed` measures what bfloat16 gains on this CPU; it is used with `run.amp=bf16` or `auto` only.
 # * `environment_lines` reports all of this, with the state of the op, in `semidetr doctor --env`.
 #
 # ## Exercises

@@ -368,13 +368,12 @@ assert abs(result['AP50'] - 100 * (51 * 1 + 50 * 2 / 3) / 101) < 1e-9  # 51 of t
 
 # %%
 loose = evaluate(ds, {'a': detected((0.9, 0, 0, 0, 10, 7)), 'b': detected((0.8, 0, 50, 50, 60, 57))})
-blank = evaluate(ds, {})
-desert = evaluate(
-    SimpleNamespace(classes=['cell'], ids=['a'], coco_dict=lambda: dict(annotations=[])),
-    {'a': detected((0.9, 0, 0, 0, 10, 10))},
-)
-assert abs(loose['AP'] - 50) < 1e-9 and blank['AP'] == 0 and np.isnan(desert['AP'])
-loose['AP'], blank['AP'], desert['AP']
+nothing_found = evaluate(ds, {})
+without_objects = SimpleNamespace(classes=['cell'], ids=['a'], coco_dict=lambda: dict(annotations=[]))
+undefined = evaluate(without_objects, {'a': detected((0.9, 0, 0, 0, 10, 10))})
+assert abs(loose['AP'] - 50) < 1e-9
+assert nothing_found['AP'] == 0 and np.isnan(undefined['AP'])
+loose['AP'], nothing_found['AP'], undefined['AP']
 
 
 # %% [markdown]

@@ -64,7 +64,9 @@ class HealthMonitor:
         truth=None,  # data set that knows the boxes of the unlabelled images
         window: int = 200,  # steps
     ):
-        self.truth, self.window, self.warned, self.rows = truth, window, False, deque(maxlen=window)
+        self.truth, self.window = truth, window
+        self.warned = False
+        self.rows = deque(maxlen=window)
 
     def add(
         self,
@@ -125,7 +127,7 @@ LIST_ORDER = (  # of a row in checkpoints of version 0.1.0, which were lists
 )
 
 # %% [markdown]
-# ## A threshold, seen by the monitor
+# ## The effect of a threshold
 #
 # A toy teacher finds every object of a scene with a score between 0 and 1, and as many things that are not
 # there with lower scores. The threshold trades precision for recall:
@@ -176,7 +178,7 @@ summaries[8]
 
 # %%
 #| label: fig-health-threshold
-#| fig-cap: "A higher threshold buys precision with recall; the number of boxes, which needs no truth, shows where half of the objects have been lost."
+#| fig-cap: "A higher threshold trades recall for precision; the number of boxes, which needs no truth, shows where half of the objects have been lost."
 #| fig-alt: "Precision, recall and ratio of box counts against the threshold"
 fig, ax = plt.subplots(figsize=(5, 2.8), dpi=80)
 ax.plot(thresholds, [x['pseudo_precision'] for x in summaries], color=COLORS['teacher'], label='precision')

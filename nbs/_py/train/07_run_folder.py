@@ -142,8 +142,7 @@ def finished(
 
 
 # %% [markdown]
-# Six folders, and what they hold for one and the same run. The checkpoints are empty files: they are not
-# read.
+# Six folders, and what they hold for the same run. The checkpoints are empty files: they are not read.
 
 # %%
 toy = override(preset('digits'), ['data.data=digits:n=6,size=64'])
@@ -164,19 +163,12 @@ for name, files in folders.items():
     for file, text in files.items():
         (root / name / file).write_text(text)
 states = {name: folder_state(toy, root / name) for name in folders}
-assert [s.kind for s in states.values()] == [
-    'new',
-    'stopped',
-    'finished',
-    'other settings',
-    'other data',
-    'damaged',
-]
+assert tuple(s.kind for s in states.values()) == KINDS
 [s.message.replace(str(root), 'runs') for s in states.values() if s.message]
 
 # %%
 #| label: fig-run-folder-kinds
-#| fig-cap: "The six folders of the example: a dot is a file, the colour says what it tells about the run. Only the first three let a run start, resume or be looked up."
+#| fig-cap: "The files of the six folders, and the state that follows from them. Only in the first three can a run start, resume or be looked up; the last three (red) are refused."
 #| fig-alt: "A table with one row per folder and a column for each of three files; coloured dots mark the files that are there, and the state is written behind each row."
 names = ('run.json', 'config.json', 'last.pt')
 colours = {'other settings': '#d62728', 'other data': '#d62728', 'damaged': '#d62728', 'finished': '#2ca02c'}
