@@ -66,6 +66,12 @@ def test_opening(path):
         'first line: # Title {#sec-name}'
     )
     assert lines[1].startswith('> '), 'second line: > what the reader can do afterwards'
+    if path in CHAPTERS:  # the exporter takes this one line as the docstring of the module
+        assert (
+            len(lines[1]) <= 106
+            and lines[1].endswith('.')
+            and not any(line.startswith('>') for line in lines[2:])
+        )
 
 
 @chapter

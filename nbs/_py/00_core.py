@@ -1,9 +1,7 @@
 # %% [markdown]
 # # Core {#sec-core}
 #
-# > Make runs that can be repeated, stopped and resumed: errors that say how to fix them, files that are never
-# > half written, choices that are the same on every machine, and means over processes that cost nothing on
-# > one.
+# > Make runs that can be repeated, stopped and resumed, on one process or many.
 
 # %%
 #| default_exp core

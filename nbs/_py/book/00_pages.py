@@ -1,8 +1,7 @@
 # %% [markdown]
 # # The pages: from notebooks to a book {#sec-pages}
 #
-# > Turn notebooks into pages: choose what a reader sees, link names to their definitions, and stop the build
-# > at a broken reference.
+# > Turn notebooks into pages: choose what is shown, link names, and stop at a broken reference.
 #
 # A book of many notebooks breaks without notice. A figure is renamed, and the references of three chapters
 # lead nowhere; a function moves, and its links break; a number is typed once and is wrong a week later.

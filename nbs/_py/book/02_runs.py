@@ -1,8 +1,7 @@
 # %% [markdown]
 # # Executed runs {#sec-appendix}
 #
-# > One page per study, made of the run notebooks that papermill executed: the parameters and the outputs of
-# > every arm.
+# > Make one page per study of its executed run notebooks: parameters and outputs of every arm.
 #
 # A number on a page of results comes from a record, a record from a run, and a run is an executed notebook
 # (@sec-abl-run). Those notebooks lie beside their checkpoints, where readers of the site cannot see them. So

@@ -1,8 +1,7 @@
 # %% [markdown]
 # # How a command behaves {#sec-terminal}
 #
-# > Turn a function into a command whose foreseeable failures are one line, and check before the work whether
-# > its results can be written.
+# > Turn a function into a command whose foreseeable failures are one line each.
 #
 # A misspelt folder should not end in forty lines of traceback. All commands of this book (@sec-cli) behave
 # alike, because they share the code of this chapter:

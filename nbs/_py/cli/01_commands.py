@@ -1,8 +1,7 @@
 # %% [markdown]
 # # The command line {#sec-cli}
 #
-# > Run the whole book from a shell: `semidetr demo`, `doctor`, `build-ops`, `split`, `train`, `eval`,
-# > `predict`, `ablate`, `site`.
+# > Use the package from a shell: demo, doctor, split, train, eval, predict, ablate, site.
 #
 # The commands of this chapter contain little logic: each checks its options, adapts defaults to the data,
 # calls a function of an earlier chapter, and prints. They behave as @sec-terminal describes: a mistake is one line and exit code 2,

@@ -1,8 +1,7 @@
 # %% [markdown]
 # # Images and annotation records {#sec-records}
 #
-# > Decode any image in the orientation that its annotations assume, and report what is wrong in an annotation
-# > file, where, and how to fix it.
+# > Decode images as their annotations assume, and report what is wrong in a file, and how to fix it.
 
 # %%
 #| default_exp data.files

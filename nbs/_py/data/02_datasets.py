@@ -1,8 +1,7 @@
 # %% [markdown]
 # # Data sets {#sec-datasets}
 #
-# > Use COCO, VOC, YOLO, a plain folder of images or your own source as the same kind of object, and hide
-# > labels so that they stay hidden.
+# > Use every source as the same kind of object, and hide labels so that they stay hidden.
 
 # %%
 #| default_exp data.datasets

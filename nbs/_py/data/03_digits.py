@@ -1,8 +1,7 @@
 # %% [markdown]
 # # Digits scenes {#sec-digits}
 #
-# > Use a detection task that needs no download, costs about a millisecond per scene, and never shows the same
-# > digit or the same patch of background in two splits.
+# > Use a detection task without a download, whose splits share neither a digit nor a background.
 
 # %%
 #| default_exp data.digits

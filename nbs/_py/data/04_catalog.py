@@ -1,8 +1,7 @@
 # %% [markdown]
 # # Open a data set by path or name {#sec-catalog}
 #
-# > Open any data set by its path or its name, whatever its layout, and learn what was looked for if nothing
-# > is found.
+# > Open any data set by path or name, whatever its layout, or learn what was looked for.
 
 # %%
 #| default_exp data.catalog

@@ -1,8 +1,7 @@
 # %% [markdown]
 # # Splits that are the same on every machine {#sec-splits}
 #
-# > Divide any data set into labelled, unlabelled and development images, by percentage and fold, and get the
-# > same lists on every machine.
+# > Divide a data set into labelled, unlabelled and development images, equally on every machine.
 #
 # "10 % of COCO" stands for a *list of images*. The lists behind published tables were often drawn with a seed
 # that nobody wrote down, stored as positions in a list whose order depends on a library, or kept on a drive

@@ -1,8 +1,7 @@
 # %% [markdown]
 # # Checks of a whole data set {#sec-checks}
 #
-# > Find faults that no single entry of an annotation file shows: unreadable images, copies, classes without
-# > boxes, and images in two sets or in two parts of a split.
+# > Find faults that no single entry shows: copies, unreadable images, overlapping parts of a split.
 
 # %%
 #| default_exp data.checks

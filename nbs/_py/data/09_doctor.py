@@ -1,8 +1,7 @@
 # %% [markdown]
 # # The doctor {#sec-doctor}
 #
-# > Find all faults of a data set in one pass, with file, item and cure, before a training run finds the
-# > first.
+# > Find all faults of a data set in one pass, with file, item and cure.
 
 # %%
 #| default_exp data.doctor

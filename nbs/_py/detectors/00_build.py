@@ -1,8 +1,7 @@
 # %% [markdown]
 # # Building the op {#sec-build}
 #
-# > Compile the C++ or CUDA kernels of the next chapter on the machine that runs them: once, in seconds, and
-# > with an error of one line where that is impossible.
+# > Compile the C++ or CUDA kernels of the next chapter, once, on the machine that runs them.
 #
 # *Why.* Kernels for deformable attention (@sec-native) make training several times faster, and many people
 # never use them, because the usual extension needs a compiler, the right CUDA toolkit and the right torch at

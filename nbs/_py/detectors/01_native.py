@@ -1,8 +1,7 @@
 # %% [markdown]
 # # The native op {#sec-native}
 #
-# > Run deformable attention in C++ or CUDA where a compiler is found, in plain PyTorch elsewhere, and know
-# > which of the two is in use.
+# > Run deformable attention in C++ or CUDA where there is a compiler, in plain PyTorch elsewhere.
 #
 # *Why.* On a CPU deformable attention (@sec-attention) takes a large share of a DETR's training step
 # (@sec-speed). In plain PyTorch it is a chain of `grid_sample` calls: one big tensor per level, written, read

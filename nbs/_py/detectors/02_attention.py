@@ -1,8 +1,7 @@
 # %% [markdown]
 # # Multi-scale deformable attention {#sec-attention}
 #
-# > Let every query sample the image at a few locations of its own choice, on all levels of a feature pyramid,
-# > and check that it reads the right numbers.
+# > Let every query sample the image at a few locations of its own choice, on all feature levels.
 #
 # Plain attention compares every query with every cell. An image of 800 x 1333 pixels has about 22,000 cells
 # over four levels: 22,000 queries against 22,000 cells in each encoder layer is far too much, and an

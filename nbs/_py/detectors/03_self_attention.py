@@ -1,8 +1,7 @@
 # %% [markdown]
 # # Attention among queries {#sec-selfatt}
 #
-# > Let queries attend to each other, or to some of the others only, and add queries later without computing the
-# > first ones again.
+# > Let queries attend to each other, and add queries later without computing the first ones again.
 #
 # Queries must attend to each other, or several would predict one object. Ordinary attention does it. Two
 # things are special in a detector: some queries must be hidden from others (@sec-denoising), and a few hundred

@@ -1,8 +1,7 @@
 # %% [markdown]
 # # Backbone and positions {#sec-backbone}
 #
-# > Turn images into a pyramid of feature maps of equal width, keep frozen layers frozen, and encode the
-# > position of each cell.
+# > Turn images into a pyramid of feature maps, keep frozen layers frozen, and encode positions.
 #
 # A few hundred labelled images are too few to learn features from. A *backbone* pretrained on ImageNet
 # brings edges, textures and parts; the transformer only has to learn where objects are. Three things go

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Transformer {#sec-transformer}
 #
-# > Turn feature maps into object queries: encode the maps, select proposals, and refine them layer by layer.
+# > Turn feature maps into object queries: encode, select proposals, refine them layer by layer.
 #
 # The first DETR starts from queries that are the same for every image, and each attends to the whole image. It
 # needs hundreds of epochs before a query has learned where to attend. The cure has three parts. In the

@@ -1,8 +1,7 @@
 # %% [markdown]
 # # The detector contract {#sec-contract}
 #
-# > Exchange the detector without a change to losses, methods, trainer or evaluation: what every detector must
-# > provide, what it may leave out, and how boxes are read from its outputs.
+# > Exchange the detector without a change to losses, methods, trainer or evaluation.
 #
 # *Why.* Matching, losses, pseudo labels and evaluation only need a network that maps images to logits and
 # boxes. Without a contract they come to depend on details of the one detector that exists: on its

@@ -1,8 +1,7 @@
 # %% [markdown]
 # # Deformable-DETR {#sec-deformable-detr}
 #
-# > Build Deformable-DETR in its three forms, read its published weights, and train it with every method of
-# > this book.
+# > Build Deformable-DETR in its three forms, read its published weights, train it with every method.
 #
 # *Why.* A method that is tested on one detector may owe its gain to that detector. Deformable-DETR (Zhu et al.
 # 2021) is the parent of DINO and the base of many semi-supervised detectors. It has three forms, and each

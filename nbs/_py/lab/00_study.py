@@ -1,8 +1,7 @@
 # %% [markdown]
 # # Paired studies {#sec-study}
 #
-# > Compare methods so that the difference is the method: one burn-in, one split, one seed, several
-# > continuations.
+# > Compare methods in pairs: one burn-in, one split, one seed, several continuations.
 #
 # Two detectors trained on the same twenty images with different seeds differ by several points of AP before
 # any method enters. An unpaired comparison of two methods mostly measures that. Here every method starts from

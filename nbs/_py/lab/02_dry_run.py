@@ -1,8 +1,7 @@
 # %% [markdown]
 # # Before the first iteration {#sec-dry-run}
 #
-# > Know what a study would run, what is missing for it, and how much memory it takes, before a week of
-# > computing is spent on it.
+# > Know what a study would run, what is missing for it, and how much memory it takes.
 #
 # A study of forty-five runs on eight GPUs may stop after a night because a folder is misspelt, or because the
 # fourth arm needs two more gigabytes. Both can be known before: configurations, data, finished runs and

@@ -1,8 +1,7 @@
 # %% [markdown]
 # # The demonstration {#sec-demo}
 #
-# > Train a detector on twenty labelled images, and improve it with thousands of unlabelled ones: one command,
-# > a few minutes on two cores.
+# > Train on twenty labelled images, and improve the result with thousands of unlabelled ones.
 #
 # The built-in scenes are small photographs with handwritten digits on them (@sec-digits). Twenty of them keep
 # their labels. A short supervised burn-in gives a first detector. Three runs continue from its checkpoint:

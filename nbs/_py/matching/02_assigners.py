@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Other one-to-many assignments {#sec-assigners}
 #
-# > Replace the one-to-many assignment by Max-IoU, ATSS or SimOTA, and see how each handles inaccurate boxes.
+# > Replace the one-to-many assignment by Max-IoU, ATSS or SimOTA, and compare them on imprecise boxes.
 #
 # Dense detectors have always assigned several predictions to an object. Max-IoU takes the predictions that
 # overlap the object by at least one half, ATSS those that overlap it more than nearby predictions do on average,

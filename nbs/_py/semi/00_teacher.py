@@ -1,7 +1,7 @@
 # %% [markdown]
 # # The teacher {#sec-teacher}
 #
-# > Average the student into a teacher, filter its detections into pseudo labels, and move them between views.
+# > Average the student into a teacher, filter its detections, and move them between views.
 #
 # A network that is trained on its own predictions reinforces its own errors. The mean teacher counters this
 # in two ways. Its weights are an average over many students, so the noise of single updates cancels. And the

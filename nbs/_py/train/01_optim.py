@@ -1,8 +1,7 @@
 # %% [markdown]
 # # The optimiser {#sec-optim}
 #
-# > Set up the optimiser: a learning rate for each part of the network, a schedule, and one gradient for all
-# > processes.
+# > Set up the optimiser: learning rates, a schedule, and one gradient for all processes.
 #
 # A detection transformer is trained with AdamW, a constant or decaying learning rate, and strong gradient
 # clipping. The backbone is pre-trained on another task and gets a smaller rate, or it would lose its features

@@ -1,8 +1,7 @@
 # %% [markdown]
 # # Checkpoints {#sec-checkpoint}
 #
-# > Save and restore the whole state of a run, so that a stopped run continues exactly as it would have
-# > without the stop.
+# > Save and restore the whole state of a run, so that it continues as if it had not been stopped.
 #
 # A checkpoint without the random state, the position in the data or the optimiser's moments does not continue
 # a run: it starts another one from the same weights. All of this state is therefore in one file. The file

@@ -1,8 +1,7 @@
 # %% [markdown]
 # # What a machine can do {#sec-machine}
 #
-# > Find out in a minute what a machine offers to a training run (cores, instruction sets, the attention op,
-# > bfloat16), and apply the settings that cost nothing.
+# > Find out what a machine offers to a training run, and apply the settings that cost nothing.
 #
 # The same step takes a second on one machine and ten on another of the same price. Usually one of four things
 # is the reason: no compiler, so that deformable attention runs in plain PyTorch (@sec-native); more threads

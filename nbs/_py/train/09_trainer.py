@@ -1,8 +1,7 @@
 # %% [markdown]
 # # The trainer {#sec-trainer}
 #
-# > Train any method on any data: resume exactly, follow the pseudo labels, stop at the first value that is
-# > not finite.
+# > Train any method on any data: resume exactly, follow pseudo labels, stop at non-finite values.
 #
 # A training loop is easy to write and hard to trust. This one makes four promises. A run that was stopped and
 # resumed gives the numbers of a run that was not. A loss that is not finite stops the run and keeps the
