@@ -294,3 +294,14 @@ def test_labels():
     assert refs.problems == ['a: label fig-a is used twice, first in a']
     refs.check('b', 'a@fig-mail.org, `@fig-code`, @tbl-gone.')
     assert refs.problems[1:] == ['b: no label for @tbl-gone']
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'semidetr').rglob('*.py')), ids=lambda f: f.stem)
+def test_comprehensions_iterate(path):
+    "`for x in [value]` inside a comprehension is an assignment in disguise"
+    kinds = (ast.ListComp, ast.DictComp, ast.SetComp, ast.GeneratorExp)
+    nodes = [n for n in ast.walk(ast.parse(path.read_text(encoding='utf-8'))) if isinstance(n, kinds)]
+    found = [g.iter for n in nodes for g in n.generators if isinstance(g.iter, (ast.List, ast.Tuple))]
+    assert [
+        ast.unparse(x) for x in found if len(x.elts) == 1 and not isinstance(x.elts[0], ast.Starred)
+    ] == []
