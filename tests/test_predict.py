@@ -143,6 +143,9 @@ def test_both_networks(run, images):
 
 def test_broken_checkpoints_are_named(run, tmp_path):
     state = load_checkpoint(run)
+    (tmp_path / 'empty.pt').write_bytes(b'')
+    with pytest.raises(DataError, match='empty.pt'):
+        load_checkpoint(tmp_path / 'empty.pt')
     for name, content, words in (
         ('part', dict(step=1), "holds no 'config'"),
         ('other', {**state, 'config': {**state['config'], 'magic': 1}}, "magic.*another version"),

@@ -66,7 +66,7 @@ def load_checkpoint(
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:
-        why = str(e).splitlines()[0][:100]
+        why = (str(e) or type(e).__name__).splitlines()[0][:100]
         raise DataError(
             f'{path}: not readable as a checkpoint ({why}); the file is damaged or from another program'
         ) from e
