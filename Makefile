@@ -48,7 +48,7 @@ book: $(STAMP)
 test: $(STAMP)
 	@echo '--- text twins'; $(BIN)/python tests/nbtool.py check
 	@echo '--- notebooks'; $(KEEP_MEMORY) $(BIN)/nbdev_test --n_workers 2 --timing
-	@echo '--- tests: export, clean, lint, modules, book, site, links, browser'; $(KEEP_MEMORY) $(BIN)/python -m pytest -n 2 --dist loadfile
+	@echo '--- tests: export, clean, lint, modules, book, site, links, browser'; $(KEEP_MEMORY) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 site: $(STAMP)
 	@$(BIN)/python -m semidetr.book.site
