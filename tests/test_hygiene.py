@@ -1,6 +1,6 @@
 "Notebooks, package, text twins and metadata must agree; the package must work without the tools of the book."
 
-import configparser, hashlib, re, shutil, subprocess, sys, tomllib, zipfile
+import ast, configparser, hashlib, re, shutil, subprocess, sys, tomllib, zipfile
 from pathlib import Path
 import nbformat, pytest
 import semidetr
@@ -176,3 +176,25 @@ def test_metadata():
     }
     assert set(tomllib.loads((ROOT / 'pyproject.toml').read_text())) == {'build-system', 'tool'}
     assert 'Apache License' in (ROOT / 'LICENSE').read_text()
+
+
+def test_methods_are_named_in_one_place():
+    "A method is known by name to the methods themselves and to the presets; everything else asks it"
+    named = re.compile(r"'(supervised|mean_teacher|semi_detr)'")
+    files = [f for f in (ROOT / 'semidetr').rglob('*.py') if named.search(f.read_text(encoding='utf-8'))]
+    places = {f.relative_to(ROOT / 'semidetr').as_posix() for f in files}
+    assert places == {'semi/methods.py', 'train/config.py'}
+
+
+def test_the_loop_fits_a_screen():
+    "Teacher update, losses, backward, step, log, evaluation and checkpoint in at most 40 lines"
+    text = (ROOT / 'semidetr' / 'train' / 'trainer.py').read_text(encoding='utf-8')
+    methods = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef) and n.name == 'fit']
+    assert len(methods) == 1 and methods[0].end_lineno - methods[0].lineno < 40
+
+
+def test_the_layers_fit_a_screen():
+    text = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
+    section = re.search(r'^## The layers\n(.*?)^## ', text, re.M | re.S).group(1)
+    assert len(section.splitlines()) <= 45
+    assert all(f'**{what}**' in section for what in ('A method', 'A detector', 'A data format', 'A study'))
