@@ -208,7 +208,7 @@ def make_loader(
         rank=rank(),
         world=world_size(),
         start=step * cfg.optim.accumulate,
-        **({} if unlabelled is None else dict(ratio=c.ratio)),
+        ratio=c.ratio,
     )
 
 
