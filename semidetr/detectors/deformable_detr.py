@@ -15,13 +15,18 @@ import torch
 from torch import nn, Tensor
 from ..boxes import inverse_sigmoid
 from ..core import ConfigError, at_least_float32, one_of
-from .attention import MSDeformAttn
 from .backbone import BackboneConfig, InputProj, build_backbone
 from .contract import Outputs, build_detector, split_parameters
 from .denoising import combine_extras
 from .detector import collect_outputs, level_masks, make_heads
 from .transformer import DecoderLayer, Encoder, TransformerConfig
-from .transformer import Geometry, _kept_geometry, propose, sine_embed_boxes
+from semidetr.detectors.transformer import (
+    Geometry,
+    _kept_geometry,
+    init_transformer,
+    propose,
+    sine_embed_boxes,
+)
 
 # %% ../../nbs/detectors/09_deformable_detr.ipynb #983d8ceb
 @dataclass(frozen=True)
@@ -195,14 +200,8 @@ class DeformableTransformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        "Xavier for every matrix; deformable attention then restores its own; N(0,1) for the levels"
-        for p in self.parameters():
-            if p.ndim > 1:
-                nn.init.xavier_uniform_(p)
-        for m in self.modules():
-            if isinstance(m, MSDeformAttn):
-                m.reset_parameters()
-        nn.init.normal_(self.level_embed)
+        "The initial values of `init_transformer`; a reference point starts without bias"
+        init_transformer(self)
         if not self.two_stage:
             nn.init.zeros_(self.reference_points.bias)
 

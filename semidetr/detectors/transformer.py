@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TransformerConfig', 'cell_centres', 'anchor_logits', 'select_queries', 'sine_embed_boxes', 'refine', 'predict_boxes',
            'MLP', 'EncoderLayer', 'Encoder', 'DecoderLayer', 'Decoder', 'Encoded', 'Geometry', 'token_geometry',
-           'propose', 'Transformer']
+           'propose', 'init_transformer', 'Transformer']
 
 # %% ../../nbs/detectors/05_transformer.ipynb #86abc2a1
 import math
@@ -370,6 +370,19 @@ def propose(
     return class_head(h), (box_head(h) + anchors).sigmoid(), h, index
 
 # %% ../../nbs/detectors/05_transformer.ipynb #310ddf33
+def init_transformer(
+    model: nn.Module,  # with `level_embed`; changed in place
+):
+    "Xavier for every matrix; deformable attention then restores its own; N(0,1) for the levels"
+    for p in model.parameters():
+        if p.ndim > 1:
+            nn.init.xavier_uniform_(p)
+    for m in model.modules():
+        if isinstance(m, MSDeformAttn):
+            m.reset_parameters()
+    nn.init.normal_(model.level_embed)
+
+
 class Transformer(nn.Module):
     "Encoder, query selection and decoder; heads are passed in, because the detector owns them"
 
@@ -385,14 +398,8 @@ class Transformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        "Xavier for every matrix, the content table included; deformable attention then restores its own"
-        for p in self.parameters():
-            if p.ndim > 1:
-                nn.init.xavier_uniform_(p)
-        for m in self.modules():
-            if isinstance(m, MSDeformAttn):
-                m.reset_parameters()
-        nn.init.normal_(self.level_embed)
+        "The initial values of `init_transformer`, the content table included"
+        init_transformer(self)
 
     def encode(
         self,

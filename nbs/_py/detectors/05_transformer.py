@@ -650,6 +650,19 @@ def propose(
 
 # %%
 #| export
+def init_transformer(
+    model: nn.Module,  # with `level_embed`; changed in place
+):
+    "Xavier for every matrix; deformable attention then restores its own; N(0,1) for the levels"
+    for p in model.parameters():
+        if p.ndim > 1:
+            nn.init.xavier_uniform_(p)
+    for m in model.modules():
+        if isinstance(m, MSDeformAttn):
+            m.reset_parameters()
+    nn.init.normal_(model.level_embed)
+
+
 class Transformer(nn.Module):
     "Encoder, query selection and decoder; heads are passed in, because the detector owns them"
 
@@ -665,14 +678,8 @@ class Transformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        "Xavier for every matrix, the content table included; deformable attention then restores its own"
-        for p in self.parameters():
-            if p.ndim > 1:
-                nn.init.xavier_uniform_(p)
-        for m in self.modules():
-            if isinstance(m, MSDeformAttn):
-                m.reset_parameters()
-        nn.init.normal_(self.level_embed)
+        "The initial values of `init_transformer`, the content table included"
+        init_transformer(self)
 
     def encode(
         self,

@@ -38,13 +38,18 @@ import torch
 from torch import nn, Tensor
 from semidetr.boxes import inverse_sigmoid
 from semidetr.core import ConfigError, at_least_float32, one_of
-from semidetr.detectors.attention import MSDeformAttn
 from semidetr.detectors.backbone import BackboneConfig, InputProj, build_backbone
 from semidetr.detectors.contract import Outputs, build_detector, split_parameters
 from semidetr.detectors.denoising import combine_extras
 from semidetr.detectors.detector import collect_outputs, level_masks, make_heads
 from semidetr.detectors.transformer import DecoderLayer, Encoder, TransformerConfig
-from semidetr.detectors.transformer import Geometry, _kept_geometry, propose, sine_embed_boxes
+from semidetr.detectors.transformer import (
+    Geometry,
+    _kept_geometry,
+    init_transformer,
+    propose,
+    sine_embed_boxes,
+)
 
 # %%
 import math
@@ -421,14 +426,8 @@ class DeformableTransformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        "Xavier for every matrix; deformable attention then restores its own; N(0,1) for the levels"
-        for p in self.parameters():
-            if p.ndim > 1:
-                nn.init.xavier_uniform_(p)
-        for m in self.modules():
-            if isinstance(m, MSDeformAttn):
-                m.reset_parameters()
-        nn.init.normal_(self.level_embed)
+        "The initial values of `init_transformer`; a reference point starts without bias"
+        init_transformer(self)
         if not self.two_stage:
             nn.init.zeros_(self.reference_points.bias)
 
