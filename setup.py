@@ -50,6 +50,8 @@ setup(
         "book": words("book_requirements"),
         "bench": words("bench_requirements"),
         "cluster": words("cluster_requirements"),
+        "export": words("export_requirements"),
+        "video": words("video_requirements"),
     },
     entry_points={
         "console_scripts": lines("console_scripts"),
