@@ -1,14 +1,15 @@
 # %% [markdown]
 # # Prediction {#sec-predict}
 #
-# > Detect objects in your own images with a trained run, draw them, and write them in COCO's result format.
+# > Detect objects with a trained run: in files, arrays, tensors, lists and folders, on any device.
 #
 # This chapter goes from the folder of a run to boxes on a photo. The folder is all that is needed: its
 # checkpoint holds the configuration, the class names and both networks. Use the *teacher*; it is the smoother
 # of the two, and the tables of this book report it.
 #
-# Two things go wrong here in practice. Boxes come out in the wrong pixels, because the network saw a resized
-# view. And a folder of ten thousand photos holds one broken file, which must not stop the other 9999 from
+# Three things go wrong here in practice. Boxes come out in the wrong pixels, because the network saw a resized
+# view. The same picture gives other detections as an array than as a file, because its pixels were scaled
+# twice. And a folder of ten thousand photos holds one broken file, which must not stop the other 9999 from
 # being processed.
 
 # %%
@@ -22,16 +23,15 @@ warnings.filterwarnings('ignore', message='IProgress')
 
 # %%
 #| export
-import io
-import json
+import warnings
 from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from semidetr.core import ConfigError, DataError, atomic_write, pick_device
+from semidetr.core import ConfigError, DataError, pick_device, suggest
 from semidetr.draw import draw_on_image
 from semidetr.data.files import load_image, read_folder, reason
-from semidetr.data.datasets import CocoDataset, Sample
+from semidetr.data.datasets import Sample
 from semidetr.data.augment import eval_view
 from semidetr.data.loader import collate
 from semidetr.detectors.contract import build_detector, post_process
@@ -114,13 +114,54 @@ loaded_classes
 # %% [markdown]
 # ## Any kind of image
 #
-# A path, a PIL image or an 8-bit RGB array becomes a `Sample` without boxes. A file is decoded like the
-# training images (@sec-records): rotated by its EXIF tag, 16 bits scaled to 8.
+# A path, a PIL image, an array or a tensor becomes a `Sample` without boxes:
+#
+# | kind | shape | values |
+# | :--- | :--- | :--- |
+# | path | | decoded like the training images (@sec-records): turned by its EXIF tag, 16 bits scaled to 8 |
+# | PIL image | | used as it is |
+# | numpy array | $(H,W,3)$ RGB, $(H,W)$ grey | 8 bits |
+# | tensor, on any device | $(3,H,W)$ RGB, $(1,H,W)$ grey | 8 bits, or floats in $[0,1]$ |
+#
+# Nothing is guessed from the values. Floats outside of $[0,1]$ are an error: they have another scale, or they
+# were normalised already, and the detector would normalise them again.
+
+# %%
+#| export
+def _array_pixels(a):
+    "uint8 pixels (H,W,3) or (H,W) of an array"
+    if a.ndim == 3 and a.shape[2] == 1:
+        a = a[..., 0]
+    if a.dtype != np.uint8 or not (a.ndim == 2 or (a.ndim == 3 and a.shape[2] == 3)):
+        raise DataError(
+            f'an array must be uint8 of shape (H, W, 3), or (H, W) for grey, not {a.dtype} {a.shape}; '
+            'convert it first'
+        )
+    return a
+
+
+def _tensor_pixels(t):
+    "uint8 pixels (H,W,3) or (H,W) of a tensor (3,H,W) or (1,H,W)"
+    shape, t = tuple(t.shape), t.detach().cpu()
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise DataError(f'a tensor must have the shape (3, H, W), or (1, H, W) for grey, not {shape}')
+    if t.dtype.is_floating_point:
+        t = t.float()
+        if not ((t >= 0) & (t <= 1)).all():
+            raise DataError(
+                f'a tensor of floats must lie in [0, 1], not {t.min():.3g} to {t.max():.3g}; '
+                'give pixels / 255, not normalised'
+            )
+        t = (255 * t).round().to(torch.uint8)
+    if t.dtype != torch.uint8:
+        raise DataError(f'a tensor must be uint8, or float in [0, 1], not {t.dtype}; convert it first')
+    return _array_pixels(t.permute(1, 2, 0).numpy())
+
 
 # %%
 #| export
 def as_sample(
-    image,  # path, PIL image (used as it is), or (H,W,3) uint8 array
+    image,  # path, PIL image, (H,W,3) or (H,W) uint8 array, (3,H,W) or (1,H,W) tensor: uint8 or in [0,1]
 ) -> Sample:  # without boxes
     "An image of any kind, ready for a view; `DataError` if it is not an image"
     path = str(image) if isinstance(image, (str, Path)) else None
@@ -131,12 +172,16 @@ def as_sample(
             raise DataError(
                 f'{path}: cannot be read as an image ({reason(e)}); restore it or leave it out'
             ) from None
+    if isinstance(image, torch.Tensor):
+        image = _tensor_pixels(image)
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise DataError(f'an array must be uint8 of shape (H, W, 3), not {image.dtype} {image.shape}')
-        image = Image.fromarray(image)
+        image = _array_pixels(image)
+        if not image.size:
+            raise DataError(f'an image needs at least one pixel, not the shape {image.shape}')
+        image = Image.fromarray(np.ascontiguousarray(image))
     if not isinstance(image, Image.Image):
-        raise DataError(f'{type(image).__name__} is not an image; give a path, a PIL image or a uint8 array')
+        kind = type(image).__name__
+        raise DataError(f'{kind} is not an image; give a path, a PIL image, a uint8 array or a tensor')
     return Sample(
         image.convert('RGB'),
         path or 'image',
@@ -150,11 +195,18 @@ def as_sample(
 # %%
 photo = scenes[0].image
 photo.save(folder / 'photo.png')
-assert np.array_equal(as_sample(folder / 'photo.png').image, as_sample(np.asarray(photo)).image)
-try:
-    as_sample(np.zeros((4, 4)))
-except DataError as e:
-    print(e)
+pixels = np.array(photo)
+tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+forms = [folder / 'photo.png', photo, pixels, tensor, tensor / 255, tensor.half() / 255]
+assert all(np.array_equal(as_sample(f).image, pixels) for f in forms)
+refused = []
+for wrong in (np.zeros((4, 4)), tensor * 1.0, tensor.long()):
+    try:
+        as_sample(wrong)
+    except DataError as e:
+        refused.append(str(e))
+assert len(refused) == 3
+refused
 
 
 # %% [markdown]
@@ -177,6 +229,44 @@ def _batches(items, size):
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
+def _readable(files, folder, broken):
+    "[(file, image)] of the files that can be decoded; errors of the others are appended to `broken`"
+    out = []
+    for f in files:
+        try:
+            out.append((f, as_sample(folder / f).image))
+        except DataError as e:
+            broken.append(str(e))
+    return out
+
+
+def _check_names(names, classes):
+    "Labels of class names, None for all; `ConfigError` if there is no such class"
+    for name in names or ():
+        if name not in classes:
+            raise ConfigError(f"the run has no class '{name}'; {suggest(name, classes)}")
+    return torch.tensor([classes.index(name) for name in names]) if names else None
+
+
+def _one_image(image):
+    "Is it one image? A list, a tuple, a batch (four dimensions) and a folder are several"
+    if isinstance(image, (str, Path)):
+        return not Path(image).is_dir()
+    return not isinstance(image, (list, tuple)) and getattr(image, 'ndim', 3) != 4
+
+
+# %%
+assert [_one_image(i) for i in ('a.jpg', folder, [photo], torch.zeros(2, 3, 4, 4))] == [
+    True,
+    False,
+    False,
+    False,
+]
+_check_names(['7', '2'], scenes.classes)
+
+
+# %%
+#| export
 class Predictor:
     "Detect objects in images: `Predictor('runs/mine')('photo.jpg')`"
 
@@ -188,6 +278,7 @@ class Predictor:
         nms: float = None,  # IoU of per-class suppression; None: none, as DETR is meant to be used
         which: str = 'teacher',  # or 'student'
         like=None,  # Config with settings classes of your own, if the run has such
+        classes=None,  # names of the classes to keep; None: all
     ):
         if not 0 <= threshold <= 1:
             raise ConfigError(f'threshold={threshold} is outside [0, 1]; scores are probabilities')
@@ -196,6 +287,7 @@ class Predictor:
         self.device = pick_device(device)
         self.model, self.cfg, self.classes = load_model(path, which, self.device, like)
         self.threshold, self.nms = threshold, nms
+        self.keep = _check_names(classes, self.classes)
 
     def _same_size(self, views):
         "Detections of views of one size, in pixels of the files"
@@ -206,17 +298,22 @@ class Predictor:
         detections = []
         for d in post_process(outputs, sizes, nms=self.nms, score_threshold=self.threshold):
             d = {k: v.cpu().clone() for k, v in d.items()}  # ordinary tensors, not those of inference mode
+            if self.keep is not None:
+                kept = torch.isin(d['labels'], self.keep)
+                d = {k: v[kept] for k, v in d.items()}
             detections.append(d | dict(names=[self.classes[i] for i in d['labels'].tolist()]))
         return detections
 
     def __call__(
         self,
-        image,  # path, PIL image, (H,W,3) uint8 array, or a list of these
+        image,  # image as for `as_sample`, list of such, (B,3,H,W) tensor, (B,H,W,3) array, or a folder
         batch: int = 8,  # maximum number of images per forward pass
-    ):  # dict(boxes (K,4) xyxy pixels, labels (K,), scores (K,) descending, names), or a list of these
-        "Detections of one image or of several, in pixels of the files (@eq-predict-pixels)"
-        if not isinstance(image, (list, tuple)):
+    ):  # dict(boxes (K,4) xyxy pixels, labels (K,), scores (K,) descending, names); a list; {file: dict}
+        "Detections of one image, of several, or of a folder, in pixels of the files (@eq-predict-pixels)"
+        if _one_image(image):
             return self([image])[0]
+        if isinstance(image, (str, Path)):
+            return self.folder(image, batch)
         views = [eval_view(as_sample(i), self.cfg.view) for i in image]
         by_size, out = {}, [None] * len(views)
         for n, v in enumerate(views):
@@ -225,6 +322,36 @@ class Predictor:
             for group in _batches(numbers, batch):
                 for n, detections in zip(group, self._same_size([views[n] for n in group])):
                     out[n] = detections
+        return out
+
+    def files(
+        self,
+        folder: Path,  # where the files are
+        files: list,  # paths below it
+        batch: int = 8,  # images in memory, and maximum number per forward pass
+        broken: list = None,  # a line for each file that cannot be read is appended
+        progress=lambda x: x,  # wraps the list of batches
+    ):  # iterator of (file, PIL image, its detections)
+        "Detections file by file, whatever their number; files that cannot be read are left out"
+        broken = [] if broken is None else broken
+        for group in progress(_batches(files, batch)):
+            images = _readable(group, Path(folder), broken)
+            detections = self([image for _, image in images], batch)
+            for (f, image), found in zip(images, detections):
+                yield f, image, found
+
+    def folder(
+        self,
+        folder: Path,  # with its subfolders
+        batch: int = 8,  # maximum number of images per forward pass
+    ) -> dict:  # path below the folder -> detections
+        "Detections of a folder; a warning for each file that cannot be read, an error if none can"
+        names, broken = [image['file_name'] for image in read_folder(folder).data['images']], []
+        out = {f: found for f, _, found in self.files(folder, names, batch, broken)}
+        if not out:
+            raise DataError(broken[0])
+        for line in broken:
+            warnings.warn(line)
         return out
 
     def draw(
@@ -294,158 +421,30 @@ for ax, (name, p) in zip(axes, hasty.items()):
 plt.tight_layout()
 plt.show()
 
-
 # %% [markdown]
 # The boxes are drawn on a larger copy of the scene and lie in the right places, by @eq-predict-pixels.
 #
-# ## COCO's result format
+# ## Some classes, and whole folders
 #
-# One dictionary per detection: `image_id`, `category_id`, `bbox` as $(x,y,w,h)$ in pixels, `score`. The
-# *image id is the file name* below the folder, and the category id is label + 1, because a folder of photos
-# defines no other ids. The class name is added for human readers; tools ignore the extra key. Where an
-# annotation file exists, its ids can be used instead, and `pycocotools` reads the result directly.
+# `classes` keeps detections by name; the others are dropped after suppression, which compares boxes of one
+# class only. A folder is read a batch at a time, so its size does not matter, and a file that cannot be read is
+# a warning.
 
 # %%
-#| export
-def to_coco(
-    found: dict,  # boxes (K,4) xyxy pixels, labels (K,), scores (K,), names; from `Predictor`
-    image_id,  # file name, or the id in a COCO file
-    category_ids=None,  # label -> id; None: label + 1
-) -> list:  # of dicts in COCO's result format, boxes xywh pixels
-    "Detections of one image as COCO results"
-    boxes = found['boxes'].clone()
-    boxes[:, 2:] -= boxes[:, :2]
-    labels, scores = found['labels'].tolist(), found['scores'].tolist()
-    results = []
-    for label, name, box, score in zip(labels, found['names'], boxes.tolist(), scores):
-        category = label + 1 if category_ids is None else category_ids[label]
-        row = dict(image_id=image_id, category_id=category, category=name)
-        results.append(row | dict(bbox=[round(x, 2) for x in box], score=round(score, 4)))
-    return results
-
-
-def coco_ids(
-    files,  # paths below `folder`
-    folder,  # of the images
-    path,  # COCO annotation file that names them
-    classes: list,  # of the run
-):  # (file -> image id, label -> category id)
-    "Ids that an annotation file gives to images and classes; `DataError` where it lacks one of them"
-    ds = CocoDataset(path, folder)
-    by_path = dict(zip(ds.files, ds.ids))
-    known = {Path(f).name: i for f, i in by_path.items()} | by_path
-    ids = {f: known.get(f, known.get(Path(f).name)) for f in files}
-    for f, i in ids.items():
-        if i is None:
-            raise DataError(f'{path}: does not name the image {f}; leave the file out, or the image')
-    for c in classes:
-        if c not in ds.classes:
-            known = ', '.join(ds.classes[:10])
-            raise DataError(f"{path}: does not have the class '{c}' of the run; it has {known}")
-    return ids, [ds.cat_ids[ds.classes.index(c)] for c in classes]
-
-
-# %%
-rows = to_coco(strict, 'photo.png')
-assert rows[0]['category_id'] == int(strict['labels'][0]) + 1
-rows[0]
-
-
-# %% [markdown]
-# ## A folder at a time
-#
-# `predict_folder` processes an image, or a folder with its subfolders. It guarantees:
-#
-# - a file that cannot be decoded is left out and reported, and the others are processed; if *none* can be
-#   read, nothing is written;
-# - each picture, and `detections.json` at the end, is written completely or not at all;
-# - no picture is written over a source image, and images in the output folder are not used as sources.
-
-# %%
-#| export
-def _sources(source, out):
-    "(folder, paths below it) of the images to process; those in the output folder are left out"
-    source, out = Path(source), Path(out)
-    if not source.exists():
-        raise DataError(f'{source}: no such image or folder')
-    if source.is_file():
-        return source.parent, [source.name]
-    files = [image['file_name'] for image in read_folder(source).data['images']]
-    if out.resolve() != source.resolve():
-        files = [f for f in files if out.resolve() not in (source / f).resolve().parents]
-    if not files:
-        raise DataError(f'{source}: no image but those in the output folder {out}')
-    return source, files
-
-
-def _pictures(files, folder, out):
-    "{file: picture to write}; `ConfigError` if one of them would overwrite an image"
-    stems = [Path(f).with_suffix('').as_posix() for f in files]
-    paths = {f: Path(out) / f"{s if stems.count(s) == 1 else f}.png" for f, s in zip(files, stems)}
-    for p in paths.values():
-        if any(p.resolve() == (folder / f).resolve() for f in {p.name, *files} if (folder / f).exists()):
-            raise ConfigError(f'{p}: the picture would overwrite an image; choose another output folder')
-    return paths
-
-
-def _readable(files, folder, broken):
-    "[(file, image)] of the files that can be decoded; errors of the others are appended to `broken`"
-    out = []
-    for f in files:
-        try:
-            out.append((f, as_sample(folder / f).image))
-        except DataError as e:
-            broken.append(str(e))
-    return out
-
-
-# %%
-#| export
-def predict_folder(
-    predictor: Predictor,  # with network, threshold and suppression
-    source,  # image, or folder of images with its subfolders
-    out,  # folder for pictures and detections.json
-    draw: bool = True,  # write pictures
-    ids=None,  # COCO annotation file whose image and category ids to use; None: file names, label + 1
-    batch: int = 8,  # maximum number of images per forward pass
-    progress=lambda x: x,  # wraps the list of batches
-):  # (COCO results of all images, one line for each file that could not be read)
-    "Detect objects in every image; write pictures and one JSON file"
-    out, broken, results, done = Path(out), [], [], 0
-    folder, files = _sources(source, out)
-    image_ids, category_ids = dict(zip(files, files)), None
-    if ids:
-        image_ids, category_ids = coco_ids(files, folder, ids, predictor.classes)
-    pictures = _pictures(files, folder, out) if draw else {}
-    for group in progress(_batches(files, batch)):
-        images = _readable(group, folder, broken)
-        done += len(images)
-        detections = predictor([image for _, image in images], batch)
-        for (f, image), found in zip(images, detections):
-            results += to_coco(found, image_ids[f], category_ids)
-            if draw:
-                png = io.BytesIO()
-                predictor.draw(image, found).save(png, 'PNG')
-                atomic_write(pictures[f], png.getvalue())
-    if not done:
-        others = len(broken) - 1
-        more = f' (and {others} more; no image of {source} can be read)' if others else ''
-        raise DataError(broken[0] + more)
-    atomic_write(out / 'detections.json', json.dumps(results))
-    return results, broken
-
-
-# %%
+first = Predictor(folder, 'cpu', 0.3, 0.5, classes=[strict['names'][0]])
+first.model = Hasty()
+some = first(photo)
+assert set(some['names']) == {strict['names'][0]}
 many = folder / 'photos'
 (many / 'more').mkdir(parents=True)
 for i in range(3):
     scenes[i].image.save(many / ('more' if i else '.') / f'{i}.jpg')
 (many / 'cut.jpg').write_bytes((many / '0.jpg').read_bytes()[:700])
-results, broken = predict_folder(predictor, many, folder / 'out')
-written = sorted(p.relative_to(folder / 'out').as_posix() for p in (folder / 'out').rglob('*.*'))
-assert written == ['0.png', 'detections.json', 'more/1.png', 'more/2.png'] and len(broken) == 1
-assert {r['image_id'] for r in results} == {'0.jpg', 'more/1.jpg', 'more/2.jpg'}
-broken[0].replace(str(folder), '...')
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    by_file = predictor(many)
+assert [*by_file] == ['0.jpg', 'more/1.jpg', 'more/2.jpg'] and 'cut.jpg' in str(caught[-1].message)
+{f: len(found['boxes']) for f, found in by_file.items()}
 
 # %% [markdown]
 # ## Summary
@@ -455,8 +454,8 @@ broken[0].replace(str(folder), '...')
 # - Only images with views of equal size share a batch, so no result depends on its neighbours.
 # - The threshold depends on the application; suppression is for detectors that were trained one-to-many, or
 #   not long enough.
-# - A broken file is reported and left out; the results have COCO's format, with file names as image ids
-#   unless an annotation file gives others.
+# - Files, PIL images, arrays and tensors of the same pixels give the same detections; anything ambiguous is an
+#   error. Files of results are the subject of @sec-predict-files.
 #
 # ## Exercises
 #
