@@ -9,7 +9,6 @@ _PUBLIC = {
     'data.splits': 'Split make_split save_split load_split read_index_list',
     'data.augment': 'ViewConfig labelled_view weak_view strong_view eval_view',
     'data.loader': 'SemiLoader EvalLoader collate',
-    'train.metrics': 'evaluate',
     'data.doctor': 'check_dataset contact_sheet',
     'detectors.backbone': 'BackboneConfig build_backbone',
     'detectors.transformer': 'TransformerConfig',
@@ -22,17 +21,20 @@ _PUBLIC = {
     'train.checkpoint': 'save_checkpoint load_checkpoint',
     'train.trainer': 'Trainer',
     'train.predict': 'Predictor',
+    'train.api': 'Run predict evaluate',
 }
 _WHERE = {name: module for module, names in _PUBLIC.items() for name in names.split()}
-__all__ = ['__version__', *_WHERE]
+__all__ = ['__version__', *_WHERE, 'train']
 
 
 def __getattr__(name):
     "Import a public name when it is first used, so that `import semidetr` costs nothing"
-    if name not in _WHERE:
-        raise AttributeError(f"module 'semidetr' has no attribute '{name}'")
     from importlib import import_module
 
+    if name == 'train':  # a package that can be called
+        return import_module('semidetr.train')
+    if name not in _WHERE:
+        raise AttributeError(f"module 'semidetr' has no attribute '{name}'")
     value = globals()[name] = getattr(import_module(f'semidetr.{_WHERE[name]}'), name)
     return value
 

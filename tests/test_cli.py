@@ -350,10 +350,11 @@ def test_settings_that_make_no_sense_together(refused, shell, coco, tmp_path):
     )
     text = train(shell, '--data', coco, '--percent', '50', '-o', tmp_path / 'r')
     assert 'unlabelled images are not used' in text
+    from semidetr.train.api import check_method
     from semidetr.train.config import override, preset
 
     lines = lambda *items: list(
-        cli._check_method(override(preset('small'), ['method.name=mean_teacher', 'data.count=3', *items]))
+        check_method(override(preset('small'), ['method.name=mean_teacher', 'data.count=3', *items]))
     )
     assert (
         'takes all of the 500 iterations' in lines('optim.iters=500', 'method.burn_in_iters=500')[0]

@@ -16,7 +16,8 @@ from semidetr.data.catalog import open_dataset
 from semidetr.data.datasets import ImageFolder
 from semidetr.detectors.detector import Detector
 from semidetr.train.evaluation import detect
-from semidetr.train.predict import Predictor, as_sample, load_model, predict_folder, to_coco
+from semidetr.train.predict import Predictor, as_sample, load_model
+from semidetr.train.predict_files import predict_folder, to_coco
 from semidetr.train.run_data import resolve
 from test_trainer import TINY
 
@@ -184,7 +185,7 @@ def test_what_is_no_image(tmp_path):
         (tmp_path / 'none.jpg', 'none.jpg.*no such file'),
         (tmp_path / 'a.txt', 'a.txt'),
         (np.zeros((4, 4, 3)), 'uint8'),
-        (np.zeros((4, 4), np.uint8), 'H, W, 3'),
+        (np.zeros((3, 4, 4), np.uint8), 'H, W, 3'),
         (7, 'int is not an image'),
     ):
         with pytest.raises(DataError, match=words):
@@ -216,7 +217,8 @@ def test_folder(model, images, tmp_path):
     source = write_images(tmp_path / 'in', images[:2])
     write_images(source / 'sub', images[2:])
     out = tmp_path / 'out'
-    results, broken = predict_folder(model, source, out)
+    found = predict_folder(model, source, out)
+    results, broken = found.rows, found.broken
     assert files_in(out) == ['0.png', '1.png', 'detections.json', 'sub/0.png', 'sub/1.png', 'sub/2.png']
     assert not broken
     assert json.loads((out / 'detections.json').read_text()) == results
@@ -242,7 +244,7 @@ def test_ids_of_an_annotation_file(model, images, tmp_path):
     rows = [dict(id=70 + n, file_name=f'{n}.jpg', height=h, width=w) for n, (h, w) in enumerate(SIZES[:2])]
     truth = dict(info={}, images=rows, annotations=[], categories=cats)
     (tmp_path / 't.json').write_text(json.dumps(truth))
-    results, _ = predict_folder(model, source, tmp_path / 'out', False, tmp_path / 't.json')
+    results = predict_folder(model, source, tmp_path / 'out', False, tmp_path / 't.json').rows
     assert {r['image_id'] for r in results} == {70, 71}
     assert all(r['category_id'] == 90 - int(r['category']) for r in results)
     assert len(load_results(truth, results).anns) == len(results)
@@ -261,7 +263,8 @@ def test_broken_images_are_left_out(model, images, tmp_path):
     source = write_images(tmp_path / 'in', images)
     (source / '0.jpg').write_bytes((source / '0.jpg').read_bytes()[:600])
     (source / '3.jpg').write_bytes(b'')
-    results, broken = predict_folder(model, source, tmp_path / 'out', batch=2)
+    found = predict_folder(model, source, tmp_path / 'out', batch=2)
+    results, broken = found.rows, found.broken
     assert files_in(tmp_path / 'out') == ['1.png', '2.png', '4.png', 'detections.json']
     assert len(broken) == 2 and '0.jpg' in broken[0] and '3.jpg' in broken[1]
     assert {r['image_id'] for r in results} == {'1.jpg', '2.jpg', '4.jpg'}
@@ -277,8 +280,8 @@ def test_broken_images_are_left_out(model, images, tmp_path):
 def test_output_beside_and_inside_the_source(model, images, tmp_path):
     "Pictures in the output folder are not used as sources, and none is written over a source"
     source = write_images(tmp_path / 'in', images[:2])
-    first, _ = predict_folder(model, source, source / 'out')
-    again, _ = predict_folder(model, source, source / 'out')
+    first = predict_folder(model, source, source / 'out').rows
+    again = predict_folder(model, source, source / 'out').rows
     assert first == again and {r['image_id'] for r in again} == {'0.jpg', '1.jpg'}
     one = tmp_path / 'one'
     one.mkdir()
@@ -304,7 +307,8 @@ def test_no_detection_is_an_empty_list(run, images, tmp_path):
     assert found['boxes'].shape == (0, 4) and found['names'] == [] and to_coco(found, 'x') == []
     assert p.draw(images[0]).size == images[0].size
     images[0].save(tmp_path / 'a.png')
-    assert predict_folder(p, tmp_path / 'a.png', tmp_path / 'out') == ([], [])
+    results = predict_folder(p, tmp_path / 'a.png', tmp_path / 'out')
+    assert (results.rows, results.broken) == ([], [])
     assert json.loads((tmp_path / 'out' / 'detections.json').read_text()) == []
 
 

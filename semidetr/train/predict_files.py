@@ -17,7 +17,7 @@ from pathlib import Path
 from ..core import ConfigError, DataError, atomic_write
 from ..data.files import read_folder, reason
 from ..data.datasets import CocoDataset
-from .predict import Predictor, _batches
+from .predict import Predictor
 
 # %% ../../nbs/train/13_predict_files.ipynb #c5a20d8c
 def to_coco(
@@ -165,6 +165,11 @@ class ResultFiles:
         png = io.BytesIO()
         image.save(png, 'PNG')
         atomic_write(path, png.getvalue())
+
+    def places(self) -> list:
+        "The file, or the folder, of each format"
+        names = dict(json='detections.json', csv='detections.csv', yolo='labels')
+        return [self.out / names[f] for f in self.formats]
 
     def write(self):
         "The files that hold all detections"

@@ -259,6 +259,11 @@ class ResultFiles:
         image.save(png, 'PNG')
         atomic_write(path, png.getvalue())
 
+    def places(self) -> list:
+        "The file, or the folder, of each format"
+        names = dict(json='detections.json', csv='detections.csv', yolo='labels')
+        return [self.out / names[f] for f in self.formats]
+
     def write(self):
         "The files that hold all detections"
         if 'json' in self.formats:
