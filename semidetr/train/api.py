@@ -341,7 +341,8 @@ def predict(
     if path is None or (out is None and not is_video(path)):
         return p(source, batch)
     if is_video(path):
-        results = predict_video(p, path, out, draw, batch, formats=tuple(formats))
+        written = (draw, tuple(formats)) if out is not None else (False, ())
+        results = predict_video(p, path, out or '.', written[0], batch, formats=written[1])
     else:
         results = predict_folder(p, path, out, draw, None, batch, formats=tuple(formats))
     for line in results.broken:

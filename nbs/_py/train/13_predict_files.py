@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from semidetr.core import ConfigError, DataError, atomic_write
-from semidetr.data.files import read_folder, reason
+from semidetr.data.files import read_folder
 from semidetr.data.datasets import CocoDataset
 from semidetr.train.predict import Predictor
 
@@ -407,7 +407,9 @@ def _frames(container, path, broken):
         for frame in container.decode(video=0):
             yield frame
             n += 1
-    except (OSError, ValueError) as e:
+    except Exception as e:  # the decoder has many kinds; what it says is reported
+        if not type(e).__module__.startswith('av.'):
+            raise
         broken.append(f'{path}: frame {n} cannot be decoded ({e}); the frames before it are processed')
 
 
@@ -484,8 +486,10 @@ def predict_video(
         raise ConfigError(f'{film_path}: the result would overwrite the video; choose another output folder')
     try:
         container = av.open(str(source))
-    except OSError as e:
-        raise DataError(f'{source}: cannot be read as a video ({reason(e)}); restore it') from None
+    except (OSError, av.FFmpegError) as e:
+        raise DataError(
+            f'{source}: cannot be read as a video ({e.strerror}); restore it or leave it out'
+        ) from None
     with container:
         if not container.streams.video:
             raise DataError(f'{source}: has no pictures; give a video')
