@@ -242,7 +242,7 @@ def _upright(frame):
     turn = getattr(frame, 'rotation', 0) % 360
     return image.rotate(turn, expand=True) if turn else image
 
-
+# %% ../../nbs/train/13_predict_files.ipynb #286d43ef
 class _Film:
     "Video file that is written beside its place and moved there when it is complete"
 

@@ -267,8 +267,8 @@ _check_names(['7', '2'], scenes.classes)
 
 # %%
 #| export
-class Predictor:
-    "Detect objects in images: `Predictor('runs/mine')('photo.jpg')`"
+class BatchPredictor:
+    "The network of a run, and what is kept of its detections"
 
     def __init__(
         self,
@@ -303,6 +303,12 @@ class Predictor:
                 d = {k: v[kept] for k, v in d.items()}
             detections.append(d | dict(names=[self.classes[i] for i in d['labels'].tolist()]))
         return detections
+
+
+# %%
+#| export
+class Predictor(BatchPredictor):
+    "Detect objects in images: `Predictor('runs/mine')('photo.jpg')`"
 
     def __call__(
         self,

@@ -420,6 +420,8 @@ def _upright(frame):
     return image.rotate(turn, expand=True) if turn else image
 
 
+# %%
+#| export
 class _Film:
     "Video file that is written beside its place and moved there when it is complete"
 
