@@ -327,7 +327,7 @@ def predict_video(
     results.write()
     return results
 
-
+# %% ../../nbs/train/13_predict_files.ipynb #bd67c0e9
 def _groups(items, size):
     "Lists of at most `size` items of an iterator"
     group = []

@@ -509,6 +509,8 @@ def predict_video(
     return results
 
 
+# %%
+#| export
 def _groups(items, size):
     "Lists of at most `size` items of an iterator"
     group = []
