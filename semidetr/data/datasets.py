@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from ..core import DataError
 from semidetr.data.files import (
+    PixelRange,
     Source,
     declared_size,
     is_ignored,
@@ -173,6 +174,8 @@ def _pack(anns, sizes, index, label):
 class FileDataset(DetectionDataset):
     "Images in a folder, annotations in memory; images are decoded on access, no file stays open"
 
+    white: float = 0  # value of a white pixel where the mode of a file cannot tell
+
     def __init__(self, source: Source):
         _refuse(source)
         images, anns = source.data['images'], source.data.get('annotations') or []
@@ -194,6 +197,8 @@ class FileDataset(DetectionDataset):
         path = self.folder / self.files[n]
         try:
             return read(path, *args)
+        except PixelRange as e:
+            raise DataError(f'{path}: image {self.ids[n]!r}: {e}') from None
         except Exception as e:
             raise DataError(
                 f'{path}: image {self.ids[n]!r} cannot be read ({reason(e)}); '
@@ -210,7 +215,7 @@ class FileDataset(DetectionDataset):
     def __getitem__(self, i: int) -> Sample:
         n = range(len(self))[i]
         path, image_id, size = self.folder / self.files[n], self.ids[n], self.sizes[n]
-        image = self._read(n, load_image, size)
+        image = self._read(n, load_image, size, self.white)
         if size and (image.height, image.width) != size:
             raise DataError(
                 f'{path}: image {image_id!r} is {image.height}x{image.width}, but {self.where} says '

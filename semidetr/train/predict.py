@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from ..core import ConfigError, DataError, atomic_write, pick_device
 from ..draw import draw_on_image
-from ..data.files import load_image, read_folder, reason
+from ..data.files import PixelRange, load_image, read_folder, reason, scale_pixels, to_rgb
 from ..data.datasets import CocoDataset, Sample
 from ..data.augment import eval_view
 from ..data.loader import collate
@@ -49,26 +49,44 @@ def load_model(
     return model.to(device).eval().requires_grad_(False), cfg, list(state['classes'])
 
 # %% ../../nbs/train/10_predict.ipynb #1cd96c9f
+def _from_array(a, white):
+    "PIL image of an array; floats and 16 bits are scaled"
+    numbers = a.dtype == np.uint8 or a.dtype == np.uint16 or a.dtype.kind == 'f'
+    if not numbers or 0 in a.shape or (a.ndim != 2 and a.shape[2:] != (3,)):
+        raise DataError(
+            f'an array must be uint8, uint16 or float of shape (H, W) or (H, W, 3), not {a.dtype} {a.shape}'
+        )
+    try:
+        return Image.fromarray(a if a.dtype == np.uint8 else scale_pixels(a, white))
+    except PixelRange as e:
+        raise DataError(f'image array: {e}') from None
+
+
 def as_sample(
-    image,  # path, PIL image (used as it is), or (H,W,3) uint8 array
+    image,  # path, PIL image (not rotated), or (H,W) or (H,W,3) array
+    white: float = 0,  # value of a white pixel if the type cannot tell, as for `scale_pixels`
 ) -> Sample:  # without boxes
     "An image of any kind, ready for a view; `DataError` if it is not an image"
     path = str(image) if isinstance(image, (str, Path)) else None
     if path:
         try:
-            image = load_image(path)
+            image = load_image(path, white=white)
+        except PixelRange as e:
+            raise DataError(f'{path}: {e}') from None
         except Exception as e:
             raise DataError(
                 f'{path}: cannot be read as an image ({reason(e)}); restore it or leave it out'
             ) from None
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise DataError(f'an array must be uint8 of shape (H, W, 3), not {image.dtype} {image.shape}')
-        image = Image.fromarray(image)
+        image = _from_array(image, white)
     if not isinstance(image, Image.Image):
         raise DataError(f'{type(image).__name__} is not an image; give a path, a PIL image or a uint8 array')
+    try:
+        image = to_rgb(image, white)
+    except PixelRange as e:
+        raise DataError(f'{path or "image"}: {e}') from None
     return Sample(
-        image.convert('RGB'),
+        image,
         path or 'image',
         torch.zeros(0, 4),
         torch.zeros(0, dtype=torch.long),
@@ -122,7 +140,7 @@ class Predictor:
         "Detections of one image or of several, in pixels of the files (@eq-predict-pixels)"
         if not isinstance(image, (list, tuple)):
             return self([image])[0]
-        views = [eval_view(as_sample(i), self.cfg.view) for i in image]
+        views = [eval_view(as_sample(i, self.cfg.data.white), self.cfg.view) for i in image]
         by_size, out = {}, [None] * len(views)
         for n, v in enumerate(views):
             by_size.setdefault(v.size, []).append(n)
@@ -138,7 +156,7 @@ class Predictor:
         found: dict = None,  # its detections; None: detect them
     ) -> Image.Image:  # of the same size
         "The image with its detections"
-        image = as_sample(image).image
+        image = as_sample(image, self.cfg.data.white).image
         d = self(image) if found is None else found
         return draw_on_image(image, d['boxes'], d['labels'], d['scores'], self.classes, kind='teacher')
 
@@ -206,12 +224,12 @@ def _pictures(files, folder, out):
     return paths
 
 
-def _readable(files, folder, broken):
+def _readable(files, folder, broken, white=0):
     "[(file, image)] of the files that can be decoded; errors of the others are appended to `broken`"
     out = []
     for f in files:
         try:
-            out.append((f, as_sample(folder / f).image))
+            out.append((f, as_sample(folder / f, white).image))
         except DataError as e:
             broken.append(str(e))
     return out
@@ -234,7 +252,7 @@ def predict_folder(
         image_ids, category_ids = coco_ids(files, folder, ids, predictor.classes)
     pictures = _pictures(files, folder, out) if draw else {}
     for group in progress(_batches(files, batch)):
-        images = _readable(group, folder, broken)
+        images = _readable(group, folder, broken, predictor.cfg.data.white)
         done += len(images)
         detections = predictor([image for _, image in images], batch)
         for (f, image), found in zip(images, detections):
