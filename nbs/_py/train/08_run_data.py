@@ -117,9 +117,8 @@ drawn_positions(digit_scenes, [3, 1])
 # ## Classes by name
 #
 # Labels are positions in a list of names. Two files may list the same names in another order, and then equal
-# labels mean different classes. So the classes of a test set are mapped to those of the run by name. Boxes
-# of a class that the run does not know cannot be predicted; they are an error, since AP without them would be
-# about other data.
+# labels mean different classes. So the classes of a test set are mapped to those of the run by name. A class
+# that the run does not know cannot be predicted; its boxes are left out of the numbers, and a note says so.
 
 # %%
 #| export
@@ -128,40 +127,48 @@ class ByName(DetectionDataset):
 
     def __init__(
         self,
-        ds,  # data set; its classes may be fewer, and in any order
+        ds,  # data set; boxes of a class that is not in `classes` are left out
         classes: list,  # names in the wanted order
     ):
-        missing = [c for c in ds.classes if c not in classes]
-        if missing:
-            raise DataError(
-                f"{ds.name}: class '{missing[0]}' is not among those of the run ({', '.join(classes[:10])}); "
-                'give both the same names, or leave that class out'
-            )
         self._ds, self.name, self.classes, self.ids = ds, ds.name, list(classes), ds.ids
         self.has_boxes = ds.has_boxes
-        self._label = torch.tensor([classes.index(c) for c in ds.classes], dtype=torch.int64)
+        label = {c: n for n, c in enumerate(classes)}
+        self._label = torch.tensor([label.get(c, -1) for c in ds.classes], dtype=torch.int64)
 
     def __getitem__(self, i):
         s = self._ds[i]
-        return dataclasses.replace(s, labels=self._label[s.labels])
+        labels = self._label[s.labels]
+        known = labels >= 0
+        kept = dict(boxes=s.boxes[known], labels=labels[known], ignore=s.ignore[known])
+        return dataclasses.replace(s, **kept)
 
     def annotation(self, i):
         a = self._ds.annotation(i)
-        return a | dict(labels=self._label[a['labels']])
+        labels = self._label[a['labels']]
+        known = labels >= 0
+        rows = {k: v[known] for k, v in a.items() if isinstance(v, torch.Tensor)}
+        return a | rows | dict(labels=labels[known])
 
 
 def by_name(
-    ds,  # data set, or None
+    ds,  # data set
     classes: list,  # names in the wanted order
 ) -> tuple:  # (the same images with labels in that order, line about it or '')
     "Map the classes of a data set by name"
-    if ds is None or list(ds.classes) == list(classes) or not ds.classes:
+    if list(ds.classes) == list(classes) or not ds.classes:
         return ds, ''
-    fewer = [c for c in classes if c not in ds.classes]
-    mapped, text = ByName(ds, classes), f'{ds.name}: its classes are in another order; mapped by name'
+    fewer, more = ([c for c in a if c not in b] for a, b in ((classes, ds.classes), (ds.classes, classes)))
+    if not set(classes) & set(ds.classes):
+        raise DataError(
+            f'{ds.name}: none of its classes ({", ".join(ds.classes[:5])}) is one of the run '
+            f'({", ".join(classes[:5])}); give both the same names'
+        )
+    text = f'{ds.name}: its classes are mapped to those of the run by name'
     if fewer:
-        text = f"{ds.name}: has no class {', '.join(map(repr, fewer[:5]))}; the others are mapped by name"
-    return mapped, text
+        text += f'; it has no class {", ".join(map(repr, fewer[:5]))}'
+    if more:
+        text += f'; the run has no class {", ".join(map(repr, more[:5]))}, whose boxes are left out'
+    return ByName(ds, classes), text
 
 
 # %%
@@ -323,8 +330,9 @@ def build_data(
     roles = dict(labelled=pick(split.labelled), development=dev)
     unlabelled, notes = _pool(cfg, split, pick, roles | dict(test=val))
     notes += shared_with_test(val, roles)
-    val, text = by_name(val, train.classes)
-    notes += [text] if text else []
+    if val is not None:
+        val, text = by_name(val, train.classes)
+        notes += [text] if text else []
     if empty:
         how = 'are used as negatives' if cfg.background == 'negatives' else 'are left out'
         notes.append(f'{cfg.data}: {empty} labelled images without a box {how} (data.background)')
