@@ -20,6 +20,7 @@ from ..core import DataError
 from .datasets import DetectionDataset
 from semidetr.data.files import (
     Fault,
+    PixelRange,
     Source,
     coco_entries,
     declared_size,
@@ -147,6 +148,8 @@ def _check_file(path, image_id, declared, where, quick):  # -> (content key or N
             img = load_image(path, declared)
             size, key = (img.height, img.width), image_key(img)
         fault = _size_fault(size, declared, path, where)
+    except PixelRange as e:
+        fault = 'warning', 'unknown-white', str(e), 'set data.white, e.g. to 1, 255 or 65535'
     except FileNotFoundError:
         fault = 'error', 'missing-image', 'no such file', cure
     except Exception as e:

@@ -304,10 +304,7 @@ LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value
     'pseudo.cross_nms': lambda c: c.pseudo.cross_nms >= 1,
     'mining.rate_window': lambda c: 'class_rate' not in (c.mining.sup_filter, c.mining.con_filter),
     'ema.start': lambda c: c.ema.start == 0 or (c.ema.start < 0 and not c.run.init),
-    # records of `small` and `digits` have no image without a box; the published sampler leaves them out
-    'data.background': lambda c: (
-        c.data.background == ('left_out' if c.loader.ratio == 'binomial' else 'negatives')
-    ),
+    'data.background': lambda c: c.data.background == 'negatives',  # no record's data have background images
     'data.white': lambda c: c.data.white == 0,
     'data.skip_broken': lambda c: c.data.skip_broken == 0,
 }

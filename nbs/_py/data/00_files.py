@@ -100,7 +100,7 @@ def scale_pixels(
 ) -> np.ndarray:  # (...) uint8
     "Pixels in 8 bits, with one scale for all images of a kind; values outside 0..white are clipped"
     if not white and a.dtype not in (np.uint16, np.int16):
-        raise PixelRange(f'pixels of type {a.dtype} have no known white; set data.white=1, 255 or 65535')
+        raise PixelRange(f'{a.dtype} does not say which value is white')
     a = np.asarray(a, np.float32)
     scaled = a * np.float32(255 / white) + np.float32(0.5) if white else a / 256
     return np.nan_to_num(scaled).clip(0, 255).astype(np.uint8)

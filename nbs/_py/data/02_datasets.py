@@ -81,6 +81,7 @@ class DetectionDataset:
     classes: list[str] = []  # label -> name
     ids: list = []  # image ids, in order
     has_boxes: bool = True  # False: no image has annotations
+    white: float = 0  # value of a white pixel where the mode of a file cannot tell
 
     def __len__(self):
         return len(self.ids)
@@ -220,6 +221,12 @@ squares, squares.coco_dict()['annotations'][2]
 
 # %%
 #| export
+def _cure(e, where):  # of an image that cannot be read
+    if isinstance(e, PixelRange):
+        return 'set data.white: the value of a white pixel, e.g. 1, 255 or 65535'
+    return f'restore the file, or delete its entry from {where}'
+
+
 def _refuse(source):  # the first error, as one line
     for f in source.all_faults():
         if f.level == 'error':
@@ -253,8 +260,6 @@ def _pack(anns, sizes, index, label):
 class FileDataset(DetectionDataset):
     "Images in a folder, annotations in memory; images are decoded on access, no file stays open"
 
-    white: float = 0  # value of a white pixel where the mode of a file cannot tell
-
     def __init__(self, source: Source):
         _refuse(source)
         images, anns = source.data['images'], source.data.get('annotations') or []
@@ -276,12 +281,9 @@ class FileDataset(DetectionDataset):
         path = self.folder / self.files[n]
         try:
             return read(path, *args)
-        except PixelRange as e:
-            raise DataError(f'{path}: image {self.ids[n]!r}: {e}') from None
         except Exception as e:
             raise DataError(
-                f'{path}: image {self.ids[n]!r} cannot be read ({reason(e)}); '
-                f'restore the file, or delete its entry from {self.where}'
+                f'{path}: image {self.ids[n]!r} cannot be read ({reason(e)}); {_cure(e, self.where)}'
             ) from None
 
     def annotation(self, i: int) -> dict:  # boxes (N,4) xyxy; labels, ignore, area (N,); size (H,W)

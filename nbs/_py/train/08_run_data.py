@@ -309,6 +309,8 @@ def _pool(cfg, split, pick, roles):
     return (SkipBroken(pool, cfg.skip_broken) if pool is not None and cfg.skip_broken else pool), notes
 
 
+# %%
+#| export
 def build_data(
     cfg,  # DataConfig
 ) -> RunData:
@@ -385,14 +387,14 @@ def limits(
     if queries and top > queries:
         n = sum(c > queries for c in counts)
         out.append(
-            f'{ds.name}: {n} images have more than {queries} objects (up to {top}), but the detector predicts at '
-            f'most {queries} per image; set detector.transformer.num_queries={top} or more'
+            f'{ds.name}: {n} images have more than {queries} objects (up to {top}), but the detector '
+            f'predicts at most {queries} per image; set detector.transformer.num_queries={top} or more'
         )
     if top > most:
         n = sum(c > most for c in counts)
         out.append(
-            f'{ds.name}: {n} images have more than {most} objects (up to {top}), but AP counts the {most} best '
-            'detections per image; measure with `semidetr eval --max-dets`'
+            f'{ds.name}: {n} images have more than {most} objects (up to {top}), but AP counts the '
+            f'{most} best detections per image; measure with `semidetr eval --max-dets`'
         )
     return out
 

@@ -110,7 +110,6 @@ assert loaded_cfg == tiny
 assert all(torch.equal(a, b) for a, b in zip(weights.values(), loaded.state_dict().values()))
 loaded_classes
 
-
 # %% [markdown]
 # ## Any kind of image
 #
@@ -119,21 +118,26 @@ loaded_classes
 
 # %%
 #| export
+_WHITE = 'set `white` (in training data.white): the value of a white pixel, e.g. 1, 255 or 65535'
+
+
 def _from_array(a, white):
     "PIL image of an array; floats and 16 bits are scaled"
-    numbers = a.dtype == np.uint8 or a.dtype == np.uint16 or a.dtype.kind == 'f'
-    if not numbers or 0 in a.shape or (a.ndim != 2 and a.shape[2:] != (3,)):
+    deep = a.dtype == np.uint16 or a.dtype.kind == 'f'
+    colour = a.ndim == 3 and a.shape[2] == 3
+    if not (colour and (deep or a.dtype == np.uint8)) and not (deep and a.ndim == 2):
         raise DataError(
-            f'an array must be uint8, uint16 or float of shape (H, W) or (H, W, 3), not {a.dtype} {a.shape}'
+            'an array must be uint8 of shape (H, W, 3), or uint16 or float of that shape or (H, W), '
+            f'not {a.dtype} {a.shape}'
         )
     try:
         return Image.fromarray(a if a.dtype == np.uint8 else scale_pixels(a, white))
     except PixelRange as e:
-        raise DataError(f'image array: {e}') from None
+        raise DataError(f'array: {e}; give uint8, or {_WHITE}') from None
 
 
 def as_sample(
-    image,  # path, PIL image (not rotated), or (H,W) or (H,W,3) array
+    image,  # path, PIL image (not rotated), or array: (H,W,3) uint8, or uint16 or float, also (H,W)
     white: float = 0,  # value of a white pixel if the type cannot tell, as for `scale_pixels`
 ) -> Sample:  # without boxes
     "An image of any kind, ready for a view; `DataError` if it is not an image"
@@ -142,7 +146,7 @@ def as_sample(
         try:
             image = load_image(path, white=white)
         except PixelRange as e:
-            raise DataError(f'{path}: {e}') from None
+            raise DataError(f'{path}: {e}; {_WHITE}') from None
         except Exception as e:
             raise DataError(
                 f'{path}: cannot be read as an image ({reason(e)}); restore it or leave it out'
@@ -154,7 +158,7 @@ def as_sample(
     try:
         image = to_rgb(image, white)
     except PixelRange as e:
-        raise DataError(f'{path or "image"}: {e}') from None
+        raise DataError(f'{path or "image"}: {e}; {_WHITE}') from None
     return Sample(
         image,
         path or 'image',
