@@ -81,7 +81,6 @@ class DetectionDataset:
     classes: list[str] = []  # label -> name
     ids: list = []  # image ids, in order
     has_boxes: bool = True  # False: no image has annotations
-    white: float = 0  # value of a white pixel where the mode of a file cannot tell
 
     def __len__(self):
         return len(self.ids)
@@ -296,7 +295,7 @@ class FileDataset(DetectionDataset):
     def __getitem__(self, i: int) -> Sample:
         n = range(len(self))[i]
         path, image_id, size = self.folder / self.files[n], self.ids[n], self.sizes[n]
-        image = self._read(n, load_image, size, self.white)
+        image = self._read(n, load_image, size, getattr(self, 'white', 0))  # `data.white` of a run
         if size and (image.height, image.width) != size:
             raise DataError(
                 f'{path}: image {image_id!r} is {image.height}x{image.width}, but {self.where} says '
