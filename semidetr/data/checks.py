@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['lists_images', 'statistics', 'content_faults', 'image_key', 'check_images', 'copy_faults', 'faults_between',
-           'split_faults']
+           'image_files', 'same_files', 'split_faults']
 
 # %% ../../nbs/data/08_checks.ipynb #3a81c4f6
 import hashlib
 import json
 import math
+import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..core import DataError
 from .datasets import DetectionDataset
 from semidetr.data.files import (
     Fault,
+    PixelRange,
     Source,
     coco_entries,
     declared_size,
@@ -146,6 +148,8 @@ def _check_file(path, image_id, declared, where, quick):  # -> (content key or N
             img = load_image(path, declared)
             size, key = (img.height, img.width), image_key(img)
         fault = _size_fault(size, declared, path, where)
+    except PixelRange as e:
+        fault = 'warning', 'unknown-white', str(e), 'set data.white, e.g. to 1, 255 or 65535'
     except FileNotFoundError:
         fault = 'error', 'missing-image', 'no such file', cure
     except Exception as e:
@@ -249,6 +253,64 @@ def faults_between(
     if not b.data.get('annotations'):
         cures = _CURES | {'shared-image': ('warning', _CURES['shared-image'][1])}
     return faults_at(b.where, _shared(a, b, keys_a, keys_b), cures)
+
+# %% ../../nbs/data/08_checks.ipynb #aa0fcf14
+def image_files(
+    ds,  # data set
+) -> list:  # path of each image; None for one that is not a file
+    "Where the images of a data set are, without opening them"
+    if hasattr(ds, 'folder') and hasattr(ds, 'files'):
+        return [os.path.join(ds.folder, f) for f in ds.files]
+    if hasattr(ds, 'parts'):
+        return [f for part in ds.parts for f in image_files(part)]
+    if not hasattr(ds, '_ds'):
+        return [None] * len(ds)
+    files = image_files(ds._ds)
+    return [files[i] for i in ds.indices] if hasattr(ds, 'indices') else files
+
+
+def _digest(path, size=-1):
+    "Hash of the first `size` bytes of a file, or of all; None if it cannot be read"
+    try:
+        with open(path, 'rb') as f:
+            return hashlib.blake2b(f.read(size), digest_size=16).digest()
+    except OSError:
+        return None
+
+
+def _narrow(pairs, key):
+    "Of two lists of (position, path, key): the entries with a further key that is in both lists"
+    a, b = ([(i, p, (k, key(p))) for i, p, k in entries] for entries in pairs)
+    both = {k for _, _, k in a} & {k for _, _, k in b}
+    return [[e for e in entries if e[2] in both and e[2][1] is not None] for entries in (a, b)]
+
+
+def _stat(files):
+    "[(position, path, place on the disk, size)] of the files that exist"
+    out = []
+    for i, path in enumerate(files):
+        try:
+            s = os.stat(path)
+        except (OSError, TypeError):
+            continue
+        out.append((i, path, (s.st_dev, s.st_ino), s.st_size))
+    return out
+
+# %% ../../nbs/data/08_checks.ipynb #d0c78ffc
+def same_files(
+    first,  # paths; None for an image that is not a file
+    second,  # likewise
+) -> dict:  # position in `second` -> position in `first`
+    "Files of `second` that are also in `first`: one place on the disk, or equal bytes"
+    a, b = _stat(first), _stat(second)
+    at = {place: i for i, _, place, _ in reversed(a)}
+    found = {j: at[place] for j, _, place, _ in b if place in at}
+    sizes = {e[3] for e in a} & {e[3] for e in b if e[0] not in found and e[3]}
+    pairs = [[(i, p, size) for i, p, _, size in entries if size in sizes] for entries in (a, b)]
+    pairs[1] = [e for e in pairs[1] if e[0] not in found]
+    pairs = _narrow(_narrow(pairs, lambda p: _digest(p, 16384)), _digest)
+    content = {k: i for i, _, k in reversed(pairs[0])}
+    return found | {j: content[k] for j, _, k in pairs[1]}
 
 # %% ../../nbs/data/08_checks.ipynb #7580fc15
 def _overlaps(path, known, keys, fingerprint):

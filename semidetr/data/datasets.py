@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from ..core import DataError
 from semidetr.data.files import (
+    PixelRange,
     Source,
     declared_size,
     is_ignored,
@@ -142,6 +143,12 @@ DetectionDataset.fingerprint = fingerprint
 DetectionDataset.coco_dict = coco_dict
 
 # %% ../../nbs/data/02_datasets.ipynb #68d90345
+def _cure(e, where):  # of an image that cannot be read
+    if isinstance(e, PixelRange):
+        return 'set data.white: the value of a white pixel, e.g. 1, 255 or 65535'
+    return f'restore the file, or delete its entry from {where}'
+
+
 def _refuse(source):  # the first error, as one line
     for f in source.all_faults():
         if f.level == 'error':
@@ -196,8 +203,7 @@ class FileDataset(DetectionDataset):
             return read(path, *args)
         except Exception as e:
             raise DataError(
-                f'{path}: image {self.ids[n]!r} cannot be read ({reason(e)}); '
-                f'restore the file, or delete its entry from {self.where}'
+                f'{path}: image {self.ids[n]!r} cannot be read ({reason(e)}); {_cure(e, self.where)}'
             ) from None
 
     def annotation(self, i: int) -> dict:  # boxes (N,4) xyxy; labels, ignore, area (N,); size (H,W)
@@ -210,7 +216,7 @@ class FileDataset(DetectionDataset):
     def __getitem__(self, i: int) -> Sample:
         n = range(len(self))[i]
         path, image_id, size = self.folder / self.files[n], self.ids[n], self.sizes[n]
-        image = self._read(n, load_image, size)
+        image = self._read(n, load_image, size, getattr(self, 'white', 0))  # `data.white` of a run
         if size and (image.height, image.width) != size:
             raise DataError(
                 f'{path}: image {image_id!r} is {image.height}x{image.width}, but {self.where} says '

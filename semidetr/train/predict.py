@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from ..core import ConfigError, DataError, pick_device, suggest
 from ..draw import draw_on_image
-from ..data.files import load_image, read_folder, reason
+from ..data.files import PixelRange, load_image, read_folder, reason, scale_pixels, to_rgb
 from ..data.datasets import Sample
 from ..data.augment import eval_view
 from ..data.loader import collate
@@ -48,16 +48,23 @@ def load_model(
     return model.to(device).eval().requires_grad_(False), cfg, list(state['classes'])
 
 # %% ../../nbs/train/10_predict.ipynb #1cd96c9f
-def _array_pixels(a):
-    "uint8 pixels (H,W,3) or (H,W) of an array"
+_WHITE = 'set `white` (in training data.white): the value of a white pixel, e.g. 1, 255 or 65535'
+
+
+def _array_pixels(a, white=0):
+    "uint8 pixels (H,W,3) or (H,W) of an array; floats and 16 bits are scaled"
     if a.ndim == 3 and a.shape[2] == 1:
         a = a[..., 0]
-    if a.dtype != np.uint8 or not (a.ndim == 2 or (a.ndim == 3 and a.shape[2] == 3)):
+    deep = a.dtype == np.uint16 or a.dtype.kind == 'f'
+    if not (deep or a.dtype == np.uint8) or not (a.ndim == 2 or (a.ndim == 3 and a.shape[2] == 3)):
         raise DataError(
-            f'an array must be uint8 of shape (H, W, 3), or (H, W) for grey, not {a.dtype} {a.shape}; '
-            'convert it first'
+            'an array must be uint8, uint16 or float of shape (H, W, 3), or (H, W) for grey, '
+            f'not {a.dtype} {a.shape}; convert it first'
         )
-    return a
+    try:
+        return scale_pixels(a, white) if deep and a.size else a
+    except PixelRange as e:
+        raise DataError(f'array: {e}; give uint8, or {_WHITE}') from None
 
 
 def _tensor_pixels(t):
@@ -79,13 +86,16 @@ def _tensor_pixels(t):
 
 # %% ../../nbs/train/10_predict.ipynb #6153faae
 def as_sample(
-    image,  # path, PIL image, (H,W,3) or (H,W) uint8 array, (3,H,W) or (1,H,W) tensor: uint8 or in [0,1]
+    image,  # path, PIL image, (H,W,3) or (H,W) array, (3,H,W) or (1,H,W) tensor: uint8 or in [0,1]
+    white: float = 0,  # value of a white pixel if the type cannot tell, as for `scale_pixels`
 ) -> Sample:  # without boxes
     "An image of any kind, ready for a view; `DataError` if it is not an image"
     path = str(image) if isinstance(image, (str, Path)) else None
     if path:
         try:
-            image = load_image(path)
+            image = load_image(path, white=white)
+        except PixelRange as e:
+            raise DataError(f'{path}: {e}; {_WHITE}') from None
         except Exception as e:
             raise DataError(
                 f'{path}: cannot be read as an image ({reason(e)}); restore it or leave it out'
@@ -93,15 +103,19 @@ def as_sample(
     if isinstance(image, torch.Tensor):
         image = _tensor_pixels(image)
     if isinstance(image, np.ndarray):
-        image = _array_pixels(image)
+        image = _array_pixels(image, white)
         if not image.size:
             raise DataError(f'an image needs at least one pixel, not the shape {image.shape}')
         image = Image.fromarray(np.ascontiguousarray(image))
     if not isinstance(image, Image.Image):
         kind = type(image).__name__
-        raise DataError(f'{kind} is not an image; give a path, a PIL image, a uint8 array or a tensor')
+        raise DataError(f'{kind} is not an image; give a path, a PIL image, an array or a tensor')
+    try:
+        image = to_rgb(image, white)
+    except PixelRange as e:
+        raise DataError(f'{path or "image"}: {e}; {_WHITE}') from None
     return Sample(
-        image.convert('RGB'),
+        image,
         path or 'image',
         torch.zeros(0, 4),
         torch.zeros(0, dtype=torch.long),
@@ -115,12 +129,12 @@ def _batches(items, size):
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def _readable(files, folder, broken):
+def _readable(files, folder, broken, white=0):
     "[(file, image)] of the files that can be decoded; errors of the others are appended to `broken`"
     out = []
     for f in files:
         try:
-            out.append((f, as_sample(folder / f).image))
+            out.append((f, as_sample(folder / f, white).image))
         except DataError as e:
             broken.append(str(e))
     return out
@@ -192,7 +206,7 @@ class Predictor(BatchPredictor):
             return self([image])[0]
         if isinstance(image, (str, Path)):
             return self.folder(image, batch)
-        views = [eval_view(as_sample(i), self.cfg.view) for i in image]
+        views = [eval_view(as_sample(i, self.cfg.data.white), self.cfg.view) for i in image]
         by_size, out = {}, [None] * len(views)
         for n, v in enumerate(views):
             by_size.setdefault(v.size, []).append(n)
@@ -213,7 +227,7 @@ class Predictor(BatchPredictor):
         "Detections file by file, whatever their number; files that cannot be read are left out"
         broken = [] if broken is None else broken
         for group in progress(_batches(files, batch)):
-            images = _readable(group, Path(folder), broken)
+            images = _readable(group, Path(folder), broken, self.cfg.data.white)
             detections = self([image for _, image in images], batch)
             for (f, image), found in zip(images, detections):
                 yield f, image, found
@@ -238,6 +252,6 @@ class Predictor(BatchPredictor):
         found: dict = None,  # its detections; None: detect them
     ) -> Image.Image:  # of the same size
         "The image with its detections"
-        image = as_sample(image).image
+        image = as_sample(image, self.cfg.data.white).image
         d = self(image) if found is None else found
         return draw_on_image(image, d['boxes'], d['labels'], d['scores'], self.classes, kind='teacher')

@@ -84,26 +84,50 @@ def read_size(
 
 # %% [markdown]
 # All other modes become RGB: grey, palette, CMYK, transparency. Images of 16 bits are scaled. Pillow's own
-# conversion would clip them at 255, and a microscope picture would come out white.
+# conversion would clip them at 255, and a microscope picture would come out white. The mode decides, never
+# the brightest pixel of one image, or two images of one camera would get two scales. Where the mode cannot
+# tell, as with floats, or with 12 bits in files of 16, `white` does.
 
 # %%
 #| export
-def _rgb(img):  # any PIL mode -> RGB; 16 bits are scaled, not clipped
-    if img.mode[:1] in 'IF':
-        a = np.asarray(img, dtype=np.float32)
-        img = Image.fromarray((a / 256 if a.max(initial=0) > 255 else a).clip(0, 255).astype(np.uint8))
+class PixelRange(ValueError):
+    "The mode of an image does not say which value is white"
+
+
+def scale_pixels(
+    a,  # (...) numbers of more than 8 bits
+    white: float = 0,  # value that becomes 255; 0: 65535 for 16 bits, `PixelRange` for floats and 32 bits
+) -> np.ndarray:  # (...) uint8
+    "Pixels in 8 bits, with one scale for all images of a kind; values outside 0..white are clipped"
+    if not white and a.dtype not in (np.uint16, np.int16):
+        raise PixelRange(f'{a.dtype} does not say which value is white')
+    a = np.asarray(a, np.float32)
+    scaled = a * np.float32(255 / white) + np.float32(0.5) if white else a / 256
+    return np.nan_to_num(scaled).clip(0, 255).astype(np.uint8)
+
+
+def to_rgb(
+    img,  # PIL image of any mode
+    white: float = 0,  # as for `scale_pixels`
+) -> Image.Image:  # RGB
+    "Any image in 8-bit colours"
+    if img.mode.startswith('I;16'):
+        img = Image.fromarray(scale_pixels(np.asarray(img).astype(np.uint16), white))
+    elif img.mode in ('I', 'F'):
+        img = Image.fromarray(scale_pixels(np.asarray(img), white))
     return img.convert('RGB')
 
 
 def load_image(
     path,  # image file of any mode
     size=None,  # (H, W) that the annotations were made for, if known
+    white: float = 0,  # as for `scale_pixels`
 ) -> Image.Image:  # RGB
     "Decode one image; it is turned by its EXIF tag unless only the raw size agrees with the annotations"
     with Image.open(path) as img:
         img.load()
         o = _turn(img, size)
-        return _rgb(img.transpose(_UPRIGHT[o]) if o else img)
+        return to_rgb(img.transpose(_UPRIGHT[o]) if o else img, white)
 
 
 # %%
@@ -145,6 +169,7 @@ deep = Image.fromarray(np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8))
 deep.save(root / 'deep.png')
 gray = np.asarray(load_image(root / 'deep.png'))
 assert gray.shape == (8, 8, 3) and 120 < gray.mean() < 135
+assert scale_pixels(np.float32([0, 0.5, 1, 2]), white=1).tolist() == [0, 128, 255, 255]
 gray[0, :, 0], gray[-1, :, 0]
 
 

@@ -297,7 +297,8 @@ def _next(it):
 #
 # **Paper vs. code.** The published sampler keeps wide and tall images in separate batches to save padding,
 # and drops images below 32 pixels. Here batches mix orientations, and small images are enlarged by the resize
-# rule (@sec-augment). Labelled images without any box are left out in both.
+# rule (@sec-augment). Labelled images without any box are left out in both, unless the data set says that all
+# of its images are to be drawn (`draw_all`), as that of a run does (@sec-run-data).
 
 # %%
 #| export
@@ -445,7 +446,8 @@ class SemiLoader(_Stream):
         keep_empty: bool = False,  # also draw labelled images without a box
     ):
         _check(labelled, unlabelled, n_labelled, n_unlabelled, ratio, num_workers)
-        kept = list(range(len(labelled))) if keep_empty else _with_boxes(labelled)
+        every = keep_empty or getattr(labelled, 'draw_all', False)
+        kept = list(range(len(labelled))) if every else _with_boxes(labelled)
         if not kept:
             raise DataError(
                 f'{labelled.name}: no labelled image has a box; check the annotations with `semidetr doctor`'

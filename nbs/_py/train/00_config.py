@@ -51,9 +51,13 @@ class DataConfig:
     split_file: str = ''  # a split written by `semidetr split`, instead of percent, count and fold
     dev: int = 100  # images held out of training to choose settings on
     cover_classes: bool = False  # make sure that each class has a labelled image
+    background: str = 'negatives'  # labelled images without a box: 'negatives', or 'left_out' as published
+    white: float = 0.0  # value of a white pixel in images of more than 8 bits; 0: by the mode (@sec-records)
+    skip_broken: int = 0  # unlabelled images that may be unreadable or vanish during training, per process
 
     def __post_init__(self):
-        in_range('data', self, percent=(0, 100), count=0, fold=0, dev=0)
+        one_of('data', self, background=('negatives', 'left_out'))
+        in_range('data', self, percent=(0, 100), count=0, fold=0, dev=0, white=0, skip_broken=0)
 
 
 @dataclass(frozen=True)
@@ -342,6 +346,9 @@ LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value
     'pseudo.cross_nms': lambda c: c.pseudo.cross_nms >= 1,
     'mining.rate_window': lambda c: 'class_rate' not in (c.mining.sup_filter, c.mining.con_filter),
     'ema.start': lambda c: c.ema.start == 0 or (c.ema.start < 0 and not c.run.init),
+    'data.background': lambda c: c.data.background == 'negatives',  # no record's data have background images
+    'data.white': lambda c: c.data.white == 0,
+    'data.skip_broken': lambda c: c.data.skip_broken == 0,
 }
 UNHASHED = (  # settings that cannot change a number
     'run.device',
@@ -433,7 +440,7 @@ def _small() -> Config:
 def _coco(percent, unsup_weight=4.0, iters=120_000, T1=60_000, **data) -> Config:
     "The paper's settings: DINO, ResNet-50, 8 processes of 5 images"
     return Config(
-        data=DataConfig(data='', percent=percent, dev=0, **data),
+        data=DataConfig(data='', percent=percent, dev=0, background='left_out', **data),
         detector=dino_r50(0),
         loader=LoaderConfig(1, 4, 'binomial', 4),
         method=MethodConfig('semi_detr', unsup_weight=unsup_weight, T1=T1),

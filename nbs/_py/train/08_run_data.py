@@ -22,9 +22,12 @@
 # %%
 #| export
 import dataclasses
+import warnings
+import torch
 from semidetr.core import ConfigError, DataError
 from semidetr.data.catalog import open_dataset
-from semidetr.data.datasets import Joined, Subset, Unlabelled
+from semidetr.data.checks import image_files, same_files
+from semidetr.data.datasets import DetectionDataset, Joined, Subset, Unlabelled
 from semidetr.data.splits import load_split, make_split
 from semidetr.train.config import DataConfig
 
@@ -46,6 +49,7 @@ class RunData:
     truth: object  # data set that knows the boxes of the unlabelled images, for the health monitor alone
     split: object  # `Split` that divided the training images
     classes: list  # names, in the order of the labels
+    notes: list = dataclasses.field(default_factory=list)  # what was left out or mapped, a line each
 
 
 def test_split(
@@ -67,11 +71,251 @@ def test_split(
     return val, ''
 
 
+# %% [markdown]
+# ## Images without a box
+#
+# An image that is listed without any box shows what is *no* object. `data.background=negatives` draws it like
+# the other labelled images; `left_out` is the published behaviour. An image all of whose boxes are to be
+# ignored is never drawn: its objects would count as background. What is left out is in no count.
+
+# %%
+#| export
+class Drawn(Subset):
+    "Labelled images that are all drawn, also those without a box"
+
+    draw_all = True
+
+
+def drawn_positions(
+    ds,  # data set with boxes
+    positions,  # of the images that are labelled
+    background: str = 'negatives',  # as `data.background`
+) -> tuple:  # (positions that are drawn, number of images without a box among all)
+    "Labelled images that a run learns from"
+    kept, empty, boxes = [], 0, 0
+    for i in positions:
+        ignore = ds.annotation(i)['ignore']
+        is_empty = len(ignore) == 0
+        empty += is_empty
+        boxes += not all(ignore)
+        if (is_empty and background == 'negatives') or not all(ignore):
+            kept.append(i)
+    if len(positions) and not boxes:
+        raise DataError(
+            f'{ds.name}: no labelled image has a box; check the annotations with `semidetr doctor`'
+        )
+    return kept, empty
+
+
+# %%
+digit_scenes = open_dataset('digits:n=40')
+assert drawn_positions(digit_scenes, [3, 1]) == ([3, 1], 0)
+drawn_positions(digit_scenes, [3, 1])
+
+
+# %% [markdown]
+# ## Classes by name
+#
+# Labels are positions in a list of names. Two files may list the same names in another order, and then equal
+# labels mean different classes. So the classes of a test set are mapped to those of the run by name. A class
+# that the run does not know cannot be predicted; its boxes are left out of the numbers, and a note says so.
+
+# %%
+#| export
+class ByName(DetectionDataset):
+    "A data set whose labels follow another list of the same class names"
+
+    def __init__(
+        self,
+        ds,  # data set; boxes of a class that is not in `classes` are left out
+        classes: list,  # names in the wanted order
+    ):
+        self._ds, self.name, self.classes, self.ids = ds, ds.name, list(classes), ds.ids
+        self.has_boxes = ds.has_boxes
+        label = {c: n for n, c in enumerate(classes)}
+        self._label = torch.tensor([label.get(c, -1) for c in ds.classes], dtype=torch.int64)
+
+    def __getitem__(self, i):
+        s = self._ds[i]
+        labels = self._label[s.labels]
+        known = labels >= 0
+        kept = dict(boxes=s.boxes[known], labels=labels[known], ignore=s.ignore[known])
+        return dataclasses.replace(s, **kept)
+
+    def annotation(self, i):
+        a = self._ds.annotation(i)
+        labels = self._label[a['labels']]
+        known = labels >= 0
+        rows = {k: v[known] for k, v in a.items() if isinstance(v, torch.Tensor)}
+        return a | rows | dict(labels=labels[known])
+
+
+def by_name(
+    ds,  # data set
+    classes: list,  # names in the wanted order
+) -> tuple:  # (the same images with labels in that order, line about it or '')
+    "Map the classes of a data set by name"
+    if list(ds.classes) == list(classes) or not ds.classes:
+        return ds, ''
+    fewer, more = ([c for c in a if c not in b] for a, b in ((classes, ds.classes), (ds.classes, classes)))
+    if not set(classes) & set(ds.classes):
+        raise DataError(
+            f'{ds.name}: none of its classes ({", ".join(ds.classes[:5])}) is one of the run '
+            f'({", ".join(classes[:5])}); give both the same names'
+        )
+    text = f'{ds.name}: its classes are mapped to those of the run by name'
+    if fewer:
+        text += f'; it has no class {", ".join(map(repr, fewer[:5]))}'
+    if more:
+        text += f'; the run has no class {", ".join(map(repr, more[:5]))}, whose boxes are left out'
+    return ByName(ds, classes), text
+
+
+# %%
+turned, turned_note = by_name(digit_scenes, digit_scenes.classes[::-1])
+assert turned[0].labels.tolist() == [9 - c for c in digit_scenes[0].labels.tolist()]
+turned_note
+
+
+# %% [markdown]
+# ## Unlabelled images that cannot be read
+#
+# A labelled image that cannot be read stops a run. Among many thousand unlabelled ones a broken file matters
+# little: with `data.skip_broken` above 0 the next readable image takes its place, up to that number of broken
+# files in each process.
+
+# %%
+#| export
+class SkipBroken(DetectionDataset):
+    "Images; in the place of one that cannot be read stands the next one that can"
+
+    has_boxes = False
+
+    def __init__(
+        self,
+        ds,  # data set without boxes
+        most: int,  # broken images that are skipped, in each process
+    ):
+        self._ds, self.most, self.broken = ds, most, set()
+        self.name, self.classes, self.ids = ds.name, ds.classes, ds.ids
+
+    def __getitem__(self, i):
+        for n in range(len(self)):
+            at = (i + n) % len(self)
+            try:
+                return self._ds[at]
+            except DataError as e:
+                if at not in self.broken and len(self.broken) >= self.most:
+                    bound = f'more than data.skip_broken={self.most} unlabelled images cannot be read'
+                    raise DataError(f'{e}; {bound}') from None
+                if at not in self.broken:
+                    self.broken.add(at)
+                    warnings.warn(f'{e}; skipped ({len(self.broken)} of at most {self.most})')
+        raise DataError(f'{self.name}: no unlabelled image can be read; check the folder')
+
+    def annotation(self, i):
+        return self._ds.annotation(i)
+
+
+# %%
+skipping = SkipBroken(Unlabelled(digit_scenes), 1)
+assert skipping[2].image_id == digit_scenes.ids[2] and not skipping.broken
+skipping
+
+
+# %% [markdown]
+# ## One role for every file
+#
+# A folder of all photographs as unlabelled images is convenient, and holds the development and test images
+# too. Files that have another role leave the unlabelled pool. A labelled or development image in the test
+# split cannot be repaired here; it is said.
+
+# %%
+#| export
+def outside(
+    pool,  # data set of unlabelled images
+    roles: dict,  # name of a role -> data set or None
+    name: str,  # of the pool, for the note
+) -> tuple:  # (pool without the files that have another role, or None if none is left; line or '')
+    "Take files that have another role out of the unlabelled pool"
+    files, counts, taken, example = image_files(pool), {}, set(), ''
+    for role, ds in roles.items():
+        if ds is None:
+            continue
+        others = image_files(ds)
+        found = {j: i for j, i in same_files(others, files).items() if j not in taken}
+        if found:
+            counts[role] = len(found)
+            first = min(found)
+            example = example or f'{files[first]} is {others[found[first]]}'
+            taken |= set(found)
+    if not taken:
+        return pool, ''
+    parts = ', '.join(f'{n} {role}' for role, n in counts.items())
+    text = (
+        f'{name}: {len(taken)} of {len(pool)} images leave the unlabelled pool, since they are also {parts}'
+    )
+    left = [i for i in range(len(pool)) if i not in taken]
+    return Subset(pool, left) if left else None, f'{text} (e.g. {example})'
+
+
+def shared_with_test(
+    val,  # test split, or None
+    roles: dict,  # name of a role -> data set or None
+):  # iterator of lines
+    "Training and development images that are also in the test split"
+    for role, ds in roles.items():
+        if val is not None and ds is not None and (found := same_files(image_files(ds), image_files(val))):
+            first = min(found)
+            yield (
+                f'{val.name}: {len(found)} test images are also {role} images, e.g. '
+                f'{image_files(val)[first]}; their numbers are too good: take them out of one of the two'
+            )
+
+
+# %%
+assert outside(Unlabelled(digit_scenes), dict(labelled=digit_scenes), 'digits')[1] == ''  # no files
+
+
+# %% [markdown]
+# ## The parts of a run
+
+# %%
+#| export
+def _with_white(ds, white):
+    "The data set that reads its files with this value of white"
+    if ds is not None and white and hasattr(ds, 'files'):
+        ds.white = white
+    return ds
+
+
+def _pool(cfg, split, pick, roles):
+    "(Unlabelled images or None, lines about it)"
+    own = Unlabelled(pick(split.unlabelled)) if split.unlabelled else None
+    more = (
+        Unlabelled(_with_white(open_dataset(cfg.unlabelled, 'train'), cfg.white)) if cfg.unlabelled else None
+    )
+    pools, notes = [], []
+    for pool, name in ((own, cfg.data), (more, cfg.unlabelled)):
+        if pool is None or not len(pool):
+            continue
+        others = roles | {'unlabelled images of ' + cfg.data: own} if pool is more else roles
+        pool, text = outside(pool, others, name)
+        pools += [pool] if pool is not None else []
+        notes += [text] if text else []
+    if notes and not pools:
+        raise DataError(f'{notes[-1]}; no unlabelled image is left: give other images')
+    pool = None if not pools else pools[0] if len(pools) == 1 else Joined(pools)
+    return (SkipBroken(pool, cfg.skip_broken) if pool is not None and cfg.skip_broken else pool), notes
+
+
+# %%
+#| export
 def build_data(
     cfg,  # DataConfig
 ) -> RunData:
-    "Open the data sets and divide the training images"
-    train = open_dataset(cfg.data, 'train')
+    "Open the data sets, divide the training images, and give each file one role; notes are also warnings"
+    train = _with_white(open_dataset(cfg.data, 'train'), cfg.white)
     if cfg.split_file:
         split = load_split(cfg.split_file, train)
     else:
@@ -83,20 +327,30 @@ def build_data(
     def pick(ids):
         return Subset(train, [train.index_of(i) for i in ids])
 
-    pools = [Unlabelled(pick(split.unlabelled))] if split.unlabelled else []
-    if cfg.unlabelled:
-        pools.append(Unlabelled(open_dataset(cfg.unlabelled, 'train')))
-    unlabelled = pools[0] if pools else None
-    if len(pools) > 1:
-        unlabelled = Joined(pools)
+    kept, empty = drawn_positions(train, [train.index_of(i) for i in split.labelled], cfg.background)
+    dev, val = pick(split.dev) if split.dev else None, _with_white(test_split(cfg, train)[0], cfg.white)
+    roles = dict(labelled=pick(split.labelled), development=dev)
+    unlabelled, notes = _pool(cfg, split, pick, roles | dict(test=val))
+    notes += shared_with_test(val, roles)
+    if val is not None:
+        val, text = by_name(val, train.classes)
+        notes += [text] if text else []
+    if empty:
+        how = 'are used as negatives' if cfg.background == 'negatives' else 'are left out'
+        notes.append(f'{cfg.data}: {empty} labelled images without a box {how} (data.background)')
+    if (ignored := len(split.labelled) - len(kept) - (empty if cfg.background == 'left_out' else 0)) > 0:
+        notes.append(f'{cfg.data}: {ignored} labelled images have only boxes to be ignored and are left out')
+    for text in notes:
+        warnings.warn(text)
     return RunData(
-        labelled=pick(split.labelled),
+        labelled=Drawn(train, kept),
         unlabelled=unlabelled,
-        dev=pick(split.dev) if split.dev else None,
-        val=test_split(cfg, train)[0],
+        dev=dev,
+        val=val,
         truth=None if cfg.unlabelled else train,
         split=split,
         classes=list(train.classes),
+        notes=notes,
     )
 
 
@@ -122,6 +376,29 @@ def resolve(
     return dataclasses.replace(cfg, detector=dataclasses.replace(cfg.detector, num_classes=len(classes)))
 
 
+def limits(
+    ds,  # data set with boxes
+    queries: int = 0,  # of the detector; 0: not known
+    most: int = 100,  # detections per image that COCO's AP counts
+) -> list:  # lines
+    "Limits that the data exceed: objects per image against queries and against the detections that AP counts"
+    counts = [int((~ds.annotation(i)['ignore']).sum()) for i in range(len(ds))]
+    top, out = max(counts, default=0), []
+    if queries and top > queries:
+        n = sum(c > queries for c in counts)
+        out.append(
+            f'{ds.name}: {n} images have more than {queries} objects (up to {top}), but the detector '
+            f'predicts at most {queries} per image; set detector.transformer.num_queries={top} or more'
+        )
+    if top > most:
+        n = sum(c > most for c in counts)
+        out.append(
+            f'{ds.name}: {n} images have more than {most} objects (up to {top}), but AP counts the '
+            f'{most} best detections per image; measure with `semidetr eval --max-dets`'
+        )
+    return out
+
+
 # %%
 #| label: fig-run-data-parts
 #| fig-cap: "One scene of each part as training gets it: the unlabelled one has no boxes, though its file has."
@@ -140,6 +417,9 @@ resolved.detector.num_classes
 # ## Summary
 #
 # - `build_data` opens everything that `DataConfig` names and gives each image one role.
+# - Files that have another role leave the unlabelled pool; labelled images without a box are negatives, or
+#   left out; classes of a test set are mapped by name. Each of these is a note.
+# - `limits` compares the number of objects per image with what can be predicted and counted.
 # - Unlabelled images have no boxes; only the health monitor gets the data set that knows them.
 # - A `val` split that is the training set again does not count as a test split.
 # - `resolve` takes the number of classes from the data.

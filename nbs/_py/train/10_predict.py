@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 from semidetr.core import ConfigError, DataError, pick_device, suggest
 from semidetr.draw import draw_on_image
-from semidetr.data.files import load_image, read_folder, reason
+from semidetr.data.files import PixelRange, load_image, read_folder, reason, scale_pixels, to_rgb
 from semidetr.data.datasets import Sample
 from semidetr.data.augment import eval_view
 from semidetr.data.loader import collate
@@ -110,7 +110,6 @@ assert loaded_cfg == tiny
 assert all(torch.equal(a, b) for a, b in zip(weights.values(), loaded.state_dict().values()))
 loaded_classes
 
-
 # %% [markdown]
 # ## Any kind of image
 #
@@ -118,26 +117,34 @@ loaded_classes
 #
 # | kind | shape | values |
 # | :--- | :--- | :--- |
-# | path | | decoded like the training images (@sec-records): turned by its EXIF tag, 16 bits scaled to 8 |
-# | PIL image | | used as it is |
-# | numpy array | $(H,W,3)$ RGB, $(H,W)$ grey | 8 bits |
+# | path | | decoded like the training images (@sec-records): turned by its EXIF tag |
+# | PIL image | | all modes; not turned |
+# | numpy array | $(H,W,3)$ RGB, $(H,W)$ grey | 8 or 16 bits, or floats |
 # | tensor, on any device | $(3,H,W)$ RGB, $(1,H,W)$ grey | 8 bits, or floats in $[0,1]$ |
 #
-# Nothing is guessed from the values. Floats outside of $[0,1]$ are an error: they have another scale, or they
-# were normalised already, and the detector would normalise them again.
+# All are scaled like the training images: 16 bits by the type, floats in files, PIL images and arrays by the
+# run's `data.white`. Nothing is guessed from the values. A tensor of floats outside of $[0,1]$ is an error: it
+# has another scale, or it was normalised already, and the detector would normalise it again.
 
 # %%
 #| export
-def _array_pixels(a):
-    "uint8 pixels (H,W,3) or (H,W) of an array"
+_WHITE = 'set `white` (in training data.white): the value of a white pixel, e.g. 1, 255 or 65535'
+
+
+def _array_pixels(a, white=0):
+    "uint8 pixels (H,W,3) or (H,W) of an array; floats and 16 bits are scaled"
     if a.ndim == 3 and a.shape[2] == 1:
         a = a[..., 0]
-    if a.dtype != np.uint8 or not (a.ndim == 2 or (a.ndim == 3 and a.shape[2] == 3)):
+    deep = a.dtype == np.uint16 or a.dtype.kind == 'f'
+    if not (deep or a.dtype == np.uint8) or not (a.ndim == 2 or (a.ndim == 3 and a.shape[2] == 3)):
         raise DataError(
-            f'an array must be uint8 of shape (H, W, 3), or (H, W) for grey, not {a.dtype} {a.shape}; '
-            'convert it first'
+            'an array must be uint8, uint16 or float of shape (H, W, 3), or (H, W) for grey, '
+            f'not {a.dtype} {a.shape}; convert it first'
         )
-    return a
+    try:
+        return scale_pixels(a, white) if deep and a.size else a
+    except PixelRange as e:
+        raise DataError(f'array: {e}; give uint8, or {_WHITE}') from None
 
 
 def _tensor_pixels(t):
@@ -161,13 +168,16 @@ def _tensor_pixels(t):
 # %%
 #| export
 def as_sample(
-    image,  # path, PIL image, (H,W,3) or (H,W) uint8 array, (3,H,W) or (1,H,W) tensor: uint8 or in [0,1]
+    image,  # path, PIL image, (H,W,3) or (H,W) array, (3,H,W) or (1,H,W) tensor: uint8 or in [0,1]
+    white: float = 0,  # value of a white pixel if the type cannot tell, as for `scale_pixels`
 ) -> Sample:  # without boxes
     "An image of any kind, ready for a view; `DataError` if it is not an image"
     path = str(image) if isinstance(image, (str, Path)) else None
     if path:
         try:
-            image = load_image(path)
+            image = load_image(path, white=white)
+        except PixelRange as e:
+            raise DataError(f'{path}: {e}; {_WHITE}') from None
         except Exception as e:
             raise DataError(
                 f'{path}: cannot be read as an image ({reason(e)}); restore it or leave it out'
@@ -175,15 +185,19 @@ def as_sample(
     if isinstance(image, torch.Tensor):
         image = _tensor_pixels(image)
     if isinstance(image, np.ndarray):
-        image = _array_pixels(image)
+        image = _array_pixels(image, white)
         if not image.size:
             raise DataError(f'an image needs at least one pixel, not the shape {image.shape}')
         image = Image.fromarray(np.ascontiguousarray(image))
     if not isinstance(image, Image.Image):
         kind = type(image).__name__
-        raise DataError(f'{kind} is not an image; give a path, a PIL image, a uint8 array or a tensor')
+        raise DataError(f'{kind} is not an image; give a path, a PIL image, an array or a tensor')
+    try:
+        image = to_rgb(image, white)
+    except PixelRange as e:
+        raise DataError(f'{path or "image"}: {e}; {_WHITE}') from None
     return Sample(
-        image.convert('RGB'),
+        image,
         path or 'image',
         torch.zeros(0, 4),
         torch.zeros(0, dtype=torch.long),
@@ -229,12 +243,12 @@ def _batches(items, size):
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def _readable(files, folder, broken):
+def _readable(files, folder, broken, white=0):
     "[(file, image)] of the files that can be decoded; errors of the others are appended to `broken`"
     out = []
     for f in files:
         try:
-            out.append((f, as_sample(folder / f).image))
+            out.append((f, as_sample(folder / f, white).image))
         except DataError as e:
             broken.append(str(e))
     return out
@@ -320,7 +334,7 @@ class Predictor(BatchPredictor):
             return self([image])[0]
         if isinstance(image, (str, Path)):
             return self.folder(image, batch)
-        views = [eval_view(as_sample(i), self.cfg.view) for i in image]
+        views = [eval_view(as_sample(i, self.cfg.data.white), self.cfg.view) for i in image]
         by_size, out = {}, [None] * len(views)
         for n, v in enumerate(views):
             by_size.setdefault(v.size, []).append(n)
@@ -341,7 +355,7 @@ class Predictor(BatchPredictor):
         "Detections file by file, whatever their number; files that cannot be read are left out"
         broken = [] if broken is None else broken
         for group in progress(_batches(files, batch)):
-            images = _readable(group, Path(folder), broken)
+            images = _readable(group, Path(folder), broken, self.cfg.data.white)
             detections = self([image for _, image in images], batch)
             for (f, image), found in zip(images, detections):
                 yield f, image, found
@@ -366,7 +380,7 @@ class Predictor(BatchPredictor):
         found: dict = None,  # its detections; None: detect them
     ) -> Image.Image:  # of the same size
         "The image with its detections"
-        image = as_sample(image).image
+        image = as_sample(image, self.cfg.data.white).image
         d = self(image) if found is None else found
         return draw_on_image(image, d['boxes'], d['labels'], d['scores'], self.classes, kind='teacher')
 
