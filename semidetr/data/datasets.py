@@ -19,6 +19,7 @@ from torch import Tensor
 from ..core import DataError
 from semidetr.data.files import (
     Source,
+    as_area,
     declared_size,
     is_ignored,
     label_order,
@@ -148,6 +149,15 @@ def _refuse(source):  # the first error, as one line
             raise DataError(f'{f} (semidetr doctor lists all faults)')
 
 
+def _areas(anns, xywh):  # areas of the file, 0 where there is none or where it contradicts the box
+    try:
+        area = np.array([a.get('area') or 0 for a in anns], dtype=np.float32)
+    except (TypeError, ValueError):
+        area = np.array([as_area(a.get('area')) or 0 for a in anns], dtype=np.float32)
+    size = (xywh[:, 2:] + 1).prod(1)
+    return np.where((area > size) | ((area < 1) & (size > 144)), np.float32(0), area)
+
+
 def _pack(anns, sizes, index, label):
     """Arrays of all boxes, clipped and sorted by image; first row of each image; count of boxes without area.
 
@@ -159,7 +169,7 @@ def _pack(anns, sizes, index, label):
     boxes = np.concatenate(corners, 1).astype(np.float32)
     keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
     order = np.flatnonzero(keep)[np.argsort(image[keep], kind='stable')]
-    area = np.array([a.get('area') or 0 for a in anns], dtype=np.float32)
+    area = _areas(anns, xywh)
     arrays = dict(
         boxes=boxes,
         labels=np.array([label[a['category_id']] for a in anns], dtype=np.int64),
@@ -177,6 +187,7 @@ class FileDataset(DetectionDataset):
         _refuse(source)
         images, anns = source.data['images'], source.data.get('annotations') or []
         self.name, self.where, self.folder = source.name, source.where, Path(source.folder)
+        self.notes = [str(f) for f in source.faults if f.level != 'error']  # what reading changed or left out
         self.ids, self.files = [im['id'] for im in images], [im['file_name'] for im in images]
         self.has_boxes = len(anns) > 0
         sizes = [declared_size(im) for im in images]

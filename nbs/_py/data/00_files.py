@@ -18,8 +18,10 @@
 
 # %%
 #| export
-import json
 import math
+import os
+import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
@@ -44,6 +46,18 @@ from semidetr.core import DataError, suggest
 # %%
 #| export
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm', '.gif', '.jfif')
+_NO_PICTURES = {
+    'BUFR',
+    'EPS',
+    'FITS',
+    'GRIB',
+    'HDF5',
+    'IPTC',
+    'MPEG',
+    'WMF',
+    'XBM',
+    'XPM',
+}  # or not photographs
 _ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
 
 _UPRIGHT = {
@@ -185,43 +199,16 @@ class Source:
     folder: Path = Path('.')  # `file_name` is relative to it
     faults: list[Fault] = field(default_factory=list)  # found while reading
 
+    def __post_init__(self):
+        for key in tidy_values(self.data):
+            item, cure = f"the column '{key}' is text or of another type", 'converted; check the export'
+            self.faults.append(Fault('info', 'converted', self.where, item, cure))
+
     def all_faults(self):  # iterator of Fault
         "Faults of reading, then those of the content"
         yield from self.faults
         yield from coco_faults(self.data, self.where)
 
-
-# %% [markdown]
-# The simplest source is a folder of images without any annotation.
-
-# %%
-#| export
-def images_under(
-    root,  # folder
-) -> list[str]:  # paths below `root` with forward slashes, sorted
-    "The image files below a folder; hidden files and folders are skipped"
-    found = (f.relative_to(root) for f in sorted(Path(root).rglob('*')) if f.suffix.lower() in IMAGE_SUFFIXES)
-    return [f.as_posix() for f in found if not any(p[0] == '.' or p == '__MACOSX' for p in f.parts)]
-
-
-def read_folder(
-    root,  # folder; subfolders count
-) -> Source:
-    "Images without annotations; the id is the path below `root`, suffix included"
-    root = Path(root)
-    files = images_under(root) if root.is_dir() else []
-    if not files:
-        raise DataError(
-            f'{root}: no image found, in no subfolder either; looked for {" ".join(IMAGE_SUFFIXES)}'
-        )
-    images = [dict(id=f, file_name=f) for f in files]
-    return Source(root.absolute().name, str(root), dict(images=images, categories=[]), root)
-
-
-# %%
-folder = read_folder(root)
-assert [im['id'] for im in folder.data['images']] == ['deep.png', 'phone.png']
-folder.data
 
 # %% [markdown]
 # ## Rules
@@ -232,6 +219,7 @@ folder.data
 
 # %%
 #| export
+FLAGS = ('iscrowd', 'ignore', 'difficult')
 CURES = {  # kind of fault: (level, what to do)
     'schema': ('error', "a COCO annotation file is one object with 'images', 'annotations' and 'categories'"),
     'no-images': ('error', 'the file describes no image'),
@@ -246,6 +234,8 @@ CURES = {  # kind of fault: (level, what to do)
     'duplicate-annotation-id': ('error', 'give each annotation its own id'),
     'unknown-image': ('error', 'add the image or delete the annotation; 7 and "7" are different ids'),
     'unknown-class': ('error', 'add the category or correct the id'),
+    'bad-flag': ('error', 'write 0 or 1'),
+    'area': ('warning', 'correct it or leave it out; the evaluation takes width x height'),
     'bad-bbox': ('error', 'write [x, y, width, height] in pixels'),
     'not-finite': ('error', 'delete the annotation or write its true box'),
     'negative-box': ('error', 'swap the corners; COCO wants [x, y, width, height]'),
@@ -289,11 +279,25 @@ def declared_size(
     return size if all(isinstance(s, (int, float)) and s > 0 for s in size) else None
 
 
+def as_flag(
+    value,  # as found in a file: True, 1, '0', 'yes', None ...
+):  # bool, or None if it is none of these
+    "The truth value that a number or a word stands for"
+    if isinstance(value, (bool, int, float)) or value is None:
+        return bool(value)
+    word = str(value).strip().lower()
+    if word in ('1', 'true', 'yes', 'y', 't', 'on', '1.0'):
+        return True
+    return False if word in ('0', 'false', 'no', 'n', 'f', 'off', '0.0', '', 'none', 'null') else None
+
+
 def is_ignored(
     annotation: dict,  # entry of 'annotations'
 ) -> bool:
     "Is it a crowd region or a difficult object? Those are neither learnt from nor counted"
-    return bool(annotation.get('iscrowd') or annotation.get('ignore') or annotation.get('difficult'))
+    if not (annotation.get('iscrowd') or annotation.get('ignore') or annotation.get('difficult')):
+        return False
+    return any(as_flag(annotation.get(k)) for k in FLAGS)
 
 
 def label_order(
@@ -313,11 +317,85 @@ def _is_id(x):
 
 
 # %%
+assert [as_flag(v) for v in ('0', 'True', 1, None, 'maybe')] == [False, True, True, False, None]
+assert not is_ignored(dict(iscrowd='0', difficult='no')) and is_ignored(dict(iscrowd='0', ignore='yes'))
 malformed = dict(images=[3, dict(id=1, height=40, width='60')], categories=None)
 assert coco_entries(malformed, 'images') == malformed['images'][1:]
 assert coco_entries(malformed, 'categories') == []
 assert declared_size(malformed['images'][1]) is None
 [c['id'] for c in label_order([dict(id='b'), dict(id=10), dict(id=9)])]
+
+# %% [markdown]
+# Tables that pass through other programs come back with text where numbers were. A column that is text
+# throughout has one meaning, and is converted with a note. Where only some entries are text, ids 7 and "7"
+# may be two images; those stay as they are, and the rules below refuse them.
+
+# %%
+#| export
+_AREA = re.compile(r'\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*(?:sq\.? ?)?(?:px|pixels?)?(?:\^2|²)?\s*$')
+
+
+def as_area(
+    value,  # as found in a file: 1504, '1504', '1504 px', None ...
+):  # float, 0 if there is none, None if it cannot be read
+    "Area of an object in pixels"
+    if isinstance(value, (int, float)) or value is None:
+        return float(value or 0)
+    found = _AREA.match(value) if isinstance(value, str) else None
+    return float(found.group(1)) if found else None
+
+
+def _number(v):  # text -> int or float, else unchanged
+    try:
+        number = float(v) if isinstance(v, (str, float)) and not isinstance(v, bool) else v
+        return int(number) if isinstance(number, float) and number.is_integer() else number
+    except ValueError:
+        return v
+
+
+def _convert(rows, key, new):  # a column becomes new(value); -> was anything changed?
+    for r in rows:
+        r[key] = new(r[key])
+    return key
+
+
+def _match_ids(rows, key, entries):  # ids of one column as the type that the entries have
+    kinds, ids = set(map(type, (r.get(key) for r in rows))), [e.get('id') for e in entries]
+    if not kinds <= {str, int, float} or (float not in kinds and kinds & set(map(type, ids))):
+        return None
+    known = {str(_number(i) if isinstance(i, float) else i): i for i in ids if _is_id(i)}
+    spelt = lambda v: str(_number(v) if isinstance(v, float) else v).strip()
+    if len(known) == len(ids) and all(spelt(r[key]) in known for r in rows):
+        return _convert(rows, key, lambda v: known[spelt(v)])
+
+
+def tidy_values(
+    data,  # content of a COCO file, changed in place
+) -> list[str]:  # columns that were converted
+    "Columns of numbers that are text throughout become numbers, ids get the type of the entries they name"
+    images, anns, cats = (coco_entries(data, k) for k in ('images', 'annotations', 'categories'))
+    out = []
+    for rows in (images, cats):
+        if rows and all(isinstance(r.get('id'), float) for r in rows):
+            out.append(_convert(rows, 'id', _number))
+    for key in ('width', 'height'):
+        if images and all(isinstance(im.get(key), str) for im in images):
+            out.append(_convert(images, key, _number))
+    for key, entries in (('image_id', images), ('category_id', cats)):
+        if anns and entries and type(anns[0].get(key)) is not type(entries[0].get('id')):
+            out.append(_match_ids(anns, key, entries))
+    first = anns[0].get('bbox') if anns else None
+    if isinstance(first, list) and any(isinstance(v, str) for v in first):
+        rows = [a for a in anns if isinstance(a.get('bbox'), list)]
+        out.append(_convert(rows, 'bbox', lambda box: [_number(v) for v in box]))
+    return list(filter(None, out))
+
+
+# %%
+table = dict(images=[dict(id=1, width='60')], annotations=[dict(image_id='1', bbox=['1', '2', '3.5', '4'])])
+assert tidy_values(table) == ['width', 'image_id', 'bbox']
+assert as_area('1504 px') == 1504 and as_area('much') is None
+table
 
 
 # %%
@@ -362,7 +440,6 @@ found = list(faults_at('train.json', _image_faults(twice)))
 assert [f.kind for f in found] == ['duplicate-image-id', 'bad-image-entry']
 print(*found, sep='\n')
 
-
 # %% [markdown]
 # A box $[x, y, w, h]$ has $x_2 = x + w$ and $y_2 = y + h$. A negative size is refused, because nobody can
 # tell what was meant. A box of size zero is dropped and counted. A box that leaves the image a little is
@@ -371,14 +448,17 @@ print(*found, sep='\n')
 
 # %%
 #| export
+_NUMBERS = frozenset((int, float))
+
+
 def _bbox_fault(bbox, size):  # -> (kind, what is wrong) or None
     if not isinstance(bbox, (list, tuple)) or len(bbox) != 4:
         return 'bad-bbox', 'is not four numbers'
-    if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in bbox):
+    if not _NUMBERS.issuperset(map(type, bbox)):
         return 'bad-bbox', 'is not four numbers'
-    if not all(map(math.isfinite, bbox)):
-        return 'not-finite', 'holds a number that is not finite'
     x, y, w, h = bbox
+    if not (-1e9 < x < 1e9 and -1e9 < y < 1e9 and -1e9 < w < 1e9 and -1e9 < h < 1e9):
+        return 'not-finite', 'holds a number that is not finite, or has ten digits'
     if w < 0 or h < 0:
         return 'negative-box', 'has x2 < x1 or y2 < y1'
     if w == 0 or h == 0:
@@ -417,6 +497,19 @@ def _known(wrong, ids):  # a known id that resembles the wrong one, or the list 
     return 'known: ' + ', '.join(map(repr, ids[:12])) + (', ...' if len(ids) > 12 else '')
 
 
+def _area_fault(area, bbox):  # what is wrong with an area, or None; masks are smaller than their boxes
+    if not area:
+        return None
+    size = (bbox[2] + 1) * (bbox[3] + 1)
+    if isinstance(area, str) and as_area(area) is None:
+        return 'is no number'
+    area = as_area(area) if isinstance(area, str) else area
+    if not isinstance(area, (int, float)):
+        return 'is no number'
+    if area > size or (area < 1 and size > 144):
+        return 'contradicts the box'
+
+
 def _annotation_faults(data):
     sizes = {im['id']: declared_size(im) for im in coco_entries(data, 'images') if _is_id(im.get('id'))}
     cats = [c['id'] for c in coco_entries(data, 'categories') if _is_id(c.get('id'))]
@@ -425,17 +518,24 @@ def _annotation_faults(data):
         if not isinstance(a, dict) or not _is_id(a.get('image_id')) or not _is_id(a.get('category_id')):
             yield 'bad-annotation', f'annotations[{n}] is {str(a)[:80]}'
             continue
-        item, cat = f"annotation {a.get('id', f'#{n}')} of image {a['image_id']!r}", a['category_id']
-        if a.get('id') is not None and str(a['id']) in used:
-            yield 'duplicate-annotation-id', f'{item}: this id was used before'
-        used.add(str(a.get('id')))
-        if a['image_id'] not in sizes:
-            yield 'unknown-image', f"{item}: 'images' has no such id"
+        cat, key, image = a['category_id'], a.get('id'), a['image_id']
+        found, text = [], str(key)
+        if key is not None and text in used:
+            found.append(('duplicate-annotation-id', 'this id was used before'))
+        used.add(text)
+        if image not in sizes:
+            found.append(('unknown-image', "'images' has no such id"))
         if cat not in known:
-            yield 'unknown-class', f"{item}: class id {cat!r} is not among 'categories' ({_known(cat, cats)})"
-        if fault := _bbox_fault(a.get('bbox'), sizes.get(a['image_id'])):
-            kind, what = fault
-            yield kind, f"{item}: box {a.get('bbox')} {what}"
+            what = f"class id {cat!r} is not among 'categories' ({_known(cat, cats)})"
+            found.append(('unknown-class', what))
+        if fault := _bbox_fault(a.get('bbox'), sizes.get(image)):
+            found.append((fault[0], f"box {a.get('bbox')} {fault[1]}"))
+        elif 'area' in a and (what := _area_fault(a['area'], a['bbox'])):
+            found.append(('area', f"area {a['area']!r} {what} {a['bbox']}"))
+        if a.get('iscrowd') or a.get('ignore') or a.get('difficult'):
+            found += [('bad-flag', f'{k} is {a[k]!r}') for k in FLAGS if as_flag(a.get(k)) is None]
+        for kind, what in found:
+            yield kind, f"annotation {a.get('id', f'#{n}')} of image {image!r}: {what}"
 
 
 # %%
@@ -481,34 +581,91 @@ print(*faults, sep='\n')
 
 
 # %% [markdown]
-# ## Files that cannot be read
+# ## Folders
 #
-# A JSON file that breaks off names the line where it does, and an error of the operating system or of Pillow
-# is cut to the few words that matter.
+# The simplest source is a folder of images without any annotation. Linked folders are followed, each real
+# folder once, so that a link to a folder above cannot lead in circles. Which suffixes count depends on the
+# installed Pillow; files with others are counted and reported.
 
 # %%
 #| export
-def read_json(
-    path,  # annotation file
-):  # its content
-    "Content of a JSON file; a DataError names the line where it breaks"
-    try:
-        text = Path(path).read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError:
-        raise DataError(f'{path}: not a text file; give a COCO annotation file in JSON') from None
-    except OSError as e:
-        raise DataError(f'{path}: {e.strerror}; give a COCO annotation file') from None
-    if not text.strip():
-        raise DataError(f'{path}: the file is empty; export the annotations again')
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
+def image_suffixes() -> set[str]:  # lower case, with the dot
+    "Suffixes of the images that the installed Pillow reads, its plug-ins included"
+    read = {
+        s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - _NO_PICTURES
+    }
+    return read.union(IMAGE_SUFFIXES)
+
+
+def files_under(
+    root,  # folder
+) -> list[Path]:  # relative to `root`, sorted
+    "All files below a folder; links are followed, each real folder once; hidden ones are skipped"
+    found, seen = [], set()
+    todo, linked = [Path(root)], []
+    while todo or linked:
+        folder = todo.pop() if todo else linked.pop(0)
+        real = os.path.realpath(folder)
+        if real in seen or (folder != Path(root) and not os.access(folder, os.R_OK | os.X_OK)):
+            continue
+        seen.add(real)
+        for entry in os.scandir(folder):
+            if entry.name[0] == '.' or entry.name == '__MACOSX':
+                continue
+            if not entry.is_dir():
+                found.append(Path(entry.path).relative_to(root))
+            else:
+                (linked if entry.is_symlink() else todo).append(Path(entry.path))
+    return sorted(found, key=lambda f: f.parts)
+
+
+def images_under(
+    root,  # folder
+) -> list[str]:  # paths below `root` with forward slashes, sorted
+    "The image files below a folder; linked folders are followed, hidden files and folders are skipped"
+    known = image_suffixes()
+    return [f.as_posix() for f in files_under(root) if f.suffix.lower() in known]
+
+
+def read_folder(
+    root,  # folder; subfolders count
+) -> Source:
+    "Images without annotations; the id is the path below `root`, suffix included"
+    root, known = Path(root), image_suffixes()
+    there = files_under(root) if root.is_dir() else []
+    files = [f.as_posix() for f in there if f.suffix.lower() in known]
+    skipped = Counter(f.suffix.lower() or 'no suffix' for f in there if f.suffix.lower() not in known)
+    counts = ', '.join(f'{n} {suffix}' for suffix, n in skipped.most_common(8))
+    if not files:
+        found = f' (found {counts})' if skipped else ''
         raise DataError(
-            f'{path}: line {e.lineno}, column {e.colno}: {e.msg}; '
-            'the file is not valid JSON (cut off?): export it again'
-        ) from None
+            f'{root}: no image found, in no subfolder either{found}; looked for {" ".join(IMAGE_SUFFIXES)}'
+        )
+    faults = []
+    if skipped:
+        cure = 'convert those that are images; annotations beside images are not read here'
+        faults.append(Fault('warning', 'skipped-files', str(root), f'not read as images: {counts}', cure))
+    images = [dict(id=f, file_name=f) for f in files]
+    return Source(root.absolute().name, str(root), dict(images=images, categories=[]), root, faults)
 
 
+# %%
+(root / 'notes.heic').write_text('no image')
+(root / 'again').symlink_to(root)
+folder = read_folder(root)
+assert 'not read as images: 1 .heic' in str(folder.faults[0])
+assert [im['id'] for im in folder.data['images']] == ['deep.png', 'phone.png']
+folder.data
+
+
+# %% [markdown]
+# ## Files that cannot be read
+#
+# An error of the operating system or of Pillow is cut to the few words that matter. Text is read in
+# @sec-text.
+
+# %%
+#| export
 def reason(
     e: Exception,  # raised while a file was read
 ) -> str:
@@ -517,13 +674,8 @@ def reason(
 
 
 # %%
-(root / 'cut.json').write_text('{"images": [\n  {"id": 1, "file_na')
-try:
-    read_json(root / 'cut.json')
-except DataError as e:
-    message = str(e).replace(f'{root}/', '')
-assert 'line 2' in message
-message
+assert reason(FileNotFoundError(2, 'No such file')) == 'no such file'
+reason(OSError('image file is truncated (3 bytes not processed): more'))
 
 # %% [markdown]
 # ## Summary
