@@ -7,7 +7,7 @@ from semidetr.core import DataError
 from semidetr.data.catalog import open_dataset, read_source
 from semidetr.data.datasets import CocoDataset, ImageFolder
 from semidetr.data.doctor import check_dataset
-from semidetr.data.formats import yolo_kind
+from semidetr.data.yolo import yolo_kind
 from semidetr.text import read_json, read_lines, read_text
 
 W, H = 160, 120
@@ -69,14 +69,18 @@ def voc(root, split='train', difficult=('0', '0'), encoding='utf-8', head='', li
     objects = ''
     for name, word, (x, y, w, h) in zip(('bar', 'square'), difficult, BOXES):
         corners = f'<xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax>'
-        objects += f'<object><name>{name}</name><difficult>{word}</difficult><bndbox>{corners}</bndbox></object>'
+        objects += (
+            f'<object><name>{name}</name><difficult>{word}</difficult><bndbox>{corners}</bndbox></object>'
+        )
     xml = f'{head}<annotation><filename>{image}</filename>{objects}</annotation>'
     (root / 'Annotations').mkdir(parents=True)
     (root / 'Annotations/000.xml').write_bytes(xml.encode(encoding))
     picture(root / 'JPEGImages' / image)
     if lists is not None:
         (root / 'ImageSets/Main').mkdir(parents=True)
-        (root / f'ImageSets/Main/{split}.txt').write_bytes(lists if isinstance(lists, bytes) else lists.encode())
+        (root / f'ImageSets/Main/{split}.txt').write_bytes(
+            lists if isinstance(lists, bytes) else lists.encode()
+        )
     return root
 
 
@@ -104,7 +108,9 @@ def test_names_in_any_script(tmp_path):
 
 def test_what_is_no_text_is_one_line(tmp_path):
     yolo(tmp_path, names="['方块', '长条']", yaml_encoding='gbk')
-    with pytest.raises(DataError, match=r'data.yaml: byte \d+ \(0x.., line 4\) is not UTF-8; save it as UTF-8'):
+    with pytest.raises(
+        DataError, match=r'data.yaml: byte \d+ \(0x.., line 4\) is not UTF-8; save it as UTF-8'
+    ):
         open_dataset(str(tmp_path))
     (tmp_path / 'a.txt').write_bytes('für\n'.encode('cp1252'))
     with pytest.raises(DataError, match=r'byte 1 \(0xFC, line 1\)'):
@@ -153,7 +159,9 @@ def test_difficult_words(tmp_path, word):
     right(ds, ('bar', 'square'), (False, True))
 
 
-@pytest.mark.parametrize('area,want', [('1504 px', 1504), ('1504', 1504), (1000, 1000), (0.05, 1504), (9e6, 1504), ('much', 1504)])
+@pytest.mark.parametrize(
+    'area,want', [('1504 px', 1504), ('1504', 1504), (1000, 1000), (0.05, 1504), (9e6, 1504), ('much', 1504)]
+)
 def test_areas(tmp_path, area, want):
     ds = right(open_dataset(str(coco(tmp_path, lambda d: d['annotations'][0].update(area=area)))))
     assert ds.annotation(0)['area'][0] == want
@@ -224,7 +232,9 @@ def test_yolo_polygons_and_mixed_files(tmp_path):
 
 def test_yolo_rows_that_cannot_be_read(tmp_path):
     yolo(tmp_path, [row(0, BOXES[0], *CORNERS, 0.5, 0.5)], more='kpt_shape: [4, 2]\n')
-    with pytest.raises(DataError, match='train0.txt: line 1: 14 numbers after the class, but kpt_shape means 12'):
+    with pytest.raises(
+        DataError, match='train0.txt: line 1: 14 numbers after the class, but kpt_shape means 12'
+    ):
         open_dataset(str(tmp_path))
     points = [0.5, 0.5, 0.4, 0.4, 0.45, 0.45, 0.55, 0.45, 0.55, 0.55]
     assert 'write kpt_shape' in yolo_kind([points] * 3)(points)
@@ -236,7 +246,15 @@ def test_yolo_rows_that_cannot_be_read(tmp_path):
 # --- names of images -------------------------------------------------------------------
 @pytest.mark.parametrize(
     'name',
-    ['images\\000.jpg', '../images/000.jpg', ' 000.jpg ', '000.JPG', '000.png', 'C:\\photos\\000.jpg', 'x/000.jpg'],
+    [
+        'images\\000.jpg',
+        '../images/000.jpg',
+        ' 000.jpg ',
+        '000.JPG',
+        '000.png',
+        'C:\\photos\\000.jpg',
+        'x/000.jpg',
+    ],
 )
 def test_other_spellings_are_found_and_said(tmp_path, name):
     ds = right(open_dataset(str(coco(tmp_path, files=[name, '001.jpg']))))
@@ -305,7 +323,9 @@ def test_a_folder_named_like_a_split(tmp_path):
 def test_coco_layouts(tmp_path):
     right(open_dataset(str(coco(tmp_path / 'ls', name='result.json'))))
     right(open_dataset(str(coco(tmp_path / 'cvat', name='annotations/instances_default.json'))))
-    right(open_dataset(str(coco(tmp_path / 'upper', name='Annotations/instances_train.json', images='Images'))))
+    right(
+        open_dataset(str(coco(tmp_path / 'upper', name='Annotations/instances_train.json', images='Images')))
+    )
     rf = coco(tmp_path / 'rf', name='train/_annotations.coco.json', images='train')
     coco(tmp_path / 'rf', name='valid/_annotations.coco.json', images='valid')
     right(open_dataset(str(rf / 'train')))
@@ -347,7 +367,9 @@ def test_yolo_layouts(tmp_path):
     right(open_dataset(str(beside / 'data.yaml'), 'val'))
     lost = yolo(tmp_path / 'c')
     os.rename(lost / 'labels', lost / 'texts')
-    with pytest.raises(DataError, match='no image has a label file, but 1 lie elsewhere, such as texts/train'):
+    with pytest.raises(
+        DataError, match='no image has a label file, but 1 lie elsewhere, such as texts/train'
+    ):
         open_dataset(str(lost))
     picture(tmp_path / 'd/a.jpg')
     (tmp_path / 'd/a.txt').write_text('\n'.join(row(n, b) for n, b in enumerate(BOXES)))

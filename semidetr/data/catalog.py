@@ -13,7 +13,8 @@ from ..core import DataError, suggest
 from .datasets import DetectionDataset, FileDataset
 from .digits import DigitsScenes
 from .files import Fault, Source, files_under, image_suffixes, read_folder
-from .formats import read_coco, read_voc, read_yolo, voc_folders, yolo_file
+from .formats import read_coco, read_voc, voc_folders
+from .yolo import read_yolo, yolo_file
 from ..text import read_text
 
 # %% ../../nbs/data/04_catalog.ipynb #8dd352f4
@@ -90,7 +91,7 @@ def _splits_in(root):  # COCO files that are there, for the error message
     named = [f for f in _coco_files(root) if f.parent.name.lower() == 'annotations' or _is_coco(root / f)]
     return sorted(f.as_posix() for f in {*named, *nested})
 
-
+# %% ../../nbs/data/04_catalog.ipynb #c0343d4d
 def _digits(spec, split):  # 'digits:n=2000,size=96' -> DigitsScenes
     known = ('n', 'size', 'seed')
     try:
@@ -102,7 +103,7 @@ def _digits(spec, split):  # 'digits:n=2000,size=96' -> DigitsScenes
             raise DataError(f"data set '{spec}': no option '{k}', {suggest(k, known)}")
     return DigitsScenes(split, **args)
 
-# %% ../../nbs/data/04_catalog.ipynb #c0343d4d
+# %% ../../nbs/data/04_catalog.ipynb #3771c362
 def _locate(spec, data_root=None):  # path of a data set given by path or name
     path, root = Path(spec), data_root or os.environ.get('SEMIDETR_DATA')
     if path.exists():
@@ -122,6 +123,53 @@ def _locate(spec, data_root=None):  # path of a data set given by path or name
     )
 
 
+def _read_file(path, split):  # a file that was given itself
+    suffix = path.suffix.lower()
+    if suffix in ('.yaml', '.yml'):
+        return read_yolo(path.parent, split)
+    if suffix in ('.xml', '.txt', '.csv') or suffix in image_suffixes():
+        raise DataError(f'{path}: not an annotation file of COCO; give the folder of the data set')
+    return read_coco(path)
+
+
+def _is_voc(folder):  # is the first XML file one of VOC? CVAT's own format is refused with its cure
+    first = sorted(folder.glob('*.xml'))[0]
+    try:
+        start = read_text(first)[:4000]
+    except DataError:
+        return True  # the reader reports the file
+    if '<annotations' in start:
+        raise DataError(f"{first}: CVAT's own XML is not read; export the task as 'COCO 1.0' or 'PASCAL VOC'")
+    return '<annotation' in start
+
+# %% ../../nbs/data/04_catalog.ipynb #f0f4c67e
+def _plain_folder(root, split):  # images alone; annotations that lie there are never left out in silence
+    part, known = root / split, image_suffixes()
+    noted = None
+    if part.is_dir():
+        others = {f.parts[0] for f in files_under(root) if len(f.parts) > 1 and f.suffix.lower() in known}
+        strange = sorted(d for d in others if d.lower() not in _SPLITS)
+        if strange:
+            item = f"{part.name}/ lies beside {', '.join(strange[:3])} and is not taken for a split"
+            noted = Fault(
+                'warning', 'folder-like-split', str(root), item, f'for this folder alone give {part}'
+            )
+        else:
+            root = part
+            if any(root.glob('*.xml')) and _is_voc(root):
+                return read_voc(root, 'train')
+    source = read_folder(root)
+    source.faults += [noted] if noted else []
+    stems = {os.path.splitext(im['file_name'])[0] for im in source.data['images']}
+    beside = [f for f in files_under(root) if f.suffix.lower() in ('.xml', '.json', '.txt')]
+    twins = [f for f in beside if f.with_suffix('').as_posix() in stems]
+    if twins:
+        item = f'{len(twins)} annotation files beside the images are not read, such as {twins[0]}'
+        cure = 'for YOLO add data.yaml or classes.txt; for others export COCO or VOC'
+        source.faults.append(Fault('warning', 'annotations-beside', str(root), item, cure))
+    return source
+
+# %% ../../nbs/data/04_catalog.ipynb #b50f41b2
 def read_source(
     spec,  # path or name, as for `open_dataset`
     split: str = 'train',  # 'train', 'val', 'test', ...
@@ -148,53 +196,6 @@ def read_source(
     if (root / 'Annotations').is_dir() and (root / 'JPEGImages').is_dir():
         return read_voc(root, split)
     return _plain_folder(root, split)
-
-
-def _read_file(path, split):  # a file that was given itself
-    suffix = path.suffix.lower()
-    if suffix in ('.yaml', '.yml'):
-        return read_yolo(path.parent, split)
-    if suffix in ('.xml', '.txt', '.csv') or suffix in image_suffixes():
-        raise DataError(f'{path}: not an annotation file of COCO; give the folder of the data set')
-    return read_coco(path)
-
-
-def _is_voc(folder):  # is the first XML file one of VOC? CVAT's own format is refused with its cure
-    first = sorted(folder.glob('*.xml'))[0]
-    try:
-        start = read_text(first)[:4000]
-    except DataError:
-        return True  # the reader reports the file
-    if '<annotations' in start:
-        raise DataError(f"{first}: CVAT's own XML is not read; export the task as 'COCO 1.0' or 'PASCAL VOC'")
-    return '<annotation' in start
-
-
-def _plain_folder(root, split):  # images alone; annotations that lie there are never left out in silence
-    part, known = root / split, image_suffixes()
-    noted = None
-    if part.is_dir():
-        others = {f.parts[0] for f in files_under(root) if len(f.parts) > 1 and f.suffix.lower() in known}
-        strange = sorted(d for d in others if d.lower() not in _SPLITS)
-        if strange:
-            item = f"{part.name}/ lies beside {', '.join(strange[:3])} and is not taken for a split"
-            noted = Fault(
-                'warning', 'folder-like-split', str(root), item, f'for this folder alone give {part}'
-            )
-        else:
-            root = part
-            if any(root.glob('*.xml')) and _is_voc(root):
-                return read_voc(root, 'train')
-    source = read_folder(root)
-    source.faults += [noted] if noted else []
-    stems = {os.path.splitext(im['file_name'])[0] for im in source.data['images']}
-    beside = [f for f in files_under(root) if f.suffix.lower() in ('.xml', '.json', '.txt')]
-    twins = [f for f in beside if f.with_suffix('').as_posix() in stems]
-    if twins:
-        item = f'{len(twins)} annotation files beside the images are not read, such as {twins[0]}'
-        cure = 'for YOLO add data.yaml or classes.txt; for others export COCO or VOC'
-        source.faults.append(Fault('warning', 'annotations-beside', str(root), item, cure))
-    return source
 
 
 def open_dataset(

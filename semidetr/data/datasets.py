@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from ..core import DataError
+from .entries import as_area
 from semidetr.data.files import (
     Source,
-    as_area,
     declared_size,
     is_ignored,
     label_order,
@@ -28,7 +28,8 @@ from semidetr.data.files import (
     read_size,
     reason,
 )
-from .formats import read_coco, read_voc, read_yolo
+from .formats import read_coco, read_voc
+from .yolo import read_yolo
 
 # %% ../../nbs/data/02_datasets.ipynb #a42ca2df
 @dataclass
@@ -143,12 +144,6 @@ DetectionDataset.fingerprint = fingerprint
 DetectionDataset.coco_dict = coco_dict
 
 # %% ../../nbs/data/02_datasets.ipynb #68d90345
-def _refuse(source):  # the first error, as one line
-    for f in source.all_faults():
-        if f.level == 'error':
-            raise DataError(f'{f} (semidetr doctor lists all faults)')
-
-
 def _areas(anns, xywh):  # areas of the file, 0 where there is none or where it contradicts the box
     try:
         area = np.array([a.get('area') or 0 for a in anns], dtype=np.float32)
@@ -156,6 +151,12 @@ def _areas(anns, xywh):  # areas of the file, 0 where there is none or where it 
         area = np.array([as_area(a.get('area')) or 0 for a in anns], dtype=np.float32)
     size = (xywh[:, 2:] + 1).prod(1)
     return np.where((area > size) | ((area < 1) & (size > 144)), np.float32(0), area)
+
+# %% ../../nbs/data/02_datasets.ipynb #693a4854
+def _refuse(source):  # the first error, as one line
+    for f in source.all_faults():
+        if f.level == 'error':
+            raise DataError(f'{f} (semidetr doctor lists all faults)')
 
 
 def _pack(anns, sizes, index, label):
@@ -194,9 +195,8 @@ class FileDataset(DetectionDataset):
         if self.has_boxes:  # boxes are clipped, so every size must be known
             sizes = [s or self._read(n, read_size) for n, s in enumerate(sizes)]
         cats = label_order(source.data['categories'])
-        names = [c['name'] for c in cats]
-        self.classes = [n if names.count(n) == 1 else f"{n} (id {c['id']})" for n, c in zip(names, cats)]
-        self.cat_ids = [c['id'] for c in cats]  # label -> category id of the file
+        names, self.cat_ids = [c['name'] for c in cats], [c['id'] for c in cats]  # label -> category id
+        self.classes = [n if names.count(n) == 1 else f"{n} (id {i})" for n, i in zip(names, self.cat_ids)]
         index, label = ({k: n for n, k in enumerate(ids)} for ids in (self.ids, self.cat_ids))
         self._packed, self._starts, self.dropped = _pack(anns, sizes, index, label)
         self.sizes = [(int(s[0]), int(s[1])) if s else None for s in sizes]

@@ -20,13 +20,13 @@
 #| export
 import math
 import os
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 from PIL import Image
 from semidetr.core import DataError, suggest
+from semidetr.data.entries import FLAGS, as_area, as_flag, coco_entries, is_id, tidy_values
 
 # %% [markdown]
 # ## Pixels in the orientation of the annotations
@@ -219,7 +219,6 @@ class Source:
 
 # %%
 #| export
-FLAGS = ('iscrowd', 'ignore', 'difficult')
 CURES = {  # kind of fault: (level, what to do)
     'schema': ('error', "a COCO annotation file is one object with 'images', 'annotations' and 'categories'"),
     'no-images': ('error', 'the file describes no image'),
@@ -258,37 +257,16 @@ def faults_at(
 
 
 # %% [markdown]
-# Four helpers read entries that may be malformed. They serve the checks, the data sets and the doctor alike.
+# Three helpers read entries that may be malformed. They serve the checks, the data sets and the doctor alike.
 
 # %%
 #| export
-def coco_entries(
-    data,  # content of a COCO file, perhaps malformed
-    key: str,  # 'images', 'annotations' or 'categories'
-) -> list[dict]:
-    "The objects in one list of a COCO file; empty if there is no such list"
-    rows = data.get(key) if isinstance(data, dict) else None
-    return [x for x in rows if isinstance(x, dict)] if isinstance(rows, list) else []
-
-
 def declared_size(
     image: dict,  # entry of 'images'
 ):  # (H, W) in pixels, or None
     "Size of an image according to its entry"
     size = image.get('height'), image.get('width')
     return size if all(isinstance(s, (int, float)) and s > 0 for s in size) else None
-
-
-def as_flag(
-    value,  # as found in a file: True, 1, '0', 'yes', None ...
-):  # bool, or None if it is none of these
-    "The truth value that a number or a word stands for"
-    if isinstance(value, (bool, int, float)) or value is None:
-        return bool(value)
-    word = str(value).strip().lower()
-    if word in ('1', 'true', 'yes', 'y', 't', 'on', '1.0'):
-        return True
-    return False if word in ('0', 'false', 'no', 'n', 'f', 'off', '0.0', '', 'none', 'null') else None
 
 
 def is_ignored(
@@ -307,95 +285,18 @@ def label_order(
 
     def key(c):
         cat = c.get('id')
-        return isinstance(cat, str), cat if _is_id(cat) else 0
+        return isinstance(cat, str), cat if is_id(cat) else 0
 
     return sorted(categories, key=key)
 
 
-def _is_id(x):
-    return isinstance(x, (int, str)) and not isinstance(x, bool)
-
-
 # %%
-assert [as_flag(v) for v in ('0', 'True', 1, None, 'maybe')] == [False, True, True, False, None]
 assert not is_ignored(dict(iscrowd='0', difficult='no')) and is_ignored(dict(iscrowd='0', ignore='yes'))
 malformed = dict(images=[3, dict(id=1, height=40, width='60')], categories=None)
 assert coco_entries(malformed, 'images') == malformed['images'][1:]
 assert coco_entries(malformed, 'categories') == []
 assert declared_size(malformed['images'][1]) is None
 [c['id'] for c in label_order([dict(id='b'), dict(id=10), dict(id=9)])]
-
-# %% [markdown]
-# Tables that pass through other programs come back with text where numbers were. A column that is text
-# throughout has one meaning, and is converted with a note. Where only some entries are text, ids 7 and "7"
-# may be two images; those stay as they are, and the rules below refuse them.
-
-# %%
-#| export
-_AREA = re.compile(r'\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*(?:sq\.? ?)?(?:px|pixels?)?(?:\^2|²)?\s*$')
-
-
-def as_area(
-    value,  # as found in a file: 1504, '1504', '1504 px', None ...
-):  # float, 0 if there is none, None if it cannot be read
-    "Area of an object in pixels"
-    if isinstance(value, (int, float)) or value is None:
-        return float(value or 0)
-    found = _AREA.match(value) if isinstance(value, str) else None
-    return float(found.group(1)) if found else None
-
-
-def _number(v):  # text -> int or float, else unchanged
-    try:
-        number = float(v) if isinstance(v, (str, float)) and not isinstance(v, bool) else v
-        return int(number) if isinstance(number, float) and number.is_integer() else number
-    except ValueError:
-        return v
-
-
-def _convert(rows, key, new):  # a column becomes new(value); -> was anything changed?
-    for r in rows:
-        r[key] = new(r[key])
-    return key
-
-
-def _match_ids(rows, key, entries):  # ids of one column as the type that the entries have
-    kinds, ids = set(map(type, (r.get(key) for r in rows))), [e.get('id') for e in entries]
-    if not kinds <= {str, int, float} or (float not in kinds and kinds & set(map(type, ids))):
-        return None
-    known = {str(_number(i) if isinstance(i, float) else i): i for i in ids if _is_id(i)}
-    spelt = lambda v: str(_number(v) if isinstance(v, float) else v).strip()
-    if len(known) == len(ids) and all(spelt(r[key]) in known for r in rows):
-        return _convert(rows, key, lambda v: known[spelt(v)])
-
-
-def tidy_values(
-    data,  # content of a COCO file, changed in place
-) -> list[str]:  # columns that were converted
-    "Columns of numbers that are text throughout become numbers, ids get the type of the entries they name"
-    images, anns, cats = (coco_entries(data, k) for k in ('images', 'annotations', 'categories'))
-    out = []
-    for rows in (images, cats):
-        if rows and all(isinstance(r.get('id'), float) for r in rows):
-            out.append(_convert(rows, 'id', _number))
-    for key in ('width', 'height'):
-        if images and all(isinstance(im.get(key), str) for im in images):
-            out.append(_convert(images, key, _number))
-    for key, entries in (('image_id', images), ('category_id', cats)):
-        if anns and entries and type(anns[0].get(key)) is not type(entries[0].get('id')):
-            out.append(_match_ids(anns, key, entries))
-    first = anns[0].get('bbox') if anns else None
-    if isinstance(first, list) and any(isinstance(v, str) for v in first):
-        rows = [a for a in anns if isinstance(a.get('bbox'), list)]
-        out.append(_convert(rows, 'bbox', lambda box: [_number(v) for v in box]))
-    return list(filter(None, out))
-
-
-# %%
-table = dict(images=[dict(id=1, width='60')], annotations=[dict(image_id='1', bbox=['1', '2', '3.5', '4'])])
-assert tidy_values(table) == ['width', 'image_id', 'bbox']
-assert as_area('1504 px') == 1504 and as_area('much') is None
-table
 
 
 # %%
@@ -404,7 +305,7 @@ def _image_faults(images):
     ids, files = set(), {}
     for n, im in enumerate(images):
         file = im.get('file_name') if isinstance(im, dict) else None
-        if not isinstance(file, str) or not file or not _is_id(im.get('id')):
+        if not isinstance(file, str) or not file or not is_id(im.get('id')):
             yield 'bad-image-entry', f'images[{n}] is {str(im)[:80]}'
             continue
         item = f"image {im['id']!r} ({file})"
@@ -422,7 +323,7 @@ def _image_faults(images):
 def _category_faults(categories):
     ids, names = set(), {}
     for n, c in enumerate(categories):
-        if not isinstance(c, dict) or not _is_id(c.get('id')) or not isinstance(c.get('name'), str):
+        if not isinstance(c, dict) or not is_id(c.get('id')) or not isinstance(c.get('name'), str):
             yield 'bad-category', f'categories[{n}] is {str(c)[:80]}'
             continue
         item, name = f"category {c['id']!r}", c['name']
@@ -510,12 +411,14 @@ def _area_fault(area, bbox):  # what is wrong with an area, or None; masks are s
         return 'contradicts the box'
 
 
+# %%
+#| export
 def _annotation_faults(data):
-    sizes = {im['id']: declared_size(im) for im in coco_entries(data, 'images') if _is_id(im.get('id'))}
-    cats = [c['id'] for c in coco_entries(data, 'categories') if _is_id(c.get('id'))]
+    sizes = {im['id']: declared_size(im) for im in coco_entries(data, 'images') if is_id(im.get('id'))}
+    cats = [c['id'] for c in coco_entries(data, 'categories') if is_id(c.get('id'))]
     known, used = set(cats), set()
     for n, a in enumerate(data['annotations']):
-        if not isinstance(a, dict) or not _is_id(a.get('image_id')) or not _is_id(a.get('category_id')):
+        if not isinstance(a, dict) or not is_id(a.get('image_id')) or not is_id(a.get('category_id')):
             yield 'bad-annotation', f'annotations[{n}] is {str(a)[:80]}'
             continue
         cat, key, image = a['category_id'], a.get('id'), a['image_id']
@@ -601,14 +504,14 @@ def files_under(
     root,  # folder
 ) -> list[Path]:  # relative to `root`, sorted
     "All files below a folder; links are followed, each real folder once; hidden ones are skipped"
-    found, seen = [], set()
+    found, visited = [], set()
     todo, linked = [Path(root)], []
     while todo or linked:
         folder = todo.pop() if todo else linked.pop(0)
         real = os.path.realpath(folder)
-        if real in seen or (folder != Path(root) and not os.access(folder, os.R_OK | os.X_OK)):
+        if real in visited or (folder != Path(root) and not os.access(folder, os.R_OK | os.X_OK)):
             continue
-        seen.add(real)
+        visited.add(real)
         for entry in os.scandir(folder):
             if entry.name[0] == '.' or entry.name == '__MACOSX':
                 continue

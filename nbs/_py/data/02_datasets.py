@@ -33,9 +33,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from semidetr.core import DataError
+from semidetr.data.entries import as_area
 from semidetr.data.files import (
     Source,
-    as_area,
     declared_size,
     is_ignored,
     label_order,
@@ -44,7 +44,8 @@ from semidetr.data.files import (
     read_size,
     reason,
 )
-from semidetr.data.formats import read_coco, read_voc, read_yolo
+from semidetr.data.formats import read_coco, read_voc
+from semidetr.data.yolo import read_yolo
 
 
 # %% [markdown]
@@ -220,12 +221,6 @@ squares, squares.coco_dict()['annotations'][2]
 
 # %%
 #| export
-def _refuse(source):  # the first error, as one line
-    for f in source.all_faults():
-        if f.level == 'error':
-            raise DataError(f'{f} (semidetr doctor lists all faults)')
-
-
 def _areas(anns, xywh):  # areas of the file, 0 where there is none or where it contradicts the box
     try:
         area = np.array([a.get('area') or 0 for a in anns], dtype=np.float32)
@@ -233,6 +228,21 @@ def _areas(anns, xywh):  # areas of the file, 0 where there is none or where it 
         area = np.array([as_area(a.get('area')) or 0 for a in anns], dtype=np.float32)
     size = (xywh[:, 2:] + 1).prod(1)
     return np.where((area > size) | ((area < 1) & (size > 144)), np.float32(0), area)
+
+
+# %%
+assert _areas([dict(area='7 px'), dict(area=900)], np.array([[0, 0, 4, 4], [0, 0, 4, 4.0]])).tolist() == [
+    7,
+    0,
+]
+
+
+# %%
+#| export
+def _refuse(source):  # the first error, as one line
+    for f in source.all_faults():
+        if f.level == 'error':
+            raise DataError(f'{f} (semidetr doctor lists all faults)')
 
 
 def _pack(anns, sizes, index, label):
@@ -273,9 +283,8 @@ class FileDataset(DetectionDataset):
         if self.has_boxes:  # boxes are clipped, so every size must be known
             sizes = [s or self._read(n, read_size) for n, s in enumerate(sizes)]
         cats = label_order(source.data['categories'])
-        names = [c['name'] for c in cats]
-        self.classes = [n if names.count(n) == 1 else f"{n} (id {c['id']})" for n, c in zip(names, cats)]
-        self.cat_ids = [c['id'] for c in cats]  # label -> category id of the file
+        names, self.cat_ids = [c['name'] for c in cats], [c['id'] for c in cats]  # label -> category id
+        self.classes = [n if names.count(n) == 1 else f"{n} (id {i})" for n, i in zip(names, self.cat_ids)]
         index, label = ({k: n for n, k in enumerate(ids)} for ids in (self.ids, self.cat_ids))
         self._packed, self._starts, self.dropped = _pack(anns, sizes, index, label)
         self.sizes = [(int(s[0]), int(s[1])) if s else None for s in sizes]

@@ -27,7 +27,8 @@ from semidetr.core import DataError, suggest
 from semidetr.data.datasets import DetectionDataset, FileDataset
 from semidetr.data.digits import DigitsScenes
 from semidetr.data.files import Fault, Source, files_under, image_suffixes, read_folder
-from semidetr.data.formats import read_coco, read_voc, read_yolo, voc_folders, yolo_file
+from semidetr.data.formats import read_coco, read_voc, voc_folders
+from semidetr.data.yolo import read_yolo, yolo_file
 from semidetr.text import read_text
 
 # %%
@@ -113,6 +114,8 @@ def _splits_in(root):  # COCO files that are there, for the error message
     return sorted(f.as_posix() for f in {*named, *nested})
 
 
+# %%
+#| export
 def _digits(spec, split):  # 'digits:n=2000,size=96' -> DigitsScenes
     known = ('n', 'size', 'seed')
     try:
@@ -146,6 +149,57 @@ def _locate(spec, data_root=None):  # path of a data set given by path or name
     )
 
 
+def _read_file(path, split):  # a file that was given itself
+    suffix = path.suffix.lower()
+    if suffix in ('.yaml', '.yml'):
+        return read_yolo(path.parent, split)
+    if suffix in ('.xml', '.txt', '.csv') or suffix in image_suffixes():
+        raise DataError(f'{path}: not an annotation file of COCO; give the folder of the data set')
+    return read_coco(path)
+
+
+def _is_voc(folder):  # is the first XML file one of VOC? CVAT's own format is refused with its cure
+    first = sorted(folder.glob('*.xml'))[0]
+    try:
+        start = read_text(first)[:4000]
+    except DataError:
+        return True  # the reader reports the file
+    if '<annotations' in start:
+        raise DataError(f"{first}: CVAT's own XML is not read; export the task as 'COCO 1.0' or 'PASCAL VOC'")
+    return '<annotation' in start
+
+
+# %%
+#| export
+def _plain_folder(root, split):  # images alone; annotations that lie there are never left out in silence
+    part, known = root / split, image_suffixes()
+    noted = None
+    if part.is_dir():
+        others = {f.parts[0] for f in files_under(root) if len(f.parts) > 1 and f.suffix.lower() in known}
+        strange = sorted(d for d in others if d.lower() not in _SPLITS)
+        if strange:
+            item = f"{part.name}/ lies beside {', '.join(strange[:3])} and is not taken for a split"
+            noted = Fault(
+                'warning', 'folder-like-split', str(root), item, f'for this folder alone give {part}'
+            )
+        else:
+            root = part
+            if any(root.glob('*.xml')) and _is_voc(root):
+                return read_voc(root, 'train')
+    source = read_folder(root)
+    source.faults += [noted] if noted else []
+    stems = {os.path.splitext(im['file_name'])[0] for im in source.data['images']}
+    beside = [f for f in files_under(root) if f.suffix.lower() in ('.xml', '.json', '.txt')]
+    twins = [f for f in beside if f.with_suffix('').as_posix() in stems]
+    if twins:
+        item = f'{len(twins)} annotation files beside the images are not read, such as {twins[0]}'
+        cure = 'for YOLO add data.yaml or classes.txt; for others export COCO or VOC'
+        source.faults.append(Fault('warning', 'annotations-beside', str(root), item, cure))
+    return source
+
+
+# %%
+#| export
 def read_source(
     spec,  # path or name, as for `open_dataset`
     split: str = 'train',  # 'train', 'val', 'test', ...
@@ -172,53 +226,6 @@ def read_source(
     if (root / 'Annotations').is_dir() and (root / 'JPEGImages').is_dir():
         return read_voc(root, split)
     return _plain_folder(root, split)
-
-
-def _read_file(path, split):  # a file that was given itself
-    suffix = path.suffix.lower()
-    if suffix in ('.yaml', '.yml'):
-        return read_yolo(path.parent, split)
-    if suffix in ('.xml', '.txt', '.csv') or suffix in image_suffixes():
-        raise DataError(f'{path}: not an annotation file of COCO; give the folder of the data set')
-    return read_coco(path)
-
-
-def _is_voc(folder):  # is the first XML file one of VOC? CVAT's own format is refused with its cure
-    first = sorted(folder.glob('*.xml'))[0]
-    try:
-        start = read_text(first)[:4000]
-    except DataError:
-        return True  # the reader reports the file
-    if '<annotations' in start:
-        raise DataError(f"{first}: CVAT's own XML is not read; export the task as 'COCO 1.0' or 'PASCAL VOC'")
-    return '<annotation' in start
-
-
-def _plain_folder(root, split):  # images alone; annotations that lie there are never left out in silence
-    part, known = root / split, image_suffixes()
-    noted = None
-    if part.is_dir():
-        others = {f.parts[0] for f in files_under(root) if len(f.parts) > 1 and f.suffix.lower() in known}
-        strange = sorted(d for d in others if d.lower() not in _SPLITS)
-        if strange:
-            item = f"{part.name}/ lies beside {', '.join(strange[:3])} and is not taken for a split"
-            noted = Fault(
-                'warning', 'folder-like-split', str(root), item, f'for this folder alone give {part}'
-            )
-        else:
-            root = part
-            if any(root.glob('*.xml')) and _is_voc(root):
-                return read_voc(root, 'train')
-    source = read_folder(root)
-    source.faults += [noted] if noted else []
-    stems = {os.path.splitext(im['file_name'])[0] for im in source.data['images']}
-    beside = [f for f in files_under(root) if f.suffix.lower() in ('.xml', '.json', '.txt')]
-    twins = [f for f in beside if f.with_suffix('').as_posix() in stems]
-    if twins:
-        item = f'{len(twins)} annotation files beside the images are not read, such as {twins[0]}'
-        cure = 'for YOLO add data.yaml or classes.txt; for others export COCO or VOC'
-        source.faults.append(Fault('warning', 'annotations-beside', str(root), item, cure))
-    return source
 
 
 def open_dataset(
