@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from ..core import DataError
+from .entries import as_area
 from semidetr.data.files import (
     PixelRange,
     Source,
@@ -28,7 +29,8 @@ from semidetr.data.files import (
     read_size,
     reason,
 )
-from .formats import read_coco, read_voc, read_yolo
+from .formats import read_coco, read_voc
+from .yolo import read_yolo
 
 # %% ../../nbs/data/02_datasets.ipynb #a42ca2df
 @dataclass
@@ -143,6 +145,15 @@ DetectionDataset.fingerprint = fingerprint
 DetectionDataset.coco_dict = coco_dict
 
 # %% ../../nbs/data/02_datasets.ipynb #68d90345
+def _areas(anns, xywh):  # areas of the file, 0 where there is none or where it contradicts the box
+    try:
+        area = np.array([a.get('area') or 0 for a in anns], dtype=np.float32)
+    except (TypeError, ValueError):
+        area = np.array([as_area(a.get('area')) or 0 for a in anns], dtype=np.float32)
+    size = (xywh[:, 2:] + 1).prod(1)
+    return np.where((area > size) | ((area < 1) & (size > 144)), np.float32(0), area)
+
+# %% ../../nbs/data/02_datasets.ipynb #693a4854
 def _cure(e, where):  # of an image that cannot be read
     if isinstance(e, PixelRange):
         return 'set data.white: the value of a white pixel, e.g. 1, 255 or 65535'
@@ -166,7 +177,7 @@ def _pack(anns, sizes, index, label):
     boxes = np.concatenate(corners, 1).astype(np.float32)
     keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
     order = np.flatnonzero(keep)[np.argsort(image[keep], kind='stable')]
-    area = np.array([a.get('area') or 0 for a in anns], dtype=np.float32)
+    area = _areas(anns, xywh)
     arrays = dict(
         boxes=boxes,
         labels=np.array([label[a['category_id']] for a in anns], dtype=np.int64),
@@ -184,15 +195,15 @@ class FileDataset(DetectionDataset):
         _refuse(source)
         images, anns = source.data['images'], source.data.get('annotations') or []
         self.name, self.where, self.folder = source.name, source.where, Path(source.folder)
+        self.notes = [str(f) for f in source.faults if f.level != 'error']  # what reading changed or left out
         self.ids, self.files = [im['id'] for im in images], [im['file_name'] for im in images]
         self.has_boxes = len(anns) > 0
         sizes = [declared_size(im) for im in images]
         if self.has_boxes:  # boxes are clipped, so every size must be known
             sizes = [s or self._read(n, read_size) for n, s in enumerate(sizes)]
         cats = label_order(source.data['categories'])
-        names = [c['name'] for c in cats]
-        self.classes = [n if names.count(n) == 1 else f"{n} (id {c['id']})" for n, c in zip(names, cats)]
-        self.cat_ids = [c['id'] for c in cats]  # label -> category id of the file
+        names, self.cat_ids = [c['name'] for c in cats], [c['id'] for c in cats]  # label -> category id
+        self.classes = [n if names.count(n) == 1 else f"{n} (id {i})" for n, i in zip(names, self.cat_ids)]
         index, label = ({k: n for n, k in enumerate(ids)} for ids in (self.ids, self.cat_ids))
         self._packed, self._starts, self.dropped = _pack(anns, sizes, index, label)
         self.sizes = [(int(s[0]), int(s[1])) if s else None for s in sizes]

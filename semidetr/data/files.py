@@ -4,20 +4,34 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'CURES', 'image_orientation', 'read_size', 'PixelRange', 'scale_pixels', 'to_rgb', 'load_image',
-           'Fault', 'Source', 'images_under', 'read_folder', 'faults_at', 'coco_entries', 'declared_size', 'is_ignored',
-           'label_order', 'coco_faults', 'read_json', 'reason']
+           'Fault', 'Source', 'faults_at', 'declared_size', 'is_ignored', 'label_order', 'coco_faults',
+           'image_suffixes', 'files_under', 'images_under', 'read_folder', 'reason']
 
 # %% ../../nbs/data/00_files.ipynb #c8629187
-import json
 import math
+import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 from PIL import Image
 from ..core import DataError, suggest
+from .entries import FLAGS, as_area, as_flag, coco_entries, is_id, tidy_values
 
 # %% ../../nbs/data/00_files.ipynb #f8be2a4b
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm', '.gif', '.jfif')
+_NO_PICTURES = {
+    'BUFR',
+    'EPS',
+    'FITS',
+    'GRIB',
+    'HDF5',
+    'IPTC',
+    'MPEG',
+    'WMF',
+    'XBM',
+    'XPM',
+}  # or not photographs
 _ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
 
 _UPRIGHT = {
@@ -120,32 +134,15 @@ class Source:
     folder: Path = Path('.')  # `file_name` is relative to it
     faults: list[Fault] = field(default_factory=list)  # found while reading
 
+    def __post_init__(self):
+        for key in tidy_values(self.data):
+            item, cure = f"the column '{key}' is text or of another type", 'converted; check the export'
+            self.faults.append(Fault('info', 'converted', self.where, item, cure))
+
     def all_faults(self):  # iterator of Fault
         "Faults of reading, then those of the content"
         yield from self.faults
         yield from coco_faults(self.data, self.where)
-
-# %% ../../nbs/data/00_files.ipynb #bb5af535
-def images_under(
-    root,  # folder
-) -> list[str]:  # paths below `root` with forward slashes, sorted
-    "The image files below a folder; hidden files and folders are skipped"
-    found = (f.relative_to(root) for f in sorted(Path(root).rglob('*')) if f.suffix.lower() in IMAGE_SUFFIXES)
-    return [f.as_posix() for f in found if not any(p[0] == '.' or p == '__MACOSX' for p in f.parts)]
-
-
-def read_folder(
-    root,  # folder; subfolders count
-) -> Source:
-    "Images without annotations; the id is the path below `root`, suffix included"
-    root = Path(root)
-    files = images_under(root) if root.is_dir() else []
-    if not files:
-        raise DataError(
-            f'{root}: no image found, in no subfolder either; looked for {" ".join(IMAGE_SUFFIXES)}'
-        )
-    images = [dict(id=f, file_name=f) for f in files]
-    return Source(root.absolute().name, str(root), dict(images=images, categories=[]), root)
 
 # %% ../../nbs/data/00_files.ipynb #c986e6d1
 CURES = {  # kind of fault: (level, what to do)
@@ -162,6 +159,8 @@ CURES = {  # kind of fault: (level, what to do)
     'duplicate-annotation-id': ('error', 'give each annotation its own id'),
     'unknown-image': ('error', 'add the image or delete the annotation; 7 and "7" are different ids'),
     'unknown-class': ('error', 'add the category or correct the id'),
+    'bad-flag': ('error', 'write 0 or 1'),
+    'area': ('warning', 'correct it or leave it out; the evaluation takes width x height'),
     'bad-bbox': ('error', 'write [x, y, width, height] in pixels'),
     'not-finite': ('error', 'delete the annotation or write its true box'),
     'negative-box': ('error', 'swap the corners; COCO wants [x, y, width, height]'),
@@ -183,15 +182,6 @@ def faults_at(
         yield Fault(level, kind, where, item, cure)
 
 # %% ../../nbs/data/00_files.ipynb #afe4a35d
-def coco_entries(
-    data,  # content of a COCO file, perhaps malformed
-    key: str,  # 'images', 'annotations' or 'categories'
-) -> list[dict]:
-    "The objects in one list of a COCO file; empty if there is no such list"
-    rows = data.get(key) if isinstance(data, dict) else None
-    return [x for x in rows if isinstance(x, dict)] if isinstance(rows, list) else []
-
-
 def declared_size(
     image: dict,  # entry of 'images'
 ):  # (H, W) in pixels, or None
@@ -204,7 +194,9 @@ def is_ignored(
     annotation: dict,  # entry of 'annotations'
 ) -> bool:
     "Is it a crowd region or a difficult object? Those are neither learnt from nor counted"
-    return bool(annotation.get('iscrowd') or annotation.get('ignore') or annotation.get('difficult'))
+    if not (annotation.get('iscrowd') or annotation.get('ignore') or annotation.get('difficult')):
+        return False
+    return any(as_flag(annotation.get(k)) for k in FLAGS)
 
 
 def label_order(
@@ -214,20 +206,16 @@ def label_order(
 
     def key(c):
         cat = c.get('id')
-        return isinstance(cat, str), cat if _is_id(cat) else 0
+        return isinstance(cat, str), cat if is_id(cat) else 0
 
     return sorted(categories, key=key)
 
-
-def _is_id(x):
-    return isinstance(x, (int, str)) and not isinstance(x, bool)
-
-# %% ../../nbs/data/00_files.ipynb #59db7567
+# %% ../../nbs/data/00_files.ipynb #87f2feb8
 def _image_faults(images):
     ids, files = set(), {}
     for n, im in enumerate(images):
         file = im.get('file_name') if isinstance(im, dict) else None
-        if not isinstance(file, str) or not file or not _is_id(im.get('id')):
+        if not isinstance(file, str) or not file or not is_id(im.get('id')):
             yield 'bad-image-entry', f'images[{n}] is {str(im)[:80]}'
             continue
         item = f"image {im['id']!r} ({file})"
@@ -245,7 +233,7 @@ def _image_faults(images):
 def _category_faults(categories):
     ids, names = set(), {}
     for n, c in enumerate(categories):
-        if not isinstance(c, dict) or not _is_id(c.get('id')) or not isinstance(c.get('name'), str):
+        if not isinstance(c, dict) or not is_id(c.get('id')) or not isinstance(c.get('name'), str):
             yield 'bad-category', f'categories[{n}] is {str(c)[:80]}'
             continue
         item, name = f"category {c['id']!r}", c['name']
@@ -257,14 +245,17 @@ def _category_faults(categories):
         names[name] = c['id']
 
 # %% ../../nbs/data/00_files.ipynb #3a749303
+_NUMBERS = frozenset((int, float))
+
+
 def _bbox_fault(bbox, size):  # -> (kind, what is wrong) or None
     if not isinstance(bbox, (list, tuple)) or len(bbox) != 4:
         return 'bad-bbox', 'is not four numbers'
-    if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in bbox):
+    if not _NUMBERS.issuperset(map(type, bbox)):
         return 'bad-bbox', 'is not four numbers'
-    if not all(map(math.isfinite, bbox)):
-        return 'not-finite', 'holds a number that is not finite'
     x, y, w, h = bbox
+    if not (-1e9 < x < 1e9 and -1e9 < y < 1e9 and -1e9 < w < 1e9 and -1e9 < h < 1e9):
+        return 'not-finite', 'holds a number that is not finite, or has ten digits'
     if w < 0 or h < 0:
         return 'negative-box', 'has x2 < x1 or y2 < y1'
     if w == 0 or h == 0:
@@ -286,25 +277,45 @@ def _known(wrong, ids):  # a known id that resembles the wrong one, or the list 
     return 'known: ' + ', '.join(map(repr, ids[:12])) + (', ...' if len(ids) > 12 else '')
 
 
+def _area_fault(area, bbox):  # what is wrong with an area, or None; masks are smaller than their boxes
+    if not area:
+        return None
+    size = (bbox[2] + 1) * (bbox[3] + 1)
+    if isinstance(area, str) and as_area(area) is None:
+        return 'is no number'
+    area = as_area(area) if isinstance(area, str) else area
+    if not isinstance(area, (int, float)):
+        return 'is no number'
+    if area > size or (area < 1 and size > 144):
+        return 'contradicts the box'
+
+# %% ../../nbs/data/00_files.ipynb #1efacf82
 def _annotation_faults(data):
-    sizes = {im['id']: declared_size(im) for im in coco_entries(data, 'images') if _is_id(im.get('id'))}
-    cats = [c['id'] for c in coco_entries(data, 'categories') if _is_id(c.get('id'))]
+    sizes = {im['id']: declared_size(im) for im in coco_entries(data, 'images') if is_id(im.get('id'))}
+    cats = [c['id'] for c in coco_entries(data, 'categories') if is_id(c.get('id'))]
     known, used = set(cats), set()
     for n, a in enumerate(data['annotations']):
-        if not isinstance(a, dict) or not _is_id(a.get('image_id')) or not _is_id(a.get('category_id')):
+        if not isinstance(a, dict) or not is_id(a.get('image_id')) or not is_id(a.get('category_id')):
             yield 'bad-annotation', f'annotations[{n}] is {str(a)[:80]}'
             continue
-        item, cat = f"annotation {a.get('id', f'#{n}')} of image {a['image_id']!r}", a['category_id']
-        if a.get('id') is not None and str(a['id']) in used:
-            yield 'duplicate-annotation-id', f'{item}: this id was used before'
-        used.add(str(a.get('id')))
-        if a['image_id'] not in sizes:
-            yield 'unknown-image', f"{item}: 'images' has no such id"
+        cat, key, image = a['category_id'], a.get('id'), a['image_id']
+        found, text = [], str(key)
+        if key is not None and text in used:
+            found.append(('duplicate-annotation-id', 'this id was used before'))
+        used.add(text)
+        if image not in sizes:
+            found.append(('unknown-image', "'images' has no such id"))
         if cat not in known:
-            yield 'unknown-class', f"{item}: class id {cat!r} is not among 'categories' ({_known(cat, cats)})"
-        if fault := _bbox_fault(a.get('bbox'), sizes.get(a['image_id'])):
-            kind, what = fault
-            yield kind, f"{item}: box {a.get('bbox')} {what}"
+            what = f"class id {cat!r} is not among 'categories' ({_known(cat, cats)})"
+            found.append(('unknown-class', what))
+        if fault := _bbox_fault(a.get('bbox'), sizes.get(image)):
+            found.append((fault[0], f"box {a.get('bbox')} {fault[1]}"))
+        elif 'area' in a and (what := _area_fault(a['area'], a['bbox'])):
+            found.append(('area', f"area {a['area']!r} {what} {a['bbox']}"))
+        if a.get('iscrowd') or a.get('ignore') or a.get('difficult'):
+            found += [('bad-flag', f'{k} is {a[k]!r}') for k in FLAGS if as_flag(a.get(k)) is None]
+        for kind, what in found:
+            yield kind, f"annotation {a.get('id', f'#{n}')} of image {image!r}: {what}"
 
 # %% ../../nbs/data/00_files.ipynb #755300c5
 def _content_faults(data):
@@ -332,28 +343,67 @@ def coco_faults(
     "All that the annotations alone can tell; loading stops at the first error, the doctor collects all"
     return faults_at(where, _content_faults(data))
 
-# %% ../../nbs/data/00_files.ipynb #3e46c289
-def read_json(
-    path,  # annotation file
-):  # its content
-    "Content of a JSON file; a DataError names the line where it breaks"
-    try:
-        text = Path(path).read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError:
-        raise DataError(f'{path}: not a text file; give a COCO annotation file in JSON') from None
-    except OSError as e:
-        raise DataError(f'{path}: {e.strerror}; give a COCO annotation file') from None
-    if not text.strip():
-        raise DataError(f'{path}: the file is empty; export the annotations again')
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
+# %% ../../nbs/data/00_files.ipynb #bb5af535
+def image_suffixes() -> set[str]:  # lower case, with the dot
+    "Suffixes of the images that the installed Pillow reads, its plug-ins included"
+    read = {
+        s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - _NO_PICTURES
+    }
+    return read.union(IMAGE_SUFFIXES)
+
+
+def files_under(
+    root,  # folder
+) -> list[Path]:  # relative to `root`, sorted
+    "All files below a folder; links are followed, each real folder once; hidden ones are skipped"
+    found, visited = [], set()
+    todo, linked = [Path(root)], []
+    while todo or linked:
+        folder = todo.pop() if todo else linked.pop(0)
+        real = os.path.realpath(folder)
+        if real in visited or (folder != Path(root) and not os.access(folder, os.R_OK | os.X_OK)):
+            continue
+        visited.add(real)
+        for entry in os.scandir(folder):
+            if entry.name[0] == '.' or entry.name == '__MACOSX':
+                continue
+            if not entry.is_dir():
+                found.append(Path(entry.path).relative_to(root))
+            else:
+                (linked if entry.is_symlink() else todo).append(Path(entry.path))
+    return sorted(found, key=lambda f: f.parts)
+
+
+def images_under(
+    root,  # folder
+) -> list[str]:  # paths below `root` with forward slashes, sorted
+    "The image files below a folder; linked folders are followed, hidden files and folders are skipped"
+    known = image_suffixes()
+    return [f.as_posix() for f in files_under(root) if f.suffix.lower() in known]
+
+
+def read_folder(
+    root,  # folder; subfolders count
+) -> Source:
+    "Images without annotations; the id is the path below `root`, suffix included"
+    root, known = Path(root), image_suffixes()
+    there = files_under(root) if root.is_dir() else []
+    files = [f.as_posix() for f in there if f.suffix.lower() in known]
+    skipped = Counter(f.suffix.lower() or 'no suffix' for f in there if f.suffix.lower() not in known)
+    counts = ', '.join(f'{n} {suffix}' for suffix, n in skipped.most_common(8))
+    if not files:
+        found = f' (found {counts})' if skipped else ''
         raise DataError(
-            f'{path}: line {e.lineno}, column {e.colno}: {e.msg}; '
-            'the file is not valid JSON (cut off?): export it again'
-        ) from None
+            f'{root}: no image found, in no subfolder either{found}; looked for {" ".join(IMAGE_SUFFIXES)}'
+        )
+    faults = []
+    if skipped:
+        cure = 'convert those that are images; annotations beside images are not read here'
+        faults.append(Fault('warning', 'skipped-files', str(root), f'not read as images: {counts}', cure))
+    images = [dict(id=f, file_name=f) for f in files]
+    return Source(root.absolute().name, str(root), dict(images=images, categories=[]), root, faults)
 
-
+# %% ../../nbs/data/00_files.ipynb #3e46c289
 def reason(
     e: Exception,  # raised while a file was read
 ) -> str:

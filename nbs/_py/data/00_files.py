@@ -18,13 +18,15 @@
 
 # %%
 #| export
-import json
 import math
+import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 from PIL import Image
 from semidetr.core import DataError, suggest
+from semidetr.data.entries import FLAGS, as_area, as_flag, coco_entries, is_id, tidy_values
 
 # %% [markdown]
 # ## Pixels in the orientation of the annotations
@@ -44,6 +46,18 @@ from semidetr.core import DataError, suggest
 # %%
 #| export
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm', '.gif', '.jfif')
+_NO_PICTURES = {
+    'BUFR',
+    'EPS',
+    'FITS',
+    'GRIB',
+    'HDF5',
+    'IPTC',
+    'MPEG',
+    'WMF',
+    'XBM',
+    'XPM',
+}  # or not photographs
 _ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
 
 _UPRIGHT = {
@@ -210,43 +224,16 @@ class Source:
     folder: Path = Path('.')  # `file_name` is relative to it
     faults: list[Fault] = field(default_factory=list)  # found while reading
 
+    def __post_init__(self):
+        for key in tidy_values(self.data):
+            item, cure = f"the column '{key}' is text or of another type", 'converted; check the export'
+            self.faults.append(Fault('info', 'converted', self.where, item, cure))
+
     def all_faults(self):  # iterator of Fault
         "Faults of reading, then those of the content"
         yield from self.faults
         yield from coco_faults(self.data, self.where)
 
-
-# %% [markdown]
-# The simplest source is a folder of images without any annotation.
-
-# %%
-#| export
-def images_under(
-    root,  # folder
-) -> list[str]:  # paths below `root` with forward slashes, sorted
-    "The image files below a folder; hidden files and folders are skipped"
-    found = (f.relative_to(root) for f in sorted(Path(root).rglob('*')) if f.suffix.lower() in IMAGE_SUFFIXES)
-    return [f.as_posix() for f in found if not any(p[0] == '.' or p == '__MACOSX' for p in f.parts)]
-
-
-def read_folder(
-    root,  # folder; subfolders count
-) -> Source:
-    "Images without annotations; the id is the path below `root`, suffix included"
-    root = Path(root)
-    files = images_under(root) if root.is_dir() else []
-    if not files:
-        raise DataError(
-            f'{root}: no image found, in no subfolder either; looked for {" ".join(IMAGE_SUFFIXES)}'
-        )
-    images = [dict(id=f, file_name=f) for f in files]
-    return Source(root.absolute().name, str(root), dict(images=images, categories=[]), root)
-
-
-# %%
-folder = read_folder(root)
-assert [im['id'] for im in folder.data['images']] == ['deep.png', 'phone.png']
-folder.data
 
 # %% [markdown]
 # ## Rules
@@ -271,6 +258,8 @@ CURES = {  # kind of fault: (level, what to do)
     'duplicate-annotation-id': ('error', 'give each annotation its own id'),
     'unknown-image': ('error', 'add the image or delete the annotation; 7 and "7" are different ids'),
     'unknown-class': ('error', 'add the category or correct the id'),
+    'bad-flag': ('error', 'write 0 or 1'),
+    'area': ('warning', 'correct it or leave it out; the evaluation takes width x height'),
     'bad-bbox': ('error', 'write [x, y, width, height] in pixels'),
     'not-finite': ('error', 'delete the annotation or write its true box'),
     'negative-box': ('error', 'swap the corners; COCO wants [x, y, width, height]'),
@@ -293,19 +282,10 @@ def faults_at(
 
 
 # %% [markdown]
-# Four helpers read entries that may be malformed. They serve the checks, the data sets and the doctor alike.
+# Three helpers read entries that may be malformed. They serve the checks, the data sets and the doctor alike.
 
 # %%
 #| export
-def coco_entries(
-    data,  # content of a COCO file, perhaps malformed
-    key: str,  # 'images', 'annotations' or 'categories'
-) -> list[dict]:
-    "The objects in one list of a COCO file; empty if there is no such list"
-    rows = data.get(key) if isinstance(data, dict) else None
-    return [x for x in rows if isinstance(x, dict)] if isinstance(rows, list) else []
-
-
 def declared_size(
     image: dict,  # entry of 'images'
 ):  # (H, W) in pixels, or None
@@ -318,7 +298,9 @@ def is_ignored(
     annotation: dict,  # entry of 'annotations'
 ) -> bool:
     "Is it a crowd region or a difficult object? Those are neither learnt from nor counted"
-    return bool(annotation.get('iscrowd') or annotation.get('ignore') or annotation.get('difficult'))
+    if not (annotation.get('iscrowd') or annotation.get('ignore') or annotation.get('difficult')):
+        return False
+    return any(as_flag(annotation.get(k)) for k in FLAGS)
 
 
 def label_order(
@@ -328,16 +310,13 @@ def label_order(
 
     def key(c):
         cat = c.get('id')
-        return isinstance(cat, str), cat if _is_id(cat) else 0
+        return isinstance(cat, str), cat if is_id(cat) else 0
 
     return sorted(categories, key=key)
 
 
-def _is_id(x):
-    return isinstance(x, (int, str)) and not isinstance(x, bool)
-
-
 # %%
+assert not is_ignored(dict(iscrowd='0', difficult='no')) and is_ignored(dict(iscrowd='0', ignore='yes'))
 malformed = dict(images=[3, dict(id=1, height=40, width='60')], categories=None)
 assert coco_entries(malformed, 'images') == malformed['images'][1:]
 assert coco_entries(malformed, 'categories') == []
@@ -351,7 +330,7 @@ def _image_faults(images):
     ids, files = set(), {}
     for n, im in enumerate(images):
         file = im.get('file_name') if isinstance(im, dict) else None
-        if not isinstance(file, str) or not file or not _is_id(im.get('id')):
+        if not isinstance(file, str) or not file or not is_id(im.get('id')):
             yield 'bad-image-entry', f'images[{n}] is {str(im)[:80]}'
             continue
         item = f"image {im['id']!r} ({file})"
@@ -369,7 +348,7 @@ def _image_faults(images):
 def _category_faults(categories):
     ids, names = set(), {}
     for n, c in enumerate(categories):
-        if not isinstance(c, dict) or not _is_id(c.get('id')) or not isinstance(c.get('name'), str):
+        if not isinstance(c, dict) or not is_id(c.get('id')) or not isinstance(c.get('name'), str):
             yield 'bad-category', f'categories[{n}] is {str(c)[:80]}'
             continue
         item, name = f"category {c['id']!r}", c['name']
@@ -387,7 +366,6 @@ found = list(faults_at('train.json', _image_faults(twice)))
 assert [f.kind for f in found] == ['duplicate-image-id', 'bad-image-entry']
 print(*found, sep='\n')
 
-
 # %% [markdown]
 # A box $[x, y, w, h]$ has $x_2 = x + w$ and $y_2 = y + h$. A negative size is refused, because nobody can
 # tell what was meant. A box of size zero is dropped and counted. A box that leaves the image a little is
@@ -396,14 +374,17 @@ print(*found, sep='\n')
 
 # %%
 #| export
+_NUMBERS = frozenset((int, float))
+
+
 def _bbox_fault(bbox, size):  # -> (kind, what is wrong) or None
     if not isinstance(bbox, (list, tuple)) or len(bbox) != 4:
         return 'bad-bbox', 'is not four numbers'
-    if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in bbox):
+    if not _NUMBERS.issuperset(map(type, bbox)):
         return 'bad-bbox', 'is not four numbers'
-    if not all(map(math.isfinite, bbox)):
-        return 'not-finite', 'holds a number that is not finite'
     x, y, w, h = bbox
+    if not (-1e9 < x < 1e9 and -1e9 < y < 1e9 and -1e9 < w < 1e9 and -1e9 < h < 1e9):
+        return 'not-finite', 'holds a number that is not finite, or has ten digits'
     if w < 0 or h < 0:
         return 'negative-box', 'has x2 < x1 or y2 < y1'
     if w == 0 or h == 0:
@@ -442,25 +423,47 @@ def _known(wrong, ids):  # a known id that resembles the wrong one, or the list 
     return 'known: ' + ', '.join(map(repr, ids[:12])) + (', ...' if len(ids) > 12 else '')
 
 
+def _area_fault(area, bbox):  # what is wrong with an area, or None; masks are smaller than their boxes
+    if not area:
+        return None
+    size = (bbox[2] + 1) * (bbox[3] + 1)
+    if isinstance(area, str) and as_area(area) is None:
+        return 'is no number'
+    area = as_area(area) if isinstance(area, str) else area
+    if not isinstance(area, (int, float)):
+        return 'is no number'
+    if area > size or (area < 1 and size > 144):
+        return 'contradicts the box'
+
+
+# %%
+#| export
 def _annotation_faults(data):
-    sizes = {im['id']: declared_size(im) for im in coco_entries(data, 'images') if _is_id(im.get('id'))}
-    cats = [c['id'] for c in coco_entries(data, 'categories') if _is_id(c.get('id'))]
+    sizes = {im['id']: declared_size(im) for im in coco_entries(data, 'images') if is_id(im.get('id'))}
+    cats = [c['id'] for c in coco_entries(data, 'categories') if is_id(c.get('id'))]
     known, used = set(cats), set()
     for n, a in enumerate(data['annotations']):
-        if not isinstance(a, dict) or not _is_id(a.get('image_id')) or not _is_id(a.get('category_id')):
+        if not isinstance(a, dict) or not is_id(a.get('image_id')) or not is_id(a.get('category_id')):
             yield 'bad-annotation', f'annotations[{n}] is {str(a)[:80]}'
             continue
-        item, cat = f"annotation {a.get('id', f'#{n}')} of image {a['image_id']!r}", a['category_id']
-        if a.get('id') is not None and str(a['id']) in used:
-            yield 'duplicate-annotation-id', f'{item}: this id was used before'
-        used.add(str(a.get('id')))
-        if a['image_id'] not in sizes:
-            yield 'unknown-image', f"{item}: 'images' has no such id"
+        cat, key, image = a['category_id'], a.get('id'), a['image_id']
+        found, text = [], str(key)
+        if key is not None and text in used:
+            found.append(('duplicate-annotation-id', 'this id was used before'))
+        used.add(text)
+        if image not in sizes:
+            found.append(('unknown-image', "'images' has no such id"))
         if cat not in known:
-            yield 'unknown-class', f"{item}: class id {cat!r} is not among 'categories' ({_known(cat, cats)})"
-        if fault := _bbox_fault(a.get('bbox'), sizes.get(a['image_id'])):
-            kind, what = fault
-            yield kind, f"{item}: box {a.get('bbox')} {what}"
+            what = f"class id {cat!r} is not among 'categories' ({_known(cat, cats)})"
+            found.append(('unknown-class', what))
+        if fault := _bbox_fault(a.get('bbox'), sizes.get(image)):
+            found.append((fault[0], f"box {a.get('bbox')} {fault[1]}"))
+        elif 'area' in a and (what := _area_fault(a['area'], a['bbox'])):
+            found.append(('area', f"area {a['area']!r} {what} {a['bbox']}"))
+        if a.get('iscrowd') or a.get('ignore') or a.get('difficult'):
+            found += [('bad-flag', f'{k} is {a[k]!r}') for k in FLAGS if as_flag(a.get(k)) is None]
+        for kind, what in found:
+            yield kind, f"annotation {a.get('id', f'#{n}')} of image {image!r}: {what}"
 
 
 # %%
@@ -506,34 +509,91 @@ print(*faults, sep='\n')
 
 
 # %% [markdown]
-# ## Files that cannot be read
+# ## Folders
 #
-# A JSON file that breaks off names the line where it does, and an error of the operating system or of Pillow
-# is cut to the few words that matter.
+# The simplest source is a folder of images without any annotation. Linked folders are followed, each real
+# folder once, so that a link to a folder above cannot lead in circles. Which suffixes count depends on the
+# installed Pillow; files with others are counted and reported.
 
 # %%
 #| export
-def read_json(
-    path,  # annotation file
-):  # its content
-    "Content of a JSON file; a DataError names the line where it breaks"
-    try:
-        text = Path(path).read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError:
-        raise DataError(f'{path}: not a text file; give a COCO annotation file in JSON') from None
-    except OSError as e:
-        raise DataError(f'{path}: {e.strerror}; give a COCO annotation file') from None
-    if not text.strip():
-        raise DataError(f'{path}: the file is empty; export the annotations again')
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
+def image_suffixes() -> set[str]:  # lower case, with the dot
+    "Suffixes of the images that the installed Pillow reads, its plug-ins included"
+    read = {
+        s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - _NO_PICTURES
+    }
+    return read.union(IMAGE_SUFFIXES)
+
+
+def files_under(
+    root,  # folder
+) -> list[Path]:  # relative to `root`, sorted
+    "All files below a folder; links are followed, each real folder once; hidden ones are skipped"
+    found, visited = [], set()
+    todo, linked = [Path(root)], []
+    while todo or linked:
+        folder = todo.pop() if todo else linked.pop(0)
+        real = os.path.realpath(folder)
+        if real in visited or (folder != Path(root) and not os.access(folder, os.R_OK | os.X_OK)):
+            continue
+        visited.add(real)
+        for entry in os.scandir(folder):
+            if entry.name[0] == '.' or entry.name == '__MACOSX':
+                continue
+            if not entry.is_dir():
+                found.append(Path(entry.path).relative_to(root))
+            else:
+                (linked if entry.is_symlink() else todo).append(Path(entry.path))
+    return sorted(found, key=lambda f: f.parts)
+
+
+def images_under(
+    root,  # folder
+) -> list[str]:  # paths below `root` with forward slashes, sorted
+    "The image files below a folder; linked folders are followed, hidden files and folders are skipped"
+    known = image_suffixes()
+    return [f.as_posix() for f in files_under(root) if f.suffix.lower() in known]
+
+
+def read_folder(
+    root,  # folder; subfolders count
+) -> Source:
+    "Images without annotations; the id is the path below `root`, suffix included"
+    root, known = Path(root), image_suffixes()
+    there = files_under(root) if root.is_dir() else []
+    files = [f.as_posix() for f in there if f.suffix.lower() in known]
+    skipped = Counter(f.suffix.lower() or 'no suffix' for f in there if f.suffix.lower() not in known)
+    counts = ', '.join(f'{n} {suffix}' for suffix, n in skipped.most_common(8))
+    if not files:
+        found = f' (found {counts})' if skipped else ''
         raise DataError(
-            f'{path}: line {e.lineno}, column {e.colno}: {e.msg}; '
-            'the file is not valid JSON (cut off?): export it again'
-        ) from None
+            f'{root}: no image found, in no subfolder either{found}; looked for {" ".join(IMAGE_SUFFIXES)}'
+        )
+    faults = []
+    if skipped:
+        cure = 'convert those that are images; annotations beside images are not read here'
+        faults.append(Fault('warning', 'skipped-files', str(root), f'not read as images: {counts}', cure))
+    images = [dict(id=f, file_name=f) for f in files]
+    return Source(root.absolute().name, str(root), dict(images=images, categories=[]), root, faults)
 
 
+# %%
+(root / 'notes.heic').write_text('no image')
+(root / 'again').symlink_to(root)
+folder = read_folder(root)
+assert 'not read as images: 1 .heic' in str(folder.faults[0])
+assert [im['id'] for im in folder.data['images']] == ['deep.png', 'phone.png']
+folder.data
+
+
+# %% [markdown]
+# ## Files that cannot be read
+#
+# An error of the operating system or of Pillow is cut to the few words that matter. Text is read in
+# @sec-text.
+
+# %%
+#| export
 def reason(
     e: Exception,  # raised while a file was read
 ) -> str:
@@ -542,13 +602,8 @@ def reason(
 
 
 # %%
-(root / 'cut.json').write_text('{"images": [\n  {"id": 1, "file_na')
-try:
-    read_json(root / 'cut.json')
-except DataError as e:
-    message = str(e).replace(f'{root}/', '')
-assert 'line 2' in message
-message
+assert reason(FileNotFoundError(2, 'No such file')) == 'no such file'
+reason(OSError('image file is truncated (3 bytes not processed): more'))
 
 # %% [markdown]
 # ## Summary

@@ -1,7 +1,7 @@
 # %% [markdown]
-# # COCO, VOC and YOLO {#sec-formats}
+# # COCO and VOC {#sec-formats}
 #
-# > Read the three common annotation formats into one form, and know which pixels each of them means.
+# > Read the common annotation formats into one form, and know which pixels each of them means.
 
 # %%
 #| default_exp data.formats
@@ -26,19 +26,88 @@
 # %%
 #| export
 import os
+import re
+import unicodedata
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from semidetr.core import DataError
-from semidetr.data.files import (
-    IMAGE_SUFFIXES,
-    Fault,
-    Source,
-    coco_entries,
-    images_under,
-    read_json,
-    read_size,
-    reason,
-)
+from semidetr.data.files import Fault, Source, as_flag, coco_entries, image_suffixes, images_under, reason
+from semidetr.text import read_json, read_lines, read_text
+
+
+# %% [markdown]
+# ## Names of images
+#
+# A record names its image by a path. If no file has that path, the spelling may differ: backslashes, a
+# leading `..`, blanks, another Unicode form, capitals, another suffix, another folder. Such an image is taken
+# only if exactly one file fits and no other record takes the same file; the reader then adds a note. If two
+# files fit, it is an error that names both.
+
+# %%
+#| export
+def plain_name(
+    name: str,  # path as a record gives it
+) -> str:  # forward slashes, composed Unicode, no blanks at the ends, no leading '.', '..' or drive
+    "A path in one spelling"
+    parts = unicodedata.normalize('NFC', name.strip()).replace('\\', '/').split('/')
+    while len(parts) > 1 and (parts[0] in ('', '.', '..') or parts[0].endswith(':')):
+        parts.pop(0)
+    return '/'.join(parts)
+
+
+def _spellings(name):  # keys under which a file is looked for, the strictest first
+    plain = plain_name(name)
+    base = plain.rpartition('/')[2]
+    return plain, plain.casefold(), base, base.casefold(), os.path.splitext(base)[0].casefold()
+
+
+def _listed(folder, names):  # which of the names are files, with one listing of each folder
+    folders = {}
+    for name in names:
+        folders.setdefault(os.path.dirname(name), []).append(name)
+    out = set()
+    for parent, inside in folders.items():
+        there = set(os.listdir(folder / parent)) if (folder / parent).is_dir() else ()
+        out.update(n for n in inside if os.path.basename(n) in there)
+    return out
+
+
+# %%
+#| export
+def resolve_names(
+    folder,  # where the images are
+    names: list[str],  # as the records give them
+    where: str,  # annotation file, for the messages
+) -> tuple[dict, list[Fault]]:  # {name as given: path of another spelling}, what was found so
+    "Find the files that records name in another spelling; what is not there at all stays out"
+    right = _listed(Path(folder), names)
+    lost = [n for n in dict.fromkeys(names) if n not in right]
+    if not lost or not Path(folder).is_dir():
+        return {}, []
+    index = {}
+    for f in images_under(folder):
+        for level, key in enumerate(_spellings(f)):
+            index.setdefault((level, key), set()).add(f)
+    new, owner, faults = {}, {n: n for n in right}, []
+    for name in lost:
+        keys = [k for k in enumerate(_spellings(name)) if k in index]
+        fits = sorted(index[keys[0]]) if keys else []
+        if len(fits) == 1 and owner.setdefault(fits[0], name) == name:
+            new[name] = fits[0]
+        elif fits:
+            other = fits[1] if len(fits) > 1 else f'{fits[0]} of record {owner[fits[0]]!r}'
+            item = (
+                f'image {name!r} is not there; {fits[0]} and {other} fit'
+                if len(fits) > 1
+                else (f'image {name!r} is not there; the only file that fits is {other}')
+            )
+            cure = 'write the path below the image folder'
+            faults.append(Fault('error', 'ambiguous-image', where, item, cure))
+    if new:
+        first = next(iter(new))
+        item = f'{len(new)} images are found in another spelling, {first!r} as {new[first]}'
+        faults.append(Fault('warning', 'image-name', where, item, 'check that these are the same images'))
+    return new, faults
 
 
 # %% [markdown]
@@ -49,8 +118,10 @@ from semidetr.data.files import (
 
 # %%
 #| export
-def _find_images(json_path, files):  # -> (folder in which the images of a COCO file lie, fault or None)
-    p, stem = json_path.parent, json_path.stem.rsplit('_', 1)[-1]
+def _find_images(
+    json_path, files
+):  # files: names of the images -> (folder in which the images of a COCO file lie, fault or None)
+    p, stem = json_path.parent, json_path.stem.rsplit('_', 1)[-1].partition('.')[0]
     places = [
         p / 'images',
         p,
@@ -60,11 +131,18 @@ def _find_images(json_path, files):  # -> (folder in which the images of a COCO 
         p.parent / f'{stem}2017',
         p.parent / 'images',
         p.parent / 'images' / stem,
+        p.parent.parent / stem,
+        p.parent.parent / 'images' / stem,
     ]
+    places += [d for d in (p / 'Images', p.parent / 'Images') if d.is_dir()]
     probe = files[:: max(1, len(files) // 5)][:6]
-    hits = [sum((d / f).is_file() for f in probe) for d in places]
-    if not probe or max(hits):
-        return places[hits.index(max(hits))], None
+    for spelling in (str, plain_name, lambda f: plain_name(f).rpartition('/')[2]):
+        hits = [sum((d / spelling(f)).is_file() for f in probe) for d in places]
+        if not probe or max(hits):
+            return places[hits.index(max(hits))], None
+    for d in places:
+        if probe and d not in (p, p.parent) and d.is_dir() and resolve_names(d, probe, '')[0]:
+            return d, None
     tried = ', '.join(dict.fromkeys(map(str, places)))
     return places[0], Fault(
         'error',
@@ -90,8 +168,15 @@ def read_coco(
         if not folder.is_dir():
             item, cure = f'no such image folder: {folder}', 'name the folder that holds the images'
             fault = Fault('error', 'missing-image-folder', str(path), item, cure)
+    faults = [fault] if fault else []
+    if fault is None:
+        images = [im for im in coco_entries(data, 'images') if isinstance(im.get('file_name'), str)]
+        new, found = resolve_names(folder, [im['file_name'] for im in images], str(path))
+        faults += found
+        for im in images if new else ():
+            im['file_name'] = new.get(im['file_name'], im['file_name'])
     home = path.parent.parent if path.parent.name == 'annotations' else path.parent
-    return Source(f'{home.absolute().name}/{path.stem}', str(path), data, folder, [fault] if fault else [])
+    return Source(f'{home.absolute().name}/{path.stem}', str(path), data, folder, faults)
 
 
 # %%
@@ -104,7 +189,7 @@ from PIL import Image
 from semidetr.draw import draw_boxes, show_image
 
 # %% [markdown]
-# One scene will be written in all three formats: a picture of 60 x 40 pixels with one object from $(12, 8)$
+# One scene will be written in both formats: a picture of 60 x 40 pixels with one object from $(12, 8)$
 # to $(36, 32)$.
 
 # %%
@@ -121,7 +206,9 @@ content = dict(
 (root / 'coco' / 'instances_train.json').write_text(json.dumps(content))
 coco = read_coco(root / 'coco' / 'instances_train.json')
 assert coco.folder == root / 'coco' / 'images' and list(coco.all_faults()) == []
-coco.name, coco.data['annotations']
+foreign, notes = resolve_names(coco.folder, ['C:\\data\\a.JPG', 'b.jpg'], 'list')
+assert foreign == {'C:\\data\\a.JPG': 'a.jpg'} and [f.level for f in notes] == ['warning']
+coco.name, coco.data['annotations'], str(notes[0])
 
 # %% [markdown]
 # ## Pascal VOC
@@ -149,8 +236,9 @@ VOC_CLASSES = (
 ).split()
 
 
-def _voc_file(path):  # one XML file -> (class name, box xywh, difficult) of each object, (height, width)
-    root = ET.parse(path).getroot()
+def _voc_file(path):  # one XML -> ((name, box xywh, difficult) of each object, (height, width), file name)
+    text = read_text(path)
+    root = ET.fromstring(re.sub(r'^\s*<\?xml.*?\?>', '', text, flags=re.S))
     size = [float(root.findtext(f'size/{k}') or 0) for k in ('height', 'width')]
     objects = []
     for o in root.iter('object'):
@@ -158,21 +246,62 @@ def _voc_file(path):  # one XML file -> (class name, box xywh, difficult) of eac
         w, h = x2 - x1, y2 - y1
         if w >= 0 and h >= 0:  # swapped corners keep their negative size and are refused
             w, h = w + 1, h + 1
-        name, difficult = o.findtext('name') or '', o.findtext('difficult') or '0'
-        objects.append((name.strip(), [x1 - 1, y1 - 1, w, h], difficult.strip() == '1'))
-    return objects, size if all(size) else (None, None)
+        name, word = o.findtext('name') or '', o.findtext('difficult') or '0'
+        if (difficult := as_flag(word)) is None:
+            raise ValueError(f"difficult is '{word}', write 0 or 1")
+        objects.append((name.strip(), [x1 - 1, y1 - 1, w, h], difficult))
+    return objects, size if all(size) else (None, None), (root.findtext('filename') or '').strip()
+
+
+# %%
+#| export
+def folder_like(
+    root,  # folder
+    *names: str,  # of a subfolder, the usual one first
+) -> Path:  # the subfolder of that name, in any capitals; the usual one if there is none
+    "Find a subfolder by name, whatever its capitals"
+    there = [d for d in Path(root).iterdir() if d.is_dir()] if Path(root).is_dir() else []
+    for name in names:
+        fits = sorted((d for d in there if d.name.lower() == name.lower()), key=lambda d: d.name != name)
+        if fits:
+            return fits[0]
+    return Path(root) / names[0]
+
+
+def voc_folders(
+    root,  # folder of the data set
+) -> tuple[Path, Path]:  # folder of the XML files, folder of the images
+    "Annotations/ and JPEGImages/ in any capitals, annotations/ and images/, or both kinds in one folder"
+    root = Path(root)
+    xmls = folder_like(root, 'Annotations', 'labels')
+    if not any(xmls.glob('*.xml')) and any(root.glob('*.xml')):
+        xmls = root
+    images = folder_like(root, 'JPEGImages', 'images')
+    return xmls, images if images.is_dir() or not xmls.is_dir() else xmls
+
+
+def _voc_id(line, xmls):  # line of a list -> id of the image: marks, folders and suffixes are left out
+    line = plain_name(line).rpartition('/')[2]
+    tries = [line, re.sub(r'\s+-?[01]$', '', line), line.split()[0]]
+    tries += [os.path.splitext(t)[0] for t in tries]
+    return next((t for t in tries if (xmls / f'{t}.xml').is_file()), tries[1])
 
 
 def _voc_ids(root, split):  # -> (image ids, file that lists them or None)
-    lists = root / 'ImageSets' / 'Main'
+    lists, xmls = folder_like(root, 'ImageSets') / 'Main', voc_folders(root)[0]
+    lists = lists if lists.is_dir() else lists.parent
     for s in {'train': ('train', 'trainval'), 'val': ('val', 'test')}.get(split, (split,)):
         f = lists / f'{s}.txt'
         if f.is_file():
-            return [line.split()[0] for line in f.read_text().splitlines() if line.strip()], f
+            return [_voc_id(line, xmls) for line in read_lines(f)], f
     if lists.is_dir():
         there = ', '.join(sorted(f.name for f in lists.glob('*.txt'))[:8]) or 'none'
         raise DataError(f"{lists}: no list for the split '{split}'; found {there}")
-    return sorted(f.stem for f in (root / 'Annotations').glob('*.xml')), None
+    if split not in ('train', 'trainval'):
+        raise DataError(
+            f"{root}: no list for the split '{split}': there is no ImageSets/Main; all is 'train'"
+        )
+    return sorted(f.stem for f in xmls.glob('*.xml')), None
 
 
 # %%
@@ -180,7 +309,7 @@ def _voc_ids(root, split):  # -> (image ids, file that lists them or None)
     '<annotation><size><width>60</width><height>40</height></size><object><name>dog</name>'
     '<difficult>1</difficult><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>60</xmax><ymax>40</ymax></bndbox></object></annotation>'
 )
-objects, size = _voc_file(root / 'one.xml')
+objects, size, _ = _voc_file(root / 'one.xml')
 assert objects == [('dog', [0, 0, 60, 40], True)] and size == [40, 60]  # the whole image
 objects
 
@@ -191,21 +320,47 @@ objects
 
 # %%
 #| export
-def _voc_annotations(root, ids, all_files):  # -> {image id: content of its file}, faults
-    files = [root / 'Annotations' / f'{i}.xml' for i in ids]
+def _voc_annotations(
+    root, ids, all_files
+):  # root: folder of the XML files -> {image id: content of its file}, faults
+    files = [root / f'{i}.xml' for i in ids]
     if all_files:
-        files = sorted({*(root / 'Annotations').glob('*.xml'), *files})
+        files = sorted({*root.glob('*.xml'), *files})
     content, faults, wanted = {}, [], set(ids)
     for f in files:
         try:
             content[f.stem] = _voc_file(f)
-        except (ET.ParseError, TypeError, ValueError, OSError) as e:
+        except (ET.ParseError, TypeError, ValueError, LookupError, DataError) as e:
             if f.stem in wanted:
+                e = e if f.is_file() else FileNotFoundError()
+                what = str(e).removeprefix(f'{f}: ').split(';')[0] if isinstance(e, DataError) else reason(e)
                 cure = 'restore the file, or take the image out of the split list'
-                faults.append(Fault('error', 'bad-xml', str(f), f'image {f.stem!r}: {reason(e)}', cure))
+                faults.append(Fault('error', 'bad-xml', str(f), f'image {f.stem!r}: {what}', cure))
     return content, faults
 
 
+def _voc_files(folder, ids, content, where):  # -> {image id: file name}, faults
+    there = {f for f in os.listdir(folder) if os.path.splitext(f)[1].lower() in image_suffixes()}
+    by_stem, out, faults = {}, {}, []
+    for f in sorted(there):
+        by_stem.setdefault(os.path.splitext(f)[0], []).append(f)
+    for i in ids:
+        declared, fits = content[i][2] if i in content else '', by_stem.get(i, [])
+        out[i] = fits[0] if fits else declared if declared in there else f'{i}.jpg'
+        if len(fits) > 1 and declared in fits:
+            out[i] = declared
+        elif len(fits) > 1:
+            item = f'image {i!r}: {fits[0]} and {fits[1]} fit'
+            faults.append(
+                Fault('error', 'ambiguous-image', where, item, 'give its <filename>, or delete one')
+            )
+    lost = {i: f for i, f in out.items() if f not in there}
+    new, found = resolve_names(folder, list(lost.values()), where)
+    return out | {i: new[f] for i, f in lost.items() if f in new}, faults + found
+
+
+# %%
+#| export
 def read_voc(
     root,  # folder with Annotations/, JPEGImages/ and ImageSets/Main/
     split: str = 'trainval',  # a list in ImageSets/Main; 'train' falls back to trainval, 'val' to test
@@ -214,24 +369,24 @@ def read_voc(
 ) -> Source:
     "Pascal VOC; pixels count from 1 and the last one is included (@eq-formats-voc)"
     root = Path(root)
-    for folder in (root / 'Annotations', root / 'JPEGImages'):
+    xmls, pictures = voc_folders(root)
+    for folder in (xmls, pictures):
         if not folder.is_dir():
             raise DataError(
                 f'{folder}: no such folder; a VOC data set has Annotations/, JPEGImages/ and ImageSets/Main/'
             )
     ids, listed = _voc_ids(root, split)
     if not ids:
-        raise DataError(f'{listed or root / "Annotations"}: names no image; check the split')
-    content, faults = _voc_annotations(root, ids, all_files=classes is None)
+        raise DataError(f'{listed or xmls}: names no image; check the split')
+    content, faults = _voc_annotations(xmls, ids, all_files=classes is None)
     if classes is None:
-        names = {o[0] for objects, _ in content.values() for o in objects}
+        names = {o[0] for objects, _, _ in content.values() for o in objects}
         classes = VOC_CLASSES if names <= set(VOC_CLASSES) else sorted(names)
-    there = [f for f in sorted((root / 'JPEGImages').iterdir()) if f.suffix.lower() in IMAGE_SUFFIXES]
-    file_of = {f.stem: f.name for f in there}
     images, anns = [], []
+    files, found = _voc_files(pictures, ids, content, str(xmls))
     for i in ids:
-        objects, (h, w) = content.get(i, ([], (None, None)))
-        images.append(dict(id=i, file_name=file_of.get(i, f'{i}.jpg'), height=h, width=w))
+        objects, (h, w), _ = content.get(i, ([], (None, None), ''))
+        images.append(dict(id=i, file_name=files[i], height=h, width=w))
         for c, box, difficult in objects:
             label = classes.index(c) if c in classes else c  # an unknown name is refused later
             if keep_difficult or not difficult:
@@ -239,7 +394,7 @@ def read_voc(
     categories = [dict(id=n, name=c) for n, c in enumerate(classes)]
     data = dict(images=images, annotations=anns, categories=categories)
     name = f'{root.absolute().name}/{split}'
-    return Source(name, str(root / 'Annotations'), data, root / 'JPEGImages', faults)
+    return Source(name, str(xmls), data, pictures, faults + found)
 
 
 # %%
@@ -254,141 +409,14 @@ voc = read_voc(root / 'voc')
 assert voc.data['annotations'][0]['bbox'] == coco.data['annotations'][0]['bbox']
 voc.data['annotations'], voc.data['images']
 
-
-# %% [markdown]
-# ## YOLO
-#
-# YOLO keeps one text file per image. A line holds the class, the centre and the size as fractions of the
-# image, so $x_1 = (c_x - w/2)\,W$. Longer lines are polygons; their box is the hull. An image without a text
-# file is an image without objects.
-
-# %%
-#| export
-def _yolo_label(image):  # images/.../a.jpg -> labels/.../a.txt
-    parts = list(image.parts)
-    for n in range(len(parts) - 2, -1, -1):
-        if parts[n] == 'images':
-            parts[n] = 'labels'
-            break
-    return Path(*parts).with_suffix('.txt')
-
-
-def _yolo_rows(label, h, w):  # -> [(class, xywh in pixels)], [(line number, line)] that cannot be read
-    rows, wrong = [], []
-    for n, line in enumerate(label.read_text().splitlines() if label.is_file() else [], 1):
-        if not line.strip():
-            continue
-        try:
-            c, *v = map(float, line.split())
-        except ValueError:
-            wrong.append((n, line))
-            continue
-        if len(v) == 4:
-            x, y, bw, bh = v[0] - v[2] / 2, v[1] - v[3] / 2, v[2], v[3]
-        elif len(v) >= 6 and len(v) % 2 == 0:
-            x, y, bw, bh = min(v[::2]), min(v[1::2]), max(v[::2]) - min(v[::2]), max(v[1::2]) - min(v[1::2])
-        else:
-            wrong.append((n, line))
-            continue
-        rows.append((int(c), [x * w, y * h, bw * w, bh * h]))
-    return rows, wrong
-
-
-# %%
-(root / 'yolo' / 'images').mkdir(parents=True)
-(root / 'yolo' / 'labels').mkdir()
-scene.save(root / 'yolo' / 'images' / 'a.jpg')
-(root / 'yolo' / 'labels' / 'a.txt').write_text('1 0.4 0.5 0.4 0.6\n0 0.1 0.2 0.3 0.2 0.3 0.6\n0 0.5 oops\n')
-rows, wrong = _yolo_rows(_yolo_label(root / 'yolo' / 'images' / 'a.jpg'), 40, 60)
-assert np.allclose([r[1] for r in rows], [[12, 8, 24, 24], [6, 8, 12, 16]]) and wrong == [(3, '0 0.5 oops')]
-rows, wrong
-
-
-# %%
-#| export
-def _yolo_config(root):  # -> (path of data.yaml, its content)
-    import yaml
-
-    there = (root / n for n in ('data.yaml', 'data.yml', 'dataset.yaml'))
-    path = next((f for f in there if f.is_file()), root / 'data.yaml')
-    try:
-        conf = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as e:
-        raise DataError(
-            f'{path}: {reason(e)}; a YOLO data set has a data.yaml with names and splits'
-        ) from None
-    names = conf.get('names') if isinstance(conf, dict) else None
-    if not names or not isinstance(names, (list, dict)):
-        raise DataError(f"{path}: no class 'names'; list them in the order of the label numbers")
-    return path, conf
-
-
-def _yolo_images(root, conf, split):  # -> image paths of one split
-    keys = ('val', 'valid', 'validation') if split == 'val' else (split,)
-    entry = next((conf[k] for k in keys if conf.get(k)), None)
-    if entry is None:
-        there = ', '.join(k for k in conf if k in ('train', 'val', 'valid', 'test')) or 'none'
-        raise DataError(f"{root}: data.yaml has no split '{split}'; found {there}")
-    out = []
-    for e in entry if isinstance(entry, list) else [entry]:
-        tries = [root / str(conf.get('path') or '.') / e, root / e, root / str(e).replace('../', '')]
-        place = next((t for t in tries if t.exists()), None)
-        if place is None:
-            raise DataError(
-                f"{root}: data.yaml names '{e}' for {split}, which is not there; "
-                f"looked for {', '.join(dict.fromkeys(map(str, tries)))}"
-            )
-        if place.is_dir():
-            out += [place / f for f in images_under(place)]
-        else:
-            out += [place.parent / line.strip() for line in place.read_text().splitlines() if line.strip()]
-    return out
-
-
-# %%
-#| export
-def read_yolo(
-    root,  # folder with data.yaml
-    split: str = 'train',  # a key of data.yaml
-) -> Source:
-    "YOLO: lines `class cx cy w h` in fractions of the image, or polygons; no text file means no object"
-    root = Path(root)
-    path, conf = _yolo_config(root)
-    names = conf['names'].items() if isinstance(conf['names'], dict) else enumerate(conf['names'])
-    cats = [dict(id=int(k), name=str(v)) for k, v in names]
-    images, anns, faults = [], [], []
-    for f in _yolo_images(root, conf, split):
-        image_id = os.path.relpath(f, root).replace(os.sep, '/')
-        try:
-            h, w = read_size(f)
-        except Exception as e:
-            item = f'image {image_id!r}: {reason(e)}'
-            faults.append(Fault('error', 'unreadable-image', str(f), item, 'restore the file or delete it'))
-            continue
-        images.append(dict(id=image_id, file_name=image_id, height=h, width=w))
-        label, cure = _yolo_label(f), "write 'class cx cy w h' with numbers from 0 to 1"
-        rows, wrong = _yolo_rows(label, h, w)
-        anns += [dict(image_id=image_id, category_id=c, bbox=b) for c, b in rows]
-        for n, line in wrong:
-            faults.append(Fault('error', 'bad-label-line', str(label), f'line {n}: {line[:60]!r}', cure))
-    data = dict(images=images, annotations=anns, categories=cats)
-    return Source(f'{root.absolute().name}/{split}', str(path), data, root, faults)
-
-
-# %%
-(root / 'yolo' / 'data.yaml').write_text('train: images\nnames: [cat, dog]\n')
-yolo = read_yolo(root / 'yolo')
-assert [f.kind for f in yolo.faults] == ['bad-label-line'] and len(yolo.data['annotations']) == 2
-yolo.data['images'], yolo.data['categories']
-
 # %%
 #| label: fig-formats-same
-#| fig-cap: "The same object written as COCO, VOC and YOLO is read as the same box."
-#| fig-alt: "Three copies of a small image with a dark square; a green box lies on the edge of the square in each."
-sources = dict(COCO=coco, VOC=voc, YOLO=yolo)
+#| fig-cap: "The same object written as COCO and VOC is read as the same box."
+#| fig-alt: "Two copies of a small image with a dark square; a green box lies on the edge of the square in each."
+sources = dict(COCO=coco, VOC=voc)
 boxes = {name: s.data['annotations'][0]['bbox'] for name, s in sources.items()}
 assert np.allclose(list(boxes.values()), [12, 8, 24, 24])
-fig, axes = plt.subplots(1, 3, figsize=(5, 1.4), dpi=80)
+fig, axes = plt.subplots(1, 2, figsize=(4, 1.6), dpi=80)
 for ax, (name, (x, y, bw, bh)) in zip(axes, boxes.items()):
     show_image(ax, scene, title=f'{name}: {x:g}, {y:g}, {bw:g}, {bh:g}')
     draw_boxes(ax, torch.tensor([[x, y, x + bw, y + bh]]).float())
@@ -397,17 +425,14 @@ plt.show()
 # %% [markdown]
 # ## Summary
 #
-# * COCO, VOC and YOLO become one `Source` in COCO's terms; the checks of @sec-records apply to all of them.
+# * COCO and VOC, and YOLO in @sec-yolo, become one `Source` in COCO's terms; the checks of @sec-records apply to all of them.
 # * The readers look for images where the common tools put them, and say where they looked.
 # * VOC's pixels count from 1 and include the last one; difficult objects become crowd regions.
-# * YOLO's numbers are fractions of the image; a missing text file means no object.
 # * What is wrong with single files is collected in `faults`; what prevents reading at all is a `DataError`.
 #
 # ## Exercises
 #
 # 1. A VOC box has $x_{\min} = x_{\max} = 5$. How wide is the object in pixels, and how wide do the usual
 #    converters make it?
-# 2. A folder in YOLO's layout holds `images/images/a.jpg`. Where does `_yolo_label` look for its text file,
-#    and why does it search from the right?
-# 3. Write a reader for a CSV file with one box per line. Which faults does it have to find by itself, and
+# 2. Write a reader for a CSV file with one box per line. Which faults does it have to find by itself, and
 #    which come for free?

@@ -21,12 +21,15 @@
 # %%
 #| export
 import os
+import re
 from pathlib import Path
 from semidetr.core import DataError, suggest
 from semidetr.data.datasets import DetectionDataset, FileDataset
 from semidetr.data.digits import DigitsScenes
-from semidetr.data.files import Source, read_folder
-from semidetr.data.formats import read_coco, read_voc, read_yolo
+from semidetr.data.files import Fault, Source, files_under, image_suffixes, read_folder
+from semidetr.data.formats import read_coco, read_voc, voc_folders
+from semidetr.data.yolo import read_yolo, yolo_file
+from semidetr.text import read_text
 
 # %%
 import json
@@ -40,7 +43,29 @@ from semidetr.draw import image_grid
 _ALIAS = {'val': ('val', 'valid', 'validation'), 'unlabeled': ('unlabeled', 'unlabelled')}
 
 
+_SPLITS = {
+    'train',
+    'trainval',
+    'val',
+    'valid',
+    'validation',
+    'dev',
+    'test',
+    'unlabeled',
+    'unlabelled',
+    'images',
+}
+_SPLITS |= {f'{s}{year}' for s in ('train', 'val', 'test', 'unlabeled') for year in (2014, 2017)}
+_COCO_START = re.compile(r'"(images|annotations|categories)"\s*:\s*\[')
+_WHOLE = (
+    'result.json',
+    'instances_default.json',
+    'annotations/instances_default.json',
+)  # one file, no splits
+
+
 def _json_of(root, split):  # COCO file of one split in one of the common layouts, or None
+    there = {f.as_posix().lower(): root / f for f in _coco_files(root)}
     for s in _ALIAS.get(split, (split,)):
         names = [
             f'instances_{s}.json',
@@ -50,17 +75,47 @@ def _json_of(root, split):  # COCO file of one split in one of the common layout
             f'image_info_{s}.json',
             f'image_info_{s}2017.json',
         ]
-        places = [folder / n for folder in (root, root / 'annotations') for n in names]
-        for f in [*places, root / s / '_annotations.coco.json']:
-            if f.is_file():
-                return f
+        places = [f'{folder}{n}' for folder in ('', 'annotations/') for n in names]
+        for name in [*places, f'{s}/_annotations.coco.json']:
+            if name in there:
+                return there[name]
+    if split in ('train', _split_of(root)):
+        whole = [there[n] for n in (*_WHOLE, '_annotations.coco.json') if n in there]
+        if whole:
+            return whole[0]
+    return None
+
+
+def _split_of(root):  # the split that a folder is by its name: rf/valid -> 'val'
+    name = root.absolute().name.lower()
+    return next((s for s, names in _ALIAS.items() if name in names), name)
+
+
+def _coco_files(root):  # JSON files where the layouts put COCO files, relative to `root`
+    found = []
+    for folder in [root, *sorted(d for d in root.iterdir() if d.is_dir())]:
+        for f in folder.glob('*.json'):
+            near = folder == root or folder.name.lower() == 'annotations'
+            if f.is_file() and (near or f.name == '_annotations.coco.json'):
+                found.append(f.relative_to(root))
+    return found
+
+
+def _is_coco(path):  # does a JSON file look like COCO's? The start decides; a file that breaks off counts
+    with open(path, 'rb') as f:
+        head = f.read(4096)
+    text = head.decode('utf-16' if head[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8', errors='ignore')
+    return bool(_COCO_START.search(text)) or path.name.startswith(('instances_', '_annotations'))
 
 
 def _splits_in(root):  # COCO files that are there, for the error message
-    patterns = ('instances_*.json', 'annotations/*.json', '*/_annotations.coco.json')
-    return sorted(f.relative_to(root).as_posix() for p in patterns for f in root.glob(p))
+    nested = [f.relative_to(root) for f in root.glob('annotations/*/*.json')]
+    named = [f for f in _coco_files(root) if f.parent.name.lower() == 'annotations' or _is_coco(root / f)]
+    return sorted(f.as_posix() for f in {*named, *nested})
 
 
+# %%
+#| export
 def _digits(spec, split):  # 'digits:n=2000,size=96' -> DigitsScenes
     known = ('n', 'size', 'seed')
     try:
@@ -94,6 +149,57 @@ def _locate(spec, data_root=None):  # path of a data set given by path or name
     )
 
 
+def _read_file(path, split):  # a file that was given itself
+    suffix = path.suffix.lower()
+    if suffix in ('.yaml', '.yml'):
+        return read_yolo(path.parent, split)
+    if suffix in ('.xml', '.txt', '.csv') or suffix in image_suffixes():
+        raise DataError(f'{path}: not an annotation file of COCO; give the folder of the data set')
+    return read_coco(path)
+
+
+def _is_voc(folder):  # is the first XML file one of VOC? CVAT's own format is refused with its cure
+    first = sorted(folder.glob('*.xml'))[0]
+    try:
+        start = read_text(first)[:4000]
+    except DataError:
+        return True  # the reader reports the file
+    if '<annotations' in start:
+        raise DataError(f"{first}: CVAT's own XML is not read; export the task as 'COCO 1.0' or 'PASCAL VOC'")
+    return '<annotation' in start
+
+
+# %%
+#| export
+def _plain_folder(root, split):  # images alone; annotations that lie there are never left out in silence
+    part, known = root / split, image_suffixes()
+    noted = None
+    if part.is_dir():
+        others = {f.parts[0] for f in files_under(root) if len(f.parts) > 1 and f.suffix.lower() in known}
+        strange = sorted(d for d in others if d.lower() not in _SPLITS)
+        if strange:
+            item = f"{part.name}/ lies beside {', '.join(strange[:3])} and is not taken for a split"
+            noted = Fault(
+                'warning', 'folder-like-split', str(root), item, f'for this folder alone give {part}'
+            )
+        else:
+            root = part
+            if any(root.glob('*.xml')) and _is_voc(root):
+                return read_voc(root, 'train')
+    source = read_folder(root)
+    source.faults += [noted] if noted else []
+    stems = {os.path.splitext(im['file_name'])[0] for im in source.data['images']}
+    beside = [f for f in files_under(root) if f.suffix.lower() in ('.xml', '.json', '.txt')]
+    twins = [f for f in beside if f.with_suffix('').as_posix() in stems]
+    if twins:
+        item = f'{len(twins)} annotation files beside the images are not read, such as {twins[0]}'
+        cure = 'for YOLO add data.yaml or classes.txt; for others export COCO or VOC'
+        source.faults.append(Fault('warning', 'annotations-beside', str(root), item, cure))
+    return source
+
+
+# %%
+#| export
 def read_source(
     spec,  # path or name, as for `open_dataset`
     split: str = 'train',  # 'train', 'val', 'test', ...
@@ -102,16 +208,24 @@ def read_source(
     "Detect the format and read the annotations; they may still hold faults"
     root = _locate(str(spec), data_root)
     if root.is_file():
-        return read_coco(root)
+        return _read_file(root, split)
     if f := _json_of(root, split):
         return read_coco(f)
     if there := _splits_in(root):
-        raise DataError(f"{root}: no annotation file for the split '{split}'; found {', '.join(there[:6])}")
-    if any((root / n).is_file() for n in ('data.yaml', 'data.yml', 'dataset.yaml')):
-        return read_yolo(root, split)
+        cure = f'; give one of these files instead of the folder, such as {root / there[0]}'
+        found = ', '.join(there[:6])
+        raise DataError(f"{root}: no annotation file for the split '{split}'; found {found}{cure}")
+    if f := yolo_file(root):
+        if f.suffix in ('.yaml', '.yml') or any(
+            g.suffix == '.txt' and g.name != f.name for g in files_under(root)
+        ):
+            return read_yolo(root, split)
+    xmls, images = voc_folders(root)
+    if xmls.is_dir() and any(xmls.glob('*.xml')) and _is_voc(xmls):
+        return read_voc(root, split)
     if (root / 'Annotations').is_dir() and (root / 'JPEGImages').is_dir():
         return read_voc(root, split)
-    return read_folder(root / split if (root / split).is_dir() else root)
+    return _plain_folder(root, split)
 
 
 def open_dataset(

@@ -1,0 +1,177 @@
+# %% [markdown]
+# # Text files {#sec-text}
+#
+# > Read text in the encodings that editors and tools write, and name the byte that is in none of them.
+
+# %%
+#| default_exp text
+
+# %% [markdown]
+# *Why.* An editor on one system puts a mark in front of a list of images, and the first image is not found. A
+# shell writes its output as UTF-16, and a file of settings becomes unreadable. An old tool writes class names
+# in the code page of its country. Every text file of this package is read here, so that all of them are
+# treated alike: annotations, lists, labels and settings.
+#
+# The bytes decide, in this order: a mark (UTF-8, UTF-16, UTF-32); every second byte zero (UTF-16 without a
+# mark); the encoding that an XML file declares; UTF-8. Nothing else is guessed, since most byte strings are
+# valid text in several code pages, and only one of these texts is what was meant.
+
+# %%
+#| export
+import codecs
+import json
+import re
+from pathlib import Path
+from semidetr.core import DataError
+
+# %%
+#| export
+_MARKS = (
+    (codecs.BOM_UTF8, 'utf-8-sig'),
+    (codecs.BOM_UTF32_LE, 'utf-32'),
+    (codecs.BOM_UTF32_BE, 'utf-32'),
+    (codecs.BOM_UTF16_LE, 'utf-16'),
+    (codecs.BOM_UTF16_BE, 'utf-16'),
+)
+_DECLARED = re.compile(rb'\s*<\?xml[^>]*?encoding\s*=\s*["\']([\w.:-]+)')
+
+
+def text_encoding(
+    raw: bytes,  # start of a file, or all of it
+) -> str:  # name for `bytes.decode`
+    "The encoding that the bytes show: a mark, zeros in every second place, an XML declaration, else UTF-8"
+    for mark, name in _MARKS:
+        if raw.startswith(mark):
+            return name
+    head = raw[:64]
+    if len(head) > 1 and 0 in head and not any(head[::2]):
+        return 'utf-16-be'
+    if len(head) > 1 and 0 in head and head[1::2].count(0) > len(head) // 4 and 0 not in head[::2]:
+        return 'utf-16-le'
+    if len(head) > 1 and 0 in head and head[::2].count(0) > len(head) // 4 and 0 not in head[1::2]:
+        return 'utf-16-be'
+    declared = _DECLARED.match(raw[:200])
+    name = declared.group(1).decode().lower() if declared else 'utf-8'
+    return 'utf-8' if name.startswith(('utf-16', 'utf16', 'ucs', 'unicode')) else name
+
+
+# %%
+assert text_encoding('dog'.encode('utf-16')) == 'utf-16' and text_encoding(b'dog') == 'utf-8'
+assert text_encoding('dog'.encode('utf-16-le')) == 'utf-16-le'
+text_encoding(b'<?xml version="1.0" encoding="gbk"?><annotation/>')
+
+
+# %%
+#| export
+def read_text(
+    path,  # text file
+    error: type = DataError,  # class of the exception
+    cure: str = 'save it as UTF-8',  # what to do, for the message
+) -> str:  # lines end in \n
+    "Content of a text file; an error names the file, the byte that is not text, and the cure"
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as e:
+        raise error(f'{path}: {(e.strerror or "cannot be read").lower()}; give a text file') from None
+    name = text_encoding(raw)
+    try:
+        text = raw.decode(name)
+    except UnicodeDecodeError as e:
+        line, byte = raw.count(b'\n', 0, e.start) + 1, raw[e.start]
+        what = f'byte {e.start} (0x{byte:02X}, line {line}) is not {name.upper().removesuffix("-SIG")}'
+        raise error(f'{path}: {what}; {cure}') from None
+    except (LookupError, ValueError):
+        raise error(f"{path}: declares the encoding '{name}', which is unknown; {cure}") from None
+    if not isinstance(text, str):
+        raise error(f"{path}: declares the encoding '{name}', which is none of text; {cure}")
+    return text.replace('\r\n', '\n').replace('\r', '\n') if b'\r' in raw else text
+
+
+def read_lines(
+    path,  # text file, for example a list of images
+) -> list[str]:  # without blanks at the ends
+    "The lines of a text file that are not blank"
+    return [line.strip() for line in read_text(path).split('\n') if line.strip()]
+
+
+# %%
+import tempfile
+import matplotlib.pyplot as plt
+import numpy as np
+
+# %%
+root = Path(tempfile.mkdtemp())
+for encoding in ('utf-8', 'utf-8-sig', 'utf-16', 'utf-16-le', 'utf-32'):
+    (root / 'list.txt').write_bytes('Käfer 1\r\nKäfer 2\r\n'.encode(encoding))
+    assert read_lines(root / 'list.txt') == ['Käfer 1', 'Käfer 2']
+(root / 'list.txt').write_bytes('one\nKäfer 1\n'.encode('cp1252'))
+try:
+    read_text(root / 'list.txt')
+except DataError as e:
+    refusal = str(e).replace(f'{root}/', '')
+assert refusal == 'list.txt: byte 5 (0xE4, line 2) is not UTF-8; save it as UTF-8'
+refusal
+
+
+# %% [markdown]
+# ## JSON
+#
+# A JSON file that breaks off names the line where it does.
+
+# %%
+#| export
+def read_json(
+    path,  # annotation file
+):  # its content
+    "Content of a JSON file; a DataError names the line where it breaks"
+    text = read_text(path, cure='save it as UTF-8, or give a COCO annotation file in JSON')
+    if not text.strip():
+        raise DataError(f'{path}: the file is empty; export the annotations again')
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        if not text[: e.pos].strip():
+            what = f'not a text file in JSON, it begins with {text.strip()[:12]!r}'
+            raise DataError(f'{path}: {what}; give a COCO annotation file') from None
+        raise DataError(
+            f'{path}: line {e.lineno}, column {e.colno}: {e.msg}; '
+            'the file is not valid JSON (cut off?): export it again'
+        ) from None
+    except (RecursionError, ValueError) as e:
+        raise DataError(f'{path}: {str(e)[:60]}; the file is not valid JSON: export it again') from None
+
+
+# %%
+(root / 'cut.json').write_text('{"images": [\n  {"id": 1, "file_na')
+try:
+    read_json(root / 'cut.json')
+except DataError as e:
+    message = str(e).replace(f'{root}/', '')
+assert 'line 2' in message
+message
+
+# %%
+#| label: fig-text-bytes
+#| fig-cap: "The first bytes of one word in three encodings: a mark, or zeros in every second place, shows which it is."
+#| fig-alt: "Three rows of coloured cells with byte values; the UTF-16 rows are longer, and every second cell is zero."
+names = ('utf-8', 'utf-8-sig', 'utf-16')
+rows = [list('dog 1'.encode(name)) for name in names]
+fig, ax = plt.subplots(figsize=(6, 1.5), dpi=80)
+for k, row in enumerate(rows):
+    ax.imshow(np.array([row]), extent=(0, len(row), k - 0.4, k + 0.4), vmin=0, vmax=400, cmap='Blues')
+    for n, byte in enumerate(row):
+        ax.text(n + 0.5, k, f'{byte:02X}', ha='center', va='center', fontsize=8)
+ax.set(xlim=(0, 12), ylim=(2.5, -0.5), xticks=[], yticks=range(3), yticklabels=names, aspect='auto')
+plt.show()
+
+# %% [markdown]
+# ## Summary
+#
+# * `read_text` reads UTF-8 with and without mark, UTF-16, UTF-32 and what an XML file declares.
+# * Anything else is an error that names file, byte and cure.
+# * `read_lines` and `read_json` build on it.
+#
+# ## Exercises
+#
+# 1. Which bytes does `café` have in UTF-8 and in Windows-1252? Why is the second an error in UTF-8?
+# 2. A file in UTF-16 without a mark holds only Chinese characters. What does `text_encoding` return?

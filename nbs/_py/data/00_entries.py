@@ -1,0 +1,156 @@
+# %% [markdown]
+# # Values in annotation files {#sec-entries}
+#
+# > Read flags, areas and ids in every unambiguous spelling, and leave the others to be refused.
+
+# %%
+#| default_exp data.entries
+
+# %% [markdown]
+# *Why.* A table of annotations goes through a spreadsheet and comes back with text where numbers were. In most
+# languages the text "0" is true, so that every object becomes a crowd region: nothing is learnt, and nothing
+# is reported. Here such values get the meaning that they had. What could mean two things keeps its form, and
+# the rules of @sec-records refuse it.
+
+# %%
+#| export
+import re
+
+# %%
+#| export
+FLAGS = ('iscrowd', 'ignore', 'difficult')
+
+
+def coco_entries(
+    data,  # content of a COCO file, perhaps malformed
+    key: str,  # 'images', 'annotations' or 'categories'
+) -> list[dict]:
+    "The objects in one list of a COCO file; empty if there is no such list"
+    rows = data.get(key) if isinstance(data, dict) else None
+    return [x for x in rows if isinstance(x, dict)] if isinstance(rows, list) else []
+
+
+def is_id(
+    x,  # any value
+) -> bool:
+    "Can it be the id of an image, a category or an annotation?"
+    return isinstance(x, (int, str)) and not isinstance(x, bool)
+
+
+def as_flag(
+    value,  # as found in a file: True, 1, '0', 'yes', None ...
+):  # bool, or None if it is none of these
+    "The truth value that a number or a word stands for"
+    if isinstance(value, (bool, int, float)) or value is None:
+        return bool(value)
+    word = str(value).strip().lower()
+    if word in ('1', 'true', 'yes', 'y', 't', 'on', '1.0'):
+        return True
+    return False if word in ('0', 'false', 'no', 'n', 'f', 'off', '0.0', '', 'none', 'null') else None
+
+
+# %%
+assert [as_flag(v) for v in ('0', 'True', 1, None, 'maybe')] == [False, True, True, False, None]
+coco_entries(dict(images=[3, dict(id=1)]), 'images')
+
+# %% [markdown]
+# Tables that pass through other programs come back with text where numbers were. A column that is text
+# throughout has one meaning, and is converted with a note. Where only some entries are text, ids 7 and "7"
+# may be two images; those stay as they are, and the rules below refuse them.
+
+# %%
+#| export
+_AREA = re.compile(r'\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*(?:sq\.? ?)?(?:px|pixels?)?(?:\^2|²)?\s*$')
+
+
+def as_area(
+    value,  # as found in a file: 1504, '1504', '1504 px', None ...
+):  # float, 0 if there is none, None if it cannot be read
+    "Area of an object in pixels"
+    if isinstance(value, (int, float)) or value is None:
+        return float(value or 0)
+    found = _AREA.match(value) if isinstance(value, str) else None
+    return float(found.group(1)) if found else None
+
+
+def _number(v):  # text -> int or float, else unchanged
+    try:
+        number = float(v) if isinstance(v, (str, float)) and not isinstance(v, bool) else v
+        return int(number) if isinstance(number, float) and number.is_integer() else number
+    except ValueError:
+        return v
+
+
+def _convert(rows, key, new):  # a column becomes new(value); -> was anything changed?
+    for r in rows:
+        r[key] = new(r[key])
+    return key
+
+
+def _match_ids(rows, key, entries):  # ids of one column as the type that the entries have
+    kinds, ids = set(map(type, (r.get(key) for r in rows))), [e.get('id') for e in entries]
+    if not kinds <= {str, int, float} or (float not in kinds and kinds & set(map(type, ids))):
+        return None
+    known = {str(_number(i) if isinstance(i, float) else i): i for i in ids if is_id(i)}
+    spelt = lambda v: str(_number(v) if isinstance(v, float) else v).strip()
+    if len(known) == len(ids) and all(spelt(r[key]) in known for r in rows):
+        return _convert(rows, key, lambda v: known[spelt(v)])
+
+
+def tidy_values(
+    data,  # content of a COCO file, changed in place
+) -> list[str]:  # columns that were converted
+    "Columns of numbers that are text throughout become numbers, ids get the type of the entries they name"
+    images, anns, cats = (coco_entries(data, k) for k in ('images', 'annotations', 'categories'))
+    out = []
+    for rows in (images, cats):
+        if rows and all(isinstance(r.get('id'), float) for r in rows):
+            out.append(_convert(rows, 'id', _number))
+    for key in ('width', 'height'):
+        if images and all(isinstance(im.get(key), str) for im in images):
+            out.append(_convert(images, key, _number))
+    for key, entries in (('image_id', images), ('category_id', cats)):
+        if anns and entries and type(anns[0].get(key)) is not type(entries[0].get('id')):
+            out.append(_match_ids(anns, key, entries))
+    first = anns[0].get('bbox') if anns else None
+    if isinstance(first, list) and any(isinstance(v, str) for v in first):
+        rows = [a for a in anns if isinstance(a.get('bbox'), list)]
+        out.append(_convert(rows, 'bbox', lambda box: [_number(v) for v in box]))
+    return list(filter(None, out))
+
+
+# %%
+table = dict(images=[dict(id=1, width='60')], annotations=[dict(image_id='1', bbox=['1', '2', '3.5', '4'])])
+assert tidy_values(table) == ['width', 'image_id', 'bbox']
+assert as_area('1504 px') == 1504 and as_area('much') is None
+table
+
+# %%
+import matplotlib.pyplot as plt
+
+# %%
+#| label: fig-entries-flags
+#| fig-cap: "Words and numbers that stand for a flag; a word that is neither is refused."
+#| fig-alt: "A row of coloured cells with spellings: 0, '0', 'no' and None are off, 1, 'True' and 'yes' are on, 'maybe' is neither."
+spellings = (0, '0', 'no', None, 1, 'True', 'yes', 'maybe')
+meanings = [as_flag(v) for v in spellings]
+fig, ax = plt.subplots(figsize=(6, 0.8), dpi=80)
+for n, (value, meaning) in enumerate(zip(spellings, meanings)):
+    colour = {True: 'tab:green', False: 'lightgrey', None: 'tab:red'}[meaning]
+    ax.add_patch(plt.Rectangle((n, 0), 0.95, 1, color=colour))
+    ax.text(n + 0.5, 0.5, repr(value), ha='center', va='center')
+ax.set(xlim=(0, len(spellings)), ylim=(0, 1))
+ax.axis('off')
+plt.show()
+
+# %% [markdown]
+# ## Summary
+#
+# * `as_flag` and `as_area` read numbers and words; what they cannot read is None.
+# * `tidy_values` converts columns that are text throughout, and says which.
+#
+# ## Exercises
+#
+# 1. A file has image ids 7 and "7". Which annotation with the image id "7" is meant, and what does
+#    `tidy_values` do?
+# 2. Which spellings of a flag do you know that `as_flag` does not?
