@@ -8,8 +8,8 @@ Needs torch and, for the CUDA op, nvcc; no network; installs nothing. What needs
 skipped and named. Each part runs in a process of its own with a time limit of its own; the result, one JSON,
 is written again after each of them. The exit code is 1 if a part failed."""
 
-import argparse, contextlib, datetime, importlib.metadata, json, math, os, platform, re, statistics, subprocess, sys
-import tempfile, time
+import argparse, contextlib, datetime, importlib.metadata, json, math, os, platform, re, statistics
+import subprocess, sys, tempfile, time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
