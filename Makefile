@@ -23,7 +23,7 @@ help:
 	@echo 'make book   environment, the demonstration on the built-in data, results, the site in _docs/'
 	@echo 'make test   environment and every check'
 	@echo 'make site   the site alone'
-	@echo 'make bench  all timings, about ten minutes on a quiet machine, and their page; BENCH=--quick: a smoke version without the page'
+	@echo 'make bench  all timings, about a quarter of an hour on a quiet machine, and their page; BENCH=--quick: a smoke version without the page'
 	@echo 'make gpu-check  everything that only a GPU can tell, at most six minutes; needs torch and nvcc, installs nothing'
 	@echo 'make ablations-smoke  every study of the book, seconds a run, into a temporary folder; make ablations  those whose records are committed, hours'
 	@echo 'make nb NB=semi/01_mining   bring the text of one notebook into it, export its module, run it'

@@ -122,9 +122,12 @@ def version_of(package):
 def environment(device):
     "GPU, CPU, versions, commit, date"
     import torch
-    from semidetr.detectors import build
 
-    nvcc, text = build._nvcc(), ''
+    nvcc, text = '', ''
+    with contextlib.suppress(ImportError):
+        from semidetr.detectors import build
+
+        nvcc = build._nvcc()
     if nvcc:
         text = subprocess.run([nvcc, '--version'], capture_output=True, text=True).stdout
     git = subprocess.run(
