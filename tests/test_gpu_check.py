@@ -13,6 +13,7 @@ def kit(*options):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_small_version_on_the_cpu(tmp_path):
     "Every part reaches its end, and the record has what the page reads"
     done = kit('--device', 'cpu', '--small', '--out', tmp_path / 'r.json')

@@ -53,9 +53,9 @@ if on_gpu:
     sentence = f"All numbers on this page were measured on one GPU: {about['gpu']}."
 else:
     sentence = (
-        '**The kit has not run on a GPU yet. What follows is its small version on a CPU: the same code at small '
-        'sizes. It shows that every part runs; its times and sizes say nothing about a GPU, and the CUDA '
-        'kernels have not been executed on one.**'
+        '**The kit has not run on a GPU yet. What follows is its small version on a CPU: the same code at '
+        'small sizes. It shows that every part runs; its times and sizes say nothing about a GPU, and the '
+        'CUDA kernels have not been executed on one.**'
     )
 markdown(sentence)
 
