@@ -16,14 +16,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # glibc gives memory back to the system and asks for it again at every step; on some machines keeping it saves much of a training step on a CPU
 KEEP_MEMORY := env MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
 
-.PHONY: help book test bench ablations ablations-smoke env site nb nb-export clean
+.PHONY: help book test bench gpu-check ablations ablations-smoke env site nb nb-export clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make book   environment, the demonstration on the built-in data, results, the site in _docs/'
 	@echo 'make test   environment and every check'
 	@echo 'make site   the site alone'
-	@echo 'make bench  all timings, about ten minutes on a quiet machine, and their page; BENCH=--quick: a smoke version without the page'
+	@echo 'make bench  all timings, about a quarter of an hour on a quiet machine, and their page; BENCH=--quick: a smoke version without the page'
+	@echo 'make gpu-check  everything that only a GPU can tell, at most six minutes; needs torch and nvcc, installs nothing'
 	@echo 'make ablations-smoke  every study of the book, seconds a run, into a temporary folder; make ablations  those whose records are committed, hours'
 	@echo 'make nb NB=semi/01_mining   bring the text of one notebook into it, export its module, run it'
 
@@ -60,6 +61,12 @@ bench: .venv/.bench-installed
 .venv/.bench-installed: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --no-input -e '.[bench]'
 	@touch $@
+
+# --- on a machine with a GPU, in an environment that has torch and perhaps nothing else: `make gpu-check PY=/path/to/python` ---
+GPU ?=
+GPU_PY = $(if $(filter file undefined,$(origin PY)),$(firstword $(wildcard $(BIN)/python) $(PY)),$(PY))
+gpu-check:
+	@$(GPU_PY) benchmarks/gpu_check.py $(GPU)
 
 # --- the studies: all of them for a few iterations, or those whose records are committed, over again -------------------
 ablations-smoke: $(STAMP)

@@ -1,6 +1,6 @@
 """All measurements, as JSON: `make bench`, or
 
-    python benchmarks/run.py                    everything, ten minutes on a quiet machine
+    python benchmarks/run.py                    everything, a quarter of an hour on a quiet machine
     python benchmarks/run.py --quick            a smoke version: few cases, few turns
     python benchmarks/run.py --only op step     some parts; the others' results stay
 
@@ -21,6 +21,7 @@ PARTS = {
     'scaling': ('op', 'run_scaling', (1,)),
     'semi': ('semi', 'run', (1,)),
     'kept': ('step', 'run_kept', (1,)),
+    'detectors': ('detectors', 'run', (1,)),
 }
 # glibc returns large blocks to the system and requests them again at every step; the part 'kept' repeats some
 # cases without that, for both sides

@@ -61,6 +61,7 @@ OP = {
 }
 UPSTREAM = {'theirs': 'transformers', 'their pipeline': "transformers' pipeline"}
 FORM = {'op': 'op', 'op bf16': 'op, bfloat16', 'fused': 'fused', 'fused bf16': 'fused, bfloat16'}
+detector_part = results.pop('detectors', None)  # a part with a machine of its own (@sec-speed-detectors)
 timed = [r for p in results.values() for r in p['rows'] if 'rounds' in r]
 fewest, load = min(r['rounds'] for r in timed), max(p['load'] for p in results.values())
 
@@ -510,6 +511,36 @@ lines = [[r['case'], ms(r['theirs_ms']), ms(r['ours_ms']), times(r)] for r in ro
 markdown(markdown_table(['preset', 'plain PyTorch, ms', 'native, ms', 'speed-up'], lines))
 
 # %% [markdown]
+# ## Every detector {#sec-speed-detectors}
+#
+# The detectors of the book (@sec-detector, @sec-deformable-detr) compared with their counterparts in
+# transformers, at equal sizes: width 128, three encoder and three decoder layers, 100 queries, a ResNet-18 with
+# random weights whose stem and first stage are frozen. Here the weights of both sides differ. transformers has
+# no DINO; its two-stage Deformable-DETR stands beside ours, which computes denoising queries on top of that.
+
+# %%
+#| label: tbl-speed-detectors
+#| tbl-cap: "Training step and inference of every detector compared with transformers, float32, in alternation."
+#| echo: false
+lines = []
+for r in detector_part['rows'] if detector_part else []:
+    counts = r['parameters']
+    assert abs(counts['ours'] / counts['theirs'] - 1) < 0.02
+    case = f"{r['side']} px, {r['batch']} images, {threads(r['threads'])}"
+    name = r['name'] if r['name'] == r['counterpart'] else f"{r['name']} and {r['counterpart']}"
+    lines.append([name, f"{r['quantity']}, {case}", ms(r['theirs_ms']), ms(r['ours_ms']), times(r)])
+columns = ['detector', 'what', 'transformers, ms', 'ours, ms', 'speed-up']
+table = markdown_table(columns, lines, 'llrrr')
+if detector_part:
+    about = detector_part['machine']
+    table += f"\n\nMeasured on {about['cpu']}, commit {about['commit']}, {about['date']}, "
+    table += f"load average at most {detector_part['load']:.1f}."
+    table += ' **Other load: these ratios are preliminary.**' if detector_part['load'] > 2.5 else ''
+else:
+    table = 'Not measured yet: `.venv/bin/python benchmarks/run.py --only detectors` writes the record.'
+markdown(table)
+
+# %% [markdown]
 # ## Does training give the same result?
 #
 # The native op rounds differently from plain PyTorch, and training amplifies rounding differences. So the
@@ -557,7 +588,7 @@ markdown(
 # ```
 #
 # The package transformers is part of the extra `[bench]`, which `make bench` installs; no weights are
-# downloaded. Nothing here was run on a GPU.
+# downloaded. Nothing here was run on a GPU (@sec-gpu).
 #
 # ## Summary
 
