@@ -1,4 +1,4 @@
-"DETR: outputs of the original code and of transformers, names of its state dicts, the contract, extra queries"
+"DETR: outputs of the original and of transformers, names of state dicts, the contract, extra queries"
 
 import dataclasses
 import json
@@ -109,7 +109,7 @@ def test_gradients_are_zero_where_those_of_the_original_are():
 @needs_full
 @pytest.mark.parametrize('training', [True, False])
 def test_all_tokens_of_a_two_stage_encoder_are_those_of_the_original(monkeypatch, training):
-    "enc_tokens='all' (Deformable-DETR): logits and boxes of every token in training, of the selected otherwise"
+    "Deformable-DETR, enc_tokens=all: logits and boxes of every token in training, else of the selected"
     monkeypatch.setattr(dd, 'build_backbone', tiny_resnet)
     settings, state, io = golden('two_stage')
     settings = dataclasses.replace(settings, enc_tokens='all', dropout=0.0)

@@ -243,6 +243,7 @@ _RESNET = (
     ('conv1', 'bn1', 'relu', 'maxpool', 'layer1', 'layer2', 'layer3', 'layer4'),
     {2: 'relu', 4: 'layer1', 8: 'layer2', 16: 'layer3', 32: 'layer4'},
 )
+_DC5 = (_RESNET[0], {2: 'relu', 4: 'layer1', 8: 'layer2', 16: 'layer4'})
 _LITE0 = (
     ('conv_stem', 'bn1', *(f'blocks.{i}' for i in range(7))),
     {2: 'blocks.0', 4: 'blocks.1', 8: 'blocks.2', 16: 'blocks.4', 32: 'blocks.6'},
@@ -264,13 +265,12 @@ def _chain_body(cfg):
         (steps, levels), norm, frozen = _LITE0, ((0.5,) * 3, (0.5,) * 3), 8
     else:
         name, is_dilated = cfg.name.removesuffix('_dc5'), cfg.name.endswith('_dc5')
-        options = dict(replace_stride_with_dilation=[False, False, True]) if is_dilated else {}
-        norm_layer = FrozenBatchNorm2d if cfg.frozen_bn else nn.BatchNorm2d
-        model = getattr(torchvision.models, name)(norm_layer=norm_layer, **options)
+        model = getattr(torchvision.models, name)(
+            norm_layer=FrozenBatchNorm2d if cfg.frozen_bn else nn.BatchNorm2d,
+            replace_stride_with_dilation=[False, False, is_dilated],
+        )
         url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
-        (steps, levels), norm, frozen = _RESNET, (IMAGENET_MEAN, IMAGENET_STD), 4
-        if is_dilated:
-            levels = {2: 'relu', 4: 'layer1', 8: 'layer2', 16: 'layer4'}
+        (steps, levels), norm, frozen = _DC5 if is_dilated else _RESNET, (IMAGENET_MEAN, IMAGENET_STD), 4
     keep = _pick(cfg, levels)
     if (path := _find_weights(cfg, url)) is not None:
         state = _read_state(path)

@@ -259,10 +259,13 @@ def propose_all(
     embed,  # (B,N,d) -> (B,N,d): layers between token and heads
     class_head,  # (B,N,d) -> (B,N,C)
     box_head,  # (B,N,d) -> (B,N,4)
-) -> tuple:  # (logits (B,S,C), boxes (B,S,4) in [0,1]), with gradient
-    "Logits and boxes of all tokens; those of invalid tokens come from a token of zeros, their box is 1, 1, 1, 1"
+    cfg: TransformerConfig,  # number of queries, kind of score
+) -> tuple:  # (logits (B,S,C), boxes (B,S,4) in [0,1], embedded tokens (B,S,d), index (B,Q)), with gradient
+    "As `propose`, but of all tokens; an invalid one is a token of zeros with the box 1, 1, 1, 1"
     h = embed(memory.masked_fill(~geo.valid[..., None], 0))
-    return class_head(h), (box_head(h) + geo.anchors.to(at_least_float32(memory).dtype)).sigmoid()
+    logits, valid = class_head(h), None if cfg.select_invalid else geo.valid
+    boxes = (box_head(h) + geo.anchors.to(torch.promote_types(memory.dtype, torch.float32))).sigmoid()
+    return logits, boxes, h, select_queries(logits.detach(), cfg.num_queries, valid, cfg.select_score)
 
 # %% ../../nbs/detectors/09_deformable_detr.ipynb #90c8cf80
 def layer_heads(
@@ -337,15 +340,11 @@ class DeformableDETR(nn.Module):
             encoded.queries = table_queries(table, to_point, geo, self.cfg.points, len(memory))
             return encoded
         heads = self.class_embed[-1], self.bbox_embed[-1]
-        if self.training and self.cfg.enc_tokens == 'all':
-            encoded.enc_logits, encoded.enc_boxes = propose_all(memory, geo, t.embed_token, *heads)
-            encoded.selected = select_queries(encoded.enc_logits.detach(), t.cfg.num_queries, score='class0')
-            boxes = encoded.enc_boxes.gather(1, encoded.selected[..., None].expand(-1, -1, 4))
-        else:
-            encoded.enc_logits, boxes, _, encoded.selected = propose(
-                memory, geo, t.embed_token, *heads, t.cfg
-            )
-            encoded.enc_boxes = boxes
+        of_tokens = propose_all if self.training and self.cfg.enc_tokens == 'all' else propose
+        encoded.enc_logits, boxes, _, encoded.selected = of_tokens(memory, geo, t.embed_token, *heads, t.cfg)
+        encoded.enc_boxes = boxes
+        if of_tokens is propose_all:
+            boxes = boxes.gather(1, encoded.selected[..., None].expand(-1, -1, 4))
         encoded.queries = t.box_queries(boxes.detach(), None, memory.dtype, geo.valid_ratios)
         return encoded
 

@@ -248,10 +248,11 @@ class DETRTransformer(nn.Module):
 
 # %% ../../nbs/detectors/10_detr.ipynb #39084683
 def add_scores(
-    prediction: dict,  # pred_logits (..., C+1); `scores` is added in place
+    predictions,  # dicts with pred_logits (..., C+1); `scores` is added in place
 ):
     "Probabilities of the classes, without that of no object: (..., C), at least float32"
-    prediction['scores'] = at_least_float32(prediction['pred_logits']).softmax(-1)[..., :-1]
+    for p in predictions:
+        p['scores'] = at_least_float32(p['pred_logits']).softmax(-1)[..., :-1]
 
 # %% ../../nbs/detectors/10_detr.ipynb #52e38e93
 class DETR(nn.Module):
@@ -316,8 +317,7 @@ class DETR(nn.Module):
         outputs = collect_outputs(encoded, hs, logits, boxes, extras, slices, states, cached)
         new = [outputs['extra'][e.name] for e in extras]
         new += [] if cached is not None else [outputs, *outputs['aux_outputs']]
-        for prediction in new:
-            add_scores(prediction)
+        add_scores(new)
         return outputs
 
     def forward(

@@ -505,10 +505,13 @@ def propose_all(
     embed,  # (B,N,d) -> (B,N,d): layers between token and heads
     class_head,  # (B,N,d) -> (B,N,C)
     box_head,  # (B,N,d) -> (B,N,4)
-) -> tuple:  # (logits (B,S,C), boxes (B,S,4) in [0,1]), with gradient
-    "Logits and boxes of all tokens; those of invalid tokens come from a token of zeros, their box is 1, 1, 1, 1"
+    cfg: TransformerConfig,  # number of queries, kind of score
+) -> tuple:  # (logits (B,S,C), boxes (B,S,4) in [0,1], embedded tokens (B,S,d), index (B,Q)), with gradient
+    "As `propose`, but of all tokens; an invalid one is a token of zeros with the box 1, 1, 1, 1"
     h = embed(memory.masked_fill(~geo.valid[..., None], 0))
-    return class_head(h), (box_head(h) + geo.anchors.to(at_least_float32(memory).dtype)).sigmoid()
+    logits, valid = class_head(h), None if cfg.select_invalid else geo.valid
+    boxes = (box_head(h) + geo.anchors.to(torch.promote_types(memory.dtype, torch.float32))).sigmoid()
+    return logits, boxes, h, select_queries(logits.detach(), cfg.num_queries, valid, cfg.select_score)
 
 
 # %%
@@ -516,10 +519,12 @@ torch.manual_seed(0)
 right_half = torch.tensor([[[False, False, True, True]] * 2])
 padded_geo = token_geometry([(2, 4)], 16, [right_half], **POSITION)
 toy_memory = torch.randn(1, 8, 16, requires_grad=True)
-toy_boxes = propose_all(toy_memory, padded_geo, nn.Identity(), nn.Linear(16, 3), nn.Linear(16, 4))[1]
+toy_heads, toy_sizes = (nn.Linear(16, 3), nn.Linear(16, 4)), TransformerConfig(d_model=16, num_queries=3)
+_, toy_boxes, _, toy_index = propose_all(toy_memory, padded_geo, nn.Identity(), *toy_heads, toy_sizes)
 toy_boxes.sum().backward()
 is_invalid = right_half.flatten()
 assert (toy_boxes[0, is_invalid] == 1).all() and (toy_boxes[0, ~is_invalid] < 1).all()
+assert toy_index.shape == (1, 3) and not is_invalid[toy_index].any()
 assert not toy_memory.grad[0, is_invalid].any() and toy_memory.grad[0, ~is_invalid].any()
 toy_boxes[0, :4].detach().round(decimals=2)
 
@@ -613,15 +618,11 @@ class DeformableDETR(nn.Module):
             encoded.queries = table_queries(table, to_point, geo, self.cfg.points, len(memory))
             return encoded
         heads = self.class_embed[-1], self.bbox_embed[-1]
-        if self.training and self.cfg.enc_tokens == 'all':
-            encoded.enc_logits, encoded.enc_boxes = propose_all(memory, geo, t.embed_token, *heads)
-            encoded.selected = select_queries(encoded.enc_logits.detach(), t.cfg.num_queries, score='class0')
-            boxes = encoded.enc_boxes.gather(1, encoded.selected[..., None].expand(-1, -1, 4))
-        else:
-            encoded.enc_logits, boxes, _, encoded.selected = propose(
-                memory, geo, t.embed_token, *heads, t.cfg
-            )
-            encoded.enc_boxes = boxes
+        of_tokens = propose_all if self.training and self.cfg.enc_tokens == 'all' else propose
+        encoded.enc_logits, boxes, _, encoded.selected = of_tokens(memory, geo, t.embed_token, *heads, t.cfg)
+        encoded.enc_boxes = boxes
+        if of_tokens is propose_all:
+            boxes = boxes.gather(1, encoded.selected[..., None].expand(-1, -1, 4))
         encoded.queries = t.box_queries(boxes.detach(), None, memory.dtype, geo.valid_ratios)
         return encoded
 

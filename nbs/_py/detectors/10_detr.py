@@ -428,15 +428,16 @@ class DETRTransformer(nn.Module):
 # %%
 #| export
 def add_scores(
-    prediction: dict,  # pred_logits (..., C+1); `scores` is added in place
+    predictions,  # dicts with pred_logits (..., C+1); `scores` is added in place
 ):
     "Probabilities of the classes, without that of no object: (..., C), at least float32"
-    prediction['scores'] = at_least_float32(prediction['pred_logits']).softmax(-1)[..., :-1]
+    for p in predictions:
+        p['scores'] = at_least_float32(p['pred_logits']).softmax(-1)[..., :-1]
 
 
 # %%
 undecided = dict(pred_logits=torch.tensor([2.0, 0.0, 2.0]))
-add_scores(undecided)
+add_scores([undecided])
 assert torch.allclose(undecided['scores'], torch.tensor([0.4683, 0.0634]), atol=1e-4)
 undecided['scores']
 
@@ -505,8 +506,7 @@ class DETR(nn.Module):
         outputs = collect_outputs(encoded, hs, logits, boxes, extras, slices, states, cached)
         new = [outputs['extra'][e.name] for e in extras]
         new += [] if cached is not None else [outputs, *outputs['aux_outputs']]
-        for prediction in new:
-            add_scores(prediction)
+        add_scores(new)
         return outputs
 
     def forward(
@@ -603,7 +603,7 @@ assert history[-1] < 0.5 * history[0]
 
 # %%
 #| label: fig-detr-set
-#| fig-cap: "Predicted boxes of a scene before and after sixty steps (solid), and the true ones (dashed). At the start the boxes of all queries lie near the centre; afterwards those with a score above one half lie on the objects."
+#| fig-cap: "Predicted boxes of a scene before and after sixty steps (blue), and the true ones (green). At the start the boxes of all queries lie near the centre; afterwards those with a score above one half lie on the objects."
 #| fig-alt: "Two panels with the same scene of digits; on the left many similar boxes around the centre, on the right one box on each digit"
 with torch.no_grad():
     learned = model.eval()(images)
