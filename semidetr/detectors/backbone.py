@@ -21,7 +21,15 @@ from ..core import ConfigError, suggest
 
 # %% ../../nbs/detectors/04_backbone.ipynb #9560da97
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BACKBONES = ('efficientnet_lite0', 'resnet18', 'resnet34', 'resnet50', 'resnet101')
+BACKBONES = (
+    'efficientnet_lite0',
+    'resnet18',
+    'resnet34',
+    'resnet50',
+    'resnet101',
+    'resnet50_dc5',
+    'resnet101_dc5',
+)
 
 
 @dataclass(frozen=True)
@@ -235,6 +243,7 @@ _RESNET = (
     ('conv1', 'bn1', 'relu', 'maxpool', 'layer1', 'layer2', 'layer3', 'layer4'),
     {2: 'relu', 4: 'layer1', 8: 'layer2', 16: 'layer3', 32: 'layer4'},
 )
+_DC5 = (_RESNET[0], {2: 'relu', 4: 'layer1', 8: 'layer2', 16: 'layer4'})
 _LITE0 = (
     ('conv_stem', 'bn1', *(f'blocks.{i}' for i in range(7))),
     {2: 'blocks.0', 4: 'blocks.1', 8: 'blocks.2', 16: 'blocks.4', 32: 'blocks.6'},
@@ -255,10 +264,13 @@ def _chain_body(cfg):
         model, url = _timm().create_model('tf_efficientnet_lite0'), None
         (steps, levels), norm, frozen = _LITE0, ((0.5,) * 3, (0.5,) * 3), 8
     else:
-        norm_layer = FrozenBatchNorm2d if cfg.frozen_bn else nn.BatchNorm2d
-        model = getattr(torchvision.models, cfg.name)(norm_layer=norm_layer)
-        url = torchvision.models.get_model_weights(cfg.name).IMAGENET1K_V1.url
-        (steps, levels), norm, frozen = _RESNET, (IMAGENET_MEAN, IMAGENET_STD), 4
+        name, is_dilated = cfg.name.removesuffix('_dc5'), cfg.name.endswith('_dc5')
+        model = getattr(torchvision.models, name)(
+            norm_layer=FrozenBatchNorm2d if cfg.frozen_bn else nn.BatchNorm2d,
+            replace_stride_with_dilation=[False, False, is_dilated],
+        )
+        url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+        (steps, levels), norm, frozen = _DC5 if is_dilated else _RESNET, (IMAGENET_MEAN, IMAGENET_STD), 4
     keep = _pick(cfg, levels)
     if (path := _find_weights(cfg, url)) is not None:
         state = _read_state(path)

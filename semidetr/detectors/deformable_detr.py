@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POSITION', 'DeformableDETRConfig', 'deformable_detr_r50', 'deformable_detr_small', 'box_areas', 'point_areas',
-           'QueryStart', 'DeformableDecoder', 'table_queries', 'DeformableTransformer', 'layer_heads', 'EncodedImages',
-           'DeformableDETR', 'from_original']
+           'QueryStart', 'DeformableDecoder', 'table_queries', 'DeformableTransformer', 'propose_all', 'layer_heads',
+           'EncodedImages', 'DeformableDETR', 'check_fit', 'from_original']
 
 # %% ../../nbs/detectors/09_deformable_detr.ipynb #3d914215
 import copy
@@ -25,6 +25,7 @@ from semidetr.detectors.transformer import (
     _kept_geometry,
     init_transformer,
     propose,
+    select_queries,
     sine_embed_boxes,
 )
 
@@ -44,9 +45,19 @@ class DeformableDETRConfig:
     num_queries: int = 300  # Q
     form: str = 'plain'  # 'plain'; 'refine': iterative refinement; 'two_stage': refinement of proposals
     dropout: float = 0.1  # of attention weights among queries, after attention and in feed-forward blocks
+    kind: str = 'deformable_detr'  # tells these settings from others in a file
+    enc_tokens: str = 'selected'  # in `enc_outputs` while training: 'selected'; 'all' tokens (two_stage only)
 
     def __post_init__(self):
-        one_of('detector', self, form=('plain', 'refine', 'two_stage'))
+        one_of(
+            'detector',
+            self,
+            form=('plain', 'refine', 'two_stage'),
+            kind=('deformable_detr',),
+            enc_tokens=('selected', 'all'),
+        )
+        if self.enc_tokens == 'all' and self.form != 'two_stage':
+            raise ConfigError(f"detector.enc_tokens='all' needs form='two_stage', not '{self.form}'")
         if self.num_classes < 0:
             raise ConfigError(f'num_classes={self.num_classes} must not be negative')
         if self.d_model % 8:
@@ -241,6 +252,21 @@ class DeformableTransformer(nn.Module):
         areas = box_areas(boxes, self.cfg.n_levels, valid_ratios)
         return QueryStart(content, pos, inverse_sigmoid(boxes), areas)
 
+# %% ../../nbs/detectors/09_deformable_detr.ipynb #a60deadb
+def propose_all(
+    memory: Tensor,  # (B,S,d) encoder output
+    geo: Geometry,  # anchors, and which are valid
+    embed,  # (B,N,d) -> (B,N,d): layers between token and heads
+    class_head,  # (B,N,d) -> (B,N,C)
+    box_head,  # (B,N,d) -> (B,N,4)
+    cfg: TransformerConfig,  # number of queries, kind of score
+) -> tuple:  # (logits (B,S,C), boxes (B,S,4) in [0,1], embedded tokens (B,S,d), index (B,Q)), with gradient
+    "As `propose`, but of all tokens; an invalid one is a token of zeros with the box 1, 1, 1, 1"
+    h = embed(memory.masked_fill(~geo.valid[..., None], 0))
+    logits, valid = class_head(h), None if cfg.select_invalid else geo.valid
+    boxes = (box_head(h) + geo.anchors.to(torch.promote_types(memory.dtype, torch.float32))).sigmoid()
+    return logits, boxes, h, select_queries(logits.detach(), cfg.num_queries, valid, cfg.select_score)
+
 # %% ../../nbs/detectors/09_deformable_detr.ipynb #90c8cf80
 def layer_heads(
     d_model: int,  # d
@@ -268,8 +294,8 @@ class EncodedImages:
     shapes: tuple  # L pairs (H, W)
     valid_ratios: Tensor  # (B,L,2) valid share of width and height; None: no padding
     queries: QueryStart  # the matching queries
-    enc_logits: Tensor = None  # (B,Q,C) class logits of the proposals, with gradient; None: one-stage
-    enc_boxes: Tensor = None  # (B,Q,4) their boxes, cxcywh in [0,1], with gradient
+    enc_logits: Tensor = None  # (B,Q or S,C) class logits of proposals, with gradient; None: one-stage
+    enc_boxes: Tensor = None  # (B,Q or S,4) their boxes, cxcywh in [0,1], with gradient
     selected: Tensor = None  # (B,Q) index of the token of each proposal
 
 
@@ -314,8 +340,11 @@ class DeformableDETR(nn.Module):
             encoded.queries = table_queries(table, to_point, geo, self.cfg.points, len(memory))
             return encoded
         heads = self.class_embed[-1], self.bbox_embed[-1]
-        encoded.enc_logits, boxes, _, encoded.selected = propose(memory, geo, t.embed_token, *heads, t.cfg)
+        of_tokens = propose_all if self.training and self.cfg.enc_tokens == 'all' else propose
+        encoded.enc_logits, boxes, _, encoded.selected = of_tokens(memory, geo, t.embed_token, *heads, t.cfg)
         encoded.enc_boxes = boxes
+        if of_tokens is propose_all:
+            boxes = boxes.gather(1, encoded.selected[..., None].expand(-1, -1, 4))
         encoded.queries = t.box_queries(boxes.detach(), None, memory.dtype, geo.valid_ratios)
         return encoded
 
@@ -364,6 +393,27 @@ class DeformableDETR(nn.Module):
         return split_parameters(self)
 
 # %% ../../nbs/detectors/09_deformable_detr.ipynb #b2614e8a
+def check_fit(
+    found: dict,  # state dict under our names
+    settings,  # of the network that it belongs to
+    network: str,  # its name, for the message
+    faults=(),  # found before
+):
+    "`ConfigError` with `faults` and every name or shape that the network has otherwise"
+    wanted, faults = build_detector(settings.untrained()).state_dict(), list(faults)
+    faults += [f'missing {k}' for k in wanted if k not in found]
+    for name, value in found.items():
+        if name not in wanted:
+            faults.append(f'unknown {name}')
+        elif value.shape != wanted[name].shape:
+            faults.append(f'{name} is {tuple(value.shape)}, not {tuple(wanted[name].shape)}')
+    if faults:
+        raise ConfigError(
+            f'the weights do not fit a {network} ({len(faults)} mismatches): '
+            f'{"; ".join(faults[:5])}{" ..." if len(faults) > 5 else ""}'
+        )
+
+
 def from_original(
     state: dict,  # state dict under the original names
     settings: DeformableDETRConfig,  # of the network that it belongs to
@@ -380,16 +430,5 @@ def from_original(
         if name in renamed and not torch.equal(renamed[name], value):
             faults.append(f'{key} differs from its copy')
         renamed[name] = value
-    wanted = build_detector(settings.untrained()).state_dict()
-    faults += [f'missing {k}' for k in wanted if k not in renamed]
-    for name, value in renamed.items():
-        if name not in wanted:
-            faults.append(f'unknown {name}')
-        elif value.shape != wanted[name].shape:
-            faults.append(f'{name} is {tuple(value.shape)}, not {tuple(wanted[name].shape)}')
-    if faults:
-        raise ConfigError(
-            f'the weights do not fit a {settings.form} Deformable-DETR ({len(faults)} mismatches): '
-            f'{"; ".join(faults[:5])}{" ..." if len(faults) > 5 else ""}'
-        )
+    check_fit(renamed, settings, f'{settings.form} Deformable-DETR', faults)
     return renamed

@@ -48,6 +48,7 @@ from semidetr.detectors.transformer import (
     _kept_geometry,
     init_transformer,
     propose,
+    select_queries,
     sine_embed_boxes,
 )
 
@@ -88,9 +89,19 @@ class DeformableDETRConfig:
     num_queries: int = 300  # Q
     form: str = 'plain'  # 'plain'; 'refine': iterative refinement; 'two_stage': refinement of proposals
     dropout: float = 0.1  # of attention weights among queries, after attention and in feed-forward blocks
+    kind: str = 'deformable_detr'  # tells these settings from others in a file
+    enc_tokens: str = 'selected'  # in `enc_outputs` while training: 'selected'; 'all' tokens (two_stage only)
 
     def __post_init__(self):
-        one_of('detector', self, form=('plain', 'refine', 'two_stage'))
+        one_of(
+            'detector',
+            self,
+            form=('plain', 'refine', 'two_stage'),
+            kind=('deformable_detr',),
+            enc_tokens=('selected', 'all'),
+        )
+        if self.enc_tokens == 'all' and self.form != 'two_stage':
+            raise ConfigError(f"detector.enc_tokens='all' needs form='two_stage', not '{self.form}'")
         if self.num_classes < 0:
             raise ConfigError(f'num_classes={self.num_classes} must not be negative')
         if self.d_model % 8:
@@ -479,6 +490,46 @@ differs.tolist()
 
 
 # %% [markdown]
+# ## All tokens, for the loss of the encoder
+#
+# The original trains the encoder's heads on *every* token, not only on the $Q$ selected ones: the matching may
+# give an object to a token that was not selected, and all other tokens learn that they are background. With
+# `enc_tokens='all'` the outputs of the training mode hold all $S$ tokens. The anchor of an invalid token is
+# $+\infty$ in logit space, so its box is $(1,1,1,1)$ and passes no gradient.
+
+# %%
+#| export
+def propose_all(
+    memory: Tensor,  # (B,S,d) encoder output
+    geo: Geometry,  # anchors, and which are valid
+    embed,  # (B,N,d) -> (B,N,d): layers between token and heads
+    class_head,  # (B,N,d) -> (B,N,C)
+    box_head,  # (B,N,d) -> (B,N,4)
+    cfg: TransformerConfig,  # number of queries, kind of score
+) -> tuple:  # (logits (B,S,C), boxes (B,S,4) in [0,1], embedded tokens (B,S,d), index (B,Q)), with gradient
+    "As `propose`, but of all tokens; an invalid one is a token of zeros with the box 1, 1, 1, 1"
+    h = embed(memory.masked_fill(~geo.valid[..., None], 0))
+    logits, valid = class_head(h), None if cfg.select_invalid else geo.valid
+    boxes = (box_head(h) + geo.anchors.to(torch.promote_types(memory.dtype, torch.float32))).sigmoid()
+    return logits, boxes, h, select_queries(logits.detach(), cfg.num_queries, valid, cfg.select_score)
+
+
+# %%
+torch.manual_seed(0)
+right_half = torch.tensor([[[False, False, True, True]] * 2])
+padded_geo = token_geometry([(2, 4)], 16, [right_half], **POSITION)
+toy_memory = torch.randn(1, 8, 16, requires_grad=True)
+toy_heads, toy_sizes = (nn.Linear(16, 3), nn.Linear(16, 4)), TransformerConfig(d_model=16, num_queries=3)
+_, toy_boxes, _, toy_index = propose_all(toy_memory, padded_geo, nn.Identity(), *toy_heads, toy_sizes)
+toy_boxes.sum().backward()
+is_invalid = right_half.flatten()
+assert (toy_boxes[0, is_invalid] == 1).all() and (toy_boxes[0, ~is_invalid] < 1).all()
+assert toy_index.shape == (1, 3) and not is_invalid[toy_index].any()
+assert not toy_memory.grad[0, is_invalid].any() and toy_memory.grad[0, ~is_invalid].any()
+toy_boxes[0, :4].detach().round(decimals=2)
+
+
+# %% [markdown]
 # ## The detector
 #
 # The heads start at the prior of @eq-detector-prior and at corrections of zero, but for the size of a box
@@ -519,8 +570,8 @@ class EncodedImages:
     shapes: tuple  # L pairs (H, W)
     valid_ratios: Tensor  # (B,L,2) valid share of width and height; None: no padding
     queries: QueryStart  # the matching queries
-    enc_logits: Tensor = None  # (B,Q,C) class logits of the proposals, with gradient; None: one-stage
-    enc_boxes: Tensor = None  # (B,Q,4) their boxes, cxcywh in [0,1], with gradient
+    enc_logits: Tensor = None  # (B,Q or S,C) class logits of proposals, with gradient; None: one-stage
+    enc_boxes: Tensor = None  # (B,Q or S,4) their boxes, cxcywh in [0,1], with gradient
     selected: Tensor = None  # (B,Q) index of the token of each proposal
 
 
@@ -567,8 +618,11 @@ class DeformableDETR(nn.Module):
             encoded.queries = table_queries(table, to_point, geo, self.cfg.points, len(memory))
             return encoded
         heads = self.class_embed[-1], self.bbox_embed[-1]
-        encoded.enc_logits, boxes, _, encoded.selected = propose(memory, geo, t.embed_token, *heads, t.cfg)
+        of_tokens = propose_all if self.training and self.cfg.enc_tokens == 'all' else propose
+        encoded.enc_logits, boxes, _, encoded.selected = of_tokens(memory, geo, t.embed_token, *heads, t.cfg)
         encoded.enc_boxes = boxes
+        if of_tokens is propose_all:
+            boxes = boxes.gather(1, encoded.selected[..., None].expand(-1, -1, 4))
         encoded.queries = t.box_queries(boxes.detach(), None, memory.dtype, geo.valid_ratios)
         return encoded
 
@@ -694,6 +748,27 @@ gaps
 
 # %%
 #| export
+def check_fit(
+    found: dict,  # state dict under our names
+    settings,  # of the network that it belongs to
+    network: str,  # its name, for the message
+    faults=(),  # found before
+):
+    "`ConfigError` with `faults` and every name or shape that the network has otherwise"
+    wanted, faults = build_detector(settings.untrained()).state_dict(), list(faults)
+    faults += [f'missing {k}' for k in wanted if k not in found]
+    for name, value in found.items():
+        if name not in wanted:
+            faults.append(f'unknown {name}')
+        elif value.shape != wanted[name].shape:
+            faults.append(f'{name} is {tuple(value.shape)}, not {tuple(wanted[name].shape)}')
+    if faults:
+        raise ConfigError(
+            f'the weights do not fit a {network} ({len(faults)} mismatches): '
+            f'{"; ".join(faults[:5])}{" ..." if len(faults) > 5 else ""}'
+        )
+
+
 def from_original(
     state: dict,  # state dict under the original names
     settings: DeformableDETRConfig,  # of the network that it belongs to
@@ -710,18 +785,7 @@ def from_original(
         if name in renamed and not torch.equal(renamed[name], value):
             faults.append(f'{key} differs from its copy')
         renamed[name] = value
-    wanted = build_detector(settings.untrained()).state_dict()
-    faults += [f'missing {k}' for k in wanted if k not in renamed]
-    for name, value in renamed.items():
-        if name not in wanted:
-            faults.append(f'unknown {name}')
-        elif value.shape != wanted[name].shape:
-            faults.append(f'{name} is {tuple(value.shape)}, not {tuple(wanted[name].shape)}')
-    if faults:
-        raise ConfigError(
-            f'the weights do not fit a {settings.form} Deformable-DETR ({len(faults)} mismatches): '
-            f'{"; ".join(faults[:5])}{" ..." if len(faults) > 5 else ""}'
-        )
+    check_fit(renamed, settings, f'{settings.form} Deformable-DETR', faults)
     return renamed
 
 
@@ -761,7 +825,7 @@ len(original), len(again), misfit
 # - Names in the state dict are those of the release; `from_original` accepts a file only as a whole.
 #
 # The losses of this book (@sec-losses) train all three forms. The original criterion differs in the weight of the
-# class loss and trains the scores of *all* tokens in the two-stage form; it is not part of this chapter.
+# class loss, and trains *all* tokens in the two-stage form (`enc_tokens='all'`).
 #
 # ## Exercises
 #
