@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Prediction', 'ExtraPrediction', 'Outputs', 'DetectionTransformer', 'split_parameters', 'DetectorSettings',
-           'build_detector', 'class_scores', 'post_process']
+           'build_detector', 'class_scores', 'sigmoid_logits', 'post_process']
 
 # %% ../../nbs/detectors/07_contract.ipynb #ce7977ff
-from typing import Protocol, TypedDict, runtime_checkable
+from typing import NotRequired, Protocol, TypedDict, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
@@ -18,8 +18,9 @@ from ..core import ConfigError, at_least_float32
 class Prediction(TypedDict):
     "Logits and boxes of the queries after one layer"
 
-    pred_logits: Tensor  # (B,Q,C)
+    pred_logits: Tensor  # (B,Q,C), or (B,Q,C+1) as in `Outputs`
     pred_boxes: Tensor  # (B,Q,4) cxcywh in [0,1]
+    scores: NotRequired[Tensor]  # (B,Q,C) as in `Outputs`
 
 
 class ExtraPrediction(TypedDict):
@@ -126,6 +127,18 @@ def class_scores(
     return at_least_float32(outputs['pred_logits']).sigmoid()
 
 
+def sigmoid_logits(
+    outputs: Outputs,  # of a detector, or the `Prediction` of a layer
+) -> Tensor:  # (B,Q,C), at least float32 with softmax
+    "Logits whose sigmoids are the class scores: with softmax, log p - log(1-p); else `pred_logits` themselves"
+    logits = outputs['pred_logits']
+    if 'scores' not in outputs:
+        return logits
+    z = at_least_float32(logits)
+    log_p = z.log_softmax(-1)[..., :-1]
+    return log_p - (1 - log_p.exp()).clamp(min=torch.finfo(z.dtype).tiny).log()
+
+
 @torch.no_grad()
 def post_process(
     outputs: Outputs,  # of a detector: pred_logits (or scores) and pred_boxes
@@ -134,9 +147,11 @@ def post_process(
     nms: float = None,  # IoU of a per-class suppression before the cut (official stage 1: .6); None: none
     score_threshold: float = 0.0,  # scores must be larger; with `nms` use .01, or it gets all Q x C pairs
 ) -> list:  # per image dict(scores (K,) descending, labels (K,), boxes (K,4) xyxy pixels, inside the image)
-    "The best pairs of query and class"
+    "The best pairs of query and class; with softmax each query is reported once, with its best class"
     scores, boxes = class_scores(outputs), cxcywh_to_xyxy(at_least_float32(outputs['pred_boxes'])).clamp(0, 1)
     C, detections = scores.shape[-1], []
+    if 'scores' in outputs:
+        scores = torch.where(scores == scores.amax(-1, keepdim=True), scores, -1.0)
     for s, b, (h, w) in zip(scores.flatten(1), boxes, sizes):
         s, order = s.topk(min(top_k, len(s))) if nms is None else s.sort(descending=True)
         is_above = s > score_threshold

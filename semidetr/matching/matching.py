@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from ..boxes import cxcywh_to_xyxy
 from ..core import DataError, SemiDETRError, at_least_float32
+from ..detectors.contract import sigmoid_logits
 
 # %% ../../nbs/matching/00_matching.ipynb #b36b43cb
 def stage_of(
@@ -107,14 +108,14 @@ def pair_cost(
     w_cls: float = 2.0,  # weight of the class term
     w_l1: float = 5.0,  # weight of the L1 term
     w_giou: float = 2.0,  # weight of the GIoU term
+    kind: str = 'focal',  # class term: 'focal', or 'probability' (minus the score, @eq-softmax-cost)
     parts: bool = False,  # return the weighted terms instead of their sum
 ):  # (...,Q,N) cost of every pair, detached, float32; or a dict of three such tensors
     "Cost C_ji of each query and each object of its image (@eq-matching-cost); layers and images are batched"
     logits, boxes, gt = (at_least_float32(x.detach()) for x in (logits, boxes, gt))
     l1 = sum((boxes[..., :, None, i] - gt[..., None, :, i]).abs() for i in range(4))
-    terms = dict(
-        cls=w_cls * class_cost(logits, labels), l1=w_l1 * l1, giou=-w_giou * pairwise_overlap(boxes, gt)[1]
-    )
+    cls = class_cost(logits, labels) if kind == 'focal' else -label_logits(logits, labels).sigmoid()
+    terms = dict(cls=w_cls * cls, l1=w_l1 * l1, giou=-w_giou * pairwise_overlap(boxes, gt)[1])
     return terms if parts else terms['cls'] + terms['l1'] + terms['giou']
 
 # %% ../../nbs/matching/00_matching.ipynb #282f3ed5
@@ -175,7 +176,7 @@ def assign_o2o(
     boxes: Tensor,  # (L,B,Q,4) cxcywh normalised
     padded: PaddedTargets,  # of the B images
     labels: Tensor | None = None,  # (L,B,N) labels to match with; None = those of `padded` in all layers
-    **weights,  # w_cls, w_l1, w_giou of `pair_cost`
+    **weights,  # w_cls, w_l1, w_giou, kind of `pair_cost`
 ) -> Matches:
     "Hungarian matching of all layers and images (@eq-matching-hungarian); costs are copied to the host once"
     labels = padded.labels if labels is None else labels
@@ -203,7 +204,7 @@ def _split(m, n_layers, n_images, *fields):
 
 def _stack(outputs):
     "Logits (L,B,Q,C) and boxes (L,B,Q,4) of some layers, detached"
-    logits = torch.stack([o['pred_logits'].detach() for o in outputs])
+    logits = torch.stack([sigmoid_logits(o).detach() for o in outputs])
     boxes = torch.stack([o['pred_boxes'].detach() for o in outputs])
     return logits, boxes
 
@@ -212,7 +213,7 @@ def hungarian_layers(
     outputs: list,  # per layer a dict with `pred_logits` (B,Q,C) and `pred_boxes` (B,Q,4)
     targets: list,  # per image a dict with `labels` and `boxes`
     with_cost: bool = False,  # return the cost of each pair too
-    **weights,  # w_cls=2, w_l1=5, w_giou=2
+    **weights,  # w_cls=2, w_l1=5, w_giou=2, kind='focal'
 ) -> list:  # for each layer, for each image: (query_idx, target_idx[, cost])
     "One-to-one matching of several layers at once"
     logits, boxes = _stack(outputs)

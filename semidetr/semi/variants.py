@@ -15,6 +15,7 @@ import torch
 from torch import nn, Tensor
 from ..boxes import denormalize_boxes, normalize_boxes, xyxy_to_cxcywh
 from ..core import all_gather_cat
+from ..detectors.contract import class_scores
 from ..detectors.denoising import noise_boxes
 from ..matching.assigners import ASSIGNERS
 from ..matching.losses import CriterionConfig
@@ -299,8 +300,8 @@ def match_views(
 ) -> list:  # per image (student queries, teacher queries)
     "Match the student's queries to the best ones of the teacher, whose predictions serve as objects"
     detections, queries = [], []
-    for logits, boxes, w in zip(teacher['pred_logits'].detach(), teacher['pred_boxes'].detach(), weak):
-        score, label = logits.sigmoid().max(-1)
+    for scores, boxes, w in zip(class_scores(teacher).detach(), teacher['pred_boxes'].detach(), weak):
+        score, label = scores.max(-1)
         best = score.topk(min(cfg.top, len(score))).indices
         queries.append(best)
         xyxy = denormalize_boxes(boxes[best], w['size'])

@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from semidetr.boxes import cxcywh_to_xyxy
 from semidetr.core import ConfigError, all_reduce_mean, at_least_float32, one_of
+from semidetr.detectors.contract import sigmoid_logits
 from semidetr.matching.matching import Matches, PaddedTargets, assign_o2m, assign_o2o, pad_targets
+from semidetr.matching.softmax import softmax_losses
 
 # %%
 import dataclasses
@@ -174,6 +176,9 @@ class CriterionConfig:
     gamma: float = 2.0  # focusing power of all class losses
     w_enc: float = 1.0  # factor on the losses of the encoder output
     w_dn: float = 1.0  # factor on the losses of the denoising queries
+    cost_cls: float = 0.0  # class term of the matching cost; 0: w_cls
+    class_cost: str = 'focal'  # class term of the matching cost: 'focal', or 'probability' (DETR)
+    no_object: float = 0.1  # detectors with softmax: weight of the no-object class (@eq-softmax-loss)
 
     def __post_init__(self):
         one_of(
@@ -182,9 +187,16 @@ class CriterionConfig:
             enc_labels=('zero', 'true'),
             cls_loss=('focal', 'task_aligned', 'varifocal'),
             o2m=('task_aligned', 'max_iou', 'atss', 'simota'),
+            class_cost=('focal', 'probability'),
         )
         if self.k < 1:
             raise ConfigError(f'k={self.k}: an object needs at least one positive')
+
+    @property
+    def cost(self) -> dict:
+        "Weights of the matching cost, for `pair_cost`"
+        w_cls = self.cost_cls or self.w_cls
+        return dict(w_cls=w_cls, w_l1=self.cost_l1, w_giou=self.w_giou, kind=self.class_cost)
 
 
 # %% [markdown]
@@ -250,24 +262,29 @@ def layer_losses(
     cfg: CriterionConfig,  # weights
     stage: str,  # 'o2m' or 'o2o'
     slot_weight: Tensor | None = None,  # (B,Q) weight of each query in the class loss
-):  # dict of cls, l1, giou, each (L,): weighted sums over the batch, not yet normalised
+    softmax: bool = False,  # do the logits (L,B,Q,C+1) end with a no-object class?
+):  # dict of cls, l1, giou, each (L,): weighted sums over the batch, not yet normalised; softmax: z_cls too
     "Sums of the three losses of all layers (@eq-losses-o2m); without pairs 0, still connected to the graph"
     n_layers = logits.shape[0]
     truth = padded.boxes[m.image, m.target].to(boxes.dtype)
     l1, giou, iou = box_losses(boxes[m.layer, m.image, m.query], truth)
-    y = torch.zeros_like(logits)
+    y = torch.zeros_like(logits[..., :-1] if softmax else logits)
     y_matched = iou if stage == 'o2o' and cfg.cls_loss != 'focal' else m.weight
     y[m.layer, m.image, m.query, labels[m.layer, m.image, m.target]] = y_matched.to(y.dtype)
-    cls = _class_loss(logits, y, cfg, stage)
+    if softmax:
+        cls, z_cls = softmax_losses(logits, y, cfg.no_object)
+    else:
+        cls = _class_loss(logits, y, cfg, stage)
     if slot_weight is not None:
         cls = cls * slot_weight[..., None]
 
     def by_layer(x):
         return x.new_zeros(n_layers).index_add(0, m.layer, x * m.weight.to(x.dtype))
 
-    return dict(
-        cls=cfg.w_cls * cls.flatten(1).sum(1), l1=cfg.loss_l1 * by_layer(l1), giou=cfg.w_giou * by_layer(giou)
-    )
+    box_terms = dict(l1=cfg.loss_l1 * by_layer(l1), giou=cfg.w_giou * by_layer(giou))
+    if softmax:
+        return dict(cls=cfg.w_cls * cls, **box_terms, z_cls=z_cls)
+    return dict(cls=cfg.w_cls * cls.flatten(1).sum(1), **box_terms)
 
 
 # %%
@@ -323,13 +340,16 @@ def denoising_matches(
 
 
 def _stacked(outputs):
-    "Decoder layers in order, the encoder output last where there is one: (L,B,Q,C), (L,B,Q,4), names"
+    """Groups of layers with equally many predictions: lists of predictions, names. The decoder layers in order,
+    then the encoder output where there is one; it is a group of its own where it holds all tokens"""
     layers = [*outputs.get('aux_outputs', ()), outputs]
     names = [f'_{i}' for i in range(len(layers) - 1)] + ['']
-    if 'enc_outputs' in outputs:
-        layers, names = [*layers, outputs['enc_outputs']], [*names, '_enc']
-    logits, boxes = (torch.stack([o[key] for o in layers]) for key in ('pred_logits', 'pred_boxes'))
-    return at_least_float32(logits), at_least_float32(boxes), names
+    proposals = outputs.get('enc_outputs')
+    if proposals is None:
+        return [(layers, names)]
+    if proposals['pred_boxes'].shape == outputs['pred_boxes'].shape:
+        return [([*layers, proposals], [*names, '_enc'])]
+    return [(layers, names), ([proposals], ['_enc'])]
 
 
 # %%
@@ -359,7 +379,7 @@ def assign(
 ) -> Matches:
     "The matching of the stage, for all layers; ConfigError where `cfg.o2m` names another function than `o2m`"
     if stage == 'o2o':
-        return assign_o2o(logits, boxes, padded, labels, w_cls=cfg.w_cls, w_l1=cfg.cost_l1, w_giou=cfg.w_giou)
+        return assign_o2o(logits, boxes, padded, labels, **cfg.cost)
     if stage != 'o2m':
         raise ConfigError(f"stage '{stage}' is unknown; known: o2m, o2o (see matching.stage_of)")
     if o2m is assign_o2m and cfg.o2m != 'task_aligned':
@@ -377,6 +397,35 @@ def _named(sums, names, z_cls, z_box, factor):
         for name, value in zip(names, (x * factor / (z_cls if term == 'cls' else z_box)).unbind()):
             out[f'loss_{term}{name}'] = value
     return out
+
+
+class _Group:
+    "Predictions of some layers, stacked, and their matching"
+
+    def __init__(self, layers, names, targets, stage, cfg, o2m):
+        boxes = torch.stack([o['pred_boxes'] for o in layers])
+        logits = torch.stack([o['pred_logits'] for o in layers])
+        self.names, self.softmax = names, 'scores' in layers[0]
+        self.logits, self.boxes = at_least_float32(logits), at_least_float32(boxes)
+        read = torch.stack([sigmoid_logits(o) for o in layers]) if self.softmax else self.logits
+        self.padded = pad_targets(targets, read.shape[-1])
+        self.labels = self.padded.labels.expand(len(names), -1, -1).clone()
+        if names[-1] == '_enc' and cfg.enc_labels == 'zero':
+            self.labels[-1] = 0
+        self.matches = assign(read, self.boxes, self.padded, self.labels, stage, cfg, o2m)
+
+    def weights(self):
+        "Sum of the weights of the pairs of each layer"
+        m, zeros = self.matches, self.logits.new_zeros(len(self.names))
+        return zeros.index_add(0, m.layer, m.weight.to(zeros.dtype))
+
+    def losses(self, cfg, stage, z_cls, z_box):
+        "Named losses, divided by the normalisers"
+        sums = layer_losses(
+            self.logits, self.boxes, self.padded, self.labels, self.matches, cfg, stage, softmax=self.softmax
+        )
+        factor = self.logits.new_tensor([cfg.w_enc if n == '_enc' else 1.0 for n in self.names])
+        return _named(sums, self.names, sums.pop('z_cls', z_cls), z_box, factor)
 
 
 # %% [markdown]
@@ -402,23 +451,22 @@ def set_criterion(
 ) -> dict:  # scalars loss_cls, loss_l1, loss_giou with suffixes _0, ..., _enc, _dn_0, ...; minimise their sum
     """All losses of a batch (@eq-losses-o2m). NonFiniteError where a matching cost is NaN (an image without
     objects has none: there the loss becomes NaN), DataError where a label is not a class"""
-    logits, boxes, names = _stacked(outputs)
-    padded = pad_targets(targets, logits.shape[-1])
-    labels = padded.labels.expand(len(names), -1, -1).clone()
-    if names[-1] == '_enc' and cfg.enc_labels == 'zero':
-        labels[-1] = 0
-    m = assign(logits, boxes, padded, labels, stage, cfg, o2m)
+    groups = [_Group(*group, targets, stage, cfg, o2m) for group in _stacked(outputs)]
+    first, padded = groups[0], groups[0].padded
     if stats is not None and sum(padded.counts):
-        stats['positives_per_object'] = int((m.layer == names.index('')).sum()) / sum(padded.counts)
-    sums = layer_losses(logits, boxes, padded, labels, m, cfg, stage)
+        last = int((first.matches.layer == first.names.index('')).sum())
+        stats['positives_per_object'] = last / sum(padded.counts)
     dn = outputs.get('extra', {}).get('denoising') if denoising else None
     target = dn['meta']['target'] if dn else padded.labels.new_full((1, 1), -1)
-    weights = logits.new_zeros(len(names)).index_add(0, m.layer, m.weight.to(logits.dtype))
-    here = torch.cat([weights, (target >= 0).sum()[None].to(logits.dtype)])
+    slots = (target >= 0).sum()[None].to(first.logits.dtype)
+    here = torch.cat([*(g.weights() for g in groups), slots])
     mean = all_reduce_mean(here).clamp(min=1)  # one exchange between the processes, whatever this batch holds
     here = here.clamp(min=1)
-    factor = logits.new_tensor([cfg.w_enc if n == '_enc' else 1.0 for n in names])
-    losses = _named(sums, names, (here if stage == 'o2o' else mean)[:-1], mean[:-1], factor)
+    z_cls, losses, at = here if stage == 'o2o' else mean, {}, 0
+    for g in groups:
+        own = slice(at, at + len(g.names))
+        losses |= g.losses(cfg, stage, z_cls[own], mean[own])
+        at = own.stop
     if dn:
         losses |= _denoising_losses(dn, padded, cfg, here[-1], mean[-1])
     return losses
@@ -510,7 +558,7 @@ def match_stats(
     o2m=assign_o2m,  # one-to-many assignment, see `assign`
 ) -> dict:  # floats: positives (of the batch), positives_per_object, matched_iou (nan without objects)
     "Number and mean IoU of the positives of the last decoder layer: for the log, not for the loss"
-    logits, boxes = (at_least_float32(outputs[k][None]) for k in ('pred_logits', 'pred_boxes'))
+    logits, boxes = (at_least_float32(x[None]) for x in (sigmoid_logits(outputs), outputs['pred_boxes']))
     padded = pad_targets(targets, logits.shape[-1])
     m = assign(logits, boxes, padded, padded.labels[None], stage, cfg, o2m)
     iou = box_losses(boxes[m.layer, m.image, m.query], padded.boxes[m.image, m.target])[2]

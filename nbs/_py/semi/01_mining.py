@@ -156,9 +156,8 @@ def matched_costs(
     criterion: CriterionConfig = CriterionConfig(),  # weights of the cost
 ) -> list:  # per image (K,) float32; inf where there were fewer queries than boxes
     "Cost c_b of each box in the best assignment to the student's predictions (@eq-matching-cost)"
-    w = dict(w_cls=criterion.w_cls, w_l1=criterion.cost_l1, w_giou=criterion.w_giou)
     costs = []
-    for t, (_, box, cost) in zip(targets, hungarian(outputs, targets, with_cost=True, **w)):
+    for t, (_, box, cost) in zip(targets, hungarian(outputs, targets, with_cost=True, **criterion.cost)):
         costs.append(cost.new_full((len(t['labels']),), math.inf).scatter(0, box, cost))
     return costs
 
