@@ -459,9 +459,8 @@ def backbone_of(
     convolutions = 3 if any(re.match(r'backbone\.body\.layer\d\.\d+\.conv3\.', k) for k in shapes) else 2
     name = RESNETS.get((*blocks, convolutions))
     if name is None:
-        raise DataError(
-            f'{origin}: a backbone of {blocks} blocks is none of {", ".join(RESNETS.values())}; give `backbone`'
-        )
+        known = ', '.join(RESNETS.values())
+        raise DataError(f'{origin}: a backbone of {blocks} blocks is none of {known}; give `backbone`')
     width = 64 * (4 if convolutions == 3 else 1)
     stride = {width * 2**i: 4 * 2**i for i in range(4)}
     maps = [shape for k, shape in shapes.items() if re.match(r'input_proj\.(\d+\.0\.)?weight$', k)]
