@@ -19,7 +19,6 @@ from semidetr.detectors.weights import (
     convert,
     map_class_rows,
     read_weights,
-    recognise,
     row_names,
 )
 from .checkpoint import load_checkpoint, save_checkpoint
