@@ -190,11 +190,6 @@ class Rule:
 def _original_rules(kind, form):
     "Rules of the original programs"
     rules = [Rule('backbone.0.body.', 'backbone.body.')]
-    if kind == 'detr':
-        for a, b in (('norm1', 'norm2'), ('norm2', 'norm1'), ('multihead_attn', 'cross_attn')):
-            rules.append(
-                Rule(f'transformer.decoder.layers.{{i}}.{a}.', f'transformer.decoder.layers.{{i}}.{b}.')
-            )
     if kind == 'dino':
         for a, b in (('class_embed', 'class_head'), ('bbox_embed', 'box_head')):
             rules += [Rule(f'{prefix}{a}.{{j}}.', f'{b}.') for prefix in ('', 'transformer.decoder.')]
@@ -252,11 +247,11 @@ def _hf_backbone_rules():
     return rules, timm
 
 
-def _hf_layer_rules(layer, norms):
+def _hf_layer_rules(layer, cross, norms):
     "Rules of the layers of an encoder or a decoder; `norms`: role -> number of our norm"
     theirs, ours = f'model.{layer}.layers.{{i}}.', f'transformer.{layer}.layers.{{i}}.'
     rules = []
-    for a, b in (('self_attn', 'self_attn'), ('encoder_attn', 'cross_attn')):
+    for a, b in (('self_attn', 'self_attn'), ('encoder_attn', cross)):
         for part, letter in enumerate('qkv'):
             rules.append(Rule(f'{theirs}{a}.{letter}_proj.', f'{ours}{b}.in_proj_', part))
         rules.append(Rule(f'{theirs}{a}.out_proj.', f'{ours}{b}.out_proj.'))
@@ -270,14 +265,17 @@ def _hf_layer_rules(layer, norms):
 def _hf_rules(kind, form, own_resnet):
     "Rules of `transformers`"
     own, timm = _hf_backbone_rules()
-    rules = (own if own_resnet else timm) + _hf_layer_rules('encoder', dict(self_attn=1, final=2))
-    rules += _hf_layer_rules('decoder', dict(encoder_attn=1, self_attn=2, final=3))
+    rules = (own if own_resnet else timm) + _hf_layer_rules('encoder', '', dict(self_attn=1, final=2))
     if kind == 'hf_detr':
+        norms = dict(self_attn=1, encoder_attn=2, final=3)
+        rules += _hf_layer_rules('decoder', 'multihead_attn', norms)
         rules.append(Rule('model.input_projection.', 'input_proj.'))
         rules.append(Rule('model.decoder.layernorm.', 'transformer.decoder.norm.'))
         rules.append(Rule('class_labels_classifier.', 'class_embed.'))
         rules.append(Rule('bbox_predictor.', 'bbox_embed.'))
     else:
+        norms = dict(encoder_attn=1, self_attn=2, final=3)
+        rules += _hf_layer_rules('decoder', 'cross_attn', norms)
         rules += _layer_heads(form, 'model.decoder.')
         rules.append(Rule('model.input_proj.', 'input_proj.'))
     rules.append(Rule('model.query_position_embeddings.', 'query_embed.'))
@@ -453,6 +451,7 @@ def _numbers(names, pattern):
 def backbone_of(
     shapes: dict,  # our names -> shape
     origin: str = '',  # for the error
+    dilated: bool = False,  # is its last stage dilated (DC5)?
 ) -> BackboneConfig:
     "Which ResNet, and which strides it hands out"
     blocks = [_numbers(shapes, rf'backbone\.body\.layer{s}\.(\d+)\.') for s in (1, 2, 3, 4)]
@@ -467,7 +466,12 @@ def backbone_of(
     widths = [s[1] for s in maps if len(s) == 4 and s[2] == 1]
     if not widths or any(w not in stride for w in widths):
         raise DataError(f'{origin}: input_proj takes maps of width {widths}, {name} has {list(stride)}')
-    return BackboneConfig(name, out_strides=tuple(stride[w] for w in widths))
+    strides = tuple(stride[w] for w in widths)
+    if dilated and strides != (32,):
+        raise DataError(f'{origin}: a dilated backbone (DC5) with several maps; it needs one')
+    if dilated:
+        return BackboneConfig(f'{name}_dc5', out_strides=(16,))
+    return BackboneConfig(name, out_strides=strides)
 
 # %% ../../nbs/detectors/12_weights.ipynb #25fda058
 class _Shapes(dict):
@@ -495,23 +499,30 @@ def infer_settings(
     form: str = None,  # of Deformable-DETR
     heads: int = 8,  # M
     backbone: BackboneConfig = None,  # None: from the names
+    dilated: bool = False,  # its last stage (DC5)
     origin: str = '',  # for errors
 ):  # settings of the detector
     "The settings of the network that has these tensors"
-    backbone = backbone or backbone_of(shapes, origin)
+    backbone = backbone or backbone_of(shapes, origin, dilated)
     encoder = _numbers(shapes, r'transformer\.encoder\.layers\.(\d+)\.')
     layers = _numbers(shapes, r'transformer\.decoder\.layers\.(\d+)\.')
     ffn, d = shapes['transformer.decoder.layers.0.linear1.weight']
     if kind in ('detr', 'hf_detr'):
         from semidetr.detectors.detr import DETRConfig
 
-        sizes = dict(d_model=d, heads=heads, layers=layers, ffn=ffn)
-        queries = shapes['query_embed.weight'][0]
+        queries, more = shapes['query_embed.weight'][0], {}
+        if encoder != layers:
+            more = dict(enc_layers=encoder)
+        sizes = dict(d_model=d, heads=heads, layers=layers, ffn=ffn, **more)
         return DETRConfig(shapes['class_embed.weight'][0] - 1, backbone, **sizes, num_queries=queries)
     levels = _numbers(shapes, r'input_proj\.(\d+)\.')
     offsets = shapes['transformer.decoder.layers.0.cross_attn.sampling_offsets.weight'][0]
     points = offsets // (2 * heads * levels)
     if kind in ('deformable_detr', 'hf_deformable_detr'):
+        if encoder != layers:
+            raise DataError(
+                f'{origin}: {encoder} layers of the encoder, {layers} of the decoder; must be equal'
+            )
         sizes = dict(d_model=d, levels=levels, heads=heads, points=points, layers=layers, ffn=ffn)
         queries = 300 if form == 'two_stage' else shapes['query_embed.weight'][0]
         classes = shapes['class_embed.0.weight'][0]
@@ -612,18 +623,26 @@ def _convert_semi_detr(state, origin, settings, **known):
     return Converted(settings, networks['student'], report, networks['teacher'], parts)
 
 
+def _projector_shapes(d, hidden):
+    "Names and shapes of the projector in the state of a method: two convolutions, two linear layers"
+    shapes = {f'convs.{i}.weight': (d, d, 3, 3) for i in (0, 1)}
+    for i, width in enumerate((d, d, hidden)):
+        for name in ('weight', 'bias', 'running_mean', 'running_var'):
+            shapes[f'norms.{i}.{name}'] = (width,)
+        shapes[f'norms.{i}.{COUNTER}'] = ()
+    shapes |= {'fc1.weight': (hidden, 49 * d), 'fc1.bias': (hidden,)}
+    shapes |= {'fc2.weight': (d, hidden), 'fc2.bias': (d,)}
+    return {f'projector.{name}': shape for name, shape in shapes.items()}
+
+
 def _projector(state, origin, d_model):
     "(tensors under the names of the method's state, rows) of the projector"
-    from semidetr.semi.consistency import Projector
-
     rules = rules_of('semi_detr', state, network='projector')
     renamed, rows, faults = rename(state, rules)
     if not state:
         raise DataError(f'{origin}: missing projector.*; give the whole checkpoint')
     shapes = _Shapes(renamed, rules, origin)
-    with torch.device('meta'):
-        wanted = Projector(d_model, shapes['projector.fc1.weight'][0]).state_dict()
-    wanted = {f'projector.{k}': tuple(v.shape) for k, v in wanted.items()}
+    wanted = _projector_shapes(d_model, shapes['projector.fc1.weight'][0])
     faults += _compare(renamed, wanted, rules, {r.name: r.key for r in rows})
     if faults:
         _complain(origin, 'semi_detr', faults)
@@ -631,19 +650,19 @@ def _projector(state, origin, d_model):
 
 # %% ../../nbs/detectors/12_weights.ipynb #942697f1
 def _from_config(config, origin):
-    "(form, number of heads, queries, notes) that a config.json of `transformers` tells"
-    if not config:
-        return None, None, None, []
-    form = 'refine' if config.get('with_box_refine') else 'plain'
-    form = 'two_stage' if config.get('two_stage') else form
+    "What a config.json of `transformers` tells: form, heads, queries, dilated; unknown parts are an error"
     backbone = config.get('backbone_config') or {}
-    if config.get('dilation') or backbone.get('output_stride') == 16:
-        raise DataError(f'{origin}: its backbone is dilated (DC5), which is not available here')
     if config.get('position_embedding_type', 'sine') != 'sine':
-        raise DataError(f'{origin}: position codes are learned, here they are sines')
+        raise DataError(f'{origin}: its position codes are learned, here they are sines; not supported')
     if config.get('activation_function', 'relu') != 'relu':
-        raise DataError(f"{origin}: activation '{config['activation_function']}', here it is relu")
-    return form, config.get('decoder_attention_heads'), config.get('num_queries'), []
+        raise DataError(f"{origin}: activation '{config['activation_function']}', here relu; not supported")
+    form = 'refine' if config.get('with_box_refine') else 'plain'
+    return dict(
+        form='two_stage' if config.get('two_stage') else form,
+        heads=config.get('decoder_attention_heads'),
+        queries=config.get('num_queries'),
+        dilated=bool(config.get('dilation')) or backbone.get('output_stride') == 16,
+    )
 
 
 def convert(
@@ -653,30 +672,34 @@ def convert(
     origin: str = 'the weights',  # for messages
     heads: int = None,  # M; None: as `config` says, or 8
     backbone: BackboneConfig = None,  # None: read off
+    dilated: bool = None,  # is the last stage of the backbone dilated (DC5)? None: as `config` says, or no
 ) -> Converted:
     "Give weights our names, completely; `DataError` names a tensor that is missing, unknown or does not fit"
-    kind = recognise(state)
-    form, told, queries, notes = _from_config(config, origin)
-    known = dict(heads=heads or told or 8, backbone=backbone)
+    kind, told = recognise(state), _from_config(config, origin) if config else {}
     if kind == 'backbone':
         raise DataError(f'{origin}: a backbone alone; give it as detector.backbone.weights={origin}')
     if kind == 'ours':
         raise DataError(f'{origin}: has our names already; give the folder of its run')
+    known = dict(heads=heads or told.get('heads') or 8, backbone=backbone)
     if kind == 'semi_detr':
         return _convert_semi_detr(state, origin, settings, **known)
+    known['dilated'] = told.get('dilated', False) if dilated is None else dilated
     is_deformable = kind in ('deformable_detr', 'hf_deformable_detr')
-    form = (form or form_of(state)) if is_deformable else None
+    form = (told.get('form') or form_of(state)) if is_deformable else None
     rules = rules_of(kind, state, form)
     found, renamed, rows, filled = _convert_network(state, kind, rules, origin, settings, form, **known)
-    if settings is None and form == 'two_stage':
-        found = replace(found, num_queries=queries or 300)
-        if not queries:
-            notes.append('two-stage weights do not tell the number of queries: 300 as in the release')
-    if not (heads or told):
-        notes.append('weights do not tell the number of attention heads: 8 as in the releases')
-    if not config and kind == 'detr':
-        notes.append('weights do not tell a dilated last stage (DC5): taken as not dilated')
-    return Converted(found, renamed, Report(kind, origin, rows, filled, notes))
+    report = Report(kind, origin, rows, filled)
+    if settings is not None:
+        return Converted(found, renamed, report)
+    if form == 'two_stage':
+        found = replace(found, num_queries=told.get('queries') or 300)
+        if not told.get('queries'):
+            report.notes.append('two-stage weights do not tell the number of queries: 300 as in the release')
+    if not (heads or told.get('heads')):
+        report.notes.append('weights do not tell the number of attention heads: 8 as in the releases')
+    if dilated is None and not told and known['backbone'] is None and len(found.backbone.out_strides) == 1:
+        report.notes.append('weights do not tell a dilated last stage (DC5): taken as not dilated')
+    return Converted(found, renamed, report)
 
 # %% ../../nbs/detectors/12_weights.ipynb #b917a5ed
 CLASS_ROWS = r'(class_head|enc_class_head|class_embed(\.\d+)?)\.(weight|bias)$|label_enc\.weight$'
@@ -698,9 +721,6 @@ def map_class_rows(
     place = {name: i for i, name in enumerate(old_classes)}
     kept = [c for c in new_classes if c in place]
     added = [c for c in new_classes if c not in place]
-    if not kept:
-        known = ', '.join(old_classes[:5])
-        raise DataError(f'no class of the weights ({known}, ...) has the name of a class of the data')
     if added and fresh is None:
         raise DataError(f"class '{added[0]}' is new: an untrained detector is needed for its row")
     out = dict(state)

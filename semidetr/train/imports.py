@@ -107,6 +107,7 @@ def import_weights(
     to: list = None,  # names of your classes: rows are moved by name; None: all classes of the file
     key: str = '',  # 'ema_model' of a file that holds several state dicts
     heads: int = None,  # attention heads; None: those of config.json, or 8
+    dilated: bool = None,  # is the last stage of the backbone dilated (DC5)? None: as config.json says, or no
     like=None,  # Config with settings classes of your own, for a run that has such
 ) -> Report:
     "Write weights of any known program as a run; nothing is written where one tensor does not fit"
@@ -116,7 +117,7 @@ def import_weights(
     file = read_weights(path, key)
     if 'format' in file.state:
         return _import_run(file, out, to, like)
-    converted = convert(file.state, file.config, origin=file.path, heads=heads)
+    converted = convert(file.state, file.config, origin=file.path, heads=heads, dilated=dilated)
     if file.others:
         converted.report.notes.append(f'not used: {", ".join(map(str, file.others))}')
     if any(v.is_floating_point() and v.dtype != torch.float32 for v in converted.state.values()):
