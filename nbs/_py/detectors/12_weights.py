@@ -273,6 +273,8 @@ class Rule:
     ) -> str | None:  # None: the rule does not fit; a number without a counterpart becomes 0
         "The other name"
         old, new = (self.ours, self.theirs) if back else (self.theirs, self.ours)
+        if not name.startswith(old.split('{')[0]):
+            return None
         found = re.match(re.sub(r'\\\{(\w)\\\}', r'(?P<\1>\\d+)', re.escape(old)), name)
         if found is None:
             return None
@@ -326,32 +328,34 @@ back = next(old for rule in of_dino if (old := rule.apply('class_head.bias', bac
 assert (ours, back) == ('class_head.bias', 'class_embed.0.bias')
 theirs, ours, back
 
-
 # %% [markdown]
 # The names of `transformers` on disk are the same in all its releases; those of a module in memory changed with
 # 5.1 (`o_proj`, `mlp.fc1`), and both are read. Its own ResNet counts stages and convolutions from 0.
 
 # %%
 #| export
-def _hf_backbone_rules():
-    "Rules of a ResNet in `transformers`: its own one, and that of timm"
-    rules = []
-    for p in ('model.backbone.conv_encoder.model.', 'model.backbone.model.'):
-        stem = f'{p}embedder.embedder.'
-        rules += [Rule(f'{stem}convolution.', 'backbone.body.conv1.')]
-        rules += [Rule(f'{stem}normalization.', 'backbone.body.bn1.')]
-        for s in range(4):
-            theirs, ours = f'{p}encoder.stages.{s}.layers.{{b}}.', f'backbone.body.layer{s + 1}.{{b}}.'
-            for k in range(3):
-                rules.append(Rule(f'{theirs}layer.{k}.convolution.', f'{ours}conv{k + 1}.'))
-                rules.append(Rule(f'{theirs}layer.{k}.normalization.', f'{ours}bn{k + 1}.'))
-            rules.append(Rule(f'{theirs}shortcut.convolution.', f'{ours}downsample.0.'))
-            rules.append(Rule(f'{theirs}shortcut.normalization.', f'{ours}downsample.1.'))
-    timm = [Rule('model.backbone.conv_encoder.model._backbone.', 'backbone.body.')]
-    timm += [
-        Rule(p, 'backbone.body.') for p in ('model.backbone.conv_encoder.model.', 'model.backbone.model.')
-    ]
-    return rules, timm
+HF_BACKBONES = (  # where a backbone is: with a configuration of timm, usually, in memory since 5.1
+    'model.backbone.conv_encoder.model._backbone.',
+    'model.backbone.conv_encoder.model.',
+    'model.backbone.model.',
+)
+
+
+def _hf_backbone_rules(state):
+    "Rules of a ResNet in `transformers`: its own one, or that of timm"
+    p = next((p for p in HF_BACKBONES if any(k.startswith(p) for k in state)), HF_BACKBONES[1])
+    if not any('.embedder.' in k or '.stages.' in k for k in state):
+        return [Rule(p, 'backbone.body.')]
+    rules = [Rule(f'{p}embedder.embedder.convolution.', 'backbone.body.conv1.')]
+    rules.append(Rule(f'{p}embedder.embedder.normalization.', 'backbone.body.bn1.'))
+    for s in range(4):
+        theirs, ours = f'{p}encoder.stages.{s}.layers.{{b}}.', f'backbone.body.layer{s + 1}.{{b}}.'
+        for k in range(3):
+            rules.append(Rule(f'{theirs}layer.{k}.convolution.', f'{ours}conv{k + 1}.'))
+            rules.append(Rule(f'{theirs}layer.{k}.normalization.', f'{ours}bn{k + 1}.'))
+        rules.append(Rule(f'{theirs}shortcut.convolution.', f'{ours}downsample.0.'))
+        rules.append(Rule(f'{theirs}shortcut.normalization.', f'{ours}downsample.1.'))
+    return rules
 
 
 def _hf_layer_rules(layer, cross, norms):
@@ -369,10 +373,9 @@ def _hf_layer_rules(layer, cross, norms):
     return rules + [Rule(f'{theirs}{role}_layer_norm.', f'{ours}norm{n}.') for role, n in norms.items()]
 
 
-def _hf_rules(kind, form, own_resnet):
+def _hf_rules(kind, form, state):
     "Rules of `transformers`"
-    own, timm = _hf_backbone_rules()
-    rules = (own if own_resnet else timm) + _hf_layer_rules('encoder', '', dict(self_attn=1, final=2))
+    rules = _hf_backbone_rules(state) + _hf_layer_rules('encoder', '', dict(self_attn=1, final=2))
     if kind == 'hf_detr':
         norms = dict(self_attn=1, encoder_attn=2, final=3)
         rules += _hf_layer_rules('decoder', 'multihead_attn', norms)
@@ -399,9 +402,7 @@ def rules_of(
     if kind == 'semi_detr':
         return _semi_detr_rules(network)
     if kind.startswith('hf_'):
-        return _hf_rules(
-            kind, form or form_of(state), any('.embedder.' in k or '.stages.' in k for k in state)
-        )
+        return _hf_rules(kind, form or form_of(state), state)
     return _original_rules(kind, form or form_of(state))
 
 
@@ -416,7 +417,7 @@ def form_of(
 
 # %%
 example = 'model.decoder.layers.4.self_attn.k_proj.weight'
-rule = next(r for r in _hf_rules('hf_detr', 'plain', False) if r.apply(example))
+rule = next(r for r in _hf_rules('hf_detr', 'plain', []) if r.apply(example))
 assert rule.part == 1 and rule.apply(rule.apply(example), back=True) == example
 rule.apply(example)
 
@@ -573,8 +574,8 @@ def fill_heads(
 three = {
     f'model.encoder.layers.0.self_attn.{c}_proj.bias': torch.full((2,), float(i)) for i, c in enumerate('qkv')
 }
-fused, rows, faults = rename(three, _hf_rules('hf_detr', 'plain', False))
-lost = rename(dict(list(three.items())[:2]), _hf_rules('hf_detr', 'plain', False))[2]
+fused, rows, faults = rename(three, _hf_rules('hf_detr', 'plain', []))
+lost = rename(dict(list(three.items())[:2]), _hf_rules('hf_detr', 'plain', []))[2]
 assert faults == [] and lost == ['missing model.encoder.layers.0.self_attn.v_proj.bias']
 fused
 
