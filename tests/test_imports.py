@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from semidetr.core import DataError
-from semidetr.detectors import weights as W
+from semidetr.detectors import weight_files as W
 from semidetr.detectors.backbone import BackboneConfig
 from semidetr.detectors.contract import build_detector
 from semidetr.detectors.denoising import DenoisingConfig
@@ -91,7 +91,7 @@ def test_training_goes_on_from_the_official_student_teacher_and_projector(T1, tm
     settings = small_dino(10, 12)
     student, teacher, projector = official_file(tmp_path / 'x.pth', settings, 16, order)
     report = import_weights(tmp_path / 'x.pth', tmp_path / 'run')
-    assert report.kind == 'semi_detr' and report.count('unused') == 0
+    assert report.kind == 'official' and report.count('unused') == 0
     saved = load_checkpoint(tmp_path / 'run')
     assert saved['classes'] == order and equal(student, saved['student']) and equal(teacher, saved['teacher'])
     more = (f'method.T1={T1}', 'method.burn_in_iters=0', 'optim.iters=2', f'run.init={tmp_path / "run"}')

@@ -10,6 +10,8 @@ import torch
 from semidetr.core import DataError
 from semidetr.detectors import deformable_detr as dd
 from semidetr.detectors import detector as dino
+from semidetr.detectors import weight_files as F
+from semidetr.detectors import weight_names as N
 from semidetr.detectors import weights as W
 from semidetr.detectors.backbone import BackboneConfig
 from semidetr.detectors.contract import build_detector
@@ -61,7 +63,7 @@ def is_copy(name, report):
 def test_every_name_of_a_full_size_file_has_its_place(name):
     count, kind, expected = FORMATS[name]
     state = full_size(name)
-    assert len(state) == count and W.recognise(state) == kind
+    assert len(state) == count and N.recognise(state) == kind
     done = W.convert(state)
     settings = done.settings
     assert {k: getattr(settings, k) for k in expected} == expected
@@ -156,7 +158,7 @@ def test_a_checkpoint_without_a_network_is_refused():
 
 # --- values ----------------------------------------------------------------------------------
 def hf(folder):
-    return W.read_weights(FULL / folder / 'hf')
+    return F.read_weights(FULL / folder / 'hf')
 
 
 @needs_full
@@ -282,7 +284,7 @@ def test_logits_follow_the_names_of_classes(new):
     old = ['a', 'b', 'c']
     before, after = small_dino(old), small_dino(new)
     untrained = {k: v.clone() for k, v in after.state_dict().items()}
-    state, notes = W.map_class_rows(before.state_dict(), old, new, untrained)
+    state, notes = F.map_class_rows(before.state_dict(), old, new, untrained)
     after.load_state_dict(state)
     hs = torch.randn(5, 32)
     for head in ('class_head', 'enc_class_head'):
@@ -302,19 +304,19 @@ def test_logits_follow_the_names_of_classes(new):
 
 def test_same_names_return_the_same_tensors():
     state = small_dino(['a', 'b']).state_dict()
-    assert W.map_class_rows(state, ['a', 'b'], ('a', 'b')) == (state, [])
+    assert F.map_class_rows(state, ['a', 'b'], ('a', 'b')) == (state, [])
 
 
 def test_no_object_stays_last():
     old = {'class_embed.weight': torch.arange(8.0).view(4, 2), 'class_embed.bias': torch.arange(4.0)}
     fresh = {'class_embed.weight': -torch.ones(5, 2), 'class_embed.bias': -torch.ones(5)}
-    new, _ = W.map_class_rows(old, ['a', 'b', 'c'], ['d', 'c', 'b', 'a'], fresh)
+    new, _ = F.map_class_rows(old, ['a', 'b', 'c'], ['d', 'c', 'b', 'a'], fresh)
     assert new['class_embed.bias'].tolist() == [-1, 2, 1, 0, 3]
     assert new['class_embed.weight'][4].tolist() == [6, 7]
 
 
 def test_ids_of_coco_are_those_of_the_data_set():
-    names = W.coco_id_names()
+    names = F.coco_id_names()
     known = {
         1: 'person',
         11: 'fire hydrant',
@@ -325,7 +327,7 @@ def test_ids_of_coco_are_those_of_the_data_set():
     }
     known |= {70: 'toilet', 72: 'tv', 82: 'refrigerator', 84: 'book', 90: 'toothbrush'}
     assert {i: names[i] for i in known} == known and len(set(names)) == 81
-    assert [i for i, n in enumerate(names) if n == 'N/A'] == list(W.COCO_UNUSED)
+    assert [i for i, n in enumerate(names) if n == 'N/A'] == list(F.COCO_UNUSED)
 
 
 # --- files -----------------------------------------------------------------------------------
@@ -338,16 +340,16 @@ def test_a_pickle_that_needs_more_is_refused_and_its_code_does_not_run(tmp_path,
     monkeypatch.chdir(tmp_path)
     torch.save(dict(model=dict(a=torch.zeros(1)), x=Evil()), 'bad.pth')
     with pytest.raises(DataError, match='refused') as error:
-        W.read_weights('bad.pth')
+        F.read_weights('bad.pth')
     assert 'getattr' in str(error.value) and not Path('evil').exists() and '\n' not in str(error.value)
     args = argparse.Namespace(lr=1e-4)
     torch.save(dict(model=dict(a=torch.zeros(1)), ema_model=dict(a=torch.ones(1)), args=args), 'good.pth')
-    assert W.read_weights('good.pth').state['a'] == 0
-    assert W.read_weights('good.pth', 'ema_model').state['a'] == 1
+    assert F.read_weights('good.pth').state['a'] == 0
+    assert F.read_weights('good.pth', 'ema_model').state['a'] == 1
     Path('cut.pth').write_bytes(Path('good.pth').read_bytes()[:200])
     for name in ('cut.pth', 'none.pth'):
         with pytest.raises(DataError, match=name):
-            W.read_weights(name)
+            F.read_weights(name)
 
 
 def test_shards_of_transformers_are_read_as_one(tmp_path):
@@ -358,11 +360,11 @@ def test_shards_of_transformers_are_read_as_one(tmp_path):
     where = dict(a='x1.safetensors', b='x2.safetensors')
     (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(dict(weight_map=where)))
     (tmp_path / 'config.json').write_text(json.dumps(dict(id2label={'1': 'dog', '0': 'cat'})))
-    file = W.read_weights(tmp_path)
+    file = F.read_weights(tmp_path)
     assert sorted(file.state) == ['a', 'b'] and file.classes == ['cat', 'dog']
     (tmp_path / 'x2.safetensors').unlink()
     with pytest.raises(DataError, match='x2.safetensors'):
-        W.read_weights(tmp_path)
+        F.read_weights(tmp_path)
 
 
 @pytest.mark.parametrize('name', ['resnet18', 'resnet50'])

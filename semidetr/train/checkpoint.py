@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 import torch
 from ..core import DataError, atomic_write, is_main, world_size
-from ..detectors.weights import map_class_rows
+from ..detectors.weight_files import map_class_rows
 
 # %% ../../nbs/train/02_checkpoint.ipynb #e00f2646
 FORMAT = 1  # goes up when the layout of the file changes

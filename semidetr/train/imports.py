@@ -12,15 +12,9 @@ from pathlib import Path
 import torch
 from ..core import DataError, atomic_write
 from ..detectors.contract import build_detector
-from semidetr.detectors.weights import (
-    Converted,
-    Report,
-    Row,
-    convert,
-    map_class_rows,
-    read_weights,
-    row_names,
-)
+from ..detectors.weight_files import map_class_rows, read_weights, row_names
+from ..detectors.weight_names import Report, Row
+from ..detectors.weights import Converted, convert
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import Config, from_saved, preset, to_dict
 
@@ -59,10 +53,10 @@ def _float32(state):
 
 
 def _run_config(kind, settings) -> Config:
-    "The configuration of an imported run"
-    base = preset('coco-10')
-    method = base.method if kind == 'semi_detr' else base.method.named('supervised')
-    return replace(base, detector=settings, method=method)
+    "The configuration of an imported run: that of the paper for its own code, else its views alone"
+    paper = preset('coco-10')
+    base = paper if kind == 'official' else replace(Config(), view=paper.view)
+    return replace(base, detector=settings)
 
 
 def _write(out, converted, cfg, classes, **more):
@@ -99,7 +93,7 @@ def _import_run(file, out, to, like):
     _write(out, own, replace(cfg, detector=own.settings), classes, pair=False)
     return own.report
 
-
+# %% ../../nbs/train/11_imports.ipynb #80587c58
 def import_weights(
     path,  # file or folder, see `read_weights`
     out,  # folder to write, without a run
@@ -126,5 +120,5 @@ def import_weights(
     converted.report.notes += notes
     converted, names = select_classes(converted, names, to)
     kind = converted.report.kind
-    _write(out, converted, _run_config(kind, converted.settings), names, pair=kind == 'semi_detr')
+    _write(out, converted, _run_config(kind, converted.settings), names, pair=kind == 'official')
     return converted.report

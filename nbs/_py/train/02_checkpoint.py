@@ -23,7 +23,7 @@ import warnings
 from pathlib import Path
 import torch
 from semidetr.core import DataError, atomic_write, is_main, world_size
-from semidetr.detectors.weights import map_class_rows
+from semidetr.detectors.weight_files import map_class_rows
 
 # %%
 #| export

@@ -6,7 +6,7 @@
 # *Why.* Weights under the right names (@sec-weights) are not enough to use them: predictions need settings and
 # names of classes, training needs a place to start from. The folder of a run has all of this. So an import
 # writes one: `Predictor` and `semidetr predict` take it as they take any run, `run.init` starts from it, and
-# a checkpoint of the official Semi-DETR goes on with its own teacher and projector.
+# training from a checkpoint of the official Semi-DETR has its teacher and its projector as well.
 
 # %%
 #| default_exp train.imports
@@ -25,15 +25,9 @@ from pathlib import Path
 import torch
 from semidetr.core import DataError, atomic_write
 from semidetr.detectors.contract import build_detector
-from semidetr.detectors.weights import (
-    Converted,
-    Report,
-    Row,
-    convert,
-    map_class_rows,
-    read_weights,
-    row_names,
-)
+from semidetr.detectors.weight_files import map_class_rows, read_weights, row_names
+from semidetr.detectors.weight_names import Report, Row
+from semidetr.detectors.weights import Converted, convert
 from semidetr.train.checkpoint import load_checkpoint, save_checkpoint
 from semidetr.train.config import Config, from_saved, preset, to_dict
 
@@ -100,10 +94,10 @@ def _float32(state):
 
 
 def _run_config(kind, settings) -> Config:
-    "The configuration of an imported run"
-    base = preset('coco-10')
-    method = base.method if kind == 'semi_detr' else base.method.named('supervised')
-    return replace(base, detector=settings, method=method)
+    "The configuration of an imported run: that of the paper for its own code, else its views alone"
+    paper = preset('coco-10')
+    base = paper if kind == 'official' else replace(Config(), view=paper.view)
+    return replace(base, detector=settings)
 
 
 def _write(out, converted, cfg, classes, **more):
@@ -141,6 +135,8 @@ def _import_run(file, out, to, like):
     return own.report
 
 
+# %%
+#| export
 def import_weights(
     path,  # file or folder, see `read_weights`
     out,  # folder to write, without a run
@@ -167,7 +163,7 @@ def import_weights(
     converted.report.notes += notes
     converted, names = select_classes(converted, names, to)
     kind = converted.report.kind
-    _write(out, converted, _run_config(kind, converted.settings), names, pair=kind == 'semi_detr')
+    _write(out, converted, _run_config(kind, converted.settings), names, pair=kind == 'official')
     return converted.report
 
 
