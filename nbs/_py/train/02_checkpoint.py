@@ -19,9 +19,11 @@ import platform
 import resource
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 import torch
 from semidetr.core import DataError, atomic_write, is_main, world_size
+from semidetr.detectors.weight_files import map_class_rows
 
 # %%
 #| export
@@ -107,6 +109,50 @@ def load_weights(
             'use the configuration it was trained with'
         )
     model.load_state_dict(state)
+
+
+# %% [markdown]
+# ## Start from another run
+#
+# With `run.init` a new run starts from the weights of another one: both networks from one of its two, and
+# classes by name (@eq-weights-rows), since the data may have others, or the same in another order. Optimiser
+# and random state stay those of a new run. An import of the official Semi-DETR (@sec-imports) starts student,
+# teacher and projector each from its own weights.
+
+# %%
+#| export
+def start_from(
+    run,  # with cfg, data, student, teacher and method, all built
+    path,  # folder of another run, or its .pt file
+):
+    "Start a new run from the weights of another one; one warning of one line for each thing that differs"
+    saved, classes = load_checkpoint(path), list(run.data.classes)
+    is_pair = saved.get('imported', {}).get('pair', False)
+    fresh, notes = run.student.state_dict(), []
+    fresh = {k: v.clone() for k, v in fresh.items()} if list(saved['classes']) != classes else fresh
+    for name in ('student', 'teacher'):
+        source = name if is_pair else run.cfg.run.init_from
+        state, notes = map_class_rows(saved[source], saved['classes'], classes, fresh)
+        load_weights(getattr(run, name), state, path)
+    if is_pair:
+        notes += _start_projector(run.method, saved['parts'], path)
+    for note in notes if is_main() else []:
+        warnings.warn(f'{path}: {note}', stacklevel=3)
+
+
+def _start_projector(method, parts, path):
+    "Load what a method trains beside the networks; sentences about what is not used"
+    own = method.state_dict()
+    if not any(k.startswith('projector.') for k in own):
+        return ['the method of this run has no projector; that of the weights is not used']
+    for name, value in parts.items():
+        if name not in own or own[name].shape != value.shape:
+            raise DataError(
+                f'{path}: {name} does not fit the projector of this run; set consistency.hidden='
+                f"{len(parts['projector.fc1.bias'])} and consistency.projector=code"
+            )
+    method.load_state_dict(own | parts)
+    return []
 
 
 # %% [markdown]

@@ -52,6 +52,7 @@ from semidetr.train.checkpoint import (
     pack_rng,
     peak_memory_mb,
     save_checkpoint,
+    start_from,
     unpack_rng,
 )
 from semidetr.train.config import Config, config_hash, to_dict
@@ -98,10 +99,10 @@ class BuiltRun:
         seed_everything(cfg.run.seed)
         self.student = build_detector(self.cfg.detector)
         self.student.to(self.device, memory_format=torch.channels_last)  # a third faster on CPUs
-        if cfg.run.init:
-            load_weights(self.student, load_checkpoint(cfg.run.init)[cfg.run.init_from], cfg.run.init)
         self.teacher = make_teacher(self.student)
         self.method = cfg.method.build(self.cfg, self.data.labelled).to(self.device)
+        if cfg.run.init:
+            start_from(self, cfg.run.init)
         self.optimizer = build_optimizer(self.student, cfg.optim, [self.method])
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.run.amp == 'fp16')
         self.health = health.HealthMonitor(self.data.truth, cfg.run.health_window)
