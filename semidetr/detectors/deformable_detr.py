@@ -388,9 +388,13 @@ class DeformableDETR(nn.Module):
         "No denoising queries"
         return []
 
-    def param_groups(self) -> dict:  # 'backbone', 'rest' -> trainable parameters
-        "Parameters for the optimiser: the pretrained backbone usually gets a smaller learning rate"
-        return split_parameters(self)
+    def param_groups(self) -> dict:  # 'backbone', 'rest', 'points' -> trainable parameters
+        "Parameters for the optimiser; 'points' are sampling offsets and reference points (release: a tenth of lr)"
+        groups = split_parameters(self)
+        points = [p for n, p in self.named_parameters() if 'sampling_offsets' in n or 'reference_points' in n]
+        own = {id(p) for p in points}
+        rest = [p for p in groups['rest'] if id(p) not in own]
+        return dict(groups, rest=rest, points=[p for p in points if p.requires_grad])
 
 # %% ../../nbs/detectors/09_deformable_detr.ipynb #b2614e8a
 def check_fit(

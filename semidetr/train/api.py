@@ -20,7 +20,15 @@ from ..core import ConfigError, DataError, pick_device
 from ..data.catalog import open_dataset
 from ..semi.methods import METHODS, WITH_UNLABELLED, MethodConfig
 from . import metrics
-from .config import Config, config_hash, from_dict, from_saved, load_config, override
+from semidetr.train.config import (
+    Config,
+    config_hash,
+    from_dict,
+    from_saved,
+    load_config,
+    override,
+    with_detector,
+)
 from .config import preset as preset_named
 from .evaluation import evaluate_model
 from .machine import prepare
@@ -100,11 +108,12 @@ def _content(config):
     return (json.loads if path.suffix == '.json' else tomllib.loads)(path.read_text())
 
 
-def _settings(preset, config, items):
+def _settings(preset, config, items, detector):
     "(Config, names of the settings that the user gave)"
     build = lambda base: override(_with_file(config, base), items)
-    data = build(Config()).data.data
-    cfg = build(starting_point(preset, data))
+    choose = lambda base: with_detector(base, detector) if detector else base
+    data = build(choose(Config())).data.data
+    cfg = build(choose(starting_point(preset, data)))
     if not cfg.data.data:
         raise ConfigError(
             "no data: give --data, a data set of a kind that `semidetr doctor --help` lists, or 'digits'"
@@ -181,10 +190,11 @@ def plan_run(
     preset: str = '',  # starting point; '': digits or small
     config: str | Path | dict | None = None,  # file or nested dict with the settings that differ from it
     settings: Sequence[str] | dict = (),  # single settings, 'group.field=value' or {'group.field': value}
+    detector: str = '',  # a name of `DETECTORS`; '': that of the preset
     **options,  # keys of OPTIONS; None or '': not given
 ) -> Plan:
     "Settings of a run: the only place where options become a configuration, for the command and for Python"
-    cfg, given = _settings(preset, config, options_to_settings(options) + settings_list(settings))
+    cfg, given = _settings(preset, config, options_to_settings(options) + settings_list(settings), detector)
     pick_device(cfg.run.device)
     changes = [*_fit_to_data(cfg, given), *_fit_to_method(cfg, given)]
     cfg = override(cfg, [c for c, _ in changes])
@@ -276,6 +286,7 @@ def train(
     unlabelled: str | Path = '',  # more images without labels: a folder is enough
     val: str | Path = '',  # test split; '': the val split of `data`
     method: str = '',  # '': with unlabelled images a semi-supervised one, else supervised
+    detector: str = '',  # a name of `DETECTORS`, e.g. 'deformable_detr_two_stage'; '': that of the preset
     preset: str = '',  # starting point; '': digits or small
     config: str | Path | dict | None = None,  # TOML or JSON file, or nested dict, with what differs from it
     percent: float | None = None,  # percent of the training images that keep their labels; None: all
@@ -296,7 +307,7 @@ def train(
     """
     names = locals()
     options = {k: names[k] for k in OPTIONS}
-    plan = plan_run(preset, config, settings, **options)
+    plan = plan_run(preset, config, settings, detector, **options)
     for text in plan.notes if say else ():
         say(f'note: {text}')
     return run_plan(plan, out, progress)

@@ -13,18 +13,19 @@ from ..core import world_size
 
 # %% ../../nbs/train/01_optim.ipynb #07a104e2
 def build_optimizer(
-    model,  # a detector; its `param_groups` are 'backbone' and 'rest' (@sec-contract)
+    model,  # a detector; its `param_groups` are 'backbone', 'rest' and perhaps 'points' (@sec-contract)
     cfg,  # OptimConfig
     parts=(),  # other modules that are trained along
 ):
     "AdamW with a smaller rate for the backbone; frozen parameters are left out"
     groups = model.param_groups()
     others = [p for m in parts for p in m.parameters()]
-    params = [
-        dict(params=ps, lr=cfg.lr * mult, base_lr=cfg.lr * mult)
-        for ps, mult in (([*others, *groups['rest']], 1.0), (groups['backbone'], cfg.backbone_mult))
-        if ps
+    rates = [
+        ([*others, *groups['rest']], 1.0),
+        (groups['backbone'], cfg.backbone_mult),
+        (groups.get('points', []), cfg.points_mult),
     ]
+    params = [dict(params=ps, lr=cfg.lr * mult, base_lr=cfg.lr * mult) for ps, mult in rates if ps]
     return torch.optim.AdamW(params, weight_decay=cfg.weight_decay, fused=True)
 
 # %% ../../nbs/train/01_optim.ipynb #264b0502

@@ -94,6 +94,11 @@ def train(
     method: _opt(
         str, 'supervised, mean_teacher or semi_detr; default: mean_teacher with --unlabelled, else supervised'
     ) = '',
+    detector: _opt(
+        str,
+        'dino, dino_5scale, detr, deformable_detr, deformable_detr_refine or deformable_detr_two_stage; '
+        'default: dino',
+    ) = '',
     preset: _opt(
         str,
         'starting point: digits, small, coco-1, coco-5, coco-10, coco-full, voc; default: digits or small',
@@ -120,7 +125,7 @@ def train(
 
     values = locals()
     options = {k: values[k] for k in OPTIONS}
-    plan = plan_run(preset, config, settings, **options)
+    plan = plan_run(preset, config, settings, detector, **options)
     if show_config:
         from semidetr.train.config import to_dict
 

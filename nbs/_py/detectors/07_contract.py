@@ -119,7 +119,7 @@ class DetectionTransformer(Protocol):
     ) -> Outputs:
         "Encode and decode; in training with `targets`, denoising queries are added"
 
-    def param_groups(self) -> dict:  # 'backbone', 'rest' -> trainable parameters, in the order of the modules
+    def param_groups(self) -> dict:  # 'backbone', 'rest', perhaps 'points' -> trainable parameters, in order
         "Parameters for the optimiser, in groups that may have different learning rates"
 
 

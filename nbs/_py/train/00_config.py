@@ -26,6 +26,7 @@ from semidetr.data.augment import ViewConfig
 from semidetr.semi.consistency import ConsistencyConfig
 from semidetr.core import ConfigError, in_range, one_of, suggest
 from semidetr.detectors.detector import DetectorConfig, detector_small, dino_r50
+from semidetr.detectors.from_detr import named_detector, settings_of_kind
 from semidetr.matching.losses import CriterionConfig
 from semidetr.semi.methods import MethodConfig
 from semidetr.semi.mining import MiningConfig
@@ -87,13 +88,26 @@ class OptimConfig:
     clip: float = 0.1  # largest L2 norm of the gradient; 0: any
     schedule: str = 'constant'  # 'constant', 'cosine' (to 0 at the end), or 'step' (x0.1 at each of `steps`)
     steps: tuple[int, ...] = ()
+    points_mult: float = (
+        1.0  # rate of sampling offsets and reference points relative to lr (Deformable-DETR: .1)
+    )
     warmup: int = 0  # iterations of linear warm-up
     # batches averaged into one step; processes x accumulate = 8 gives the paper's 8 x 5 images
     accumulate: int = 1
 
     def __post_init__(self):
         one_of('optim', self, schedule=('constant', 'cosine', 'step'))
-        in_range('optim', self, iters=1, backbone_mult=0, weight_decay=0, clip=0, warmup=0, accumulate=1)
+        in_range(
+            'optim',
+            self,
+            iters=1,
+            backbone_mult=0,
+            points_mult=0,
+            weight_decay=0,
+            clip=0,
+            warmup=0,
+            accumulate=1,
+        )
         if not 0 < self.lr < math.inf:
             raise ConfigError(f'optim.lr={self.lr} must be above 0 and finite')
 
@@ -244,6 +258,13 @@ def from_dict(
         old = getattr(base, k)
         if name == 'method' and isinstance(v, dict) and isinstance(v.get('name'), str):
             old = old.named(v['name'])
+        if (
+            name == 'detector'
+            and isinstance(v, dict)
+            and 'kind' in v
+            and v['kind'] != getattr(old, 'kind', None)
+        ):
+            old = settings_of_kind(v['kind'])
         if dataclasses.is_dataclass(old):
             if not isinstance(v, dict):
                 first = next(iter(typing.get_type_hints(type(old))))
@@ -343,6 +364,10 @@ def differences(
 # %%
 #| export
 LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value leave a run as it was?
+    'optim.points_mult': lambda c: c.optim.points_mult == 1,
+    'criterion.cost_cls': lambda c: c.criterion.cost_cls == 0,
+    'criterion.class_cost': lambda c: c.criterion.class_cost == 'focal',
+    'criterion.no_object': lambda c: c.criterion.no_object == 0.1,
     'pseudo.cross_nms': lambda c: c.pseudo.cross_nms >= 1,
     'mining.rate_window': lambda c: 'class_rate' not in (c.mining.sup_filter, c.mining.con_filter),
     'ema.start': lambda c: c.ema.start == 0 or (c.ema.start < 0 and not c.run.init),
@@ -477,6 +502,33 @@ def preset(
     if name not in PRESETS:
         raise ConfigError(f"preset '{name}' is unknown; {suggest(name, PRESETS)}")
     return PRESETS[name]()
+
+
+def with_detector(
+    cfg: Config,  # of any preset
+    name: str,  # a key of `DETECTORS`
+) -> Config:
+    """The same configuration with another detector, in its small size where `cfg` has a small backbone.
+
+    In full size criterion and learning rates are those of the release; in small size the criterion stays, but
+    for DETR, whose class cost and hard targets belong to its softmax (@sec-softmax).
+    """
+    named, c, old = named_detector(name), cfg.criterion, cfg.detector
+    if 'resnet' in old.backbone.name:
+        new, criterion = named.full(0), dataclasses.replace(c, **named.criterion)
+        rates = dict(lr=2e-4, points_mult=0.1) if name.startswith('deformable') else {}
+        optim = dataclasses.replace(cfg.optim, **rates)
+        return dataclasses.replace(cfg, detector=new, criterion=criterion, optim=optim)
+    new = named.small(0)
+    if named.softmax:
+        c = dataclasses.replace(c, cls_loss='focal', class_cost='probability', w_cls=1.0)
+    elif hasattr(new, 'num_queries'):
+        new = dataclasses.replace(new, num_queries=old.transformer.num_queries)
+    else:
+        new = dataclasses.replace(
+            new, transformer=dataclasses.replace(new.transformer, num_queries=old.transformer.num_queries)
+        )
+    return dataclasses.replace(cfg, detector=new, criterion=c)
 
 
 # %% [markdown]

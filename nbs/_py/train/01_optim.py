@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 # ## Groups of parameters
 #
 # $$
-# \eta_t(\theta) = \eta\, m(\theta)\, f(t), \qquad m(\theta) = \text{backbone_mult for the backbone, 1 elsewhere}
+# \eta_t(\theta) = \eta\, m(\theta)\, f(t), \qquad m(\theta) = \text{backbone_mult, points_mult or 1}
 # $$ {#eq-optim-rate}
 #
 # The base rate $\eta$ is multiplied by $m$ for each group, and by the schedule $f$ in each iteration $t$.
@@ -37,18 +37,19 @@ import matplotlib.pyplot as plt
 # %%
 #| export
 def build_optimizer(
-    model,  # a detector; its `param_groups` are 'backbone' and 'rest' (@sec-contract)
+    model,  # a detector; its `param_groups` are 'backbone', 'rest' and perhaps 'points' (@sec-contract)
     cfg,  # OptimConfig
     parts=(),  # other modules that are trained along
 ):
     "AdamW with a smaller rate for the backbone; frozen parameters are left out"
     groups = model.param_groups()
     others = [p for m in parts for p in m.parameters()]
-    params = [
-        dict(params=ps, lr=cfg.lr * mult, base_lr=cfg.lr * mult)
-        for ps, mult in (([*others, *groups['rest']], 1.0), (groups['backbone'], cfg.backbone_mult))
-        if ps
+    rates = [
+        ([*others, *groups['rest']], 1.0),
+        (groups['backbone'], cfg.backbone_mult),
+        (groups.get('points', []), cfg.points_mult),
     ]
+    params = [dict(params=ps, lr=cfg.lr * mult, base_lr=cfg.lr * mult) for ps, mult in rates if ps]
     return torch.optim.AdamW(params, weight_decay=cfg.weight_decay, fused=True)
 
 
@@ -56,7 +57,7 @@ def build_optimizer(
 backbone, head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
 toy_groups = dict(backbone=list(backbone.parameters()), rest=list(head.parameters()))
 toy = SimpleNamespace(param_groups=lambda: toy_groups)
-toy_cfg = SimpleNamespace(lr=1e-3, backbone_mult=0.1, weight_decay=1e-4)
+toy_cfg = SimpleNamespace(lr=1e-3, backbone_mult=0.1, points_mult=1.0, weight_decay=1e-4)
 optimizer = build_optimizer(toy, toy_cfg, [torch.nn.Linear(3, 3)])
 assert [len(g['params']) for g in optimizer.param_groups] == [4, 2]
 assert optimizer.param_groups[1]['lr'] == 1e-4
