@@ -375,6 +375,7 @@ def deformable_settings(
         num_feature_levels=s.levels,
         with_box_refine=s.form != 'plain',
         two_stage=s.form == 'two_stage',
+        tie_word_embeddings=s.form == 'plain',
         dropout=s.dropout,
         attention_dropout=s.dropout,
         activation_dropout=s.dropout,
