@@ -35,9 +35,11 @@ def output_path(
     out=None,  # where to write; None: `name` in the folder of the run
     overwrite: bool = False,  # replace what is there
 ) -> Path:
-    "Where an export goes; `ConfigError` if something is there already"
+    "Where an export goes; `ConfigError` if something is there already, `DataError` if there is no run"
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
     path = folder / name if out is None else Path(out)
+    if not Path(run).exists():
+        raise DataError(f'{run}: no checkpoint here; give the folder of a run or a .pt file')
     if path.exists() and not overwrite:
         raise ConfigError(f'{path}: exists already; choose another output, or overwrite=True to replace it')
     return path
@@ -92,12 +94,12 @@ def from_safetensors(
         ) from None
     if not {'semidetr', 'config', 'classes'} <= set(about):
         raise DataError(
-            f'{path}: holds no configuration of semidetr; it was written by another program, not by to_safetensors'
+            f'{path}: holds no configuration of semidetr; another program wrote it, not to_safetensors'
         )
     if int(about['semidetr']) > int(SAFE_FORMAT):
         raise DataError(
-            f"{path}: written by a newer semidetr (format {about['semidetr']}, this one reads {SAFE_FORMAT})"
-            '; upgrade'
+            f"{path}: written by a newer semidetr (format {about['semidetr']}, "
+            f'this one reads {SAFE_FORMAT}); upgrade'
         )
     config, classes = json.loads(about['config']), json.loads(about['classes'])
     return dict(config=config, classes=classes, teacher=weights, student=weights)
@@ -165,7 +167,8 @@ def deformable_names(
         if name.startswith(('class_embed.', 'bbox_embed.')) or name.endswith('num_batches_tracked'):
             continue
         if name.startswith('backbone.body.'):
-            out['model.backbone.conv_encoder.model.' + resnet_name(name.removeprefix('backbone.body.'))] = t
+            part = resnet_name(name.removeprefix('backbone.body.'))
+            out[f'model.backbone.conv_encoder.model.{part}'] = t
         elif '.in_proj_' in name:
             before, kind = _layer_name(name.replace('.in_proj_', '.')).rsplit('.', 1)
             for letter, rows in zip('qkv', t.chunk(3)):

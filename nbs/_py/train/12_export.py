@@ -3,15 +3,15 @@
 #
 # > Write the weights of a run as one safe file, or as a folder that the library transformers loads.
 #
-# *Why.* A checkpoint (@sec-checkpoint) holds what training needs: two networks, moments, random states. Who
-# only uses the detector needs one network, its settings and the class names, in a file that runs no code when
-# it is read. And who already works with `transformers` wants to load the detector there, without this package.
+# *Why.* A checkpoint (@sec-checkpoint) holds what training needs: two networks, moments, random states. To
+# use a detector, one network, its settings and the class names are enough, in a file that runs no code when it
+# is read. And a program that already works with `transformers` can load a detector without this package.
 #
-# | format | what it is | who reads it |
+# | format | what it is | read by |
 # |---|---|---|
-# | `safetensors` | one network, its configuration and class names in one file | this package, any reader of safetensors |
-# | `transformers` | a folder with configuration, weights, preprocessing | `from_pretrained` of transformers |
-# | `onnx` | the computation as a graph, with classes and view settings (@sec-onnx) | onnxruntime and other engines |
+# | `safetensors` | one network, its settings and classes | this package, safetensors |
+# | `transformers` | a folder: settings, weights, preprocessing | `from_pretrained` |
+# | `onnx` | the computation as a graph (@sec-onnx) | onnxruntime and other engines |
 # | `torch` | a program of `torch.export` (@sec-onnx) | torch, without this package |
 #
 # The first two are the subject of this chapter. They hold weights; the program that uses them is elsewhere.
@@ -81,9 +81,11 @@ def output_path(
     out=None,  # where to write; None: `name` in the folder of the run
     overwrite: bool = False,  # replace what is there
 ) -> Path:
-    "Where an export goes; `ConfigError` if something is there already"
+    "Where an export goes; `ConfigError` if something is there already, `DataError` if there is no run"
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
     path = folder / name if out is None else Path(out)
+    if not Path(run).exists():
+        raise DataError(f'{run}: no checkpoint here; give the folder of a run or a .pt file')
     if path.exists() and not overwrite:
         raise ConfigError(f'{path}: exists already; choose another output, or overwrite=True to replace it')
     return path
@@ -172,12 +174,12 @@ def from_safetensors(
         ) from None
     if not {'semidetr', 'config', 'classes'} <= set(about):
         raise DataError(
-            f'{path}: holds no configuration of semidetr; it was written by another program, not by to_safetensors'
+            f'{path}: holds no configuration of semidetr; another program wrote it, not to_safetensors'
         )
     if int(about['semidetr']) > int(SAFE_FORMAT):
         raise DataError(
-            f"{path}: written by a newer semidetr (format {about['semidetr']}, this one reads {SAFE_FORMAT})"
-            '; upgrade'
+            f"{path}: written by a newer semidetr (format {about['semidetr']}, "
+            f'this one reads {SAFE_FORMAT}); upgrade'
         )
     config, classes = json.loads(about['config']), json.loads(about['classes'])
     return dict(config=config, classes=classes, teacher=weights, student=weights)
@@ -192,7 +194,8 @@ try:
     to_safetensors(folder, like=mine)
 except ConfigError as e:
     print(str(e).replace(str(folder), 'run'))
-f'{file.name}: {file.stat().st_size / 1e6:.1f} MB, checkpoint {(folder / "last.pt").stat().st_size / 1e6:.1f} MB'
+before, after = (p.stat().st_size / 1e6 for p in (folder / 'last.pt', file))
+f'checkpoint {before:.1f} MB, {file.name} {after:.1f} MB'
 
 # %% [markdown]
 # ## The names of transformers
@@ -283,7 +286,8 @@ def deformable_names(
         if name.startswith(('class_embed.', 'bbox_embed.')) or name.endswith('num_batches_tracked'):
             continue
         if name.startswith('backbone.body.'):
-            out['model.backbone.conv_encoder.model.' + resnet_name(name.removeprefix('backbone.body.'))] = t
+            part = resnet_name(name.removeprefix('backbone.body.'))
+            out[f'model.backbone.conv_encoder.model.{part}'] = t
         elif '.in_proj_' in name:
             before, kind = _layer_name(name.replace('.in_proj_', '.')).rsplit('.', 1)
             for letter, rows in zip('qkv', t.chunk(3)):
@@ -466,7 +470,7 @@ written
 
 # %%
 #| label: fig-export-sizes
-#| fig-cap: "Size of the exported files of the tiny Deformable-DETR. The checkpoint holds two networks, here the same twice; copies of heads make the folder for transformers a little larger than the file."
+#| fig-cap: "Size of the files of the tiny Deformable-DETR. The two networks of this checkpoint share their tensors, so it is no larger than the file with one; a real one is."
 #| fig-alt: "Three bars: the checkpoint, the safetensors file, the folder for transformers"
 paths = {'checkpoint': folder / 'last.pt', 'safetensors': file, 'transformers': there / 'model.safetensors'}
 megabytes = {name: p.stat().st_size / 1e6 for name, p in paths.items()}
@@ -481,7 +485,7 @@ plt.show()
 #
 # - Exported weights carry configuration, class names and view settings: what cannot be guessed is written.
 # - A `.safetensors` file stands for a run in `Predictor`; its weights are those of the run, bit for bit.
-# - Deformable-DETR with a ResNet goes to `transformers` in all three forms; what would change there is refused.
+# - Deformable-DETR with a ResNet goes to `transformers` in all three forms; the rest is refused.
 # - Nothing is overwritten unless `overwrite=True` says so.
 #
 # ## Exercises

@@ -231,11 +231,12 @@ class Scored(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,  # a `DetectionTransformer`, in eval mode
+        model: nn.Module,  # a `DetectionTransformer`; its mode is kept
         corners: bool = False,  # also return what suppression needs
     ):
         super().__init__()
         self.model, self.corners = model, corners
+        self.train(model.training)  # the exporter sets the mode of all parts to that of the whole afterwards
 
     def forward(
         self,
