@@ -134,7 +134,19 @@ def run(tmp_path_factory, coco):
 
 
 # --- help, version, usage --------------------------------------------------------------
-COMMANDS = ['ablate', 'build-ops', 'demo', 'doctor', 'eval', 'predict', 'site', 'split', 'train']
+COMMANDS = [
+    'ablate',
+    'build-ops',
+    'demo',
+    'doctor',
+    'eval',
+    'export',
+    'import',
+    'predict',
+    'site',
+    'split',
+    'train',
+]
 
 
 def test_help_is_fast():

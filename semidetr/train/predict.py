@@ -21,10 +21,11 @@ from ..detectors.contract import build_detector, post_process
 from .config import from_saved
 from .checkpoint import load_checkpoint, load_weights
 from .evaluation import to_device
+from .export import from_safetensors
 
 # %% ../../nbs/train/10_predict.ipynb #05d3abed
 def load_model(
-    path,  # folder of a run, or its .pt file
+    path,  # folder of a run, its .pt file, or a .safetensors or .onnx file
     which: str = 'teacher',  # or 'student'
     device='cpu',  # where to put the detector
     like=None,  # Config with settings classes of your own, if the run has such
@@ -32,7 +33,11 @@ def load_model(
     "The detector of a run; the file with the pre-trained backbone is not needed"
     if which not in ('teacher', 'student'):
         raise ConfigError(f"'{which}' is not a network of a run; known: student, teacher")
-    state = load_checkpoint(path)
+    if str(path).endswith('.onnx'):
+        from semidetr.train.onnx import load_onnx
+
+        return load_onnx(path)
+    state = from_safetensors(path) if str(path).endswith('.safetensors') else load_checkpoint(path)
     for key in ('config', 'classes', which):
         if key not in state:
             raise DataError(

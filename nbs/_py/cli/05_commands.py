@@ -10,6 +10,7 @@
 # | @sec-prepare | `doctor`, `build-ops`, `split` |
 # | @sec-training | `train` |
 # | @sec-use | `eval`, `predict` |
+# | @sec-weight-commands | `import`, `export` |
 # | this one | `demo`, `ablate`, `site` |
 #
 # A chapter registers its commands when it is imported, so a further one needs a line among the imports below;
@@ -35,7 +36,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 import typer
-from semidetr.cli import prepare, training, use  # noqa: F401 (importing a chapter registers its commands)
+from semidetr.cli import prepare, training, use, weights  # noqa: F401 (importing a chapter registers its commands)
 from semidetr.cli.terminal import _HINT, Out, Quiet, _bad, _fail, _free, _opt, _say, command, main
 from semidetr.cli.terminal import read_options, read_seeds
 

@@ -56,7 +56,7 @@ from semidetr.train.evaluation import evaluate_model
 from semidetr.train.machine import prepare
 from semidetr.train.predict import Predictor
 from semidetr.train.predict_files import is_video, predict_folder, predict_video
-from semidetr.train.run_data import build_data, test_split
+from semidetr.train.run_data import build_data, by_name, test_split
 from semidetr.train.run_folder import finished
 from semidetr.train.trainer import Trainer
 
@@ -197,11 +197,6 @@ def _fit_to_data(cfg, given):
             yield (
                 'run.test=false',
                 f'no test split ({why}): the development part alone is measured; --val names one',
-            )
-        elif list(val.classes) != list(train.classes):
-            raise DataError(
-                f'{d.val or d.data}: the classes of the test split are {val.classes[:10]}, those of the '
-                f'training images {train.classes[:10]}; give both the same'
             )
     if d.unlabelled and 'method.name' not in given:
         yield (
@@ -436,6 +431,7 @@ def open_predictor(
     if isinstance(run, Predictor):
         return run
     path = run.folder if isinstance(run, Run) else run
+    device = 'cpu' if str(path).endswith('.onnx') else device  # of onnxruntime
     return Predictor(path, device, threshold, nms or None, which, classes=list(classes) or None)
 
 
@@ -513,11 +509,10 @@ def evaluate_run(
             raise DataError(
                 f'{ds.name}: no box to measure against; to draw detections there is semidetr predict'
             )
-        if list(ds.classes) != p.classes:
-            raise DataError(
-                f'{data or ds.name}: its classes ({", ".join(ds.classes[:5])}, ...) are not those of the run '
-                f'({", ".join(p.classes[:5])}, ...); evaluate on data with the same classes'
-            )
+        ds, note = by_name(ds, p.classes)
+        if note and which == 'teacher':
+            warnings.warn(note)
+        ds.white = p.cfg.data.white
         text = f'evaluate {which}' if progress else ''
         result[which] = evaluate_model(p.model, ds, p.cfg.view, p.device, p.nms, text)
     return ds, result

@@ -1,0 +1,495 @@
+# %% [markdown]
+# # Take a trained detector elsewhere {#sec-export}
+#
+# > Write the weights of a run as one safe file, or as a folder that the library transformers loads.
+#
+# *Why.* A checkpoint (@sec-checkpoint) holds what training needs: two networks, moments, random states. To
+# use a detector, one network, its settings and the class names are enough, in a file that runs no code when it
+# is read. And a program that already works with `transformers` can load a detector without this package.
+#
+# | format | what it is | read by |
+# |---|---|---|
+# | `safetensors` | one network, its settings and classes | this package, safetensors |
+# | `transformers` | a folder: settings, weights, preprocessing | `from_pretrained` |
+# | `onnx` | the computation as a graph (@sec-onnx) | onnxruntime and other engines |
+# | `torch` | a program of `torch.export` (@sec-onnx) | torch, without this package |
+#
+# The first two are the subject of this chapter. They hold weights; the program that uses them is elsewhere.
+
+# %%
+#| default_exp train.export
+
+# %%
+#| hide
+import warnings
+
+warnings.filterwarnings('ignore', message='IProgress')
+
+# %%
+#| export
+import json
+import re
+from pathlib import Path
+import torch
+
+from semidetr.core import ConfigError, DataError, atomic_write, need
+from semidetr.detectors.deformable_detr import DeformableDETRConfig
+from semidetr.train.config import to_dict
+
+# %%
+#| hide
+import dataclasses
+import tempfile
+import matplotlib.pyplot as plt
+from semidetr.detectors.backbone import BackboneConfig
+from semidetr.detectors.contract import build_detector
+from semidetr.train.checkpoint import save_checkpoint
+from semidetr.train.config import Config, override, preset
+from semidetr.train.predict import load_model
+from semidetr.train.run_data import resolve
+
+
+# %% [markdown]
+# ## What a reader must know
+#
+# Weights alone do not make a detector. A reader also needs the names of the classes, in the order of the
+# labels, and what was done to the pixels: the size of the view (@sec-augment) and the normalisation
+#
+# $$ x = \frac{p/255 - \mu}{\sigma} $$ {#eq-export-normalise}
+#
+# of a pixel $p\in\{0,\dots,255\}$, with $\mu$ and $\sigma$ of its channel. A file with another $\mu$ than in
+# training still predicts boxes, only worse ones: nothing fails, and nobody notices. So each format below
+# carries these numbers. `description` collects them.
+
+# %%
+#| export
+def description(
+    cfg,  # Config of the run
+    classes: list,  # names, in the order of the labels
+) -> dict:  # text -> text
+    "What a reader of exported weights must know, as the metadata of a file: names -> JSON"
+    v = cfg.view
+    sizes = dict(eval_short=v.eval_short, max_side=v.max_side, min_side=v.min_side)
+    view = dict(sizes, pad_multiple=v.pad_multiple, mean=list(v.mean), std=list(v.std))
+    texts = dict(config=to_dict(cfg), classes=list(classes), view=view, detector=type(cfg.detector).__name__)
+    return {k: json.dumps(t, ensure_ascii=False) for k, t in texts.items()}
+
+
+def output_path(
+    run,  # folder of a run, or its .pt file
+    name: str,  # of the file or folder to write, if `out` is None
+    out=None,  # where to write; None: `name` in the folder of the run
+    overwrite: bool = False,  # replace what is there
+) -> Path:
+    "Where an export goes; `ConfigError` if something is there already, `DataError` if there is no run"
+    folder = Path(run) if Path(run).is_dir() else Path(run).parent
+    path = folder / name if out is None else Path(out)
+    if not Path(run).exists():
+        raise DataError(f'{run}: no checkpoint here; give the folder of a run or a .pt file')
+    if path.exists() and not overwrite:
+        raise ConfigError(f'{path}: exists already; choose another output, or overwrite=True to replace it')
+    return path
+
+
+def _network(run, which, like):
+    "(detector, Config, classes) of a run; imported late, because prediction reads the files written here"
+    from semidetr.train.predict import load_model
+
+    return load_model(run, which, 'cpu', like)
+
+
+def _plain_tensors(state):
+    "Copies that share no memory, as a safetensors file wants them"
+    return {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
+
+
+# %% [markdown]
+# As an example, a run of a tiny, untrained Deformable-DETR with classes whose names are not ASCII:
+
+# %%
+net = DeformableDETRConfig(
+    0,
+    BackboneConfig('resnet18', 'none', out_strides=(8, 16)),
+    d_model=32,
+    levels=3,
+    heads=4,
+    layers=2,
+    ffn=32,
+    num_queries=10,
+    form='two_stage',
+)
+names = ['Zelle', 'größer', '細胞']
+mine = dataclasses.replace(Config(), detector=net, view=preset('digits').view)
+mine = resolve(mine, names)
+torch.manual_seed(0)
+weights = build_detector(mine.detector).state_dict()
+folder = Path(tempfile.mkdtemp())
+save_checkpoint(folder / 'last.pt', config=to_dict(mine), classes=names, student=weights, teacher=weights)
+about = description(mine, names)
+assert json.loads(about['classes']) == names and json.loads(about['view'])['mean'] == [0.5] * 3
+about['view']
+
+# %% [markdown]
+# ## One safe file
+#
+# The format *safetensors* stores a header in JSON, then the bytes of all tensors. Its metadata are pairs of
+# texts, and there the description goes. Reading it back gives the same bits.
+
+# %%
+#| export
+SAFE_FORMAT = '1'  # goes up when the layout of the metadata changes
+
+
+def to_safetensors(
+    run,  # folder of a run, or its .pt file
+    out=None,  # file to write; None: model.safetensors in the folder of the run
+    which: str = 'teacher',  # or 'student'
+    like=None,  # Config with settings classes of your own, if the run has such
+    overwrite: bool = False,  # replace an existing file
+) -> Path:  # of the file
+    "One network of a run with its configuration and classes; `Predictor` reads the file like a run"
+    path = output_path(run, 'model.safetensors', out, overwrite)
+    write = need('safetensors.torch', 'semidetr export', 'export').save
+    model, cfg, classes = _network(run, which, like)
+    about = dict(description(cfg, classes), semidetr=SAFE_FORMAT, network=which, format='pt')
+    atomic_write(path, write(_plain_tensors(model.state_dict()), about))
+    return path
+
+
+def from_safetensors(
+    path,  # written by `to_safetensors`
+) -> dict:  # config, classes, and the weights under both 'teacher' and 'student': there is one network
+    "The file as the state of a checkpoint; `DataError` if it is missing, damaged or of another program"
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f'{path}: no such file; give the folder of a run, its .pt file or an exported file')
+    open_file = need('safetensors', 'reading .safetensors', 'export').safe_open
+    try:
+        with open_file(path, 'pt') as f:
+            about = f.metadata() or {}
+            weights = {name: f.get_tensor(name) for name in f.keys()}
+    except Exception as e:
+        raise DataError(
+            f'{path}: not readable as safetensors ({str(e).splitlines()[0][:100]}); export the run again'
+        ) from None
+    if not {'semidetr', 'config', 'classes'} <= set(about):
+        raise DataError(
+            f'{path}: holds no configuration of semidetr; another program wrote it, not to_safetensors'
+        )
+    if int(about['semidetr']) > int(SAFE_FORMAT):
+        raise DataError(
+            f"{path}: written by a newer semidetr (format {about['semidetr']}, "
+            f'this one reads {SAFE_FORMAT}); upgrade'
+        )
+    config, classes = json.loads(about['config']), json.loads(about['classes'])
+    return dict(config=config, classes=classes, teacher=weights, student=weights)
+
+
+# %%
+file = to_safetensors(folder, like=mine)
+again, again_cfg, again_names = load_model(file, like=mine)
+assert again_cfg == mine and again_names == names
+assert all(torch.equal(t, weights[k]) for k, t in again.state_dict().items())
+try:
+    to_safetensors(folder, like=mine)
+except ConfigError as e:
+    print(str(e).replace(str(folder), 'run'))
+before, after = (p.stat().st_size / 1e6 for p in (folder / 'last.pt', file))
+f'checkpoint {before:.1f} MB, {file.name} {after:.1f} MB'
+
+# %% [markdown]
+# ## The names of transformers
+#
+# `transformers` has the same network under other names. The weights of self-attention, which are one matrix
+# here, are three there: its rows are those of queries, keys and values,
+#
+# $$ W_{\text{in}} = \begin{pmatrix} W_q \\ W_k \\ W_v \end{pmatrix}\in\mathbb{R}^{3d\times d}. $$ {#eq-export-split}
+#
+# The rest is renamed. Norms are called by their role, and the role of `norm1` differs: in a layer of the
+# encoder it follows self-attention, in one of the decoder it follows the attention to the image.
+
+# %%
+#| export
+_ENCODER = dict(norm1='self_attn_layer_norm', norm2='final_layer_norm', linear1='fc1', linear2='fc2')
+_DECODER = dict(
+    norm1='encoder_attn_layer_norm',
+    norm2='self_attn_layer_norm',
+    norm3='final_layer_norm',
+    cross_attn='encoder_attn',
+    linear1='fc1',
+    linear2='fc2',
+)
+_RESNET_BLOCK = (
+    (r'\.conv(\d)\.', lambda m: f'.layer.{int(m[1]) - 1}.convolution.'),
+    (r'\.bn(\d)\.', lambda m: f'.layer.{int(m[1]) - 1}.normalization.'),
+    (r'\.downsample\.0\.', '.shortcut.convolution.'),
+    (r'\.downsample\.1\.', '.shortcut.normalization.'),
+)
+
+
+def resnet_name(
+    name: str,  # torchvision's, such as layer1.0.conv2.weight
+) -> str:
+    "The name of a tensor of a ResNet in transformers"
+    stem = re.match(r'(conv|bn)1\.(.*)', name)
+    if stem:
+        part = dict(conv='convolution', bn='normalization')[stem[1]]
+        return f'embedder.embedder.{part}.{stem[2]}'
+    for pattern, new in _RESNET_BLOCK:
+        name = re.sub(pattern, new, name)
+    return re.sub(r'^layer(\d)\.', lambda m: f'encoder.stages.{int(m[1]) - 1}.layers.', name)
+
+
+def _layer_name(name):
+    "The name of a tensor in a layer of encoder or decoder, without the split of self-attention"
+    stack, number, part, rest = re.match(r'transformer\.(\w+)\.layers\.(\d+)\.(\w+)\.(.*)', name).groups()
+    roles = _ENCODER if stack == 'encoder' else _DECODER
+    return f'model.{stack}.layers.{number}.{roles.get(part, part)}.{rest}'
+
+
+# %%
+assert resnet_name('bn1.bias') == 'embedder.embedder.normalization.bias'
+assert _layer_name('transformer.decoder.layers.1.norm1.bias').endswith('encoder_attn_layer_norm.bias')
+resnet_name('layer2.0.downsample.0.weight')
+
+
+# %% [markdown]
+# Heads are the other difference. The one pair of heads of the plain form serves all layers; in the other two
+# forms each layer has its own, and `transformers` keeps a second name for it in the decoder. Its releases
+# leave different copies out when they write a file, and fill in different ones when they read it, so the
+# export writes all of them.
+
+# %%
+#| export
+def _heads(state, layers, form):
+    "Class and box heads under all names that some release of transformers reads"
+    out = {}
+    for name, t in state.items():
+        match = re.match(r'(class|bbox)_embed\.(\d+)\.(.*)', name)
+        if not match:
+            continue
+        kind, number, rest = match.groups()
+        for j in range(layers) if form == 'plain' else [int(number)]:
+            out[f'{kind}_embed.{j}.{rest}'] = t
+            if form == 'two_stage' or (form == 'refine' and kind == 'bbox'):
+                out[f'model.decoder.{kind}_embed.{j}.{rest}'] = t
+    return out
+
+
+def deformable_names(
+    state: dict,  # state dict of a `DeformableDETR` with a ResNet
+    settings: DeformableDETRConfig,  # of the same network
+) -> dict:  # state dict as on the disk
+    "The weights under the names of transformers; attention among queries split (@eq-export-split)"
+    out = _heads(state, settings.layers, settings.form)
+    for name, t in state.items():
+        if name.startswith(('class_embed.', 'bbox_embed.')) or name.endswith('num_batches_tracked'):
+            continue
+        if name.startswith('backbone.body.'):
+            part = resnet_name(name.removeprefix('backbone.body.'))
+            out[f'model.backbone.conv_encoder.model.{part}'] = t
+        elif '.in_proj_' in name:
+            before, kind = _layer_name(name.replace('.in_proj_', '.')).rsplit('.', 1)
+            for letter, rows in zip('qkv', t.chunk(3)):
+                out[f'{before}.{letter}_proj.{kind}'] = rows
+        elif '.layers.' in name:
+            out[_layer_name(name)] = t
+        elif name.startswith('query_embed.'):
+            out[name.replace('query_embed', 'model.query_position_embeddings')] = t
+        else:
+            out['model.' + name.removeprefix('transformer.')] = t
+    return out
+
+
+# %%
+theirs = deformable_names(weights, mine.detector)
+in_proj = weights['transformer.decoder.layers.0.self_attn.in_proj_weight']
+assert torch.equal(theirs['model.decoder.layers.0.self_attn.k_proj.weight'], in_proj[32:64])
+len(weights), len(theirs)
+
+# %% [markdown]
+# ## A folder for `from_pretrained`
+#
+# Three files: `config.json` with the sizes of the network and the classes, `model.safetensors`, and
+# `preprocessor_config.json` with the view. Neither writing nor checking the names needs `transformers`.
+#
+# Three things cannot go there, and each is refused in one line:
+#
+# - **DINO**, which `transformers` does not have.
+# - **A backbone other than ResNet.** `transformers` replaces each batch norm by one with
+#   $\epsilon=10^{-5}$ and no activation. In EfficientNet-Lite0 $\epsilon$ is $10^{-3}$ and the activation is
+#   part of the norm, so its features would change without an error.
+# - **A width that 32 does not divide**: the groups of its group norms are always 32.
+
+# %%
+#| export
+_RESNETS = {  # name -> (depths of the stages, kind of block, widths of the stages)
+    'resnet18': ([2, 2, 2, 2], 'basic', [64, 128, 256, 512]),
+    'resnet34': ([3, 4, 6, 3], 'basic', [64, 128, 256, 512]),
+    'resnet50': ([3, 4, 6, 3], 'bottleneck', [256, 512, 1024, 2048]),
+    'resnet101': ([3, 4, 23, 3], 'bottleneck', [256, 512, 1024, 2048]),
+}
+_STAGE = {4: 'stage1', 8: 'stage2', 16: 'stage3', 32: 'stage4'}  # stride -> name of the map
+OTHER_FORMATS = 'use onnx, torch or safetensors'
+
+
+def _backbone_settings(b):
+    "config.json's part for a ResNet, cut after the last stage in use"
+    if b.name not in _RESNETS:
+        raise ConfigError(
+            f"transformers cannot run the backbone '{b.name}' (it drops activation and epsilon of its norms); "
+            f'{OTHER_FORMATS}, or train with one of {", ".join(_RESNETS)}'
+        )
+    if any(s not in _STAGE for s in b.out_strides):
+        raise ConfigError(f'transformers has no map of stride {min(b.out_strides)}; {OTHER_FORMATS}')
+    depths, block, widths = _RESNETS[b.name]
+    used = int(_STAGE[b.out_strides[-1]][-1])
+    return dict(
+        model_type='resnet',
+        embedding_size=64,
+        depths=depths[:used],
+        layer_type=block,
+        hidden_sizes=widths[:used],
+        hidden_act='relu',
+        out_features=[_STAGE[s] for s in b.out_strides],
+    )
+
+
+def deformable_settings(
+    settings: DeformableDETRConfig,  # of the network
+    classes: list,  # names, in the order of the labels
+) -> dict:  # content of config.json
+    "The network's sizes under the names of transformers; `ConfigError` if it cannot run there"
+    s = settings
+    if s.d_model % 32:
+        raise ConfigError(
+            f'transformers needs a width of a multiple of 32, not detector.d_model={s.d_model}; '
+            f'{OTHER_FORMATS}'
+        )
+    backbone = _backbone_settings(s.backbone)
+    shape = dict(d_model=s.d_model, num_queries=s.num_queries, two_stage_num_proposals=s.num_queries)
+    for stack in ('encoder', 'decoder'):
+        shape[f'{stack}_layers'], shape[f'{stack}_ffn_dim'] = s.layers, s.ffn
+        shape[f'{stack}_attention_heads'], shape[f'{stack}_n_points'] = s.heads, s.points
+    return dict(
+        architectures=['DeformableDetrForObjectDetection'],
+        model_type='deformable_detr',
+        backbone_config=backbone,
+        use_timm_backbone=False,
+        num_feature_levels=s.levels,
+        with_box_refine=s.form != 'plain',
+        two_stage=s.form == 'two_stage',
+        tie_word_embeddings=s.form == 'plain',
+        dropout=s.dropout,
+        attention_dropout=s.dropout,
+        activation_dropout=s.dropout,
+        id2label={str(i): c for i, c in enumerate(classes)},
+        label2id={c: i for i, c in enumerate(classes)},
+        **shape,
+    )
+
+
+def preprocessing(
+    view,  # ViewConfig of the run
+) -> dict:  # content of preprocessor_config.json
+    "Resizing and normalisation of a view (@eq-export-normalise) for the image processor of transformers"
+    return dict(
+        image_processor_type='DeformableDetrImageProcessor',
+        do_resize=True,
+        size=dict(shortest_edge=view.eval_short, longest_edge=view.max_side),
+        resample=2,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=list(view.mean),
+        image_std=list(view.std),
+        do_pad=True,
+        format='coco_detection',
+    )
+
+
+# %%
+sizes = deformable_settings(mine.detector, names)
+assert sizes['id2label']['2'] == '細胞' and sizes['backbone_config']['depths'] == [2, 2, 2]
+assert preprocessing(mine.view)['size'] == dict(shortest_edge=96, longest_edge=160)
+sizes['backbone_config']
+
+
+# %%
+#| export
+def to_transformers(
+    run,  # folder of a run, or its .pt file
+    out=None,  # folder to write; None: transformers in the folder of the run
+    which: str = 'teacher',  # or 'student'
+    like=None,  # Config with settings classes of your own, if the run has such
+    overwrite: bool = False,  # replace the files in an existing folder
+) -> Path:  # of the folder
+    "The folder that `DeformableDetrForObjectDetection.from_pretrained` loads; predicts as the run does"
+    path = output_path(run, 'transformers', out, overwrite)
+    write = need('safetensors.torch', 'semidetr export', 'export').save
+    model, cfg, classes = _network(run, which, like)
+    if not isinstance(cfg.detector, DeformableDETRConfig):
+        name = type(model).__name__
+        kind = 'DINO' if name == 'Detector' else name
+        raise ConfigError(f'{run}: transformers has no class for this {kind}; {OTHER_FORMATS}')
+    settings = deformable_settings(cfg.detector, classes)
+    tensors = _plain_tensors(deformable_names(model.state_dict(), cfg.detector))
+    atomic_write(path / 'config.json', json.dumps(settings, indent=2, ensure_ascii=False))
+    atomic_write(path / 'preprocessor_config.json', json.dumps(preprocessing(cfg.view), indent=2))
+    atomic_write(path / 'model.safetensors', write(tensors, dict(format='pt')))
+    return path
+
+
+# %%
+there = to_transformers(folder, like=mine)
+written = sorted(p.name for p in there.iterdir())
+assert written == ['config.json', 'model.safetensors', 'preprocessor_config.json']
+dino = resolve(override(preset('digits'), ['detector.backbone.weights=none']), list('0123456789'))
+torch.manual_seed(0)
+dino_weights = build_detector(dino.detector).state_dict()
+save_checkpoint(
+    folder / 'dino' / 'last.pt',
+    config=to_dict(dino),
+    classes=list('0123456789'),
+    student=dino_weights,
+    teacher=dino_weights,
+)
+try:
+    to_transformers(folder / 'dino')
+except ConfigError as e:
+    print(str(e).replace(str(folder), 'runs'))
+written
+
+# %% [markdown]
+# In a program that has `transformers`, two lines load it: `DeformableDetrForObjectDetection.from_pretrained`
+# and `AutoImageProcessor.from_pretrained`, both with the folder. The tests of this book compare its logits and
+# boxes with ours for the three forms. The image processor rounds the size of a view in its own way, by a
+# pixel or two where the long side is limited; boxes are fractions of the view and hardly notice.
+#
+# Where the bytes are:
+
+# %%
+#| label: fig-export-sizes
+#| fig-cap: "Size of the files of the tiny Deformable-DETR. The two networks of this checkpoint share their tensors, so it is no larger than the file with one; a real one is."
+#| fig-alt: "Three bars: the checkpoint, the safetensors file, the folder for transformers"
+paths = {'checkpoint': folder / 'last.pt', 'safetensors': file, 'transformers': there / 'model.safetensors'}
+megabytes = {name: p.stat().st_size / 1e6 for name, p in paths.items()}
+fig, ax = plt.subplots(figsize=(5, 1.8), dpi=80)
+ax.barh(list(megabytes), list(megabytes.values()), color='#4c72b0')
+ax.set(xlabel='MB')
+plt.tight_layout()
+plt.show()
+
+# %% [markdown]
+# ## Summary
+#
+# - Exported weights carry configuration, class names and view settings: what cannot be guessed is written.
+# - A `.safetensors` file stands for a run in `Predictor`; its weights are those of the run, bit for bit.
+# - Deformable-DETR with a ResNet goes to `transformers` in all three forms; the rest is refused.
+# - Nothing is overwritten unless `overwrite=True` says so.
+#
+# ## Exercises
+#
+# 1. Load a folder in `transformers` with another `image_mean` and compare the detections. Does anything warn?
+# 2. Which of the head copies could be left out for the release you have installed?
+# 3. The file holds float32. How large is the change of the boxes if it is stored in float16?

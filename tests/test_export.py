@@ -1,0 +1,437 @@
+"Exported detectors: safetensors, transformers, ONNX and torch programs predict what the run predicts"
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.ops import batched_nms
+from semidetr.boxes import cxcywh_to_xyxy
+from semidetr.core import ConfigError, DataError
+from semidetr.data.catalog import open_dataset
+
+from semidetr.detectors.backbone import BackboneConfig
+from semidetr.detectors.contract import build_detector, class_scores
+from semidetr.detectors.deformable_detr import DeformableDETRConfig, deformable_detr_small
+from semidetr.detectors.detector import detector_small
+from semidetr.train.checkpoint import save_checkpoint
+from semidetr.train.config import preset, to_dict
+from semidetr.train.export import to_safetensors, to_transformers
+from semidetr.train.onnx import (
+    SCRIPT,
+    OnnxPredictor,
+    _record,
+    export_run,
+    open_predictor,
+    to_exported,
+    to_onnx,
+    unmatched,
+)
+from semidetr.train.predict import Predictor, load_model
+
+CLASSES = ['Zelle', 'größer, "a"', '細胞', 'd']
+FORMS = ('plain', 'refine', 'two_stage')
+
+
+def random_network(settings):
+    "A detector whose heads, norms and offsets are far from their initial values"
+    torch.manual_seed(0)
+    model = build_detector(settings.untrained()).eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        if any(part in name for part in ('embed', 'head', 'sampling', 'norm', 'enc_output')):
+            p.add_(torch.randn_like(p) * 0.05)
+    for name, b in model.named_buffers():
+        if name.endswith('running_var'):
+            b.uniform_(0.5, 1.5)
+        if name.endswith('running_mean'):
+            b.normal_(0, 0.1)
+    return model
+
+
+def save_run(folder, settings, classes=CLASSES):
+    "(network, configuration) of a run that is written to `folder`; the student differs from the teacher"
+    model = random_network(settings)
+    cfg = dataclasses.replace(preset('digits'), detector=settings)
+    student = {k: v + 1 if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    content = dict(classes=classes, teacher=model.state_dict(), student=student)
+    save_checkpoint(folder / 'last.pt', config=to_dict(cfg), **content)
+    return model, cfg
+
+
+def resnet(form, name='resnet18', **sizes):
+    strides = (8, 16) if name == 'resnet18' else (8, 16, 32)
+    usual = dict(d_model=32, levels=len(strides) + 1, heads=4, layers=3, ffn=48, num_queries=12)
+    return DeformableDETRConfig(4, BackboneConfig(name, out_strides=strides), **usual | sizes, form=form)
+
+
+def padded(batch, h, w, seed=0):
+    "Images and mask; the last image of several is padded at the right and the bottom"
+    images = torch.randn(batch, 3, h, w, generator=torch.Generator().manual_seed(seed))
+    mask = torch.zeros(batch, h, w, dtype=torch.bool)
+    if batch > 1:
+        mask[-1, h * 2 // 3 :] = True
+        mask[-1, :, w * 3 // 4 :] = True
+        images[-1, :, mask[-1]] = 0
+    return images, mask
+
+
+def outputs(model, images, mask):
+    with torch.no_grad():
+        found = model(images, mask)
+    return class_scores(found), found['pred_boxes']
+
+
+def onnx_outputs(path, images, mask):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path)
+    found = session.run(['scores', 'boxes'], dict(images=images.numpy(), mask=mask.numpy()))
+    return [torch.from_numpy(f) for f in found]
+
+
+SMALL = {'dino': detector_small(4), **{f: deformable_detr_small(4, f) for f in FORMS}}
+SMALL['resnet'] = resnet('two_stage')
+
+
+@pytest.fixture(scope='module', params=SMALL)
+def small(request, tmp_path_factory):
+    "(network, configuration, folder, ONNX file) of a small detector"
+    folder = tmp_path_factory.mktemp(request.param)
+    model, cfg = save_run(folder, SMALL[request.param])
+    return model, cfg, folder, to_onnx(folder, like=cfg)
+
+
+@pytest.fixture(scope='module')
+def dino(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('run')
+    model, cfg = save_run(folder, SMALL['dino'])
+    return model, cfg, folder
+
+
+# ---------------------------------------------------------------------------------------- safetensors
+
+
+@pytest.mark.parametrize('which', ['teacher', 'student'])
+def test_safetensors_round_trip(dino, tmp_path, which):
+    "Bit-identical weights, equal configuration and class names, and no need of the run"
+    _, cfg, folder = dino
+    path = to_safetensors(folder, tmp_path / 'x.safetensors', which)
+    a, a_cfg, a_classes = load_model(folder, which)
+    b, b_cfg, b_classes = load_model(path)
+    assert a_cfg == b_cfg and a_classes == b_classes == CLASSES
+    states = a.state_dict(), b.state_dict()
+    assert list(states[0]) == list(states[1])
+    assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(*(s.values() for s in states)))
+
+
+def test_safetensors_metadata_are_readable_by_anyone(dino, tmp_path):
+    from safetensors import safe_open
+
+    path = to_safetensors(dino[2], tmp_path / 'x.safetensors')
+    with safe_open(path, 'np') as f:
+        about = f.metadata()
+    assert json.loads(about['classes']) == CLASSES and about['network'] == 'teacher'
+    assert json.loads(about['view'])['mean'] == [0.5] * 3 and json.loads(about['view'])['eval_short'] == 96
+    assert json.loads(about['config']) == to_dict(dino[1])
+
+
+def test_predictor_reads_safetensors(dino, tmp_path):
+    path = to_safetensors(dino[2], tmp_path / 'x.safetensors')
+    image = open_dataset('digits:n=2,size=96', 'val')[0].image
+    a, b = (
+        p(image) for p in (Predictor(dino[2], 'cpu', 0.0), open_predictor(path, device='cpu', threshold=0.0))
+    )
+    assert len(a['scores']) and all(torch.equal(a[k], b[k]) for k in ('boxes', 'scores', 'labels'))
+
+
+def test_safetensors_that_are_damaged_or_foreign(dino, tmp_path):
+    from safetensors.torch import save_file
+
+    path = to_safetensors(dino[2], tmp_path / 'x.safetensors')
+    (tmp_path / 'cut.safetensors').write_bytes(path.read_bytes()[:3000])
+    save_file({'a': torch.zeros(1)}, tmp_path / 'foreign.safetensors')
+    newer = {'semidetr': '99', 'config': '{}', 'classes': '[]'}
+    save_file({'a': torch.zeros(1)}, tmp_path / 'newer.safetensors', newer)
+    cases = dict(
+        cut='not readable', foreign='no configuration of semidetr', newer='upgrade', none='no such file'
+    )
+    for name, message in cases.items():
+        with pytest.raises(DataError, match=message) as e:
+            load_model(tmp_path / f'{name}.safetensors')
+        assert name in str(e.value) and '\n' not in str(e.value)
+
+
+# --------------------------------------------------------------------------------------- transformers
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('name', ['resnet18', 'resnet50'])
+def test_transformers_predicts_the_same(tmp_path, monkeypatch, name, form):
+    "from_pretrained misses nothing; logits and boxes of a padded batch agree"
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    library = pytest.importorskip('transformers')
+    model, cfg = save_run(tmp_path, resnet(form, name))
+    out = to_transformers(tmp_path, like=cfg)
+    theirs, info = library.DeformableDetrForObjectDetection.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    images, mask = padded(2, 128, 160)
+    with torch.no_grad():
+        a, b = model(images, mask), theirs.eval()(pixel_values=images, pixel_mask=(~mask).long())
+    assert (a['pred_logits'] - b.logits).abs().max() < 1e-4
+    assert (a['pred_boxes'] - b.pred_boxes).abs().max() < 1e-4
+    assert float(a['pred_logits'].std()) > 0.05
+    assert list(theirs.config.id2label.values()) == CLASSES
+
+
+def test_transformers_processor_sees_what_we_see(tmp_path, monkeypatch):
+    "The same size of the view, nearly the same pixels"
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    library = pytest.importorskip('transformers')
+    from semidetr.data.augment import eval_view
+    from semidetr.train.predict import as_sample
+
+    _, cfg = save_run(tmp_path, resnet('plain'))
+    processor = library.AutoImageProcessor.from_pretrained(to_transformers(tmp_path, like=cfg))
+    image = open_dataset('digits:n=2,size=120', 'val')[0].image
+    theirs = processor(image, return_tensors='pt')['pixel_values'][0]
+    ours = eval_view(as_sample(image), cfg.view).image
+    assert theirs.shape == ours.shape and (theirs - ours).abs().mean() < 0.01
+
+
+def test_transformers_refuses_what_would_change(tmp_path):
+    cases = {
+        'no class for this DINO': detector_small(4),
+        'drops activation and epsilon': deformable_detr_small(4),
+        'multiple of 32': resnet('plain', d_model=40),
+    }
+    for number, (message, settings) in enumerate(cases.items()):
+        _, cfg = save_run(tmp_path / str(number), settings)
+        with pytest.raises(ConfigError, match=message) as e:
+            to_transformers(tmp_path / str(number), like=cfg)
+        text = str(e.value)
+        assert 'onnx, torch or safetensors' in text and '\n' not in text
+        assert not (tmp_path / str(number) / 'transformers').exists()
+
+
+# ----------------------------------------------------------------------------------------------- ONNX
+
+
+def test_onnx_agrees_at_any_size_and_batch(small):
+    "Also smaller than the number of queries, and with padding"
+    model, _, _, path = small
+    for batch, h, w in ((1, 160, 192), (4, 160, 192), (1, 97, 231), (4, 97, 231), (1, 33, 47)):
+        images, mask = padded(batch, h, w, seed=h)
+        wanted, got = outputs(model, images, mask), onnx_outputs(path, images, mask)
+        assert [g.shape for g in got] == [x.shape for x in wanted]
+        assert unmatched(wanted, got) <= 0.01 and unmatched(got, wanted) <= 0.01
+        assert (wanted[0].sort(1).values - got[0].sort(1).values).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_recording_leaves_the_network_as_it_was(form):
+    "Weights, modes and outputs, of networks with dropout"
+    model = random_network(resnet(form))
+    images, mask = padded(2, 96, 120)
+    before = outputs(model, images, mask)
+    _record(model, None, 17)
+    assert not any(m.training for m in model.modules())
+    assert all(torch.equal(a, b) for a, b in zip(before, outputs(model, images, mask)))
+
+
+def test_onnx_on_images(small):
+    "The same detections as the run, one by one and in lists of mixed sizes"
+    model, cfg, folder, path = small
+    scenes = open_dataset('digits:n=3,size=96', 'val')
+    images = [scenes[0].image, scenes[1].image.resize((150, 96)), scenes[2].image]
+    ours = Predictor(folder, 'cpu', threshold=0.0, like=cfg)
+    theirs = OnnxPredictor(path, threshold=0.0)
+    for a, b in zip(ours(images), theirs(images)):
+        assert len(a['scores']) == len(b['scores']) > 0
+        assert (a['scores'] - b['scores']).abs().max() < 1e-3
+    assert theirs(np.asarray(images[0]))['names'] == theirs(images[0])['names']
+    assert theirs.classes == CLASSES and set(theirs(images[0])['names']) <= set(CLASSES)
+    assert theirs.draw(images[0]).size == images[0].size
+
+
+@pytest.mark.parametrize('iou', [0.05, 0.3])
+def test_suppression_inside_equals_suppression_outside(dino, tmp_path, iou):
+    "Oracle: torchvision's suppression of each image, by class"
+    model, _, folder = dino
+    plain, inside = to_onnx(folder, tmp_path / 'a.onnx'), to_onnx(folder, tmp_path / 'b.onnx', nms=iou)
+    images, mask = padded(3, 128, 128)
+    scores, boxes = onnx_outputs(plain, images, mask)
+    kept_scores, same_boxes = onnx_outputs(inside, images, mask)
+    assert torch.equal(boxes, same_boxes)
+    for s, b, k in zip(scores, boxes, kept_scores):
+        corners = cxcywh_to_xyxy(b).clamp(0, 1)
+        queries, classes = torch.arange(s.numel()) // s.shape[1], torch.arange(s.numel()) % s.shape[1]
+        keep = batched_nms(corners[queries], s.flatten(), classes, iou)
+        wanted = torch.zeros(s.numel())
+        wanted[keep] = s.flatten()[keep]
+        assert torch.equal(wanted.view(s.shape), k)
+    assert 0 < (kept_scores > 0).sum() < scores.numel()
+
+
+def test_onnx_metadata_and_inputs(small):
+    import onnx
+
+    _, cfg, _, path = small
+    proto = onnx.load(path)
+    about = {p.key: p.value for p in proto.metadata_props}
+    assert json.loads(about['classes']) == CLASSES and json.loads(about['config']) == to_dict(cfg)
+    assert [i.name for i in proto.graph.input] == ['images', 'mask']
+    assert [o.name for o in proto.graph.output] == ['scores', 'boxes']
+    assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == 'batch'
+    onnx.checker.check_model(proto)
+
+
+@pytest.mark.parametrize('opset', [18, 20])
+def test_other_opsets(dino, tmp_path, opset):
+    import onnx
+
+    path = to_onnx(dino[2], tmp_path / 'm.onnx', nms=0.5, opset=opset)
+    assert onnx.load(path).opset_import[0].version == opset
+
+
+def test_ten_lines_without_the_package(dino, tmp_path):
+    "The printed boxes are those of the run; the file is rotated by its EXIF tag"
+    path = to_onnx(dino[2], tmp_path / 'm.onnx')
+    photo = tmp_path / 'photo.jpg'
+    exif = Image.Exif()
+    exif[274] = 6
+    open_dataset('digits:n=2,size=96', 'val')[0].image.resize((192, 128)).save(photo, exif=exif, quality=95)
+    (tmp_path / 'detect.py').write_text(SCRIPT)
+    ours = Predictor(dino[2], 'cpu', threshold=0.0)(photo)
+    middle = float(ours['scores'][:6].mean())
+    command = [sys.executable, '-I', 'detect.py', path, photo, str(middle)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'semidetr' not in SCRIPT
+    rows = [line.rsplit(' ', 5) for line in done.stdout.splitlines()]
+    assert rows and {r[0] for r in rows} <= set(CLASSES)
+    best = max(rows, key=lambda r: float(r[1]))
+    assert abs(float(best[1]) - float(ours['scores'][0])) < 0.02
+    near = (ours['boxes'] - torch.tensor([float(x) for x in best[2:]])).abs().amax(1)
+    assert near.min() < 3
+
+
+def test_a_wrong_graph_is_not_written(dino, tmp_path, monkeypatch):
+    "A size that becomes a constant is noticed"
+    from semidetr.train import onnx as module
+
+    monkeypatch.setattr(module, '_same_padding', lambda size, k, s: ((k - 1) // 2, (k - 1) // 2 + 2))
+    with pytest.raises(ConfigError, match='not written') as e:
+        to_onnx(dino[2], tmp_path / 'm.onnx')
+    assert '\n' not in str(e.value) and not (tmp_path / 'm.onnx').exists()
+
+
+def test_onnx_refusals(dino, tmp_path):
+    path = to_onnx(dino[2], tmp_path / 'm.onnx')
+    with pytest.raises(ConfigError, match='exported already'):
+        to_onnx(path, tmp_path / 'n.onnx')
+    with pytest.raises(ConfigError, match='opset=9'):
+        to_onnx(dino[2], tmp_path / 'n.onnx', opset=9)
+    with pytest.raises(ConfigError, match='outside'):
+        to_onnx(dino[2], tmp_path / 'n.onnx', nms=1.5)
+    with pytest.raises(DataError, match='no such file'):
+        open_predictor(tmp_path / 'gone.onnx')
+    (tmp_path / 'cut.onnx').write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(DataError, match='cannot read it'):
+        open_predictor(tmp_path / 'cut.onnx')
+    with pytest.raises(ConfigError, match='not an .onnx file'):
+        OnnxPredictor(dino[2])
+    with pytest.raises(ConfigError, match='outside'):
+        OnnxPredictor(path, threshold=2)
+
+
+def test_foreign_onnx(tmp_path):
+    import onnx
+
+    shape = onnx.helper.make_tensor_value_info('x', onnx.TensorProto.FLOAT, [1])
+    out = onnx.helper.make_tensor_value_info('y', onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node('Relu', ['x'], ['y'])], 'g', [shape], [out])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid('', 17)], ir_version=8)
+    onnx.save(model, tmp_path / 'other.onnx')
+    with pytest.raises(DataError, match='no class names'):
+        open_predictor(tmp_path / 'other.onnx')
+
+
+@pytest.mark.parametrize('kind', ['dino', 'two_stage'])
+def test_onnx_on_real_images(tmp_path, kind):
+    "Twenty photos of blood cells, with the pretrained backbone if it is installed"
+    data = os.environ.get('SEMIDETR_DATA')
+    if not data:
+        pytest.skip('set SEMIDETR_DATA to the folder with txl_pbc')
+    photos = open_dataset(f'{data}/txl_pbc', 'val')
+    _, cfg = save_run(tmp_path, SMALL[kind])
+    path = to_onnx(tmp_path, like=cfg)
+    ours, theirs = Predictor(tmp_path, 'cpu', 0.0, like=cfg), open_predictor(path, threshold=0.0)
+    images = [photos[i].image for i in range(20)]
+    for a, b in zip(ours(images, batch=4), theirs(images, batch=4)):
+        assert (a['scores'] - b['scores']).abs().max() < 1e-3
+        assert (a['boxes'][0] - b['boxes'][0]).abs().max() < 1
+
+
+# ----------------------------------------------------------------------------- torch, and all formats
+
+
+@pytest.mark.parametrize('kind', ['dino', 'plain', 'two_stage'])
+def test_torch_program(tmp_path, kind):
+    "The program runs in a process that does not import this package"
+    model, cfg = save_run(tmp_path, SMALL[kind])
+    path = to_exported(tmp_path, like=cfg, size=(96, 128), batch=2)
+    images, mask = padded(2, 96, 128)
+    torch.save([images, mask], tmp_path / 'in.pt')
+    code = (
+        'import sys, torch\n'
+        'images, mask = torch.load("in.pt")\n'
+        'files = {"classes.json": ""}\n'
+        'net = torch.export.load("model.pt2", extra_files=files).module()\n'
+        'torch.save([list(net(images, mask)), files["classes.json"]], "out.pt")\n'
+        'assert not any(m.startswith("semidetr") for m in sys.modules)\n'
+    )
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-800:]
+    got, classes = torch.load(tmp_path / 'out.pt', weights_only=False)
+    assert path.name == 'model.pt2' and json.loads(classes) == CLASSES
+    assert unmatched(outputs(model, images, mask), got) <= 0.01
+    with pytest.raises(ConfigError, match='torch.export.load'):
+        open_predictor(path)
+
+
+def test_export_run_writes_each_format_once(tmp_path):
+    _, cfg = save_run(tmp_path, resnet('two_stage', d_model=32, layers=1))
+    names = dict(onnx='model.onnx', safetensors='model.safetensors', transformers='transformers')
+    for format, name in names.items():
+        path = export_run(tmp_path, format, like=cfg)
+        assert path == tmp_path / name and path.exists()
+        with pytest.raises(ConfigError, match='exists already') as e:
+            export_run(tmp_path / 'last.pt', format, like=cfg)
+        assert name in str(e.value)
+        assert export_run(tmp_path, format, like=cfg, overwrite=True) == path
+        assert export_run(tmp_path, format, tmp_path / 'sub' / name, like=cfg).exists()
+    with pytest.raises(ConfigError, match="did you mean 'onnx'"):
+        export_run(tmp_path, 'onx')
+    with pytest.raises(ConfigError, match='onnx only'):
+        export_run(tmp_path, 'safetensors', nms=0.5)
+    with pytest.raises(DataError, match='no checkpoint'):
+        export_run(tmp_path / 'nothing', 'onnx')
+
+
+@pytest.mark.parametrize('missing, format', [('onnx', 'onnx'), ('safetensors.torch', 'safetensors')])
+def test_a_missing_library_is_named(dino, tmp_path, monkeypatch, missing, format):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ConfigError, match=r'extra \[export\]') as e:
+        export_run(dino[2], format, tmp_path / 'x')
+    assert '\n' not in str(e.value) and not (tmp_path / 'x').exists()
+
+
+def test_a_missing_onnxruntime_is_named(dino, tmp_path, monkeypatch):
+    path = to_onnx(dino[2], tmp_path / 'm.onnx')
+    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    with pytest.raises(ConfigError, match='onnxruntime'):
+        open_predictor(path)
