@@ -21,7 +21,7 @@ from ..detectors.contract import build_detector, post_process
 from .config import from_saved
 from .checkpoint import load_checkpoint, load_weights
 from .evaluation import to_device
-from .export import from_safetensors
+from .exported import from_safetensors, load_onnx
 
 # %% ../../nbs/train/10_predict.ipynb #05d3abed
 def load_model(
@@ -34,8 +34,6 @@ def load_model(
     if which not in ('teacher', 'student'):
         raise ConfigError(f"'{which}' is not a network of a run; known: student, teacher")
     if str(path).endswith('.onnx'):
-        from semidetr.train.onnx import load_onnx
-
         return load_onnx(path)
     state = from_safetensors(path) if str(path).endswith('.safetensors') else load_checkpoint(path)
     for key in ('config', 'classes', which):

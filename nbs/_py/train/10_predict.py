@@ -38,7 +38,7 @@ from semidetr.detectors.contract import build_detector, post_process
 from semidetr.train.config import from_saved
 from semidetr.train.checkpoint import load_checkpoint, load_weights
 from semidetr.train.evaluation import to_device
-from semidetr.train.export import from_safetensors
+from semidetr.train.exported import from_safetensors, load_onnx
 
 # %%
 #| hide
@@ -71,8 +71,6 @@ def load_model(
     if which not in ('teacher', 'student'):
         raise ConfigError(f"'{which}' is not a network of a run; known: student, teacher")
     if str(path).endswith('.onnx'):
-        from semidetr.train.onnx import load_onnx
-
         return load_onnx(path)
     state = from_safetensors(path) if str(path).endswith('.safetensors') else load_checkpoint(path)
     for key in ('config', 'classes', which):

@@ -4,8 +4,8 @@
 # > Write the weights of a run as one safe file, or as a folder that the library transformers loads.
 #
 # *Why.* A checkpoint (@sec-checkpoint) holds what training needs: two networks, moments, random states. To
-# use a detector, one network, its settings and the class names are enough, in a file that runs no code when it
-# is read. And a program that already works with `transformers` can load a detector without this package.
+# use a detector, one network, its settings and the class names are enough, in a file that runs no code when
+# it is read. And a program that already works with `transformers` can load a detector without this package.
 #
 # | format | what it is | read by |
 # |---|---|---|
@@ -31,10 +31,10 @@ import json
 import re
 from pathlib import Path
 import torch
-
 from semidetr.core import ConfigError, DataError, atomic_write, need
 from semidetr.detectors.deformable_detr import DeformableDETRConfig
-from semidetr.train.config import to_dict
+from semidetr.train.exported import SAFE_FORMAT, description
+from semidetr.train.predict import load_model
 
 # %%
 #| hide
@@ -44,37 +44,17 @@ import matplotlib.pyplot as plt
 from semidetr.detectors.backbone import BackboneConfig
 from semidetr.detectors.contract import build_detector
 from semidetr.train.checkpoint import save_checkpoint
-from semidetr.train.config import Config, override, preset
-from semidetr.train.predict import load_model
+from semidetr.train.config import Config, override, preset, to_dict
 from semidetr.train.run_data import resolve
 
 
 # %% [markdown]
-# ## What a reader must know
+# ## Where it goes
 #
-# Weights alone do not make a detector. A reader also needs the names of the classes, in the order of the
-# labels, and what was done to the pixels: the size of the view (@sec-augment) and the normalisation
-#
-# $$ x = \frac{p/255 - \mu}{\sigma} $$ {#eq-export-normalise}
-#
-# of a pixel $p\in\{0,\dots,255\}$, with $\mu$ and $\sigma$ of its channel. A file with another $\mu$ than in
-# training still predicts boxes, only worse ones: nothing fails, and nobody notices. So each format below
-# carries these numbers. `description` collects them.
+# An export takes time and may be all that is left of a run, so nothing is overwritten unless asked for.
 
 # %%
 #| export
-def description(
-    cfg,  # Config of the run
-    classes: list,  # names, in the order of the labels
-) -> dict:  # text -> text
-    "What a reader of exported weights must know, as the metadata of a file: names -> JSON"
-    v = cfg.view
-    sizes = dict(eval_short=v.eval_short, max_side=v.max_side, min_side=v.min_side)
-    view = dict(sizes, pad_multiple=v.pad_multiple, mean=list(v.mean), std=list(v.std))
-    texts = dict(config=to_dict(cfg), classes=list(classes), view=view, detector=type(cfg.detector).__name__)
-    return {k: json.dumps(t, ensure_ascii=False) for k, t in texts.items()}
-
-
 def output_path(
     run,  # folder of a run, or its .pt file
     name: str,  # of the file or folder to write, if `out` is None
@@ -89,13 +69,6 @@ def output_path(
     if path.exists() and not overwrite:
         raise ConfigError(f'{path}: exists already; choose another output, or overwrite=True to replace it')
     return path
-
-
-def _network(run, which, like):
-    "(detector, Config, classes) of a run; imported late, because prediction reads the files written here"
-    from semidetr.train.predict import load_model
-
-    return load_model(run, which, 'cpu', like)
 
 
 def _plain_tensors(state):
@@ -125,21 +98,19 @@ torch.manual_seed(0)
 weights = build_detector(mine.detector).state_dict()
 folder = Path(tempfile.mkdtemp())
 save_checkpoint(folder / 'last.pt', config=to_dict(mine), classes=names, student=weights, teacher=weights)
-about = description(mine, names)
-assert json.loads(about['classes']) == names and json.loads(about['view'])['mean'] == [0.5] * 3
-about['view']
+default, chosen = output_path(folder, 'model.onnx'), output_path(folder, 'model.onnx', folder / 'x.onnx')
+assert (default.name, chosen.name) == ('model.onnx', 'x.onnx')
+default.name, chosen.name
+
 
 # %% [markdown]
 # ## One safe file
 #
 # The format *safetensors* stores a header in JSON, then the bytes of all tensors. Its metadata are pairs of
-# texts, and there the description goes. Reading it back gives the same bits.
+# texts, and there the description goes (@sec-exported). Reading it back gives the same bits.
 
 # %%
 #| export
-SAFE_FORMAT = '1'  # goes up when the layout of the metadata changes
-
-
 def to_safetensors(
     run,  # folder of a run, or its .pt file
     out=None,  # file to write; None: model.safetensors in the folder of the run
@@ -150,39 +121,10 @@ def to_safetensors(
     "One network of a run with its configuration and classes; `Predictor` reads the file like a run"
     path = output_path(run, 'model.safetensors', out, overwrite)
     write = need('safetensors.torch', 'semidetr export', 'export').save
-    model, cfg, classes = _network(run, which, like)
+    model, cfg, classes = load_model(run, which, 'cpu', like)
     about = dict(description(cfg, classes), semidetr=SAFE_FORMAT, network=which, format='pt')
     atomic_write(path, write(_plain_tensors(model.state_dict()), about))
     return path
-
-
-def from_safetensors(
-    path,  # written by `to_safetensors`
-) -> dict:  # config, classes, and the weights under both 'teacher' and 'student': there is one network
-    "The file as the state of a checkpoint; `DataError` if it is missing, damaged or of another program"
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f'{path}: no such file; give the folder of a run, its .pt file or an exported file')
-    open_file = need('safetensors', 'reading .safetensors', 'export').safe_open
-    try:
-        with open_file(path, 'pt') as f:
-            about = f.metadata() or {}
-            weights = {name: f.get_tensor(name) for name in f.keys()}
-    except Exception as e:
-        raise DataError(
-            f'{path}: not readable as safetensors ({str(e).splitlines()[0][:100]}); export the run again'
-        ) from None
-    if not {'semidetr', 'config', 'classes'} <= set(about):
-        raise DataError(
-            f'{path}: holds no configuration of semidetr; another program wrote it, not to_safetensors'
-        )
-    if int(about['semidetr']) > int(SAFE_FORMAT):
-        raise DataError(
-            f"{path}: written by a newer semidetr (format {about['semidetr']}, "
-            f'this one reads {SAFE_FORMAT}); upgrade'
-        )
-    config, classes = json.loads(about['config']), json.loads(about['classes'])
-    return dict(config=config, classes=classes, teacher=weights, student=weights)
 
 
 # %%
@@ -337,8 +279,8 @@ def _backbone_settings(b):
     "config.json's part for a ResNet, cut after the last stage in use"
     if b.name not in _RESNETS:
         raise ConfigError(
-            f"transformers cannot run the backbone '{b.name}' (it drops activation and epsilon of its norms); "
-            f'{OTHER_FORMATS}, or train with one of {", ".join(_RESNETS)}'
+            f"transformers cannot run the backbone '{b.name}' (it drops activation and epsilon of its norms)"
+            f'; {OTHER_FORMATS}, or train with one of {", ".join(_RESNETS)}'
         )
     if any(s not in _STAGE for s in b.out_strides):
         raise ConfigError(f'transformers has no map of stride {min(b.out_strides)}; {OTHER_FORMATS}')
@@ -392,7 +334,7 @@ def deformable_settings(
 def preprocessing(
     view,  # ViewConfig of the run
 ) -> dict:  # content of preprocessor_config.json
-    "Resizing and normalisation of a view (@eq-export-normalise) for the image processor of transformers"
+    "Resizing and normalisation of a view (@eq-exported-normalise) for the image processor of transformers"
     return dict(
         image_processor_type='DeformableDetrImageProcessor',
         do_resize=True,
@@ -427,7 +369,7 @@ def to_transformers(
     "The folder that `DeformableDetrForObjectDetection.from_pretrained` loads; predicts as the run does"
     path = output_path(run, 'transformers', out, overwrite)
     write = need('safetensors.torch', 'semidetr export', 'export').save
-    model, cfg, classes = _network(run, which, like)
+    model, cfg, classes = load_model(run, which, 'cpu', like)
     if not isinstance(cfg.detector, DeformableDETRConfig):
         name = type(model).__name__
         kind = 'DINO' if name == 'Detector' else name
@@ -462,8 +404,8 @@ written
 
 # %% [markdown]
 # In a program that has `transformers`, two lines load it: `DeformableDetrForObjectDetection.from_pretrained`
-# and `AutoImageProcessor.from_pretrained`, both with the folder. The tests of this book compare its logits and
-# boxes with ours for the three forms. The image processor rounds the size of a view in its own way, by a
+# and `AutoImageProcessor.from_pretrained`, both with the folder. The tests compare its logits and boxes with
+# ours for the three forms. The image processor rounds the size of a view in its own way, by a
 # pixel or two where the long side is limited; boxes are fractions of the view and hardly notice.
 #
 # Where the bytes are:

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # A detector without this package {#sec-onnx}
 #
-# > Write the computation itself as a graph for ONNX or torch, check it, and predict with ten lines.
+# > Write the computation itself as a graph for ONNX or torch, check it, and predict with a short script.
 #
 # *Why.* On a microscope's computer or a phone there is often no torch, and code of a research project is not
 # wanted. An ONNX file holds the weights *and* the computation, as a graph of standard operations that many
@@ -36,11 +36,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from semidetr.boxes import cxcywh_to_xyxy
-from semidetr.core import ConfigError, DataError, atomic_write, need, suggest
+from semidetr.core import ConfigError, atomic_write, need, suggest
 from semidetr.detectors import attention, backbone, deformable_detr, detector, transformer
 from semidetr.detectors.contract import class_scores
-from semidetr.train.config import from_saved
-from semidetr.train.export import description, output_path, to_safetensors, to_transformers
+from semidetr.train.exported import description, open_session
+from semidetr.train.export import output_path, to_safetensors, to_transformers
 from semidetr.train.predict import Predictor, load_model
 
 # %%
@@ -97,9 +97,9 @@ def _conv_norm(conv, norm, x):
 
 
 # %%
-from semidetr.detectors.backbone import _pads
-
-assert all(_same_padding(n, k, s) == _pads(n, k, s) for n in range(1, 40) for k in (3, 5) for s in (1, 2))
+assert all(
+    _same_padding(n, k, s) == backbone._pads(n, k, s) for n in range(1, 40) for k in (3, 5) for s in (1, 2)
+)
 _same_padding(17, 3, 2)
 
 
@@ -150,6 +150,11 @@ def _select(logits, num_queries, valid=None, score='max'):
     return rank.argsort(1, descending=True)[:, :num_queries]
 
 
+def _full_size(shapes, device):
+    "(1,L,2) width and height of each level, in cells"
+    return _cells(shapes, torch.ones(1, device=device))[None]
+
+
 _TABLE_QUERIES = deformable_detr.table_queries
 
 
@@ -170,11 +175,7 @@ def traceable():
         (deformable_detr, 'table_queries', _table_queries),
         (detector, 'level_masks', _masks),
         (transformer, '_frequencies', transformer._frequencies.__wrapped__),
-        (
-            transformer,
-            '_full_size',
-            lambda shapes, device: _cells(shapes, torch.ones(1, device=device))[None],
-        ),
+        (transformer, '_full_size', _full_size),
         (transformer, 'select_queries', _select),
         (transformer, 'sine_position', _position),
     ]
@@ -325,17 +326,6 @@ def _record(model, nms, opset):
     return proto
 
 
-def _session(content, name):
-    "onnxruntime's session of a file's content, without its messages about speed"
-    runtime = need('onnxruntime', 'reading .onnx', 'export')
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        return runtime.InferenceSession(content, options, providers=['CPUExecutionProvider'])
-    except Exception as e:
-        raise DataError(f'{name}: onnxruntime cannot read it ({str(e).splitlines()[0][:120]})') from None
-
-
 def unmatched(
     a,  # (scores (B,Q,C), boxes (B,Q,4)) tensors
     b,  # likewise, of the same sizes
@@ -362,8 +352,8 @@ def _check(model, session, path):
         share = unmatched(wanted, [torch.from_numpy(g) for g in got])
         if share > 0.02:
             raise ConfigError(
-                f'{path}: not written, {share:.0%} of the queries of the graph differ from those of the network '
-                f'at {h} x {w}; a layer of this detector computes with sizes in Python; use safetensors'
+                f'{path}: not written, {share:.0%} of the queries of the graph differ from those of the '
+                f'network at {h} x {w}; a layer computes with sizes in Python; use safetensors'
             )
 
 
@@ -401,9 +391,10 @@ def to_onnx(
     if not isinstance(model, nn.Module):
         raise ConfigError(f'{run}: is exported already; give the folder of the run')
     proto = _record(model, None, opset)
-    _check(model, _session(proto.SerializeToString(), path), path)
+    _check(model, open_session(proto.SerializeToString(), path), path)
     if nms is not None:
         proto = _record(model, nms, opset)
+        open_session(proto.SerializeToString(), path)
     about = dict(description(cfg, classes), semidetr='1', network=which, nms=json.dumps(nms))
     for key, text in about.items():
         proto.metadata_props.add(key=key, value=text)
@@ -419,56 +410,11 @@ f'{file.name}: {file.stat().st_size / 1e6:.1f} MB'
 # %% [markdown]
 # ## Predicting with the file
 #
-# `Predictor` needs a network, a configuration and class names, and takes them from such a file as from a run.
-# The network is a session of `onnxruntime` that is called like one.
+# `Predictor` needs a network, a configuration and class names, and takes them from such a file as from a run
+# (@sec-exported). A session of `onnxruntime` stands for the network.
 
 # %%
 #| export
-class OnnxNetwork:
-    "A session that is called like a detector in eval mode"
-
-    def __init__(
-        self,
-        path,  # written by `to_onnx`
-    ):
-        path = Path(path)
-        if not path.is_file():
-            raise DataError(f'{path}: no such file; write it with `semidetr export`')
-        self.session = _session(path.read_bytes(), path)
-        about = self.session.get_modelmeta().custom_metadata_map
-        if not {'semidetr', 'config', 'classes'} <= set(about):
-            raise DataError(
-                f'{path}: no class names and view settings in it; write it with `semidetr export`'
-            )
-        self.about = {k: json.loads(about[k]) for k in ('config', 'classes', 'nms')}
-
-    def __call__(
-        self,
-        images: Tensor,  # (B,3,H,W) normalised, zero padded at the right and the bottom
-        mask: Tensor,  # (B,H,W) bool, True=padding
-    ) -> dict:  # scores (B,Q,C), pred_boxes (B,Q,4) cxcywh in [0,1], where `images` are
-        "Outputs that `post_process` takes"
-        inputs = dict(images=images.cpu().numpy(), mask=mask.cpu().numpy())
-        scores, boxes = self.session.run(['scores', 'boxes'], inputs)
-        scores, boxes = torch.from_numpy(scores), torch.from_numpy(boxes)
-        return dict(scores=scores.to(images.device), pred_boxes=boxes.to(images.device))
-
-
-def load_onnx(
-    path,  # written by `to_onnx`
-):  # (OnnxNetwork, Config without the detector's and the method's settings, class names)
-    "What `load_model` returns, of an exported graph"
-    network = OnnxNetwork(path)
-    config = {k: v for k, v in network.about['config'].items() if k not in ('detector', 'method')}
-    try:
-        cfg = from_saved(config)
-    except ConfigError as e:
-        raise DataError(
-            f'{path}: {e}; written by another version of semidetr: export the run again'
-        ) from None
-    return network, cfg, network.about['classes']
-
-
 class OnnxPredictor(Predictor):
     "A `Predictor` of an exported graph: `OnnxPredictor('model.onnx')('photo.jpg')`"
 
@@ -505,7 +451,7 @@ assert worst < 0.05
 f'{worst:.0e} pixels'
 
 # %% [markdown]
-# ## Ten lines without this package
+# ## Without this package
 #
 # The program below needs `onnxruntime`, NumPy and Pillow. Class names, sizes and normalisation come from the
 # file.
@@ -518,15 +464,18 @@ import numpy as np, onnxruntime
 from PIL import Image, ImageOps
 
 net = onnxruntime.InferenceSession(sys.argv[1])
-about = {k: json.loads(v) for k, v in net.get_modelmeta().custom_metadata_map.items() if k in ('view', 'classes')}
-view, image = about['view'], ImageOps.exif_transpose(Image.open(sys.argv[2])).convert('RGB')
+about = net.get_modelmeta().custom_metadata_map
+view, classes = json.loads(about['view']), json.loads(about['classes'])
+image = ImageOps.exif_transpose(Image.open(sys.argv[2])).convert('RGB')
 scale = min(view['eval_short'] / min(image.size), view['max_side'] / max(image.size))
-small = image.resize([max(view['min_side'], int(s * scale + 0.5)) for s in image.size], Image.Resampling.BILINEAR)
+size = [max(view['min_side'], int(s * scale + 0.5)) for s in image.size]
+small = image.resize(size, Image.Resampling.BILINEAR)
 x = ((np.asarray(small) / 255 - view['mean']) / view['std']).astype('float32').transpose(2, 0, 1)[None]
-scores, boxes = (y[0] for y in net.run(['scores', 'boxes'], dict(images=x, mask=np.zeros_like(x[:, 0], bool))))
+inputs = dict(images=x, mask=np.zeros_like(x[:, 0], bool))
+scores, boxes = (y[0] for y in net.run(['scores', 'boxes'], inputs))
 for q, c in np.argwhere(scores > float(sys.argv[3])):
     corners = np.concatenate([boxes[q, :2] - boxes[q, 2:] / 2, boxes[q, :2] + boxes[q, 2:] / 2])
-    print(about['classes'][c], f'{scores[q, c]:.3f}', *(corners.clip(0, 1) * (image.size * 2)).round(1))
+    print(classes[c], f'{scores[q, c]:.3f}', *(corners.clip(0, 1) * (image.size * 2)).round(1))
 """
 
 # %%
@@ -546,7 +495,7 @@ lines[:3]
 
 # %%
 #| label: fig-onnx-same
-#| fig-cap: "The same scene through the run (left) and through the exported graph (right). The network is untrained, so the boxes show only that both agree."
+#| fig-cap: "The same scene through the run and through the graph. The network is untrained: the boxes only show that both agree."
 #| fig-alt: "Two copies of a scene of digits with the same boxes"
 fig, axes = plt.subplots(1, 2, figsize=(5, 2.6), dpi=80)
 for ax, (title, p) in zip(axes, (('run', ours), ('model.onnx', theirs))):
@@ -630,12 +579,12 @@ refused
 # - An ONNX file holds weights, computation, class names and view settings; batch and size are free.
 # - It is compared with the network before it is written, and not written if it differs.
 # - Suppression inside the graph sets the scores of suppressed pairs to zero.
-# - `open_predictor` takes runs and exported files alike; ten lines do without this package.
+# - `open_predictor` takes runs and exported files alike; a short script does without this package.
 # - A torch program is for one batch size and one size.
 #
 # ## Exercises
 #
 # 1. Trace with `level_masks` in its usual form and a mask without padding. What does the file do with a padded
 #    batch?
-# 2. Add `pad_multiple` to the ten lines.
+# 2. Add `pad_multiple` to the script.
 # 3. Compare the time of `theirs` and `ours` on a large image. Which operation of the graph takes longest?
