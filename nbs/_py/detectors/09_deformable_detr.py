@@ -136,6 +136,17 @@ class DeformableDETRConfig:
 
 # %%
 #| export
+def split_points(
+    model: nn.Module,  # with deformable attention
+) -> dict:  # 'backbone', 'rest', 'points' -> list of trainable parameters
+    "The groups of `split_parameters`, with sampling offsets and reference points in a group of their own"
+    groups = split_parameters(model)
+    named = model.named_parameters()
+    points = [p for n, p in named if p.requires_grad and ('sampling_offsets' in n or 'reference_points' in n)]
+    own = {id(p) for p in points}
+    return dict(groups, rest=[p for p in groups['rest'] if id(p) not in own], points=points)
+
+
 def deformable_detr_r50(
     num_classes: int,  # C
     form: str = 'plain',  # 'plain', 'refine' or 'two_stage'
@@ -668,11 +679,7 @@ class DeformableDETR(nn.Module):
 
     def param_groups(self) -> dict:  # 'backbone', 'rest', 'points' -> trainable parameters
         "Parameters for the optimiser; 'points' are sampling offsets and reference points (release: a tenth of lr)"
-        groups = split_parameters(self)
-        points = [p for n, p in self.named_parameters() if 'sampling_offsets' in n or 'reference_points' in n]
-        own = {id(p) for p in points}
-        rest = [p for p in groups['rest'] if id(p) not in own]
-        return dict(groups, rest=rest, points=[p for p in points if p.requires_grad])
+        return split_points(self)
 
 
 # %% [markdown]

@@ -48,8 +48,16 @@ from semidetr.matching.losses import CriterionConfig, set_criterion
 # | queries with known targets | no | no | no | no | denoising |
 # | epochs on COCO | 500 | 50 | 50 | 50 | 12 |
 #
-# Each row is a reason why training became shorter: a token attends to a few points instead of thousands; a
-# query starts where something is; a layer only has to correct; half of the queries know their object.
+# With the output $o_l$ of decoder layer $l$ and a box head $\Delta$ the boxes are
+#
+# $$
+# b_l = \sigma\big(\Delta(o_l) + s_l\big), \qquad s_l = 0 \;\to\; \sigma^{-1}(p) \;\to\; \sigma^{-1}(b_{l-1})
+# $$ {#eq-from-detr-box}
+#
+# from DETR over Deformable-DETR with its points $p$ to refinement, two-stage and DINO. Each row of the table is
+# a reason why training became shorter: a token
+# attends to a few points instead of thousands; a query starts where something is; a layer only has to correct;
+# the denoising queries know their object.
 #
 # What Semi-DETR does where a detector lacks a part:
 #
@@ -214,7 +222,7 @@ plt.show()
 # %% [markdown]
 # ## Summary
 #
-# - Six detectors have one contract and differ in attention, queries, references, scores and denoising.
+# - All detectors have one contract and differ in attention, queries, references, scores and denoising.
 # - A name stands for a detector in two sizes, with the criterion of its release.
 # - Every method trains each of them; what is missing is left out or has a counterpart.
 #

@@ -23,7 +23,6 @@ from semidetr.boxes import cxcywh_to_xyxy
 from semidetr.core import ConfigError, all_reduce_mean, at_least_float32, one_of
 from semidetr.detectors.contract import sigmoid_logits
 from semidetr.matching.matching import Matches, PaddedTargets, assign_o2m, assign_o2o, pad_targets
-from semidetr.matching.softmax import softmax_losses
 
 # %%
 import dataclasses
@@ -152,7 +151,94 @@ l1, giou, iou
 
 # %% [markdown]
 # The same shift is a twentieth of the width of the large box and half of that of the small one.
+
+# %% [markdown]
+# ## Softmax with a no-object class {#sec-softmax}
 #
+# DETR (@sec-detr) predicts one distribution over $C$ classes and a last one, *no object*. A sigmoid of such a logit
+# is no probability. So matching, costs and mining read the logits of equal probabilities,
+#
+# $$
+# z'_c = \log\frac{p_c}{1-p_c}, \qquad c < C, \qquad \sigma(z'_c) = p_c
+# $$ {#eq-softmax-logits}
+#
+# (`sigmoid_logits` of @sec-contract). The class cost of the original code (Carion et al. 2020) is not the focal
+# one of @eq-matching-focal but minus the probability, in `pair_cost` the kind `'probability'`:
+#
+# $$
+# \mathcal{C}^{cls}_{ji} = -\,p_{j,c_i}
+# $$ {#eq-softmax-cost}
+#
+# The class loss differs too. Let $y_{jc}\in[0,1]$ be the target of query $j$ for class $c$, at most one of them positive: 1 or, with
+# one-to-many assignment, the soft target of @eq-matching-soft. What is left is no object. With the weight
+# $\omega$ (the setting `no_object`, .1) of that class
+#
+# $$
+# \mathcal{L}_{cls} = \frac{\sum_j \left[-\sum_{c<C} y_{jc}\log p_{jc} - \omega\left(1-\sum_{c<C} y_{jc}\right)
+# \log p_{jC}\right]}{\sum_j \left[\sum_{c<C} y_{jc} + \omega\left(1-\sum_{c<C} y_{jc}\right)\right]}
+# $$ {#eq-softmax-loss}
+#
+# over all queries of the batch. For hard targets it is the weighted cross-entropy of the original code. It is a
+# mean over queries and not a sum per object, so its size does not depend on the number of objects. For soft
+# targets, as in the first stage of Semi-DETR, it is the cross-entropy to the mixed distribution: the paper has
+# no such case, since its detectors have sigmoids.
+
+# %%
+#| export
+def softmax_losses(
+    logits: Tensor,  # (L,B,Q,C+1) raw class scores, the no-object class at the end
+    y: Tensor,  # (L,B,Q,C) targets in [0,1], at most one positive per query
+    no_object: float = 0.1,  # weight of the no-object class
+) -> tuple:  # (sum (L,) over the queries, sum of their weights (L,))
+    "Numerator and denominator of the class loss (@eq-softmax-loss) of each layer"
+    log_p, rest = logits.log_softmax(-1), no_object * (1 - y.sum(-1))
+    losses = -(y * log_p[..., :-1]).sum(-1) - rest * log_p[..., -1]
+    return losses.flatten(1).sum(1), (y.sum(-1) + rest).flatten(1).sum(1)
+
+
+# %%
+torch.manual_seed(0)
+some_logits, classes = torch.randn(1, 2, 5, 4), torch.tensor([[3, 0, 3, 3, 1], [3, 3, 2, 3, 3]])
+some_targets = F.one_hot(classes, 4)[None, ..., :3].float()
+total, weight = softmax_losses(some_logits, some_targets)
+class_weights = torch.tensor([1.0, 1.0, 1.0, 0.1])
+reference = F.cross_entropy(some_logits[0].flatten(0, 1), classes.flatten(), class_weights)
+assert abs(total / weight - reference) < 1e-6
+(total / weight).item()
+
+
+# %%
+def translate(logits):
+    return sigmoid_logits(dict(pred_logits=logits, scores=logits.softmax(-1)[..., :-1]))
+
+
+three = torch.tensor([[2.0, 0.0, 1.0], [-1.0, 0.5, 3.0], [200.0, 0.0, 0.0]])
+translated = translate(three)
+assert (
+    torch.allclose(translated.sigmoid(), three.softmax(-1)[:, :2], atol=1e-6) and translated.isfinite().all()
+)
+translated
+
+# %% [markdown]
+# With one query on an object and 99 without, the others have $99\cdot.1=9.9$ times its weight; without
+# $\omega$ they would have 99 times. The weight of the no-object class decides how soon an untrained detector
+# stops to predict "no object" everywhere:
+
+# %%
+#| label: fig-softmax-weight
+#| fig-cap: "Share of the object in the gradient of the class loss of 100 untrained queries, one of them matched: with a weight of .1 it is ten times as large."
+#| fig-alt: "A falling curve over the weight of the no-object class from .01 to 1, with a dot at .1"
+weights_axis = torch.logspace(-2, 0, 50)
+shares = 1 / (1 + 99 * weights_axis)
+assert abs(shares[-1] - 0.01) < 1e-6
+fig, ax = plt.subplots(figsize=(4, 2.2), dpi=80, layout='constrained')
+ax.semilogx(weights_axis, 100 * shares)
+ax.plot([0.1], [100 / 10.9], 'o')
+ax.set(xlabel='weight of the no-object class', ylabel='share of the object in %')
+plt.show()
+
+
+# %% [markdown]
 # ## Weights and switches
 
 # %%
