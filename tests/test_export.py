@@ -362,7 +362,7 @@ def test_foreign_onnx(tmp_path):
 
 @pytest.mark.parametrize('kind', ['dino', 'two_stage'])
 def test_onnx_on_real_images(tmp_path, kind):
-    "Twenty photos of blood cells, with the pretrained backbone if it is installed"
+    "Twenty photos of blood cells; the weights are random"
     data = os.environ.get('SEMIDETR_DATA')
     if not data:
         pytest.skip('set SEMIDETR_DATA to the folder with txl_pbc')
