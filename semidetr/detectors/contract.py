@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Prediction', 'ExtraPrediction', 'Outputs', 'DetectionTransformer', 'split_parameters', 'DetectorSettings',
-           'build_detector', 'class_scores', 'sigmoid_logits', 'post_process']
+           'build_detector', 'class_scores', 'has_no_object', 'candidate_scores', 'sigmoid_logits', 'post_process']
 
 # %% ../../nbs/detectors/07_contract.ipynb #ce7977ff
 from typing import NotRequired, Protocol, TypedDict, runtime_checkable
@@ -127,12 +127,30 @@ def class_scores(
     return at_least_float32(outputs['pred_logits']).sigmoid()
 
 
+def has_no_object(
+    outputs: Outputs,  # of a detector, or the `Prediction` of a layer
+) -> bool:
+    "Do the logits end with a no-object class, so that one softmax gives all scores?"
+    scores, logits = outputs.get('scores'), outputs.get('pred_logits')
+    return scores is not None and logits is not None and logits.shape[-1] == scores.shape[-1] + 1
+
+
+def candidate_scores(
+    outputs: Outputs,  # of a detector
+) -> Tensor:  # (B,Q,C), at least float32
+    "Scores that may be reported: all; with softmax each query's best class, the others are 0"
+    scores = class_scores(outputs)
+    if not has_no_object(outputs):
+        return scores
+    return torch.where(scores == scores.amax(-1, keepdim=True), scores, torch.zeros_like(scores))
+
+
 def sigmoid_logits(
     outputs: Outputs,  # of a detector, or the `Prediction` of a layer
 ) -> Tensor:  # (B,Q,C), at least float32 with softmax
     "Logits whose sigmoids are the class scores: with softmax, log p - log(1-p); else `pred_logits` themselves"
     logits = outputs['pred_logits']
-    if 'scores' not in outputs:
+    if not has_no_object(outputs):
         return logits
     z = at_least_float32(logits)
     log_p = z.log_softmax(-1)[..., :-1]
@@ -148,10 +166,11 @@ def post_process(
     score_threshold: float = 0.0,  # scores must be larger; with `nms` use .01, or it gets all Q x C pairs
 ) -> list:  # per image dict(scores (K,) descending, labels (K,), boxes (K,4) xyxy pixels, inside the image)
     "The best pairs of query and class; with softmax each query is reported once, with its best class"
-    scores, boxes = class_scores(outputs), cxcywh_to_xyxy(at_least_float32(outputs['pred_boxes'])).clamp(0, 1)
+    scores, boxes = (
+        candidate_scores(outputs),
+        cxcywh_to_xyxy(at_least_float32(outputs['pred_boxes'])).clamp(0, 1),
+    )
     C, detections = scores.shape[-1], []
-    if 'scores' in outputs:
-        scores = torch.where(scores == scores.amax(-1, keepdim=True), scores, -1.0)
     for s, b, (h, w) in zip(scores.flatten(1), boxes, sizes):
         s, order = s.topk(min(top_k, len(s))) if nms is None else s.sort(descending=True)
         is_above = s > score_threshold

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from ..boxes import cxcywh_to_xyxy
 from ..core import ConfigError, all_reduce_mean, at_least_float32, one_of
-from ..detectors.contract import sigmoid_logits
+from ..detectors.contract import has_no_object, sigmoid_logits
 from .matching import Matches, PaddedTargets, assign_o2m, assign_o2o, pad_targets
 
 # %% ../../nbs/matching/01_losses.ipynb #a8c87110
@@ -226,7 +226,7 @@ class _Group:
     def __init__(self, layers, names, targets, stage, cfg, o2m):
         boxes = torch.stack([o['pred_boxes'] for o in layers])
         logits = torch.stack([o['pred_logits'] for o in layers])
-        self.names, self.softmax = names, 'scores' in layers[0]
+        self.names, self.softmax = names, has_no_object(layers[0])
         self.logits, self.boxes = at_least_float32(logits), at_least_float32(boxes)
         read = torch.stack([sigmoid_logits(o) for o in layers]) if self.softmax else self.logits
         self.padded = pad_targets(targets, read.shape[-1])

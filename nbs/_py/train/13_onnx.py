@@ -38,7 +38,7 @@ from torch import nn, Tensor
 from semidetr.boxes import cxcywh_to_xyxy
 from semidetr.core import ConfigError, atomic_write, need, suggest
 from semidetr.detectors import attention, backbone, deformable_detr, detector, transformer
-from semidetr.detectors.contract import class_scores
+from semidetr.detectors.contract import candidate_scores
 from semidetr.train.exported import description, open_session
 from semidetr.train.export import output_path, to_safetensors, to_transformers
 from semidetr.train.predict import Predictor, load_model
@@ -245,7 +245,7 @@ class Scored(nn.Module):
         mask: Tensor,  # (B,H,W) bool, True=padding
     ) -> tuple:  # scores (B,Q,C), boxes (B,Q,4) cxcywh in [0,1]; corners (B,Q,4) y, x, y, x, inside the image
         outputs = self.model(images, mask)
-        scores, boxes = class_scores(outputs), outputs['pred_boxes']
+        scores, boxes = candidate_scores(outputs), outputs['pred_boxes']
         if not self.corners:
             return scores, boxes
         return scores, boxes, cxcywh_to_xyxy(boxes).clamp(0, 1)[..., [1, 0, 3, 2]]
