@@ -148,7 +148,7 @@ def candidate_scores(
 def sigmoid_logits(
     outputs: Outputs,  # of a detector, or the `Prediction` of a layer
 ) -> Tensor:  # (B,Q,C), at least float32 with softmax
-    "Logits whose sigmoids are the class scores: with softmax, log p - log(1-p); else `pred_logits` themselves"
+    "Logits whose sigmoids are the class scores: log p - log(1-p) with softmax, else `pred_logits`"
     logits = outputs['pred_logits']
     if not has_no_object(outputs):
         return logits

@@ -400,7 +400,7 @@ class DeformableDETR(nn.Module):
         return []
 
     def param_groups(self) -> dict:  # 'backbone', 'rest', 'points' -> trainable parameters
-        "Parameters for the optimiser; 'points' are sampling offsets and reference points (release: a tenth of lr)"
+        "Parameters for the optimiser; sampling offsets and reference points are a group of their own"
         return split_points(self)
 
 # %% ../../nbs/detectors/09_deformable_detr.ipynb #b2614e8a

@@ -9,7 +9,6 @@ __all__ = ['DETECTORS', 'KINDS', 'Named', 'dino_5scale_r50', 'dino_5scale_small'
 from dataclasses import dataclass, replace
 from typing import Callable
 from ..core import ConfigError, suggest
-from .backbone import BackboneConfig
 from semidetr.detectors.deformable_detr import (
     DeformableDETRConfig,
     deformable_detr_r50,

@@ -177,8 +177,8 @@ def denoising_matches(
 
 
 def _stacked(outputs):
-    """Groups of layers with equally many predictions: lists of predictions, names. The decoder layers in order,
-    then the encoder output where there is one; it is a group of its own where it holds all tokens"""
+    """Groups of layers with equally many predictions: lists of predictions, names. The decoder layers in
+    order, then the encoder output where there is one; it is a group of its own where it holds all tokens"""
     layers = [*outputs.get('aux_outputs', ()), outputs]
     names = [f'_{i}' for i in range(len(layers) - 1)] + ['']
     proposals = outputs.get('enc_outputs')

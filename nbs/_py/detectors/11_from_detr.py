@@ -16,7 +16,6 @@
 from dataclasses import dataclass, replace
 from typing import Callable
 from semidetr.core import ConfigError, suggest
-from semidetr.detectors.backbone import BackboneConfig
 from semidetr.detectors.deformable_detr import (
     DeformableDETRConfig,
     deformable_detr_r50,
