@@ -4,18 +4,18 @@ Both have random weights and a ResNet-18 whose stem and first stage are frozen. 
 two-stage Deformable-DETR stands beside ours, which computes denoising queries on top of that."""
 
 import re
-from dataclasses import fields, replace
 import torch
 from semidetr.detectors.backbone import BackboneConfig
 from semidetr.detectors.deformable_detr import DeformableDETRConfig
 from semidetr.detectors.denoising import DenoisingConfig
 from semidetr.detectors.detector import DetectorConfig
+from semidetr.detectors.detr import DETRConfig
+from semidetr.detectors.from_detr import DETECTORS
 from semidetr.detectors.transformer import TransformerConfig
 from semidetr.matching.losses import CriterionConfig, set_criterion
 from semidetr.train.optim import build_optimizer, lr_factor
 from semidetr.train.trainer import clip_and_step
 from deformable_detr import CLASSES, RESNETS, scene
-from gpu_check import detr_criterion
 from step import OPTIM, their_step
 from timing import compare, interleave, need_op
 
@@ -79,15 +79,9 @@ def their_detr(ours):
 
 
 def our_detr():
-    "Settings of DETR; None where the package has none"
-    try:
-        from semidetr.detectors.detr import DETRConfig
-    except ImportError:
-        return None
+    "Settings of DETR"
     sizes = dict(d_model=WIDTH, heads=HEADS, layers=LAYERS, ffn=FFN, num_queries=QUERIES, dropout=0.0)
-    known = {f.name for f in fields(DETRConfig)}
-    cfg = DETRConfig(CLASSES, **{k: v for k, v in sizes.items() if k in known})
-    return replace(cfg, backbone=BackboneConfig('resnet18', 'none', (32,)))
+    return DETRConfig(CLASSES, BackboneConfig('resnet18', 'none', (32,)), **sizes)
 
 
 def pairs():  # [(name, name of theirs, function that builds theirs, our settings, criterion)]
@@ -102,9 +96,8 @@ def pairs():  # [(name, name of theirs, function that builds theirs, our setting
         cfg = DeformableDETRConfig(CLASSES, body, **sizes, num_queries=QUERIES, form=form, dropout=0.0)
         name = f'Deformable-DETR {form}'
         out.append((name, name, lambda form=form: their_deformable(form), cfg, default))
-    if (cfg := our_detr()) is not None:
-        out.append(('DETR', 'DETR', lambda cfg=cfg: their_detr(cfg), cfg, detr_criterion()))
-    return out
+    detr, softmax = our_detr(), CriterionConfig(**DETECTORS['detr'].criterion)
+    return [*out, ('DETR', 'DETR', lambda: their_detr(detr), detr, softmax)]
 
 
 def our_step(model, criterion):

@@ -349,36 +349,18 @@ def need_op(device):
 
 # --- step: each detector once, here and on the CPU ----------------------------------------------------------
 def small_detectors():  # {name: (settings, criterion)}
-    "DINO, Deformable-DETR in its three forms, and DETR where there is one, with a random ResNet-18"
+    "Every detector that the commands know, small, with a random ResNet-18"
     from dataclasses import replace
     from semidetr.detectors.backbone import BackboneConfig
-    from semidetr.detectors.deformable_detr import deformable_detr_small
-    from semidetr.detectors.detector import detector_small
+    from semidetr.detectors.from_detr import DETECTORS
     from semidetr.matching.losses import CriterionConfig
 
-    body = BackboneConfig('resnet18', 'none', (8, 16))
-    made = {'DINO': detector_small(5)}
-    for form in ('plain', 'refine', 'two_stage'):
-        made[f'Deformable-DETR {form}'] = deformable_detr_small(5, form)
-    made = {name: (replace(cfg, backbone=body), CriterionConfig()) for name, cfg in made.items()}
-    with contextlib.suppress(ImportError):
-        from semidetr.detectors.detr import detr_small
-
-        cfg = detr_small(5).untrained()
-        body = replace(body, out_strides=cfg.backbone.out_strides)
-        made['DETR'] = replace(cfg, backbone=body), detr_criterion()
+    made = {}
+    for name, named in DETECTORS.items():
+        cfg = named.small(5).untrained()
+        body = BackboneConfig('resnet18', 'none', cfg.backbone.out_strides)
+        made[name] = replace(cfg, backbone=body), CriterionConfig(**named.criterion)
     return made
-
-
-def detr_criterion():
-    "Cross entropy over the classes and `no object` where the losses have it"
-    from semidetr.core import ConfigError
-    from semidetr.matching.losses import CriterionConfig
-
-    try:
-        return CriterionConfig(cls_loss='softmax')
-    except ConfigError:
-        return CriterionConfig()
 
 
 @contextlib.contextmanager
