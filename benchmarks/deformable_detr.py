@@ -193,7 +193,7 @@ def convert(state):  # (backbone under torchvision's names, the rest under ours)
 
 
 # --- ours with the same weights -----------------------------------------------------------------------------
-def _half_resnet(norm_layer):
+def _half_resnet(norm_layer, **dilation):
     "ResNet-18 of half the width"
 
     class Half(ResNet):
@@ -202,7 +202,7 @@ def _half_resnet(norm_layer):
                 self.inplanes = 32
             return super()._make_layer(block, planes // 2, *args, **kw)
 
-    model = Half(BasicBlock, [2, 2, 2, 2], norm_layer=norm_layer)
+    model = Half(BasicBlock, [2, 2, 2, 2], norm_layer=norm_layer, **dilation)
     model.conv1, model.bn1 = nn.Conv2d(3, 32, 7, 2, 3, bias=False), norm_layer(32)
     model.fc = nn.Linear(256, 1)
     return model

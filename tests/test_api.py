@@ -102,12 +102,7 @@ def test_the_two_signatures_agree():
 
 def test_settings_as_a_dict(coco):
     as_list = ['optim.lr=0.002', 'run.test=false', 'optim.steps=[10, 20]', 'optim.schedule=step']
-    as_dict = {
-        'optim.lr': 0.002,
-        'run.test': False,
-        'optim.steps': [10, 20],
-        'optim.schedule': 'step',
-    }
+    as_dict = {'optim.lr': 0.002, 'run.test': False, 'optim.steps': [10, 20], 'optim.schedule': 'step'}
     a, b = (api.plan_run(data=str(coco), settings=s).cfg for s in (as_list, as_dict))
     assert a == b and a.optim.steps == (10, 20)
     nested = api.plan_run(data=str(coco), config=dict(optim=dict(lr=0.002))).cfg

@@ -506,7 +506,8 @@ def test_another_assignment_in_the_first_stage(name):
     o, targets = make(layers=2, Q=30)
     cfg = CriterionConfig(o2m=name, alpha=0.5, beta=2.0)
     got = set_criterion(o, targets, 'o2m', cfg, o2m=o2m_of(name))
-    logits, boxes, names = losses._stacked(o)
+    [(layers, names)] = losses._stacked(o)
+    logits, boxes = (torch.stack([x[k] for x in layers]) for k in ('pred_logits', 'pred_boxes'))
     padded = pad_targets(targets)
     labels = padded.labels.expand(3, -1, -1).clone()
     labels[-1] = 0

@@ -523,14 +523,16 @@ def with_detector(
         optim = dataclasses.replace(cfg.optim, **rates)
         return dataclasses.replace(cfg, detector=new, criterion=criterion, optim=optim)
     new = named.small(0)
+    if old.backbone.name == new.backbone.name:
+        backbone = dataclasses.replace(new.backbone, weights=old.backbone.weights)
+        new = dataclasses.replace(new, backbone=backbone)
+    queries = old.num_queries if hasattr(old, 'num_queries') else old.transformer.num_queries
     if named.softmax:
         c = dataclasses.replace(c, cls_loss='focal', class_cost='probability', w_cls=1.0)
     elif hasattr(new, 'num_queries'):
-        new = dataclasses.replace(new, num_queries=old.transformer.num_queries)
+        new = dataclasses.replace(new, num_queries=queries)
     else:
-        new = dataclasses.replace(
-            new, transformer=dataclasses.replace(new.transformer, num_queries=old.transformer.num_queries)
-        )
+        new = dataclasses.replace(new, transformer=dataclasses.replace(new.transformer, num_queries=queries))
     return dataclasses.replace(cfg, detector=new, criterion=c)
 
 
