@@ -40,7 +40,7 @@ def criterion(case):
 
 
 def original_name(name, layers=2):
-    "loss_l1_dn_1 -> loss_bbox_dn: the original gives the last layer no number, and DINO's encoder another name"
+    "loss_l1_dn_1 -> loss_bbox_dn: the original gives the last layer no number"
     term, _, suffix = name.removeprefix('loss_').partition('_')
     suffix = 'dn' if suffix == f'dn_{layers - 1}' else suffix
     return f'loss_{TERMS[term]}' + (f'_{suffix}' if suffix else '')
