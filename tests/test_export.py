@@ -333,7 +333,7 @@ def test_onnx_on_images(small):
 
 @pytest.mark.parametrize('iou, opset', [(0.05, 17), (0.3, 20)])
 def test_suppression_inside_equals_suppression_outside(written, tmp_path, iou, opset):
-    "Oracle: torchvision's suppression of each image, by class; in the first and last version of ONNX's operations"
+    "Oracle: torchvision's suppression of each image, by class; in the first and last opset"
     import onnx
 
     _, cfg, folder, graph = written('plain')

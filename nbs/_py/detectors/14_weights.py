@@ -16,6 +16,8 @@
 # | folder or `.safetensors` of `transformers`, DETR and Deformable-DETR | `hf_detr`, `hf_deformable_detr` |
 # | a ResNet of torchvision, a network of timm | `backbone`: for `detector.backbone.weights`, not for an import |
 # | a run of ours | `ours` |
+#
+# The way back, `semidetr export --run RUN --format transformers`, is there for DETR and Deformable-DETR.
 
 # %%
 #| default_exp detectors.weights
