@@ -53,8 +53,7 @@ def need(
         return import_module(module)
     except ImportError as e:
         raise ConfigError(
-            f"{user} needs '{e.name}', which comes with the extra [{extra}]: "
-            f'in a checkout of the project run `pip install -e .[{extra}]`'
+            f"{user} needs '{e.name}', which comes with the extra [{extra}]: pip install 'semidetr[{extra}]'"
         ) from None
 
 

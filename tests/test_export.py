@@ -1,6 +1,7 @@
 "Exported detectors: safetensors, transformers, ONNX and torch programs predict what the run predicts"
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -15,12 +16,16 @@ from semidetr.core import ConfigError, DataError
 from semidetr.data.catalog import open_dataset
 
 from semidetr.detectors.backbone import BackboneConfig
-from semidetr.detectors.contract import build_detector, class_scores
+from semidetr.detectors.contract import build_detector, candidate_scores
 from semidetr.detectors.deformable_detr import DeformableDETRConfig, deformable_detr_small
-from semidetr.detectors.detector import detector_small
+from semidetr.detectors.denoising import DenoisingConfig
+from semidetr.detectors.detector import DetectorConfig, detector_small
+from semidetr.detectors.detr import DETRConfig, detr_small
+from semidetr.detectors.transformer import TransformerConfig
 from semidetr.train.checkpoint import save_checkpoint
 from semidetr.train.config import preset, to_dict
 from semidetr.train.export import to_safetensors, to_transformers
+from semidetr.train.imports import import_weights
 from semidetr.train.onnx import (
     SCRIPT,
     OnnxPredictor,
@@ -82,7 +87,7 @@ def padded(batch, h, w, seed=0):
 def outputs(model, images, mask):
     with torch.no_grad():
         found = model(images, mask)
-    return class_scores(found), found['pred_boxes']
+    return candidate_scores(found), found['pred_boxes']
 
 
 def onnx_outputs(path, images, mask):
@@ -93,23 +98,51 @@ def onnx_outputs(path, images, mask):
     return [torch.from_numpy(f) for f in found]
 
 
-SMALL = {'dino': detector_small(4), **{f: deformable_detr_small(4, f) for f in FORMS}}
-SMALL['resnet'] = resnet('two_stage')
+LITE0 = BackboneConfig('efficientnet_lite0', out_strides=(8, 16))
+TINY = BackboneConfig('timm:test_resnet', 'none', (8, 16))  # 12 convolutions: quick to record
+SIZES = dict(d_model=32, n_heads=4, n_levels=3, enc_layers=1, dec_layers=2, ffn=48, num_queries=24)
+WAYS = dict(query_content='memory', position_unit='image')  # those of `detector_small`
+SMALL = {'dino': DetectorConfig(4, LITE0, TransformerConfig(**SIZES, **WAYS), DenoisingConfig(num=8))}
+FEW = dict(d_model=32, heads=4, layers=2, ffn=48, num_queries=24)
+for form in FORMS:
+    SMALL[form] = dataclasses.replace(deformable_detr_small(4, form), backbone=TINY, **FEW)
+SMALL['detr'] = dataclasses.replace(
+    detr_small(4), backbone=dataclasses.replace(TINY, out_strides=(8,)), **FEW
+)
 
 
-@pytest.fixture(scope='module', params=SMALL)
-def small(request, tmp_path_factory):
-    "(network, configuration, folder, ONNX file) of a small detector"
-    folder = tmp_path_factory.mktemp(request.param)
-    model, cfg = save_run(folder, SMALL[request.param])
-    return model, cfg, folder, to_onnx(folder, like=cfg)
+def detr(name, stride):
+    backbone = BackboneConfig(name, out_strides=(stride,))
+    return DETRConfig(4, backbone, d_model=48, heads=4, layers=2, enc_layers=1, ffn=40, num_queries=12)
 
 
 @pytest.fixture(scope='module')
-def dino(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('run')
-    model, cfg = save_run(folder, SMALL['dino'])
-    return model, cfg, folder
+def written(tmp_path_factory):
+    "kind -> (network, configuration, folder, ONNX file) of a small detector; each is written once"
+
+    @functools.cache
+    def write(kind):
+        folder = tmp_path_factory.mktemp(kind)
+        model, cfg = save_run(folder, SMALL[kind])
+        return model, cfg, folder, to_onnx(folder, folder / 'm.onnx', like=cfg)
+
+    return write
+
+
+@pytest.fixture(params=SMALL)
+def small(request, written):
+    return written(request.param)
+
+
+@pytest.fixture
+def dino(written):
+    return written('dino')[:3]
+
+
+@pytest.fixture
+def graph(written):
+    "ONNX file of the small DINO"
+    return written('dino')[3]
 
 
 # ---------------------------------------------------------------------------------------- safetensors
@@ -126,6 +159,14 @@ def test_safetensors_round_trip(dino, tmp_path, which):
     states = a.state_dict(), b.state_dict()
     assert list(states[0]) == list(states[1])
     assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(*(s.values() for s in states)))
+
+
+def test_safetensors_of_detr(tmp_path):
+    _, cfg = save_run(tmp_path, SMALL['detr'])
+    images, mask = padded(2, 96, 120)
+    a, b = (load_model(p)[0] for p in (tmp_path, to_safetensors(tmp_path)))
+    assert load_model(tmp_path / 'model.safetensors')[1] == cfg
+    assert all(torch.equal(x, y) for x, y in zip(outputs(a, images, mask), outputs(b, images, mask)))
 
 
 def test_safetensors_metadata_are_readable_by_anyone(dino, tmp_path):
@@ -168,8 +209,9 @@ def test_safetensors_that_are_damaged_or_foreign(dino, tmp_path):
 # --------------------------------------------------------------------------------------- transformers
 
 
-@pytest.mark.parametrize('form', FORMS)
-@pytest.mark.parametrize('name', ['resnet18', 'resnet50'])
+@pytest.mark.parametrize(
+    'name, form', [('resnet18', 'plain'), ('resnet18', 'refine'), ('resnet50', 'two_stage')]
+)
 def test_transformers_predicts_the_same(tmp_path, monkeypatch, name, form):
     "from_pretrained misses nothing; logits and boxes of a padded batch agree"
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
@@ -185,6 +227,34 @@ def test_transformers_predicts_the_same(tmp_path, monkeypatch, name, form):
     assert (a['pred_boxes'] - b.pred_boxes).abs().max() < 1e-4
     assert float(a['pred_logits'].std()) > 0.05
     assert list(theirs.config.id2label.values()) == CLASSES
+
+
+@pytest.mark.parametrize('name, stride', [('resnet18', 32), ('resnet50', 16), ('resnet50_dc5', 16)])
+def test_transformers_predicts_the_same_as_detr(tmp_path, monkeypatch, name, stride):
+    """A width that is no multiple of 32, other depths of encoder and decoder, and a dilated backbone
+
+    The import of the folder gives the same tensors, settings and classes."""
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    library = pytest.importorskip('transformers')
+    model, cfg = save_run(tmp_path, detr(name, stride))
+    out = to_transformers(tmp_path, like=cfg)
+    theirs, info = library.DetrForObjectDetection.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    images, mask = padded(2, 128, 160)
+    with torch.no_grad():
+        a, b = model(images, mask), theirs.eval()(pixel_values=images, pixel_mask=(~mask).long())
+    assert a['pred_logits'].shape == b.logits.shape == (2, 12, 5)
+    assert (a['pred_logits'] - b.logits).abs().max() < 1e-4
+    assert (a['pred_boxes'] - b.pred_boxes).abs().max() < 1e-4
+    assert float(a['pred_logits'].std()) > 0.05
+    assert list(theirs.config.id2label.values()) == CLASSES
+    processor = library.AutoImageProcessor.from_pretrained(out)
+    assert dict(processor.size)['shortest_edge'] == cfg.view.eval_short
+    report = import_weights(out, tmp_path / 'back')
+    again, again_cfg, classes = load_model(tmp_path / 'back')
+    assert report.kind == 'hf_detr' and report.count('unused') == 0 and classes == CLASSES
+    assert (again_cfg.detector.backbone.name, again_cfg.detector.backbone.out_strides) == (name, (stride,))
+    assert all(torch.equal(t, model.state_dict()[k]) for k, t in again.state_dict().items())
 
 
 def test_transformers_processor_sees_what_we_see(tmp_path, monkeypatch):
@@ -207,6 +277,10 @@ def test_transformers_refuses_what_would_change(tmp_path):
         'no class for this DINO': detector_small(4),
         'drops activation and epsilon': deformable_detr_small(4),
         'multiple of 32': resnet('plain', d_model=40),
+        'drops activation': detr_small(4),
+        'no dilated backbone': DeformableDETRConfig(
+            4, BackboneConfig('resnet50_dc5', out_strides=(16,)), 32, 1
+        ),
     }
     for number, (message, settings) in enumerate(cases.items()):
         _, cfg = save_run(tmp_path / str(number), settings)
@@ -231,10 +305,10 @@ def test_onnx_agrees_at_any_size_and_batch(small):
         assert (wanted[0].sort(1).values - got[0].sort(1).values).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('form', [*FORMS, 'detr'])
 def test_recording_leaves_the_network_as_it_was(form):
     "Weights, modes and outputs, of networks with dropout"
-    model = random_network(resnet(form))
+    model = random_network(detr('resnet18', 32) if form == 'detr' else resnet(form, layers=1))
     images, mask = padded(2, 96, 120)
     before = outputs(model, images, mask)
     _record(model, None, 17)
@@ -257,13 +331,16 @@ def test_onnx_on_images(small):
     assert theirs.draw(images[0]).size == images[0].size
 
 
-@pytest.mark.parametrize('iou', [0.05, 0.3])
-def test_suppression_inside_equals_suppression_outside(dino, tmp_path, iou):
-    "Oracle: torchvision's suppression of each image, by class"
-    model, _, folder = dino
-    plain, inside = to_onnx(folder, tmp_path / 'a.onnx'), to_onnx(folder, tmp_path / 'b.onnx', nms=iou)
+@pytest.mark.parametrize('iou, opset', [(0.05, 17), (0.3, 20)])
+def test_suppression_inside_equals_suppression_outside(written, tmp_path, iou, opset):
+    "Oracle: torchvision's suppression of each image, by class; in the first and last opset"
+    import onnx
+
+    _, cfg, folder, graph = written('plain')
+    inside = to_onnx(folder, tmp_path / 'b.onnx', nms=iou, opset=opset, like=cfg)
+    assert onnx.load(inside).opset_import[0].version == opset
     images, mask = padded(3, 128, 128)
-    scores, boxes = onnx_outputs(plain, images, mask)
+    scores, boxes = onnx_outputs(graph, images, mask)
     kept_scores, same_boxes = onnx_outputs(inside, images, mask)
     assert torch.equal(boxes, same_boxes)
     for s, b, k in zip(scores, boxes, kept_scores):
@@ -289,17 +366,8 @@ def test_onnx_metadata_and_inputs(small):
     onnx.checker.check_model(proto)
 
 
-@pytest.mark.parametrize('opset', [18, 20])
-def test_other_opsets(dino, tmp_path, opset):
-    import onnx
-
-    path = to_onnx(dino[2], tmp_path / 'm.onnx', nms=0.5, opset=opset)
-    assert onnx.load(path).opset_import[0].version == opset
-
-
-def test_ten_lines_without_the_package(dino, tmp_path):
+def test_ten_lines_without_the_package(dino, graph, tmp_path):
     "The printed boxes are those of the run; the file is rotated by its EXIF tag"
-    path = to_onnx(dino[2], tmp_path / 'm.onnx')
     photo = tmp_path / 'photo.jpg'
     exif = Image.Exif()
     exif[274] = 6
@@ -307,7 +375,7 @@ def test_ten_lines_without_the_package(dino, tmp_path):
     (tmp_path / 'detect.py').write_text(SCRIPT)
     ours = Predictor(dino[2], 'cpu', threshold=0.0)(photo)
     middle = float(ours['scores'][:6].mean())
-    command = [sys.executable, '-I', 'detect.py', path, photo, str(middle)]
+    command = [sys.executable, '-I', 'detect.py', graph, photo, str(middle)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 'semidetr' not in SCRIPT
@@ -329,8 +397,8 @@ def test_a_wrong_graph_is_not_written(dino, tmp_path, monkeypatch):
     assert '\n' not in str(e.value) and not (tmp_path / 'm.onnx').exists()
 
 
-def test_onnx_refusals(dino, tmp_path):
-    path = to_onnx(dino[2], tmp_path / 'm.onnx')
+def test_onnx_refusals(dino, graph, tmp_path):
+    path = graph
     with pytest.raises(ConfigError, match='exported already'):
         to_onnx(path, tmp_path / 'n.onnx')
     with pytest.raises(ConfigError, match='opset=9'):
@@ -360,16 +428,15 @@ def test_foreign_onnx(tmp_path):
         open_predictor(tmp_path / 'other.onnx')
 
 
-@pytest.mark.parametrize('kind', ['dino', 'two_stage'])
-def test_onnx_on_real_images(tmp_path, kind):
+@pytest.mark.parametrize('kind', ['dino', 'two_stage', 'detr'])
+def test_onnx_on_real_images(written, kind):
     "Twenty photos of blood cells; the weights are random"
     data = os.environ.get('SEMIDETR_DATA')
     if not data:
         pytest.skip('set SEMIDETR_DATA to the folder with txl_pbc')
     photos = open_dataset(f'{data}/txl_pbc', 'val')
-    _, cfg = save_run(tmp_path, SMALL[kind])
-    path = to_onnx(tmp_path, like=cfg)
-    ours, theirs = Predictor(tmp_path, 'cpu', 0.0, like=cfg), open_predictor(path, threshold=0.0)
+    _, cfg, folder, path = written(kind)
+    ours, theirs = Predictor(folder, 'cpu', 0.0, like=cfg), open_predictor(path, threshold=0.0)
     images = [photos[i].image for i in range(20)]
     for a, b in zip(ours(images, batch=4), theirs(images, batch=4)):
         assert (a['scores'] - b['scores']).abs().max() < 1e-3
@@ -379,41 +446,50 @@ def test_onnx_on_real_images(tmp_path, kind):
 # ----------------------------------------------------------------------------- torch, and all formats
 
 
-@pytest.mark.parametrize('kind', ['dino', 'plain', 'two_stage'])
-def test_torch_program(tmp_path, kind):
-    "The program runs in a process that does not import this package"
-    model, cfg = save_run(tmp_path, SMALL[kind])
-    path = to_exported(tmp_path, like=cfg, size=(96, 128), batch=2)
+def test_torch_programs(written, tmp_path):
+    "They run in a process that does not import this package"
     images, mask = padded(2, 96, 128)
     torch.save([images, mask], tmp_path / 'in.pt')
+    kinds = ('plain', 'detr')
+    for kind in kinds:
+        _, cfg, folder, _ = written(kind)
+        path = to_exported(folder, tmp_path / f'{kind}.pt2', like=cfg, size=(96, 128), batch=2)
+        with pytest.raises(ConfigError, match='torch.export.load'):
+            open_predictor(path)
     code = (
         'import sys, torch\n'
-        'images, mask = torch.load("in.pt")\n'
-        'files = {"classes.json": ""}\n'
-        'net = torch.export.load("model.pt2", extra_files=files).module()\n'
-        'torch.save([list(net(images, mask)), files["classes.json"]], "out.pt")\n'
+        'inputs = torch.load("in.pt")\n'
+        'for kind in sys.argv[1:]:\n'
+        '    files = {"classes.json": ""}\n'
+        '    net = torch.export.load(f"{kind}.pt2", extra_files=files).module()\n'
+        '    torch.save([list(net(*inputs)), files["classes.json"]], f"{kind}.pt")\n'
         'assert not any(m.startswith("semidetr") for m in sys.modules)\n'
     )
-    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, '-c', code, *kinds]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-800:]
-    got, classes = torch.load(tmp_path / 'out.pt', weights_only=False)
-    assert path.name == 'model.pt2' and json.loads(classes) == CLASSES
-    assert unmatched(outputs(model, images, mask), got) <= 0.01
-    with pytest.raises(ConfigError, match='torch.export.load'):
-        open_predictor(path)
+    for kind in kinds:
+        got, classes = torch.load(tmp_path / f'{kind}.pt', weights_only=False)
+        assert json.loads(classes) == CLASSES
+        assert unmatched(outputs(written(kind)[0], images, mask), got) <= 0.01
 
 
-def test_export_run_writes_each_format_once(tmp_path):
-    _, cfg = save_run(tmp_path, resnet('two_stage', d_model=32, layers=1))
-    names = dict(onnx='model.onnx', safetensors='model.safetensors', transformers='transformers')
-    for format, name in names.items():
-        path = export_run(tmp_path, format, like=cfg)
-        assert path == tmp_path / name and path.exists()
+def test_export_run_writes_each_format(tmp_path):
+    "Under its usual name or where it is told to, and over what is there only if that is said"
+    _, cfg = save_run(tmp_path, resnet('two_stage', layers=1))
+    for format in ('safetensors', 'transformers'):
+        assert export_run(tmp_path, format, tmp_path / 'sub' / format, like=cfg).exists()
+    for format, name in dict(onnx='model.onnx', safetensors='model.safetensors').items():
+        (tmp_path / name).write_text('old')
         with pytest.raises(ConfigError, match='exists already') as e:
             export_run(tmp_path / 'last.pt', format, like=cfg)
-        assert name in str(e.value)
-        assert export_run(tmp_path, format, like=cfg, overwrite=True) == path
-        assert export_run(tmp_path, format, tmp_path / 'sub' / name, like=cfg).exists()
+        assert name in str(e.value) and (tmp_path / name).read_text() == 'old'
+        assert export_run(tmp_path, format, like=cfg, overwrite=True) == tmp_path / name
+        assert (tmp_path / name).stat().st_size > 1000
+    assert export_run(tmp_path, 'transformers', like=cfg) == tmp_path / 'transformers'
+    with pytest.raises(ConfigError, match='exists already'):
+        export_run(tmp_path, 'transformers', like=cfg)
+    assert export_run(tmp_path, 'transformers', like=cfg, overwrite=True).is_dir()
     with pytest.raises(ConfigError, match="did you mean 'onnx'"):
         export_run(tmp_path, 'onx')
     with pytest.raises(ConfigError, match='onnx only'):
@@ -425,13 +501,12 @@ def test_export_run_writes_each_format_once(tmp_path):
 @pytest.mark.parametrize('missing, format', [('onnx', 'onnx'), ('safetensors.torch', 'safetensors')])
 def test_a_missing_library_is_named(dino, tmp_path, monkeypatch, missing, format):
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ConfigError, match=r'extra \[export\]') as e:
+    with pytest.raises(ConfigError, match=r"pip install 'semidetr\[export\]'") as e:
         export_run(dino[2], format, tmp_path / 'x')
     assert '\n' not in str(e.value) and not (tmp_path / 'x').exists()
 
 
-def test_a_missing_onnxruntime_is_named(dino, tmp_path, monkeypatch):
-    path = to_onnx(dino[2], tmp_path / 'm.onnx')
+def test_a_missing_onnxruntime_is_named(graph, monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
     with pytest.raises(ConfigError, match='onnxruntime'):
-        open_predictor(path)
+        open_predictor(graph)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -51,6 +52,15 @@ def full_size(name):
     return meta_state(FULL / f'keys_{name}.tsv')
 
 
+@pytest.fixture
+def build_once(monkeypatch):
+    "Do not build the same network again for every fault of a file"
+    monkeypatch.setattr(W, 'wanted_shapes', wanted_once)
+
+
+wanted_once = functools.lru_cache(W.wanted_shapes)
+
+
 def is_copy(name, report):
     "May a file lack this tensor, because it holds the same one elsewhere, or head 0 stands for all?"
     rows = {row.key: row for row in report.rows}
@@ -60,7 +70,7 @@ def is_copy(name, report):
 
 @needs_full
 @pytest.mark.parametrize('name', FORMATS)
-def test_every_name_of_a_full_size_file_has_its_place(name):
+def test_every_name_of_a_full_size_file_has_its_place(name, build_once):
     count, kind, expected = FORMATS[name]
     state = full_size(name)
     assert len(state) == count and N.recognise(state) == kind
@@ -80,7 +90,7 @@ def test_every_name_of_a_full_size_file_has_its_place(name):
 
 @needs_full
 @pytest.mark.parametrize('name', FORMATS)
-def test_a_missing_renamed_or_reshaped_tensor_is_named(name):
+def test_a_missing_renamed_or_reshaped_tensor_is_named(name, build_once):
     state = full_size(name)
     report = W.convert(state).report
     alone = [k for k in state if not is_copy(k, report)]
@@ -141,7 +151,7 @@ def test_every_name_of_the_official_checkpoint_has_its_place():
         'student.bbox_head.label_enc.weight',
     ],
 )
-def test_a_missing_tensor_of_the_official_checkpoint_is_named(key):
+def test_a_missing_tensor_of_the_official_checkpoint_is_named(key, build_once):
     state = official()
     with pytest.raises(DataError, match=f'missing {key}'):
         W.convert({k: v for k, v in state.items() if k != key})

@@ -51,7 +51,9 @@ def backbone_of(
     "Which ResNet, and which strides it hands out"
     blocks = [_numbers(shapes, rf'backbone\.body\.layer{s}\.(\d+)\.') for s in (1, 2, 3, 4)]
     convolutions = 3 if any(re.match(r'backbone\.body\.layer\d\.\d+\.conv3\.', k) for k in shapes) else 2
-    name = RESNETS.get((*blocks, convolutions))
+    present = blocks[: _numbers(shapes, r'backbone\.body\.layer(\d)\.') - 1]  # the last stages may be cut off
+    fit = [r for r in RESNETS if r[4] == convolutions and list(r[: len(present)]) == present]
+    name = RESNETS[fit[0]] if fit and present else None
     if name is None:
         known = ', '.join(RESNETS.values())
         raise DataError(f'{origin}: a backbone of {blocks} blocks is none of {known}; give `backbone`')

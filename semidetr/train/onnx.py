@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from ..boxes import cxcywh_to_xyxy
 from ..core import ConfigError, atomic_write, need, suggest
-from ..detectors import attention, backbone, deformable_detr, detector, transformer
+from ..detectors import attention, backbone, deformable_detr, detector, detr, transformer
 from ..detectors.contract import candidate_scores
 from .exported import description, open_session
 from .export import output_path, to_safetensors, to_transformers
@@ -116,6 +116,7 @@ def traceable():
         (deformable_detr, 'point_areas', _point_areas),
         (deformable_detr, 'table_queries', _table_queries),
         (detector, 'level_masks', _masks),
+        (detr, 'level_masks', _masks),
         (transformer, '_frequencies', transformer._frequencies.__wrapped__),
         (transformer, '_full_size', _full_size),
         (transformer, 'select_queries', _select),

@@ -472,7 +472,7 @@ class DETR(nn.Module):
         alone: bool = False,  # only the extra ones
     ) -> tuple:  # (content (B,N,d), pos (B,N,d), blocked (N,N) or None, {name: slice})
         "Extra queries, then the matching ones, whose content is zero"
-        table = self.query_embed.weight.to(encoded.memory.dtype).expand(len(encoded.memory), -1, -1)
+        table = self.query_embed.weight.to(encoded.memory.dtype).expand(encoded.memory.shape[0], -1, -1)
         content, logits, blocked, slices = combine_extras(extras, self.cfg.num_queries)
         if not extras:
             return torch.zeros_like(table), table, None, slices

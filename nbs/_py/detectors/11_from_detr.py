@@ -224,6 +224,7 @@ plt.show()
 # - All detectors have one contract and differ in attention, queries, references, scores and denoising.
 # - A name stands for a detector in two sizes, with the criterion of its release.
 # - Every method trains each of them; what is missing is left out or has a counterpart.
+# - DETR and Deformable-DETR with a ResNet can be exported for `transformers`; DINO has no class there.
 #
 # ## Exercises
 #

@@ -16,6 +16,8 @@
 # | folder or `.safetensors` of `transformers`, DETR and Deformable-DETR | `hf_detr`, `hf_deformable_detr` |
 # | a ResNet of torchvision, a network of timm | `backbone`: for `detector.backbone.weights`, not for an import |
 # | a run of ours | `ours` |
+#
+# The way back, `semidetr export --run RUN --format transformers`, is there for DETR and Deformable-DETR.
 
 # %%
 #| default_exp detectors.weights
@@ -91,7 +93,9 @@ def backbone_of(
     "Which ResNet, and which strides it hands out"
     blocks = [_numbers(shapes, rf'backbone\.body\.layer{s}\.(\d+)\.') for s in (1, 2, 3, 4)]
     convolutions = 3 if any(re.match(r'backbone\.body\.layer\d\.\d+\.conv3\.', k) for k in shapes) else 2
-    name = RESNETS.get((*blocks, convolutions))
+    present = blocks[: _numbers(shapes, r'backbone\.body\.layer(\d)\.') - 1]  # the last stages may be cut off
+    fit = [r for r in RESNETS if r[4] == convolutions and list(r[: len(present)]) == present]
+    name = RESNETS[fit[0]] if fit and present else None
     if name is None:
         known = ', '.join(RESNETS.values())
         raise DataError(f'{origin}: a backbone of {blocks} blocks is none of {known}; give `backbone`')
@@ -172,6 +176,9 @@ blocks = {
 maps = {f'input_proj.{l}.0.weight': (256, w, 1, 1) for l, w in enumerate((512, 1024, 2048))}
 seen = backbone_of(blocks | maps | {'input_proj.3.0.weight': (256, 2048, 3, 3)})
 assert (seen.name, seen.out_strides) == ('resnet50', (8, 16, 32))
+without_stage4 = {k: v for k, v in blocks.items() if 'layer4' not in k}
+cut = backbone_of(without_stage4 | {'input_proj.weight': (256, 1024, 1, 1)})
+assert (cut.name, cut.out_strides) == ('resnet50', (16,))
 seen
 
 

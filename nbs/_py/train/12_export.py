@@ -33,6 +33,8 @@ from pathlib import Path
 import torch
 from semidetr.core import ConfigError, DataError, atomic_write, need
 from semidetr.detectors.deformable_detr import DeformableDETRConfig
+from semidetr.detectors.detr import DETRConfig
+from semidetr.detectors.weight_names import COUNTER, foreign_name, rules_of
 from semidetr.train.exported import SAFE_FORMAT, description
 from semidetr.train.predict import load_model
 
@@ -249,6 +251,35 @@ in_proj = weights['transformer.decoder.layers.0.self_attn.in_proj_weight']
 assert torch.equal(theirs['model.decoder.layers.0.self_attn.k_proj.weight'], in_proj[32:64])
 len(weights), len(theirs)
 
+
+# %% [markdown]
+# DETR has one pair of heads and needs no second names. Its table is the one of the import (@sec-weight-names),
+# read backwards.
+
+# %%
+#| export
+def detr_names(
+    state: dict,  # state dict of a `DETR` with a ResNet
+    with_timm: bool = False,  # name the backbone as timm does, for a dilated one
+) -> dict:  # state dict as on the disk
+    "The weights under the names of transformers; fused attention is split (@eq-export-split)"
+    rules, out = rules_of('hf_detr', () if with_timm else ('model.stages.',)), {}
+    for name, t in state.items():
+        if name.endswith(COUNTER):
+            continue
+        if '.in_proj_' not in name:
+            out[foreign_name(name, rules)] = t
+            continue
+        for part, rows in enumerate(t.chunk(3)):
+            out[foreign_name(name, [r for r in rules if r.part == part])] = rows
+    return out
+
+
+# %%
+fused = {'transformer.decoder.layers.0.multihead_attn.in_proj_bias': torch.arange(6)}
+assert torch.equal(detr_names(fused)['model.decoder.layers.0.encoder_attn.v_proj.bias'], torch.tensor([4, 5]))
+list(detr_names(fused))
+
 # %% [markdown]
 # ## A folder for `from_pretrained`
 #
@@ -261,7 +292,10 @@ len(weights), len(theirs)
 # - **A backbone other than ResNet.** `transformers` replaces each batch norm by one with
 #   $\epsilon=10^{-5}$ and no activation. In EfficientNet-Lite0 $\epsilon$ is $10^{-3}$ and the activation is
 #   part of the norm, so its features would change without an error.
-# - **A width that 32 does not divide**: the groups of its group norms are always 32.
+# - **A Deformable-DETR of a width that 32 does not divide**: the groups of its group norms are always 32.
+#
+# The ResNet of `transformers` cannot be dilated, so a backbone *DC5* is written under the names of timm, and
+# the program that loads it needs timm.
 
 # %%
 #| export
@@ -275,8 +309,15 @@ _STAGE = {4: 'stage1', 8: 'stage2', 16: 'stage3', 32: 'stage4'}  # stride -> nam
 OTHER_FORMATS = 'use onnx, torch or safetensors'
 
 
+def _is_dilated(b):
+    "Is the last stage of a ResNet dilated (DC5)?"
+    return b.name.endswith('_dc5')
+
+
 def _backbone_settings(b):
     "config.json's part for a ResNet, cut after the last stage in use"
+    if _is_dilated(b):
+        return _timm_settings(b)
     if b.name not in _RESNETS:
         raise ConfigError(
             f"transformers cannot run the backbone '{b.name}' (it drops activation and epsilon of its norms)"
@@ -297,6 +338,26 @@ def _backbone_settings(b):
     )
 
 
+def _timm_settings(b):
+    "config.json's part for a dilated ResNet; timm counts its maps from stride 2, two of them have stride 16"
+    if b.out_strides != (16,):
+        raise ConfigError(f'transformers has one map of {b.name}, not {b.out_strides}; {OTHER_FORMATS}')
+    return dict(
+        model_type='timm_backbone',
+        backbone=b.name.removesuffix('_dc5'),
+        output_stride=16,
+        out_indices=[4],
+        use_pretrained_backbone=False,
+    )
+
+
+def _class_settings(classes):
+    "config.json's part for the names of classes"
+    return dict(
+        id2label={str(i): c for i, c in enumerate(classes)}, label2id={c: i for i, c in enumerate(classes)}
+    )
+
+
 def deformable_settings(
     settings: DeformableDETRConfig,  # of the network
     classes: list,  # names, in the order of the labels
@@ -308,6 +369,8 @@ def deformable_settings(
             f'transformers needs a width of a multiple of 32, not detector.d_model={s.d_model}; '
             f'{OTHER_FORMATS}'
         )
+    if _is_dilated(s.backbone):
+        raise ConfigError(f'transformers has no dilated backbone for Deformable-DETR; {OTHER_FORMATS}')
     backbone = _backbone_settings(s.backbone)
     shape = dict(d_model=s.d_model, num_queries=s.num_queries, two_stage_num_proposals=s.num_queries)
     for stack in ('encoder', 'decoder'):
@@ -325,18 +388,50 @@ def deformable_settings(
         dropout=s.dropout,
         attention_dropout=s.dropout,
         activation_dropout=s.dropout,
-        id2label={str(i): c for i, c in enumerate(classes)},
-        label2id={c: i for i, c in enumerate(classes)},
+        **_class_settings(classes),
+        **shape,
+    )
+
+
+# %%
+sizes = deformable_settings(mine.detector, names)
+assert sizes['id2label']['2'] == '細胞' and sizes['backbone_config']['depths'] == [2, 2, 2]
+sizes['backbone_config']
+
+
+# %%
+#| export
+def detr_settings(
+    settings: DETRConfig,  # of the network
+    classes: list,  # names, in the order of the labels
+) -> dict:  # content of config.json
+    "The network's sizes under the names of transformers; `ConfigError` if it cannot run there"
+    s = settings
+    shape = dict(d_model=s.d_model, num_queries=s.num_queries)
+    depths = dict(encoder=s.layers if s.enc_layers is None else s.enc_layers, decoder=s.layers)
+    for stack, layers in depths.items():
+        shape[f'{stack}_layers'], shape[f'{stack}_ffn_dim'] = layers, s.ffn
+        shape[f'{stack}_attention_heads'] = s.heads
+    return dict(
+        architectures=['DetrForObjectDetection'],
+        model_type='detr',
+        backbone_config=_backbone_settings(s.backbone),
+        use_timm_backbone=False,
+        dropout=s.dropout,
+        attention_dropout=s.dropout,
+        activation_dropout=s.dropout,
+        **_class_settings(classes),
         **shape,
     )
 
 
 def preprocessing(
     view,  # ViewConfig of the run
+    detector: str = 'DeformableDetr',  # or 'Detr': whose image processor
 ) -> dict:  # content of preprocessor_config.json
     "Resizing and normalisation of a view (@eq-exported-normalise) for the image processor of transformers"
     return dict(
-        image_processor_type='DeformableDetrImageProcessor',
+        image_processor_type=f'{detector}ImageProcessor',
         do_resize=True,
         size=dict(shortest_edge=view.eval_short, longest_edge=view.max_side),
         resample=2,
@@ -351,14 +446,26 @@ def preprocessing(
 
 
 # %%
-sizes = deformable_settings(mine.detector, names)
-assert sizes['id2label']['2'] == '細胞' and sizes['backbone_config']['depths'] == [2, 2, 2]
-assert preprocessing(mine.view)['size'] == dict(shortest_edge=96, longest_edge=160)
-sizes['backbone_config']
+release = detr_settings(DETRConfig(91, BackboneConfig('resnet50_dc5', out_strides=(16,))), ['a'] * 91)
+assert release['backbone_config']['output_stride'] == 16 and release['encoder_layers'] == 6
+preprocessing(mine.view)['size']
 
 
 # %%
 #| export
+def _translated(model, detector, view, classes):
+    "(config.json, preprocessor_config.json, weights) of a network that transformers can run"
+    state = model.state_dict()
+    if isinstance(detector, DETRConfig):
+        weights = detr_names(state, _is_dilated(detector.backbone))
+        return detr_settings(detector, classes), preprocessing(view, 'Detr'), weights
+    if isinstance(detector, DeformableDETRConfig):
+        return deformable_settings(detector, classes), preprocessing(view), deformable_names(state, detector)
+    name = type(model).__name__
+    kind = 'DINO' if name == 'Detector' else name
+    raise ConfigError(f'transformers has no class for this {kind}; {OTHER_FORMATS}')
+
+
 def to_transformers(
     run,  # folder of a run, or its .pt file
     out=None,  # folder to write; None: transformers in the folder of the run
@@ -366,19 +473,17 @@ def to_transformers(
     like=None,  # Config with settings classes of your own, if the run has such
     overwrite: bool = False,  # replace the files in an existing folder
 ) -> Path:  # of the folder
-    "The folder that `DeformableDetrForObjectDetection.from_pretrained` loads; predicts as the run does"
+    "A folder for `from_pretrained` of `DetrForObjectDetection` or `DeformableDetrForObjectDetection`"
     path = output_path(run, 'transformers', out, overwrite)
     write = need('safetensors.torch', 'semidetr export', 'export').save
     model, cfg, classes = load_model(run, which, 'cpu', like)
-    if not isinstance(cfg.detector, DeformableDETRConfig):
-        name = type(model).__name__
-        kind = 'DINO' if name == 'Detector' else name
-        raise ConfigError(f'{run}: transformers has no class for this {kind}; {OTHER_FORMATS}')
-    settings = deformable_settings(cfg.detector, classes)
-    tensors = _plain_tensors(deformable_names(model.state_dict(), cfg.detector))
+    try:
+        settings, processor, weights = _translated(model, cfg.detector, cfg.view, classes)
+    except ConfigError as e:
+        raise ConfigError(f'{run}: {e}') from None
     atomic_write(path / 'config.json', json.dumps(settings, indent=2, ensure_ascii=False))
-    atomic_write(path / 'preprocessor_config.json', json.dumps(preprocessing(cfg.view), indent=2))
-    atomic_write(path / 'model.safetensors', write(tensors, dict(format='pt')))
+    atomic_write(path / 'preprocessor_config.json', json.dumps(processor, indent=2))
+    atomic_write(path / 'model.safetensors', write(_plain_tensors(weights), dict(format='pt')))
     return path
 
 
@@ -403,10 +508,11 @@ except ConfigError as e:
 written
 
 # %% [markdown]
-# In a program that has `transformers`, two lines load it: `DeformableDetrForObjectDetection.from_pretrained`
+# In a program that has `transformers`, two lines load it: `AutoModelForObjectDetection.from_pretrained`
 # and `AutoImageProcessor.from_pretrained`, both with the folder. The tests compare its logits and boxes with
-# ours for the three forms. The image processor rounds the size of a view in its own way, by a
-# pixel or two where the long side is limited; boxes are fractions of the view and hardly notice.
+# ours for DETR, also with DC5, and for the three forms of Deformable-DETR. The image processor rounds the size
+# of a view in its own way, by a pixel or two where the long side is limited; boxes are fractions of the view
+# and change little.
 #
 # Where the bytes are:
 
@@ -427,7 +533,7 @@ plt.show()
 #
 # - Exported weights carry configuration, class names and view settings: what cannot be guessed is written.
 # - A `.safetensors` file stands for a run in `Predictor`; its weights are those of the run, bit for bit.
-# - Deformable-DETR with a ResNet goes to `transformers` in all three forms; the rest is refused.
+# - DETR and Deformable-DETR with a ResNet go to `transformers`; the rest is refused.
 # - Nothing is overwritten unless `overwrite=True` says so.
 #
 # ## Exercises
