@@ -169,9 +169,12 @@ def split(
     Example: semidetr split --data path/to/coco --percent 5 --fold 0 -o split.json
     """
     from semidetr import make_split, open_dataset, read_index_list, save_split
+    from semidetr.core import tell
+    from semidetr.train.run_data import drawn_positions
 
     _free(out, folder=False)
     ds = open_dataset(data, 'train')
+    tell(getattr(ds, 'notes', ()))
     if from_file:
         s, found = read_index_list(from_file, ds, percent, fold, convention, dev or 0, seed)
         _say(f'{from_file}: read as {found}')
@@ -181,6 +184,13 @@ def split(
     save_split(s, out)
     counts = f'{len(s.labelled)} labelled, {len(s.unlabelled)} unlabelled, {len(s.dev)} development images'
     _say(f'{out}: {counts}')
+    kept, empty = drawn_positions(ds, [ds.index_of(i) for i in s.labelled])
+    if empty or len(kept) < len(s.labelled):
+        crowds = len(s.labelled) - len(kept)
+        _say(
+            f'note: of the labelled images {len(kept)} are drawn: {empty} without a box as negatives '
+            f'(data.background), {crowds} with only boxes to be ignored are left out'
+        )
 
 
 # %%

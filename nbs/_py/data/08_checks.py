@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 from semidetr.core import DataError
+from semidetr.text import read_text
 from semidetr.data.datasets import DetectionDataset
 from semidetr.data.files import (
     Fault,
@@ -442,8 +443,8 @@ assert [f.kind for f in shared] == ['class-mismatch', 'shared-image', 'shared-fi
 #| export
 def _overlaps(path, known, keys, fingerprint):
     try:
-        split = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as e:
+        split = json.loads(read_text(path))
+    except (DataError, ValueError, RecursionError) as e:
         yield 'bad-split', f'cannot be read ({reason(e)})'
         return
     if not isinstance(split, dict) or not isinstance(split.get('labelled'), list):

@@ -73,7 +73,7 @@ def _read_result(folder):
     if not path.is_file():
         return None
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding='utf-8'))
     except ValueError:
         result = None
     if not isinstance(result, dict) or not {'hash', 'data', 'metrics'} <= set(result):
@@ -87,7 +87,7 @@ def _read_result(folder):
 def _read_config(path, cfg):
     "The configuration that a study wrote for a run; its settings may have had other names then"
     try:
-        return from_saved(json.loads(path.read_text()), like=cfg)
+        return from_saved(json.loads(path.read_text(encoding='utf-8')), like=cfg)
     except (ValueError, ConfigError) as e:
         raise ConfigError(f'{path}: {e}; delete this folder, or choose another --out') from None
 

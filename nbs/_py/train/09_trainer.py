@@ -61,7 +61,7 @@ from semidetr.train import health
 from semidetr.train.machine import choose_amp
 from semidetr.train.optim import average_gradients, build_optimizer, gradient_norm, lr_factor
 from semidetr.train.run_data import RunData, build_data, resolve
-from semidetr.train.run_folder import check_same_run
+from semidetr.train.run_folder import check_same_run, keep_progress
 
 
 # %% [markdown]
@@ -89,7 +89,7 @@ class BuiltRun:
         cfg = choose_amp(cfg, run_dir)
         self.dir, self.device = Path(run_dir), pick_device(cfg.run.device)
         self.progress, self.position = progress and is_main(), position
-        self.data = build_data(cfg.data)
+        self.data = build_data(cfg.data, cfg.detector)
         if not len(self.data.labelled):
             raise DataError(
                 f'{cfg.data.data}: no labelled image is left to train on; give more percent or a smaller '
@@ -478,7 +478,7 @@ class Trainer(Evaluation):
     ) -> dict | None:  # content of run.json; None if it was stopped at `until`
         "Train, evaluate on the development part and the test split, write run.json"
         cfg, optim, progress, batches = self.cfg.run, self.cfg.optim, Progress(self), self.batches()
-        with stop_gently() as signals, contextlib.closing(progress), contextlib.closing(batches):
+        with keep_progress(self), stop_gently() as signals, closing(progress), closing(batches):
             for accumulated in batches:
                 before = pack_rng(rng_state())
                 update_teacher(self.teacher, self.student, ema_decay(self.step, self.cfg.ema, bool(cfg.init)))
