@@ -110,20 +110,19 @@ def test_a_tensor_keeps_its_values_and_its_graph():
 @pytest.mark.parametrize(
     'bad,words',
     [
-        (torch.rand(3, 8, 8) * 255, r'\[0, 1\]'),
-        (torch.rand(3, 8, 8) - 0.5, 'not normalised'),
+        (torch.full((3, 8, 8), 200.0), r'\[0, 1\]'),
+        (torch.full((3, 8, 8), -0.5), 'not normalised'),
         (torch.full((3, 8, 8), torch.nan), r'\[0, 1\]'),
         (torch.zeros(3, 8, 8, dtype=torch.long), 'uint8'),
         (torch.zeros(8, 8, 3), r'\(3, H, W\)'),
         (torch.zeros(8, 8), r'\(3, H, W\)'),
         (torch.zeros(3, 0, 8), 'at least one pixel'),
         (np.zeros((8, 8, 4), np.uint8), r'\(H, W, 3\)'),
-        (np.zeros((8, 8, 3), np.float32), 'uint8'),
-        (np.zeros((8, 8), np.uint16), 'uint8'),
+        (np.ones((8, 8, 3), np.float32), 'white'),
         (np.zeros((0, 8, 3), np.uint8), 'at least one pixel'),
         (None, 'NoneType is not an image'),
     ],
-    ids=str,
+    ids=range(11),
 )
 def test_what_is_ambiguous_is_an_error(bad, words):
     with pytest.raises(DataError, match=words):

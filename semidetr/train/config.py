@@ -269,13 +269,16 @@ def _parse(text: str):
 
 def override(
     cfg,  # Config
-    items,  # strings `group.field=value`
+    items,  # strings `group.field=value`; `detector=NAME` is another detector (`with_detector`)
 ):  # Config
     "Change single settings by name, as on the command line: `optim.lr=1e-3`"
     for item in items:
         key, eq, text = item.partition('=')
         if not eq:
             raise ConfigError(f"'{item}' is not of the form group.field=value, e.g. optim.lr=1e-3")
+        if key.strip() == 'detector':
+            cfg = with_detector(cfg, text.strip())
+            continue
         value, path = _parse(text), key.strip().split('.')
         old = cfg
         for p in path[:-1]:

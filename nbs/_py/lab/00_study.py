@@ -29,7 +29,7 @@ from statistics import mean, stdev
 from semidetr.core import ConfigError, SemiDETRError, suggest
 from semidetr.semi.methods import METHODS
 from semidetr.train import health, trainer
-from semidetr.train.config import override, preset, with_detector
+from semidetr.train.config import override, preset
 from semidetr.train.machine import prepare
 from semidetr.train.run_folder import finished
 
@@ -206,15 +206,8 @@ gain
 SCALES = ('smoke', 'small', 'gpu')  # seconds on a core, minutes on a core, the paper's machines
 # settings of all runs, of the burn-in, of all arms before their own ones, and of all runs after all others
 LISTS = ('base', 'burn_in', 'later', 'last')
-KEYS = {'about', 'after', 'preset', 'detector', 'scale', 'seeds', 'groups', 'arms', *LISTS, *SCALES}
-SHARED = (
-    'preset',
-    'detector',
-    'base',
-    'burn_in',
-    'last',
-    'groups',
-)  # taken from the study that this one comes `after`
+KEYS = {'about', 'after', 'preset', 'scale', 'seeds', 'groups', 'arms', *LISTS, *SCALES}
+SHARED = ('preset', 'base', 'burn_in', 'last', 'groups')  # taken from the study that this one comes `after`
 
 
 def _is_settings(x):
@@ -246,9 +239,7 @@ VALUES = {  # key -> (what it must be, check)
         _is_groups,
     ),
     **dict.fromkeys(LISTS, ('a list of settings, e.g. ["optim.iters=300"]', _is_settings)),
-    **dict.fromkeys(
-        ('about', 'after', 'preset', 'detector', 'scale'), ('a text', lambda x: isinstance(x, str))
-    ),
+    **dict.fromkeys(('about', 'after', 'preset', 'scale'), ('a text', lambda x: isinstance(x, str))),
     **dict.fromkeys(SCALES, ('a table', lambda x: isinstance(x, dict))),
 }
 
@@ -353,8 +344,6 @@ def load_study(
             raise ConfigError(f'{path}: study {name}{where}: {e}') from None
 
     start = checked('', preset, for_all.get('preset', s['preset']))
-    if s.get('detector'):
-        start = checked('', with_detector, start, s['detector'])
     base = checked(', preset', override, start, own['base'])
     groups = {}
     for picked in itertools.product(*(axis.items() for axis in s.get('groups', {}).values())):
