@@ -69,7 +69,7 @@ def tell(
     "Each different line once as a `Note`, in the first of several processes; commands print `note: ...`"
     lines = list(dict.fromkeys(lines)) if rank() == 0 else []
     if len(lines) > most:
-        lines[most - 1 :] = [f'{len(lines) - most + 1} notes more; `semidetr doctor` lists all']
+        lines[most - 1 :] = [f'{len(lines) - most + 1} more notes; `semidetr doctor` shows those of the data']
     for text in lines:
         warnings.warn(text, Note, stacklevel=3)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 from ..core import DataError
+from ..text import read_text
 from .datasets import DetectionDataset
 from semidetr.data.files import (
     Fault,
@@ -315,8 +316,8 @@ def same_files(
 # %% ../../nbs/data/08_checks.ipynb #7580fc15
 def _overlaps(path, known, keys, fingerprint):
     try:
-        split = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as e:
+        split = json.loads(read_text(path))
+    except (DataError, ValueError, RecursionError) as e:
         yield 'bad-split', f'cannot be read ({reason(e)})'
         return
     if not isinstance(split, dict) or not isinstance(split.get('labelled'), list):

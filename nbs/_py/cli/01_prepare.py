@@ -181,16 +181,19 @@ def split(
     else:
         dev = min(100, len(ds) // 5) if dev is None else dev
         s = make_split(ds, percent, count, fold, dev, seed, cover_classes)
+    labelled, empty, kept = [ds.index_of(i) for i in s.labelled], 0, None
+    if ds.has_boxes:
+        kept, empty = drawn_positions(ds, labelled)
     save_split(s, out)
     counts = f'{len(s.labelled)} labelled, {len(s.unlabelled)} unlabelled, {len(s.dev)} development images'
     _say(f'{out}: {counts}')
-    kept, empty = drawn_positions(ds, [ds.index_of(i) for i in s.labelled])
-    if empty or len(kept) < len(s.labelled):
-        crowds = len(s.labelled) - len(kept)
+    if empty:
         _say(
-            f'note: of the labelled images {len(kept)} are drawn: {empty} without a box as negatives '
-            f'(data.background), {crowds} with only boxes to be ignored are left out'
+            f'note: {empty} of the labelled images have no box; they are used as negatives (data.background)'
         )
+    if kept is not None and len(kept) < len(labelled):
+        n = len(labelled) - len(kept)
+        _say(f'note: {n} of the labelled images have only boxes to be ignored and are left out of training')
 
 
 # %%

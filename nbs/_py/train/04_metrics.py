@@ -334,7 +334,7 @@ def evaluate(
     brief: bool = False,  # only AP and AP50: no sizes, no classes, less to compute
     max_dets: int = 100,  # detections per image that count; another number renames AR100
 ) -> dict:  # AP, AP50, AP75, APs, APm, APl, AR100, voc_AP50; per_class={name: {AP, AP50}}
-    """COCO metrics (of the `max_dets` best detections per image) and VOC AP50, in 0..100, nan where undefined.
+    """COCO metrics of the `max_dets` best detections per image, and VOC AP50; 0..100, nan where undefined.
 
     An image without an entry has no detections; invalid detections raise `DataError`.
     """
@@ -346,10 +346,7 @@ def evaluate(
     if brief:
         return out
     out |= dict(
-        AP75=_mean(p[at[75], :, :, 0]),
-        APs=_mean(p[..., 1]),
-        APm=_mean(p[..., 2]),
-        APl=_mean(p[..., 3]),
+        AP75=_mean(p[at[75], :, :, 0]), APs=_mean(p[..., 1]), APm=_mean(p[..., 2]), APl=_mean(p[..., 3])
     )
     out[f'AR{max_dets}'] = _mean(r[:, :, 0])
     out['per_class'] = {

@@ -23,16 +23,18 @@
 
 # %%
 #| export
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from semidetr.core import ConfigError, DataError
+from semidetr.core import ConfigError, DataError, world_size
 from semidetr.data.catalog import open_dataset
 from semidetr.train.config import config_hash, differences, from_saved, override, to_dict
 
 # %%
 #| hide
 import tempfile
+from types import SimpleNamespace
 import matplotlib.pyplot as plt
 from semidetr.train.config import preset
 
@@ -220,12 +222,50 @@ assert len(refusals) == 2
 refusals
 
 # %% [markdown]
+# ## A file that breaks while a run trains
+#
+# A disk fills, a network drive goes away, a photograph is cut off in the middle: hours after the start a file
+# cannot be read. What the run has learnt until then is saved before the error ends it. (With several processes
+# the last regular checkpoint counts: those that did not fail are at another place.)
+
+# %%
+#| export
+RESUME = 'the same command goes on from there'
+
+
+@contextlib.contextmanager
+def keep_progress(
+    run,  # has step, dir and save()
+):
+    "A `DataError` inside saves the run before it ends it; the message says at which iteration"
+    try:
+        yield
+    except DataError as e:
+        if world_size() > 1 or not run.step:
+            raise
+        run.save()
+        raise DataError(f'{e}; {run.dir} is saved after iteration {run.step}: {RESUME}') from None
+
+
+# %%
+saved_at = []
+toy_run = SimpleNamespace(step=120, dir='runs/mine', save=lambda: saved_at.append(toy_run.step))
+try:
+    with keep_progress(toy_run):
+        raise DataError('photos/7.jpg: image 7 cannot be read; restore it')
+except DataError as e:
+    broken = str(e)
+assert saved_at == [120] and broken.startswith('photos/7.jpg') and RESUME in broken
+broken
+
+# %% [markdown]
 # ## Summary
 #
 # - `folder_state` compares a folder with a configuration: new, stopped, finished, other settings, other data,
 #   or damaged.
 # - A finished run is looked up by its hash and the fingerprint of its data; a checkpoint is not read for it.
 # - `check_same_run` compares the contents of a checkpoint, when the trainer has read it.
+# - `keep_progress` saves a run that a broken file ends.
 #
 # ## Exercises
 #

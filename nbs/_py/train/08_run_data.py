@@ -387,7 +387,10 @@ def queries_of(
     detector,  # settings of a detector
 ) -> tuple:  # (number of queries, 0 if there is none; the setting)
     "How many objects a detector predicts per image, and what sets it"
-    for part, name in ((detector, 'detector'), (getattr(detector, 'transformer', None), 'detector.transformer')):
+    for part, name in (
+        (detector, 'detector'),
+        (getattr(detector, 'transformer', None), 'detector.transformer'),
+    ):
         if getattr(part, 'num_queries', 0):
             return part.num_queries, f'{name}.num_queries'
     return 0, ''

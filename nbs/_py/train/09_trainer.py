@@ -61,7 +61,7 @@ from semidetr.train import health
 from semidetr.train.machine import choose_amp
 from semidetr.train.optim import average_gradients, build_optimizer, gradient_norm, lr_factor
 from semidetr.train.run_data import RunData, build_data, resolve
-from semidetr.train.run_folder import check_same_run, keep_progress
+from semidetr.train.run_folder import RESUME, check_same_run, keep_progress
 
 
 # %% [markdown]
@@ -386,6 +386,11 @@ class Evaluation(Session):
             out[which] = evaluate_model(model, ds, self.cfg.view, self.device, nms, text, both=both)
         return out
 
+    def evaluation_is_due(self) -> bool:
+        "Does `run.eval_every` ask for metrics that are not in the history yet?"
+        every, last = self.cfg.run.eval_every, self.history[-1]['step'] if self.history else 0
+        return bool(every) and self.step % every == 0 and self.step > last
+
     def evaluate_dev(self, log):
         "Metrics on the development part, into the history; the best teacher so far is kept in best.pt"
         if self.data.dev is None:
@@ -459,16 +464,16 @@ class Progress:
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         self.bar.close()
         self.log.close()
 
 
 # %%
 #| export
-RESUME = 'the same command goes on from there'
-
-
 class Trainer(Evaluation):
     "Run a configuration: `Trainer(cfg, 'runs/mine').fit()`; a stopped run in that folder is continued"
 
@@ -478,7 +483,9 @@ class Trainer(Evaluation):
     ) -> dict | None:  # content of run.json; None if it was stopped at `until`
         "Train, evaluate on the development part and the test split, write run.json"
         cfg, optim, progress, batches = self.cfg.run, self.cfg.optim, Progress(self), self.batches()
-        with keep_progress(self), stop_gently() as signals, closing(progress), closing(batches):
+        with keep_progress(self), stop_gently() as signals, progress, contextlib.closing(batches):
+            if self.evaluation_is_due():
+                self.evaluate_dev(progress.log)  # an image of the part was broken when the run was saved
             for accumulated in batches:
                 before = pack_rng(rng_state())
                 update_teacher(self.teacher, self.student, ema_decay(self.step, self.cfg.ema, bool(cfg.init)))
@@ -497,7 +504,7 @@ class Trainer(Evaluation):
                     raise self.failure(e, batch, before, accumulated) from None
                 self.step += 1
                 self.count(scalars, result.boxes, progress.log)
-                if cfg.eval_every and self.step % cfg.eval_every == 0:
+                if self.evaluation_is_due():
                     self.evaluate_dev(progress.log)
                 progress.show(self, scalars)
                 self.spent = progress.time()

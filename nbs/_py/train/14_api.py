@@ -511,14 +511,13 @@ def evaluate_run(
             raise DataError(
                 f'{ds.name}: no box to measure against; to draw detections there is semidetr predict'
             )
-        notes = getattr(ds, 'notes', []) if which == 'teacher' else []
+        notes = getattr(ds, 'notes', [])
         ds, note = by_name(ds, p.classes)
-        tell([*notes, note] if note else notes)
+        if which == 'teacher':
+            tell([*notes, note] if note else notes)
         ds.white = p.cfg.data.white
         text = f'evaluate {which}' if progress else ''
-        result[which] = evaluate_model(
-            p.model, ds, p.cfg.view, p.device, p.nms, text, max_dets=max_dets
-        )
+        result[which] = evaluate_model(p.model, ds, p.cfg.view, p.device, p.nms, text, max_dets=max_dets)
     return ds, result
 
 
