@@ -19,6 +19,7 @@ from torch import Tensor
 from ..core import DataError
 from .entries import as_area
 from semidetr.data.files import (
+    TILES,
     PixelRange,
     Source,
     declared_size,
@@ -157,6 +158,8 @@ def _areas(anns, xywh):  # areas of the file, 0 where there is none or where it 
 def _cure(e, where):  # of an image that cannot be read
     if isinstance(e, PixelRange):
         return 'set data.white: the value of a white pixel, e.g. 1, 255 or 65535'
+    if isinstance(e, Image.DecompressionBombError):
+        return TILES
     return f'restore the file, or delete its entry from {where}'
 
 

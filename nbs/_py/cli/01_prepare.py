@@ -59,7 +59,7 @@ def doctor(
     other: _opt(
         list[str],
         'data set that must not overlap with it, e.g. the unlabelled one (may be repeated); '
-        'default: its val and test splits',
+        'its own val and test splits are always compared',
     ) = None,
     split_file: _opt(list[Path], 'split file to check (may be repeated)') = None,
     split: _opt(str, 'which split of DATA') = 'train',

@@ -35,6 +35,7 @@ from torch import Tensor
 from semidetr.core import DataError
 from semidetr.data.entries import as_area
 from semidetr.data.files import (
+    TILES,
     PixelRange,
     Source,
     declared_size,
@@ -243,6 +244,8 @@ assert _areas([dict(area='7 px'), dict(area=900)], np.array([[0, 0, 4, 4], [0, 0
 def _cure(e, where):  # of an image that cannot be read
     if isinstance(e, PixelRange):
         return 'set data.white: the value of a white pixel, e.g. 1, 255 or 65535'
+    if isinstance(e, Image.DecompressionBombError):
+        return TILES
     return f'restore the file, or delete its entry from {where}'
 
 

@@ -26,7 +26,7 @@ import warnings
 import torch
 from semidetr.core import ConfigError, DataError, tell
 from semidetr.data.catalog import open_dataset
-from semidetr.data.checks import image_files, same_files
+from semidetr.data.checks import constant_fault, image_files, pixel_depth, same_files
 from semidetr.data.datasets import DetectionDataset, Joined, Subset, Unlabelled
 from semidetr.data.splits import load_split, make_split
 from semidetr.train.config import DataConfig
@@ -289,6 +289,21 @@ def _with_white(ds, white):
     return ds
 
 
+def _dark(train, kept, most=8):
+    "Line about labelled images of more than 8 bits that show nearly nothing; '' if the first few are fine"
+    files = image_files(train)
+    for i in kept[:most]:
+        try:
+            found = (
+                files[i] and pixel_depth(files[i]) != '8 bits' and constant_fault(train[i].image, files[i])
+            )
+        except (DataError, OSError):
+            continue  # an image that cannot be read is reported by whoever draws it
+        if found:
+            return f'{files[i]}: {found[2]}; {found[3]}'
+    return ''
+
+
 def _pool(cfg, split, pick, roles):
     "(Unlabelled images or None, lines about it)"
     own = Unlabelled(pick(split.unlabelled)) if split.unlabelled else None
@@ -339,6 +354,8 @@ def build_data(
     if val is not None:
         val, text = by_name(val, train.classes)
         notes += [text] if text else []
+    if text := _dark(train, kept):
+        notes.append(text)
     if empty:
         how = 'are used as negatives' if cfg.background == 'negatives' else 'are left out'
         notes.append(f'{cfg.data}: {empty} labelled images without a box {how} (data.background)')
