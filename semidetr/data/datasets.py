@@ -155,11 +155,13 @@ def _areas(anns, xywh):  # areas of the file, 0 where there is none or where it 
     return np.where((area > size) | ((area < 1) & (size > 144)), np.float32(0), area)
 
 # %% ../../nbs/data/02_datasets.ipynb #693a4854
-def _cure(e, where):  # of an image that cannot be read
+def _cure(e, where, has_boxes):  # of an image that cannot be read
     if isinstance(e, PixelRange):
         return 'set data.white: the value of a white pixel, e.g. 1, 255 or 65535'
     if isinstance(e, Image.DecompressionBombError):
         return TILES
+    if not has_boxes:
+        return f'restore it or take it out of {where}, or leave it out with data.skip_broken=1 or more'
     return f'restore the file, or delete its entry from {where}'
 
 
@@ -216,9 +218,8 @@ class FileDataset(DetectionDataset):
         try:
             return read(path, *args)
         except Exception as e:
-            raise DataError(
-                f'{path}: image {self.ids[n]!r} cannot be read ({reason(e)}); {_cure(e, self.where)}'
-            ) from None
+            cure = _cure(e, self.where, self.has_boxes)
+            raise DataError(f'{path}: image {self.ids[n]!r} cannot be read ({reason(e)}); {cure}') from None
 
     def annotation(self, i: int) -> dict:  # boxes (N,4) xyxy; labels, ignore, area (N,); size (H,W)
         "What the file says about image `i`, without decoding it"

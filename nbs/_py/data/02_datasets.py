@@ -241,11 +241,13 @@ assert _areas([dict(area='7 px'), dict(area=900)], np.array([[0, 0, 4, 4], [0, 0
 
 # %%
 #| export
-def _cure(e, where):  # of an image that cannot be read
+def _cure(e, where, has_boxes):  # of an image that cannot be read
     if isinstance(e, PixelRange):
         return 'set data.white: the value of a white pixel, e.g. 1, 255 or 65535'
     if isinstance(e, Image.DecompressionBombError):
         return TILES
+    if not has_boxes:
+        return f'restore it or take it out of {where}, or leave it out with data.skip_broken=1 or more'
     return f'restore the file, or delete its entry from {where}'
 
 
@@ -304,9 +306,8 @@ class FileDataset(DetectionDataset):
         try:
             return read(path, *args)
         except Exception as e:
-            raise DataError(
-                f'{path}: image {self.ids[n]!r} cannot be read ({reason(e)}); {_cure(e, self.where)}'
-            ) from None
+            cure = _cure(e, self.where, self.has_boxes)
+            raise DataError(f'{path}: image {self.ids[n]!r} cannot be read ({reason(e)}); {cure}') from None
 
     def annotation(self, i: int) -> dict:  # boxes (N,4) xyxy; labels, ignore, area (N,); size (H,W)
         "What the file says about image `i`, without decoding it"
