@@ -214,7 +214,7 @@ def _dark(train, kept, most=8):
             found = (
                 files[i] and pixel_depth(files[i]) != '8 bits' and constant_fault(train[i].image, files[i])
             )
-        except (DataError, OSError):
+        except Exception:
             continue  # an image that cannot be read is reported by whoever draws it
         if found:
             return f'{files[i]}: {found[2]}; {found[3]}'
