@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from test_situations_commands import TINY, pictures, shop, train  # `shop` is a fixture
+from test_situations_commands import TINY, pictures, train  # `shop` is a fixture
 from semidetr.core import DataError
 from semidetr.data.doctor import check_dataset
 from semidetr.train.config import override, preset
