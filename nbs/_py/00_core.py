@@ -334,6 +334,7 @@ def pick_device(
                 'count from cuda:0'
             )
         torch.cuda.set_device(dev)
+        return dev
     try:
         torch.zeros(1, device=dev).item()
     except Exception as e:

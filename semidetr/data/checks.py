@@ -167,7 +167,7 @@ def constant_fault(
         cure = f'it has {depth}, and its largest value is {largest:g}: set data.white, e.g. to {largest:g}'
     return 'warning', 'constant-image', what, cure
 
-
+# %% ../../nbs/data/08_checks.ipynb #762f1a98
 def _size_fault(size, declared, path, where):  # -> (level, kind, what is wrong, cure) or None
     turned, text = image_orientation(path) != 1, f'is {size[0]}x{size[1]}'
     if declared and size != tuple(declared) and not (turned and size == tuple(declared)[::-1]):
@@ -285,7 +285,7 @@ def _class_mismatch(a, b):  # how the class names differ, or None
             differ.append(f"only in {s.where}: {', '.join(sorted(only)[:5])}")
     return '; '.join(differ) or 'same names, another order'
 
-
+# %% ../../nbs/data/08_checks.ipynb #14c1b7cc
 def _paths(source, keys):  # [(image id, path)] of images without a content key: not decoded, or broken
     if isinstance(source.folder, DetectionDataset):
         return []

@@ -164,7 +164,7 @@ def _cure(e, where, has_boxes):  # of an image that cannot be read
         return f'restore it or take it out of {where}, or leave it out with data.skip_broken=1 or more'
     return f'restore the file, or delete its entry from {where}'
 
-
+# %% ../../nbs/data/02_datasets.ipynb #b56df95e
 def _refuse(source):  # the first error, as one line
     for f in source.all_faults():
         if f.level == 'error':
@@ -218,8 +218,10 @@ class FileDataset(DetectionDataset):
         try:
             return read(path, *args)
         except Exception as e:
-            cure = _cure(e, self.where, self.has_boxes)
-            raise DataError(f'{path}: image {self.ids[n]!r} cannot be read ({reason(e)}); {cure}') from None
+            raise DataError(
+                f'{path}: image {self.ids[n]!r} cannot be read ({reason(e)}); '
+                f'{_cure(e, self.where, self.has_boxes)}'
+            ) from None
 
     def annotation(self, i: int) -> dict:  # boxes (N,4) xyxy; labels, ignore, area (N,); size (H,W)
         "What the file says about image `i`, without decoding it"

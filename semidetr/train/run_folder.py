@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'DATA_CHANGED', 'RESUME', 'FolderState', 'changed_settings', 'folder_state', 'finished', 'check_same_run',
-           'keep_progress']
+           'stop_gently', 'keep_progress']
 
 # %% ../../nbs/train/07_run_folder.ipynb #f4206849
 import contextlib
 import json
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from ..core import ConfigError, DataError, world_size
@@ -124,6 +125,28 @@ def check_same_run(
         )
     if old_data != data:
         raise DataError(f'{folder}: {DATA_CHANGED}')
+
+# %% ../../nbs/train/07_run_folder.ipynb #56c07040
+@contextlib.contextmanager
+def stop_gently():
+    "The first Ctrl-C or SIGTERM stops after the current iteration, with a checkpoint; a second one at once"
+    signals, old = [], {}
+
+    def note(sig, frame):
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(sig)
+
+    try:
+        for sig in (signal.SIGINT, signal.SIGTERM):
+            old[sig] = signal.signal(sig, note)
+    except ValueError:
+        pass  # not the main thread: signals stay as they are
+    try:
+        yield signals
+    finally:
+        for sig, handler in old.items():
+            signal.signal(sig, handler)
 
 # %% ../../nbs/train/07_run_folder.ipynb #0a32da54
 RESUME = 'the same command goes on from there'

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['CURVES', 'LOGGED', 'BuiltRun', 'RunState', 'make_loader', 'total_loss', 'clip_and_step', 'mean_scalars',
-           'stop_gently', 'on_any_process', 'Session', 'Evaluation', 'Progress', 'Trainer']
+           'on_any_process', 'Session', 'Evaluation', 'Progress', 'Trainer']
 
 # %% ../../nbs/train/09_trainer.ipynb #82b36df5
 import contextlib
 import json
 import math
-import signal
 import time
 import warnings
 from pathlib import Path
@@ -52,7 +51,7 @@ from . import health
 from .machine import choose_amp
 from .optim import average_gradients, build_optimizer, gradient_norm, lr_factor
 from .run_data import RunData, build_data, resolve
-from .run_folder import RESUME, check_same_run, keep_progress
+from .run_folder import RESUME, check_same_run, keep_progress, stop_gently
 
 # %% ../../nbs/train/09_trainer.ipynb #f7166b92
 class BuiltRun:
@@ -226,28 +225,6 @@ def mean_scalars(
         values = [r[k] for r in rows if k in r]
         out[k] = sum(values) / (len(rows) if k.startswith('loss') else len(values))
     return out
-
-
-@contextlib.contextmanager
-def stop_gently():
-    "The first Ctrl-C or SIGTERM stops after the current iteration, with a checkpoint; a second one at once"
-    signals, old = [], {}
-
-    def note(sig, frame):
-        if signals:
-            raise KeyboardInterrupt
-        signals.append(sig)
-
-    try:
-        for sig in (signal.SIGINT, signal.SIGTERM):
-            old[sig] = signal.signal(sig, note)
-    except ValueError:
-        pass  # not the main thread: signals stay as they are
-    try:
-        yield signals
-    finally:
-        for sig, handler in old.items():
-            signal.signal(sig, handler)
 
 
 def on_any_process(flag: bool, device) -> bool:

@@ -251,6 +251,13 @@ def _cure(e, where, has_boxes):  # of an image that cannot be read
     return f'restore the file, or delete its entry from {where}'
 
 
+# %%
+assert _cure(PixelRange(), 'toy.json', True).startswith('set data.white')
+_cure(OSError(), 'photos', False)
+
+
+# %%
+#| export
 def _refuse(source):  # the first error, as one line
     for f in source.all_faults():
         if f.level == 'error':
@@ -306,8 +313,10 @@ class FileDataset(DetectionDataset):
         try:
             return read(path, *args)
         except Exception as e:
-            cure = _cure(e, self.where, self.has_boxes)
-            raise DataError(f'{path}: image {self.ids[n]!r} cannot be read ({reason(e)}); {cure}') from None
+            raise DataError(
+                f'{path}: image {self.ids[n]!r} cannot be read ({reason(e)}); '
+                f'{_cure(e, self.where, self.has_boxes)}'
+            ) from None
 
     def annotation(self, i: int) -> dict:  # boxes (N,4) xyxy; labels, ignore, area (N,); size (H,W)
         "What the file says about image `i`, without decoding it"

@@ -227,6 +227,14 @@ def constant_fault(
     return 'warning', 'constant-image', what, cure
 
 
+# %%
+toy_black = Image.new('RGB', (40, 40))
+assert constant_fault(toy_black, 'black.jpg')[1] == 'constant-image'
+constant_fault(toy_black, 'black.jpg')[2]
+
+
+# %%
+#| export
 def _size_fault(size, declared, path, where):  # -> (level, kind, what is wrong, cure) or None
     turned, text = image_orientation(path) != 1, f'is {size[0]}x{size[1]}'
     if declared and size != tuple(declared) and not (turned and size == tuple(declared)[::-1]):
@@ -381,6 +389,14 @@ def _class_mismatch(a, b):  # how the class names differ, or None
     return '; '.join(differ) or 'same names, another order'
 
 
+# %%
+names = [Source(n, n, dict(categories=[dict(id=1, name=n), dict(id=2, name='yak')])) for n in ('cow', 'goat')]
+assert _class_mismatch(names[0], names[0]) is None
+_class_mismatch(*names)
+
+
+# %%
+#| export
 def _paths(source, keys):  # [(image id, path)] of images without a content key: not decoded, or broken
     if isinstance(source.folder, DetectionDataset):
         return []

@@ -25,6 +25,7 @@
 #| export
 import contextlib
 import json
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from semidetr.core import ConfigError, DataError, world_size
@@ -221,12 +222,44 @@ for old, old_data in ((to_dict(toy), fingerprint), (other, fingerprint), (to_dic
 assert len(refusals) == 2
 refusals
 
+
 # %% [markdown]
-# ## A file that breaks while a run trains
+# ## Stopped before its end
 #
-# A disk fills, a network drive goes away, a photograph is cut off in the middle: hours after the start a file
+# Ctrl-C stops a run after its current iteration. A disk fills, a network drive goes away, a photograph is cut off in the middle: hours after the start a file
 # cannot be read. What the run has learnt until then is saved before the error ends it. (With several processes
 # the last regular checkpoint counts: those that did not fail are at another place.)
+
+# %%
+#| export
+@contextlib.contextmanager
+def stop_gently():
+    "The first Ctrl-C or SIGTERM stops after the current iteration, with a checkpoint; a second one at once"
+    signals, old = [], {}
+
+    def note(sig, frame):
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(sig)
+
+    try:
+        for sig in (signal.SIGINT, signal.SIGTERM):
+            old[sig] = signal.signal(sig, note)
+    except ValueError:
+        pass  # not the main thread: signals stay as they are
+    try:
+        yield signals
+    finally:
+        for sig, handler in old.items():
+            signal.signal(sig, handler)
+
+
+# %%
+with stop_gently() as signals:
+    signal.raise_signal(signal.SIGINT)
+    after_signal = 'still here'
+assert signals == [signal.SIGINT]
+after_signal, [s.name for s in map(signal.Signals, signals)]
 
 # %%
 #| export
@@ -265,7 +298,7 @@ broken
 #   or damaged.
 # - A finished run is looked up by its hash and the fingerprint of its data; a checkpoint is not read for it.
 # - `check_same_run` compares the contents of a checkpoint, when the trainer has read it.
-# - `keep_progress` saves a run that a broken file ends.
+# - `stop_gently` ends a run after an iteration, `keep_progress` saves one that a broken file ends.
 #
 # ## Exercises
 #

@@ -19,7 +19,6 @@
 import contextlib
 import json
 import math
-import signal
 import time
 import warnings
 from pathlib import Path
@@ -61,7 +60,7 @@ from semidetr.train import health
 from semidetr.train.machine import choose_amp
 from semidetr.train.optim import average_gradients, build_optimizer, gradient_norm, lr_factor
 from semidetr.train.run_data import RunData, build_data, resolve
-from semidetr.train.run_folder import RESUME, check_same_run, keep_progress
+from semidetr.train.run_folder import RESUME, check_same_run, keep_progress, stop_gently
 
 
 # %% [markdown]
@@ -273,28 +272,6 @@ def mean_scalars(
         values = [r[k] for r in rows if k in r]
         out[k] = sum(values) / (len(rows) if k.startswith('loss') else len(values))
     return out
-
-
-@contextlib.contextmanager
-def stop_gently():
-    "The first Ctrl-C or SIGTERM stops after the current iteration, with a checkpoint; a second one at once"
-    signals, old = [], {}
-
-    def note(sig, frame):
-        if signals:
-            raise KeyboardInterrupt
-        signals.append(sig)
-
-    try:
-        for sig in (signal.SIGINT, signal.SIGTERM):
-            old[sig] = signal.signal(sig, note)
-    except ValueError:
-        pass  # not the main thread: signals stay as they are
-    try:
-        yield signals
-    finally:
-        for sig, handler in old.items():
-            signal.signal(sig, handler)
 
 
 def on_any_process(flag: bool, device) -> bool:
