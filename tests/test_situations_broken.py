@@ -1,15 +1,17 @@
 "Images that break, vanish or are too large while a command works"
 
-# ruff: noqa: F811
 from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from test_situations_commands import TINY, pictures, train  # `shop` is a fixture
+import test_situations_commands
+from test_situations_commands import TINY, pictures, train
 from semidetr.core import DataError
 from semidetr.data.doctor import check_dataset
 from semidetr.train.config import override, preset
 from semidetr.train.trainer import Trainer
+
+shop = test_situations_commands.shop  # fixture: six images, one box each
 
 
 def tiny(shop, **settings):
