@@ -13,6 +13,7 @@ import hashlib
 import math
 import os
 import random
+import warnings
 from importlib import import_module
 from pathlib import Path
 import numpy as np
@@ -55,6 +56,22 @@ class DataError(SemiDETRError):
 
 class ConfigError(SemiDETRError):
     "Something in a configuration: an unknown key, a value out of range"
+
+
+class Note(UserWarning):
+    "What was changed, left out or assumed: a line for the user, no fault"
+
+
+def tell(
+    lines,  # iterable of sentences
+    most: int = 8,  # lines; the rest is counted
+):
+    "Each different line once as a `Note`, in the first of several processes; commands print `note: ...`"
+    lines = list(dict.fromkeys(lines)) if rank() == 0 else []
+    if len(lines) > most:
+        lines[most - 1 :] = [f'{len(lines) - most + 1} more notes; `semidetr doctor` shows those of the data']
+    for text in lines:
+        warnings.warn(text, Note, stacklevel=3)
 
 
 def suggest(
@@ -316,6 +333,12 @@ def pick_device(
                 'count from cuda:0'
             )
         torch.cuda.set_device(dev)
+        return dev
+    try:
+        torch.zeros(1, device=dev).item()
+    except Exception as e:
+        why = (str(e).splitlines() or [type(e).__name__])[0][:80]
+        raise ConfigError(f"device '{name}' does not work here ({why}); use auto, cpu or cuda") from None
     return dev
 
 

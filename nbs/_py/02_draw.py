@@ -8,10 +8,14 @@
 
 # %%
 #| export
+import functools
+import os
+from importlib.util import find_spec
+from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
-from semidetr.core import ConfigError, DataError, suggest
+from semidetr.core import ConfigError, DataError, suggest, tell
 
 # %%
 import matplotlib.pyplot as plt
@@ -387,7 +391,8 @@ table
 # ## Without a figure
 #
 # The prediction command and the doctor write images and need neither axes nor margins. The frame is drawn on
-# the first and the last pixel that the box touches.
+# the first and the last pixel that the box touches. Pillow's own font has the letters of English; for other
+# scripts the fonts of matplotlib and of the system are tried.
 
 # %%
 #| export
@@ -396,6 +401,79 @@ def _touched(box, size):
     x1, y1, x2, y2 = (min(max(v, 0), side) for v, side in zip(box, size * 2))
     x1, y1 = min(int(x1), size[0] - 1), min(int(y1), size[1] - 1)
     return x1, y1, max(int(np.ceil(x2)) - 1, x1), max(int(np.ceil(y2)) - 1, y1)
+
+
+_FONT_FOLDERS = (
+    '/usr/share/fonts',
+    '/usr/local/share/fonts',
+    '~/.fonts',
+    '~/.local/share/fonts',
+    '/System/Library/Fonts',
+    '/Library/Fonts',
+    'C:/Windows/Fonts',
+)
+
+
+def _font_files():
+    "Font files of $SEMIDETR_FONT, of matplotlib and of the system, in this order"
+    if own := os.environ.get('SEMIDETR_FONT'):
+        yield own
+    if found := find_spec('matplotlib'):
+        yield Path(found.origin).parent / 'mpl-data' / 'fonts' / 'ttf' / 'DejaVuSans.ttf'
+    for folder in _FONT_FOLDERS:
+        files = sorted(Path(folder).expanduser().rglob('*'))
+        yield from (f for f in files if f.suffix.lower() in ('.ttf', '.otf', '.ttc'))
+
+
+def _shows(font, text):
+    "Has the font a glyph for every character?"
+    missing = bytes(font.getmask('\uffff'))
+    return all(c.isspace() or bytes(font.getmask(c)) != missing for c in set(text))
+
+
+@functools.lru_cache(maxsize=512)
+def font_for(
+    text: str,  # a class name
+    size: int,  # height in pixels
+):  # PIL font, or None if no font here has every character
+    "Pillow's own font if it shows the text, else the first font that does"
+    own, font = os.environ.get('SEMIDETR_FONT'), ImageFont.load_default(size)
+    if text.isascii() or _shows(font, text):
+        return font
+    for file in _font_files():
+        try:
+            font = ImageFont.truetype(str(file), size)
+        except OSError:
+            if file == own:
+                raise ConfigError(
+                    f'SEMIDETR_FONT={own}: cannot be read as a font; give a .ttf, .otf or .ttc file'
+                ) from None
+            continue
+        if _shows(font, text):
+            return font
+    return None
+
+
+# %%
+assert font_for('cat', 12) is not None
+assert font_for('Größe', 12) is None or _shows(font_for('Größe', 12), 'Größe')
+font_for('\uffff', 12)
+
+
+# %%
+#| export
+def _drawn_caption(i, labels, scores, classes, size):
+    "(Text, font) of box `i`; a class name that no font shows is drawn as its number, and a note says so"
+    text, name = _caption(i, labels, scores, classes), _caption(i, labels, None, classes)
+    if font := font_for(name, size):
+        return text, font
+    tell(
+        [
+            f"no font here shows the class name '{name}', which is drawn as #{int(labels[i])}; set the "
+            'environment variable SEMIDETR_FONT to a font file that does'
+        ]
+    )
+    return f'#{int(labels[i])} {_caption(i, None, scores, classes)}'.strip(), ImageFont.load_default(size)
 
 
 def draw_on_image(
@@ -421,9 +499,9 @@ def draw_on_image(
     if style != '-':  # stripes along both axes
         frames &= np.add.outer(np.arange(img.height), np.arange(img.width)) // (4 * width) % 2 == 0
     img.paste(color, mask=Image.fromarray(frames * np.uint8(255)))
-    draw, font = ImageDraw.Draw(img), ImageFont.load_default(max(9, round(min(img.size) / 40)))
+    draw, size = ImageDraw.Draw(img), max(9, round(min(img.size) / 40))
     for i, (x1, y1) in corners.items():
-        text = _caption(i, labels, scores, classes)
+        text, font = _drawn_caption(i, labels, scores, classes, size)
         if not text:
             continue
         w, h = draw.textbbox((0, 0), text, font=font)[2:]
@@ -431,7 +509,7 @@ def draw_on_image(
         draw.rectangle((x, y, x + w, y + h), fill=color)
         draw.text((x, y), text, fill=_ink(color), font=font)
     if not all(finite):
-        draw.text((1, 1), f'{finite.count(False)} not finite', fill='red', font=font)
+        draw.text((1, 1), f'{finite.count(False)} not finite', fill='red', font=ImageFont.load_default(size))
     return img
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..core import DataError
 from .entries import as_area
 from semidetr.data.files import (
+    TILES,
     PixelRange,
     Source,
     declared_size,
@@ -154,12 +155,16 @@ def _areas(anns, xywh):  # areas of the file, 0 where there is none or where it 
     return np.where((area > size) | ((area < 1) & (size > 144)), np.float32(0), area)
 
 # %% ../../nbs/data/02_datasets.ipynb #693a4854
-def _cure(e, where):  # of an image that cannot be read
+def _cure(e, where, has_boxes):  # of an image that cannot be read
     if isinstance(e, PixelRange):
         return 'set data.white: the value of a white pixel, e.g. 1, 255 or 65535'
+    if isinstance(e, Image.DecompressionBombError):
+        return TILES
+    if not has_boxes:
+        return f'restore it or take it out of {where}, or leave it out with data.skip_broken=1 or more'
     return f'restore the file, or delete its entry from {where}'
 
-
+# %% ../../nbs/data/02_datasets.ipynb #b56df95e
 def _refuse(source):  # the first error, as one line
     for f in source.all_faults():
         if f.level == 'error':
@@ -214,7 +219,8 @@ class FileDataset(DetectionDataset):
             return read(path, *args)
         except Exception as e:
             raise DataError(
-                f'{path}: image {self.ids[n]!r} cannot be read ({reason(e)}); {_cure(e, self.where)}'
+                f'{path}: image {self.ids[n]!r} cannot be read ({reason(e)}); '
+                f'{_cure(e, self.where, self.has_boxes)}'
             ) from None
 
     def annotation(self, i: int) -> dict:  # boxes (N,4) xyxy; labels, ignore, area (N,); size (H,W)

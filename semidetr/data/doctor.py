@@ -142,21 +142,28 @@ def _as_source(spec, split, data_root):  # the same; what cannot be opened becom
         return Source(str(spec), str(spec), None, faults=[fault])
 
 # %% ../../nbs/data/09_doctor.ipynb #7d2126c5
-def _others(spec, other, source, split, data_root):  # the sets that must not overlap with `source`
-    if other is not None:
-        others = other if isinstance(other, list | tuple) else [other]
-        return [_as_source(o, 'val', data_root) for o in others]
-    if split != 'train' or not isinstance(spec, str | Path) or source.data is None:
-        return []
+def _splits(spec, known, names, data_root):  # further splits of a data set on disk
     out = []
-    for s in ('val', 'test'):
+    for s in names if isinstance(spec, str | Path) else ():
         try:
             o = _open_source(spec, s, data_root)
         except DataError:
             continue
-        if o.name not in {x.name for x in (source, *out)}:
+        if (o.name, o.where) not in {(x.name, x.where) for x in (*known, *out)}:
             out.append(o)
     return out
+
+
+def _others(spec, other, source, split, data_root):  # (own splits, splits of the other sets)
+    own, given = [], []
+    if split == 'train' and source.data is not None:
+        own = _splits(spec, [source], ('val', 'test'), data_root)
+        own = [o for o in own if o.name != source.name]
+    for o in other if isinstance(other, list | tuple) else [other] if other is not None else []:
+        first = _as_source(o, 'val', data_root)
+        more = _splits(o, [first], ('train', 'test'), data_root) if first.data is not None else []
+        given += [first, *(s for s in more if s.name != first.name)]
+    return own, given
 
 
 def _examine(source, report, quick, threads, progress):  # adds the faults of one set; -> its content keys
@@ -178,7 +185,7 @@ def _examine(source, report, quick, threads, progress):  # adds the faults of on
 # %% ../../nbs/data/09_doctor.ipynb #26bdd420
 def check_dataset(
     spec,  # path or name as for `open_dataset`, or a data set
-    other=None,  # one or several more that must not overlap with it; None: its val and test splits, if any
+    other=None,  # one or several more that must not overlap with it or with its val and test splits
     split_files=(),  # files from `save_split` made for it
     split: str = 'train',  # of `spec`
     quick: bool = False,  # headers only: no decoding, no search for equal images
@@ -190,10 +197,14 @@ def check_dataset(
     source = _as_source(spec, split, data_root)
     report = Report(source.name, source.where)
     keys = _examine(source, report, quick, threads, progress)
-    for o in _others(spec, other, source, split, data_root):
+    own, given = _others(spec, other, source, split, data_root)
+    first = [(source, keys)]  # sets that the others must not overlap with
+    for n, o in enumerate([*own, *given]):
         other_keys = _examine(o, report, quick, threads, progress)
-        if lists_images(source) and lists_images(o):
-            report.faults += faults_between(source, o, keys, other_keys)
+        for s, s_keys in first if n >= len(own) else first[:1]:
+            if lists_images(s) and lists_images(o):
+                report.faults += faults_between(s, o, s_keys, other_keys)
+        first += [(o, other_keys)] if n < len(own) else []
     fingerprint = None
     if not report.errors and not isinstance(source.folder, DetectionDataset):
         ds = FileDataset(source)

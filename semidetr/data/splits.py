@@ -12,6 +12,7 @@ from fractions import Fraction
 from numbers import Integral
 from pathlib import Path
 from ..core import ConfigError, DataError, atomic_write, stable_hash
+from ..text import read_text
 
 # %% ../../nbs/data/05_splits.ipynb #4655d589
 def _plain(image_id):
@@ -141,11 +142,11 @@ def load_split(
     ds=None,  # if given, the split must be of exactly this data set
 ) -> Split:
     "Read a split; raises DataError if the file is no split, or a split of other data"
+    if not Path(path).is_file():
+        raise DataError(f"{path}: no such file; make it with `semidetr split`")
     try:
-        d = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; make it with `semidetr split`") from None
-    except (ValueError, OSError) as e:
+        d = json.loads(read_text(path, cure='make it with `semidetr split`'))
+    except (ValueError, RecursionError) as e:
         raise DataError(f"{path}: cannot be read as JSON ({e})") from None
     if not isinstance(d, dict) or d.pop('semidetr_split', None) != 1:
         raise DataError(
@@ -196,8 +197,8 @@ def _nested(path, table, ds, percent, fold):
 def _read_ids(path, ds, percent, fold, convention):
     "Image ids of a list, and how it was interpreted"
     try:
-        data = json.loads(Path(path).read_text())
-    except (ValueError, OSError) as e:
+        data = json.loads(read_text(path))
+    except (ValueError, RecursionError) as e:
         raise DataError(f"{path}: cannot be read as JSON ({e})") from None
     if convention not in ('auto', 'ids', 'positions'):
         raise ConfigError(f"convention='{convention}' is not one of auto, ids, positions")

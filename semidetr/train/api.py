@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from ..core import ConfigError, DataError, pick_device
+from ..core import ConfigError, DataError, pick_device, tell
+from ..text import read_text
 from ..data.catalog import open_dataset
 from ..semi.methods import METHODS, WITH_UNLABELLED, MethodConfig
 from . import metrics
@@ -105,7 +106,7 @@ def _content(config):
     if not config or isinstance(config, dict):
         return config or {}
     path = Path(config)
-    return (json.loads if path.suffix == '.json' else tomllib.loads)(path.read_text())
+    return (json.loads if path.suffix == '.json' else tomllib.loads)(read_text(path, ConfigError))
 
 
 def _settings(preset, config, items, detector):
@@ -380,6 +381,7 @@ def evaluate_run(
     nms: float | None = None,  # IoU of per-class suppression; None or 0: none
     device: str = 'auto',  # auto, cpu, cuda, cuda:N
     progress: bool = False,  # bars
+    max_dets: int = 100,  # detections per image that count
 ):  # (data set, {'teacher': metrics, 'student': metrics})
     "COCO metrics of both networks of a run, and the data set that they were measured on"
     result, ds = {}, None
@@ -390,12 +392,13 @@ def evaluate_run(
             raise DataError(
                 f'{ds.name}: no box to measure against; to draw detections there is semidetr predict'
             )
+        notes = getattr(ds, 'notes', [])
         ds, note = by_name(ds, p.classes)
-        if note and which == 'teacher':
-            warnings.warn(note)
+        if which == 'teacher':
+            tell([*notes, note] if note else notes)
         ds.white = p.cfg.data.white
         text = f'evaluate {which}' if progress else ''
-        result[which] = evaluate_model(p.model, ds, p.cfg.view, p.device, p.nms, text)
+        result[which] = evaluate_model(p.model, ds, p.cfg.view, p.device, p.nms, text, max_dets=max_dets)
     return ds, result
 
 
@@ -410,6 +413,7 @@ def evaluate(
     ds=None,  # data set, together with `detections`
     detections: dict | None = None,  # as for `semidetr.train.metrics.evaluate`
     brief: bool = False,  # of `detections`: AP and AP50 only
+    max_dets: int = 100,  # detections per image that count
 ) -> dict:  # {'teacher': metrics, 'student': metrics}, in 0..100; for detections: metrics
     """COCO metrics of a run's two networks, as `semidetr eval` prints them.
 
@@ -418,7 +422,7 @@ def evaluate(
     if detections is None and isinstance(data, dict):
         detections, brief = data, part is True or brief
     if detections is not None:
-        return metrics.evaluate(run if ds is None else ds, detections, brief)
+        return metrics.evaluate(run if ds is None else ds, detections, brief, max_dets)
     if run is None:
         raise ConfigError('give a run, or a data set and detections')
-    return evaluate_run(run, data, part, nms, device, progress)[1]
+    return evaluate_run(run, data, part, nms, device, progress, max_dets)[1]

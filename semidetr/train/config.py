@@ -20,6 +20,7 @@ from pathlib import Path
 from ..data.augment import ViewConfig
 from ..semi.consistency import ConsistencyConfig
 from ..core import ConfigError, in_range, one_of, suggest
+from ..text import read_text
 from ..detectors.detector import DetectorConfig, detector_small, dino_r50
 from ..detectors.from_detr import named_detector, settings_of_kind
 from ..matching.losses import CriterionConfig
@@ -300,7 +301,8 @@ def load_config(
     if not path.is_file():
         raise ConfigError(f'{path}: no such configuration file')
     try:
-        values = json.loads(path.read_text()) if path.suffix == '.json' else tomllib.loads(path.read_text())
+        text = read_text(path, ConfigError)
+        values = json.loads(text) if path.suffix == '.json' else tomllib.loads(text)
     except (json.JSONDecodeError, tomllib.TOMLDecodeError) as e:
         raise ConfigError(f'{path}: {e}') from None
     try:

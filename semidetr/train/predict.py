@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from ..core import ConfigError, DataError, pick_device, suggest
 from ..draw import draw_on_image
-from ..data.files import PixelRange, load_image, read_folder, reason, scale_pixels, to_rgb
+from ..data.files import TILES, PixelRange, load_image, read_folder, reason, scale_pixels, to_rgb
 from ..data.datasets import Sample
 from ..data.augment import eval_view
 from ..data.loader import collate
@@ -101,7 +101,8 @@ def as_sample(
             raise DataError(f'{path}: {e}; {_WHITE}') from None
         except Exception as e:
             raise DataError(
-                f'{path}: cannot be read as an image ({reason(e)}); restore it or leave it out'
+                f'{path}: cannot be read as an image ({reason(e)}); '
+                f'{TILES if isinstance(e, Image.DecompressionBombError) else "restore it or leave it out"}'
             ) from None
     if isinstance(image, torch.Tensor):
         image = _tensor_pixels(image)

@@ -14,7 +14,7 @@ import os
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from ..core import ConfigError, DataError, atomic_write
+from ..core import ConfigError, DataError, atomic_write, tell
 from ..data.files import read_folder
 from ..data.datasets import CocoDataset
 from .predict import Predictor
@@ -108,7 +108,9 @@ def _sources(source, out):
         raise DataError(f'{source}: no such image or folder')
     if source.is_file():
         return source.parent, [source.name]
-    files = [image['file_name'] for image in read_folder(source).data['images']]
+    found = read_folder(source)
+    tell(f'{f.where}: {f.item}' for f in found.faults)
+    files = [image['file_name'] for image in found.data['images']]
     if out.resolve() != source.resolve():
         files = [f for f in files if out.resolve() not in (source / f).resolve().parents]
     if not files:

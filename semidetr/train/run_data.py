@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['RunData', 'test_split', 'Drawn', 'drawn_positions', 'ByName', 'by_name', 'SkipBroken', 'outside', 'shared_with_test',
-           'build_data', 'resolve', 'limits']
+           'build_data', 'resolve', 'queries_of', 'limits']
 
 # %% ../../nbs/train/08_run_data.ipynb #90b77112
 import dataclasses
 import warnings
 import torch
-from ..core import ConfigError, DataError
+from ..core import ConfigError, DataError, tell
 from ..data.catalog import open_dataset
-from ..data.checks import image_files, same_files
+from ..data.checks import constant_fault, image_files, pixel_depth, same_files
 from ..data.datasets import DetectionDataset, Joined, Subset, Unlabelled
 from ..data.splits import load_split, make_split
 from .config import DataConfig
@@ -206,13 +206,29 @@ def _with_white(ds, white):
     return ds
 
 
+def _dark(train, kept, most=8):
+    "Line about labelled images of more than 8 bits that show nearly nothing; '' if the first few are fine"
+    files = image_files(train)
+    for i in kept[:most]:
+        try:
+            found = (
+                files[i] and pixel_depth(files[i]) != '8 bits' and constant_fault(train[i].image, files[i])
+            )
+        except Exception:
+            continue  # an image that cannot be read is reported by whoever draws it
+        if found:
+            return f'{files[i]}: {found[2]}; {found[3]}'
+    return ''
+
+
 def _pool(cfg, split, pick, roles):
     "(Unlabelled images or None, lines about it)"
     own = Unlabelled(pick(split.unlabelled)) if split.unlabelled else None
-    more = (
-        Unlabelled(_with_white(open_dataset(cfg.unlabelled, 'train'), cfg.white)) if cfg.unlabelled else None
-    )
-    pools, notes = [], []
+    more, pools, notes = None, [], []
+    if cfg.unlabelled:
+        photos = _with_white(open_dataset(cfg.unlabelled, 'train'), cfg.white)
+        notes += getattr(photos, 'notes', [])
+        more = Unlabelled(photos)
     for pool, name in ((own, cfg.data), (more, cfg.unlabelled)):
         if pool is None or not len(pool):
             continue
@@ -220,16 +236,18 @@ def _pool(cfg, split, pick, roles):
         pool, text = outside(pool, others, name)
         pools += [pool] if pool is not None else []
         notes += [text] if text else []
-    if notes and not pools:
-        raise DataError(f'{notes[-1]}; no unlabelled image is left: give other images')
+        last = text
+    if (own or more) and not pools:
+        raise DataError(f'{last}; no unlabelled image is left: give other images')
     pool = None if not pools else pools[0] if len(pools) == 1 else Joined(pools)
     return (SkipBroken(pool, cfg.skip_broken) if pool is not None and cfg.skip_broken else pool), notes
 
 # %% ../../nbs/train/08_run_data.ipynb #bd141e76
 def build_data(
     cfg,  # DataConfig
+    detector=None,  # its settings: limits that the data exceed are said too
 ) -> RunData:
-    "Open the data sets, divide the training images, and give each file one role; notes are also warnings"
+    "Open the data sets, divide the training images, and give each file one role; notes are told"
     train = _with_white(open_dataset(cfg.data, 'train'), cfg.white)
     if cfg.split_file:
         split = load_split(cfg.split_file, train)
@@ -246,17 +264,23 @@ def build_data(
     dev, val = pick(split.dev) if split.dev else None, _with_white(test_split(cfg, train)[0], cfg.white)
     roles = dict(labelled=pick(split.labelled), development=dev)
     unlabelled, notes = _pool(cfg, split, pick, roles | dict(test=val))
+    notes = [*getattr(train, 'notes', []), *getattr(val, 'notes', []), *notes]
     notes += shared_with_test(val, roles)
     if val is not None:
         val, text = by_name(val, train.classes)
         notes += [text] if text else []
+    if text := _dark(train, kept):
+        notes.append(text)
     if empty:
         how = 'are used as negatives' if cfg.background == 'negatives' else 'are left out'
         notes.append(f'{cfg.data}: {empty} labelled images without a box {how} (data.background)')
     if (ignored := len(split.labelled) - len(kept) - (empty if cfg.background == 'left_out' else 0)) > 0:
         notes.append(f'{cfg.data}: {ignored} labelled images have only boxes to be ignored and are left out')
-    for text in notes:
-        warnings.warn(text)
+    if detector is not None:
+        known = [train.index_of(i) for i in (*split.labelled, *split.dev)]
+        for part in (Subset(train, known), val):
+            notes += limits(part, *queries_of(detector)) if part is not None else []
+    tell(notes)
     return RunData(
         labelled=Drawn(train, kept),
         unlabelled=unlabelled,
@@ -282,9 +306,23 @@ def resolve(
     return dataclasses.replace(cfg, detector=dataclasses.replace(cfg.detector, num_classes=len(classes)))
 
 
+def queries_of(
+    detector,  # settings of a detector
+) -> tuple:  # (number of queries, 0 if there is none; the setting)
+    "How many objects a detector predicts per image, and what sets it"
+    for part, name in (
+        (detector, 'detector'),
+        (getattr(detector, 'transformer', None), 'detector.transformer'),
+    ):
+        if getattr(part, 'num_queries', 0):
+            return part.num_queries, f'{name}.num_queries'
+    return 0, ''
+
+
 def limits(
     ds,  # data set with boxes
     queries: int = 0,  # of the detector; 0: not known
+    setting: str = 'detector.transformer.num_queries',  # that sets them
     most: int = 100,  # detections per image that COCO's AP counts
 ) -> list:  # lines
     "Limits that the data exceed: objects per image against queries and against the detections that AP counts"
@@ -294,12 +332,12 @@ def limits(
         n = sum(c > queries for c in counts)
         out.append(
             f'{ds.name}: {n} images have more than {queries} objects (up to {top}), but the detector '
-            f'predicts at most {queries} per image; set detector.transformer.num_queries={top} or more'
+            f'predicts at most {queries} per image; set {setting}={top} or more'
         )
     if top > most:
         n = sum(c > most for c in counts)
         out.append(
             f'{ds.name}: {n} images have more than {most} objects (up to {top}), but AP counts the '
-            f'{most} best detections per image; measure with `semidetr eval --max-dets`'
+            f'{most} best detections per image; measure with `semidetr eval --max-dets {top}`'
         )
     return out

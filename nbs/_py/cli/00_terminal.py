@@ -136,13 +136,24 @@ def _start(
 # %%
 #| export
 def _show_warning(message, category, filename, lineno, file=None, line=None):
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    text, note = ' '.join(str(message).split()), getattr(sys.modules.get('semidetr.core'), 'Note', ())
+    if issubclass(category, note):
+        return _say(f'note: {text}')
+    print(f'warning: {text}', file=sys.stderr, flush=True)
+
+
+def _never_fail():
+    "Characters that the terminal cannot show are written as their code"
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
 
 
 def main(
     argv=None,  # arguments without the program's name; None: those of the process
 ):
     "Entry point: ends with SystemExit, code 0, 2 (the user can cure it) or 130 (Ctrl-C)"
+    _never_fail()
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:

@@ -62,6 +62,7 @@ def evaluate(
     data: _opt(str, 'data set; default: the one of the run', '--data', '-d') = '',
     part: _opt(str, 'val, train, with --data also test, without --data also dev') = 'val',
     nms: Nms = 0.0,
+    max_dets: _opt(int, 'detections per image that are counted; COCO: 100', min=1) = 100,
     out: _opt(Path, 'write all metrics to this JSON file', '--out', '-o') = None,
     device: Device = 'auto',
     quiet: Quiet = False,
@@ -75,7 +76,7 @@ def evaluate(
 
     if out:
         _free(out, folder=False)
-    ds, result = evaluate_run(run, data, part, nms, device, not quiet)
+    ds, result = evaluate_run(run, data, part, nms, device, not quiet, max_dets)
     _say(f'{ds.name}: {len(ds)} images')
     for which, m in result.items():
         _say(_row(which, m))

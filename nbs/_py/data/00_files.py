@@ -585,7 +585,6 @@ assert 'not read as images: 1 .heic' in str(folder.faults[0])
 assert [im['id'] for im in folder.data['images']] == ['deep.png', 'phone.png']
 folder.data
 
-
 # %% [markdown]
 # ## Files that cannot be read
 #
@@ -594,15 +593,23 @@ folder.data
 
 # %%
 #| export
+TILES = 'scale it down or cut it into tiles, its boxes too'  # an image that is too large
+
+
 def reason(
     e: Exception,  # raised while a file was read
 ) -> str:
     "What went wrong with a file, in a few words"
+    if isinstance(e, Image.DecompressionBombError):
+        return (
+            f'too large, not broken: Pillow decodes up to {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels'
+        )
     return 'no such file' if isinstance(e, FileNotFoundError) else str(e).split(':')[0] or type(e).__name__
 
 
 # %%
 assert reason(FileNotFoundError(2, 'No such file')) == 'no such file'
+assert reason(Image.DecompressionBombError()).startswith('too large, not broken')
 reason(OSError('image file is truncated (3 bytes not processed): more'))
 
 # %% [markdown]

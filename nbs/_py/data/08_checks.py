@@ -31,10 +31,13 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 from semidetr.core import DataError
+from semidetr.text import read_text
 from semidetr.data.datasets import DetectionDataset
 from semidetr.data.files import (
+    TILES,
     Fault,
     PixelRange,
     Source,
@@ -119,6 +122,8 @@ _CURES = {  # kind of fault: (level, what to do)
     'gaps-in-class-ids': ('warning', 'handled: labels are contiguous inside, `cat_ids` keeps the ids'),
     'repeated-box': ('warning', 'keep one'),
     'duplicate-image': ('warning', 'keep one: a copy in another split would leak'),
+    'many-objects': ('warning', 'see `semidetr eval --max-dets` and the number of queries of the detector'),
+    'mixed-depths': ('warning', 'save all in one kind, or set data.white and look at the contact sheet'),
     'class-mismatch': ('error', 'give both files the same categories'),
     'shared-image': ('error', 'take it out of one of the two'),
     'shared-file-name': ('warning', 'are they the same images? then the two sets overlap'),
@@ -137,6 +142,14 @@ def _content(source, counts, histogram):
         if 'annotations' in source.data:
             yield 'no-annotations', 'there is no annotation'
         return
+    per_image = Counter(str(a.get('image_id')) for a in coco_entries(source.data, 'annotations'))
+    most = max(per_image.values(), default=0)
+    if most > 100:
+        n = sum(v > 100 for v in per_image.values())
+        yield (
+            'many-objects',
+            f'{n:,} images have more than 100 objects (up to {most}); AP counts 100 per image',
+        )
     empty = counts['images without a box']
     if empty:
         yield 'images-without-boxes', f"{empty:,} of {counts['images']:,} images have no box"
@@ -184,6 +197,44 @@ def image_key(
     return hashlib.blake2b(img.tobytes(), digest_size=12, key=repr(img.size).encode()).hexdigest()
 
 
+_ONE_BYTE = ('.jpg', '.jpeg', '.jfif', '.bmp', '.gif', '.webp')  # suffixes of files with 8 bits per channel
+_DEEP = {'I': '32 bits', 'F': 'float'}  # mode -> depth; those of 16 bits begin with I;16
+
+
+def pixel_depth(
+    path,  # image file
+) -> str:  # '8 bits', '16 bits', '32 bits', 'float'
+    "Depth of the pixels, read from the header alone"
+    if str(path).lower().endswith(_ONE_BYTE):
+        return '8 bits'
+    with Image.open(path) as img:
+        return '16 bits' if img.mode.startswith('I;16') else _DEEP.get(img.mode, '8 bits')
+
+
+def constant_fault(
+    img,  # RGB image
+    path,  # its file
+):  # (level, kind, what is wrong, cure) or None
+    "An image that shows nearly nothing; one of more than 8 bits may have been scaled by the wrong white"
+    low, high = np.min(img.getextrema()), np.max(img.getextrema())
+    if high - low >= 8:
+        return None
+    what, cure = f'is nearly constant: all its pixels lie between {low} and {high} of 255', 'look at it'
+    if (depth := pixel_depth(path)) != '8 bits':
+        with Image.open(path) as raw:
+            largest = raw.getextrema()[1]
+        cure = f'it has {depth}, and its largest value is {largest:g}: set data.white, e.g. to {largest:g}'
+    return 'warning', 'constant-image', what, cure
+
+
+# %%
+toy_black = Image.new('RGB', (40, 40))
+assert constant_fault(toy_black, 'black.jpg')[1] == 'constant-image'
+constant_fault(toy_black, 'black.jpg')[2]
+
+
+# %%
+#| export
 def _size_fault(size, declared, path, where):  # -> (level, kind, what is wrong, cure) or None
     turned, text = image_orientation(path) != 1, f'is {size[0]}x{size[1]}'
     if declared and size != tuple(declared) and not (turned and size == tuple(declared)[::-1]):
@@ -207,10 +258,14 @@ def _check_file(path, image_id, declared, where, quick):  # -> (content key or N
             img = load_image(path, declared)
             size, key = (img.height, img.width), image_key(img)
         fault = _size_fault(size, declared, path, where)
+        if fault is None and not quick:
+            fault = constant_fault(img, path)
     except PixelRange as e:
         fault = 'warning', 'unknown-white', str(e), 'set data.white, e.g. to 1, 255 or 65535'
     except FileNotFoundError:
         fault = 'error', 'missing-image', 'no such file', cure
+    except Image.DecompressionBombError as e:
+        fault = 'error', 'too-large', f'is {reason(e)}', TILES
     except Exception as e:
         fault = 'error', 'unreadable-image', f'cannot be decoded ({reason(e)})', cure
     if fault is None:
@@ -229,6 +284,18 @@ def _check_generated(ds, where):  # a data set that makes its images itself
         except DataError as e:
             faults.append(Fault('error', 'unreadable-image', where, f'image {image_id!r}: {e}', 'restore it'))
     return keys, faults
+
+
+def _depth_faults(source, paths):  # images of one set with different depths
+    depths = {}
+    for path in paths:
+        try:
+            depths.setdefault(pixel_depth(path), []).append(path)
+        except Exception:
+            continue  # reported where it is decoded
+    if len(depths) > 1:
+        parts = ', '.join(f'{len(v):,} of {k} (e.g. {v[0]})' for k, v in sorted(depths.items()))
+        yield from faults_at(source.where, [('mixed-depths', f'pixels of several depths: {parts}')], _CURES)
 
 
 def check_images(
@@ -250,7 +317,10 @@ def check_images(
     with ThreadPoolExecutor(threads) as pool:
         found = list(tqdm(pool.map(check, images), disable=None if progress is None else not progress, **bar))
     keys = {str(im.get('id')): key for im, (key, _) in zip(images, found) if key}
-    return keys, [fault for _, fault in found if fault]
+    faults = [fault for _, fault in found if fault]
+    return keys, faults + list(
+        _depth_faults(source, (Path(source.folder) / im['file_name'] for im in images))
+    )
 
 
 def copy_faults(
@@ -268,7 +338,6 @@ def copy_faults(
 
 # %%
 import tempfile
-from PIL import Image
 from semidetr.data.digits import DigitsScenes
 from semidetr.draw import image_grid
 
@@ -320,6 +389,27 @@ def _class_mismatch(a, b):  # how the class names differ, or None
     return '; '.join(differ) or 'same names, another order'
 
 
+# %%
+names = [Source(n, n, dict(categories=[dict(id=1, name=n), dict(id=2, name='yak')])) for n in ('cow', 'goat')]
+assert _class_mismatch(names[0], names[0]) is None
+_class_mismatch(*names)
+
+
+# %%
+#| export
+def _paths(source, keys):  # [(image id, path)] of images without a content key: not decoded, or broken
+    if isinstance(source.folder, DetectionDataset):
+        return []
+    files = [(i, f) for i, f in _file_of(source).items() if isinstance(f, str) and i not in keys]
+    return [(i, os.path.join(source.folder, f)) for i, f in files]
+
+
+def _same_file(a, b, keys_a, keys_b):  # images that are one file, found without decoding
+    first, second = _paths(a, keys_a), _paths(b, keys_b)
+    for j, i in sorted(same_files([p for _, p in first], [p for _, p in second]).items()):
+        yield 'shared-image', f'image {second[j][0]} is the same file as image {first[i][0]} of {a.where}'
+
+
 def _shared(a, b, keys_a, keys_b):
     if differ := _class_mismatch(a, b):
         yield 'class-mismatch', f'classes differ from those of {a.where} ({differ})'
@@ -327,6 +417,7 @@ def _shared(a, b, keys_a, keys_b):
     for image_id, key in keys_b.items():
         if key in id_of:
             yield 'shared-image', f'image {image_id} is pixel for pixel image {id_of[key]} of {a.where}'
+    yield from _same_file(a, b, keys_a, keys_b)
     files_a, files_b = _file_of(a), _file_of(b)
     ids = files_a.keys() & files_b.keys()
     same = [k for k in ids if files_a[k] == files_b[k]]
@@ -442,8 +533,8 @@ assert [f.kind for f in shared] == ['class-mismatch', 'shared-image', 'shared-fi
 #| export
 def _overlaps(path, known, keys, fingerprint):
     try:
-        split = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as e:
+        split = json.loads(read_text(path))
+    except (DataError, ValueError, RecursionError) as e:
         yield 'bad-split', f'cannot be read ({reason(e)})'
         return
     if not isinstance(split, dict) or not isinstance(split.get('labelled'), list):

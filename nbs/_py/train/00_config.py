@@ -25,6 +25,7 @@ from pathlib import Path
 from semidetr.data.augment import ViewConfig
 from semidetr.semi.consistency import ConsistencyConfig
 from semidetr.core import ConfigError, in_range, one_of, suggest
+from semidetr.text import read_text
 from semidetr.detectors.detector import DetectorConfig, detector_small, dino_r50
 from semidetr.detectors.from_detr import named_detector, settings_of_kind
 from semidetr.matching.losses import CriterionConfig
@@ -340,7 +341,8 @@ def load_config(
     if not path.is_file():
         raise ConfigError(f'{path}: no such configuration file')
     try:
-        values = json.loads(path.read_text()) if path.suffix == '.json' else tomllib.loads(path.read_text())
+        text = read_text(path, ConfigError)
+        values = json.loads(text) if path.suffix == '.json' else tomllib.loads(text)
     except (json.JSONDecodeError, tomllib.TOMLDecodeError) as e:
         raise ConfigError(f'{path}: {e}') from None
     try:

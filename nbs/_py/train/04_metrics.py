@@ -297,7 +297,7 @@ def _coco(images, categories, annotations):
     return coco
 
 
-def _coco_eval(ds, det, brief=False):
+def _coco_eval(ds, det, brief=False, max_dets=100):
     "COCOeval after accumulate(), with image ids 1..n and annotation ids from 1 on"
     number = {image_id: n for n, image_id in enumerate(ds.ids, 1)}
     images = [dict(id=n) for n in number.values()]
@@ -313,6 +313,7 @@ def _coco_eval(ds, det, brief=False):
             dt.append(row | dict(bbox=[x, y, X - x, Y - y], area=(X - x) * (Y - y), iscrowd=0))
     with contextlib.redirect_stdout(io.StringIO()):
         e = COCOeval(_coco(images, categories, gt), _coco(images, categories, dt), 'bbox')
+        e.params.maxDets = [1, min(10, max_dets), max_dets]
         if brief:
             e.params.areaRng, e.params.areaRngLbl = e.params.areaRng[:1], e.params.areaRngLbl[:1]  # 'all'
         e.evaluate()
@@ -323,7 +324,7 @@ def _coco_eval(ds, det, brief=False):
 # %%
 #| export
 def _percent(values):
-    "A result of COCOeval (...,areas,limits) in 0..100 at its limit of 100 detections, nan instead of -1"
+    "A result of COCOeval (...,areas,limits) in 0..100 at its largest limit of detections, nan instead of -1"
     return np.where(values < 0, np.nan, 100 * values)[..., -1]
 
 
@@ -331,12 +332,13 @@ def evaluate(
     ds,  # data set: `classes`, `ids`, `coco_dict()`
     detections: dict,  # image_id -> scores (K,), labels (K,), boxes (K,4) xyxy, pixels of the original image
     brief: bool = False,  # only AP and AP50: no sizes, no classes, less to compute
+    max_dets: int = 100,  # detections per image that count; another number renames AR100
 ) -> dict:  # AP, AP50, AP75, APs, APm, APl, AR100, voc_AP50; per_class={name: {AP, AP50}}
-    """COCO metrics (at most 100 detections per image) and VOC AP50, in 0..100, nan where undefined.
+    """COCO metrics of the `max_dets` best detections per image, and VOC AP50; 0..100, nan where undefined.
 
     An image without an entry has no detections; invalid detections raise `DataError`.
     """
-    e = _coco_eval(ds, _check(ds, detections), brief)
+    e = _coco_eval(ds, _check(ds, detections), brief, max_dets)
     p = _percent(e.eval['precision'])  # (IoU thresholds, recalls, classes, areas)
     r = _percent(e.eval['recall'])  # (IoU thresholds, classes, areas)
     at = {round(100 * t): i for i, t in enumerate(e.params.iouThrs)}
@@ -344,12 +346,9 @@ def evaluate(
     if brief:
         return out
     out |= dict(
-        AP75=_mean(p[at[75], :, :, 0]),
-        APs=_mean(p[..., 1]),
-        APm=_mean(p[..., 2]),
-        APl=_mean(p[..., 3]),
-        AR100=_mean(r[:, :, 0]),
+        AP75=_mean(p[at[75], :, :, 0]), APs=_mean(p[..., 1]), APm=_mean(p[..., 2]), APl=_mean(p[..., 3])
     )
+    out[f'AR{max_dets}'] = _mean(r[:, :, 0])
     out['per_class'] = {
         name: dict(AP=_mean(p[:, :, c, 0]), AP50=_mean(p[at[50], :, c, 0]))
         for c, name in enumerate(ds.classes)

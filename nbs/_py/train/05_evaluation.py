@@ -113,18 +113,20 @@ def evaluate_model(
     progress: str = '',  # text of the progress bar; '' for no bar
     num_workers: int = 0,  # processes that load images
     both: bool = False,  # evaluate again after `suppress`: adds AP_nms and AP50_nms
+    max_dets: int = 100,  # detections per image that count
 ) -> dict:  # from `evaluate`
     "COCO metrics of one network; several processes share the images"
     share = Subset(ds, range(rank(), len(ds), world_size())) if world_size() > 1 else ds
     with same_rng():
-        found = detect(model, share, view, device, nms=nms, progress=progress, num_workers=num_workers)
+        how = dict(nms=nms, top_k=max(300, max_dets), progress=progress, num_workers=num_workers)
+        found = detect(model, share, view, device, **how)
     if world_size() > 1:
         shares = [None] * world_size()
         dist.all_gather_object(shares, found)
         found = {k: v for s in shares for k, v in s.items()}
-    result = evaluate(ds, found)
+    result = evaluate(ds, found, max_dets=max_dets)
     if both:
-        result |= {f'{k}_nms': v for k, v in evaluate(ds, suppress(found), brief=True).items()}
+        result |= {f'{k}_nms': v for k, v in evaluate(ds, suppress(found), True, max_dets).items()}
     return result
 
 

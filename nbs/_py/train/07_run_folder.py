@@ -23,16 +23,19 @@
 
 # %%
 #| export
+import contextlib
 import json
+import signal
 from dataclasses import dataclass
 from pathlib import Path
-from semidetr.core import ConfigError, DataError
+from semidetr.core import ConfigError, DataError, world_size
 from semidetr.data.catalog import open_dataset
 from semidetr.train.config import config_hash, differences, from_saved, override, to_dict
 
 # %%
 #| hide
 import tempfile
+from types import SimpleNamespace
 import matplotlib.pyplot as plt
 from semidetr.train.config import preset
 
@@ -73,7 +76,7 @@ def _read_result(folder):
     if not path.is_file():
         return None
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding='utf-8'))
     except ValueError:
         result = None
     if not isinstance(result, dict) or not {'hash', 'data', 'metrics'} <= set(result):
@@ -87,7 +90,7 @@ def _read_result(folder):
 def _read_config(path, cfg):
     "The configuration that a study wrote for a run; its settings may have had other names then"
     try:
-        return from_saved(json.loads(path.read_text()), like=cfg)
+        return from_saved(json.loads(path.read_text(encoding='utf-8')), like=cfg)
     except (ValueError, ConfigError) as e:
         raise ConfigError(f'{path}: {e}; delete this folder, or choose another --out') from None
 
@@ -219,6 +222,75 @@ for old, old_data in ((to_dict(toy), fingerprint), (other, fingerprint), (to_dic
 assert len(refusals) == 2
 refusals
 
+
+# %% [markdown]
+# ## Stopped before its end
+#
+# Ctrl-C stops a run after its current iteration. A disk fills, a network drive goes away, a photograph is cut off in the middle: hours after the start a file
+# cannot be read. What the run has learnt until then is saved before the error ends it. (With several processes
+# the last regular checkpoint counts: those that did not fail are at another place.)
+
+# %%
+#| export
+@contextlib.contextmanager
+def stop_gently():
+    "The first Ctrl-C or SIGTERM stops after the current iteration, with a checkpoint; a second one at once"
+    signals, old = [], {}
+
+    def note(sig, frame):
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(sig)
+
+    try:
+        for sig in (signal.SIGINT, signal.SIGTERM):
+            old[sig] = signal.signal(sig, note)
+    except ValueError:
+        pass  # not the main thread: signals stay as they are
+    try:
+        yield signals
+    finally:
+        for sig, handler in old.items():
+            signal.signal(sig, handler)
+
+
+# %%
+with stop_gently() as signals:
+    signal.raise_signal(signal.SIGINT)
+    after_signal = 'still here'
+assert signals == [signal.SIGINT]
+after_signal, [s.name for s in map(signal.Signals, signals)]
+
+# %%
+#| export
+RESUME = 'the same command goes on from there'
+
+
+@contextlib.contextmanager
+def keep_progress(
+    run,  # has step, dir and save()
+):
+    "A `DataError` inside saves the run before it ends it; the message says at which iteration"
+    try:
+        yield
+    except DataError as e:
+        if world_size() > 1 or not run.step:
+            raise
+        run.save()
+        raise DataError(f'{e}; {run.dir} is saved after iteration {run.step}: {RESUME}') from None
+
+
+# %%
+saved_at = []
+toy_run = SimpleNamespace(step=120, dir='runs/mine', save=lambda: saved_at.append(toy_run.step))
+try:
+    with keep_progress(toy_run):
+        raise DataError('photos/7.jpg: image 7 cannot be read; restore it')
+except DataError as e:
+    broken = str(e)
+assert saved_at == [120] and broken.startswith('photos/7.jpg') and RESUME in broken
+broken
+
 # %% [markdown]
 # ## Summary
 #
@@ -226,6 +298,7 @@ refusals
 #   or damaged.
 # - A finished run is looked up by its hash and the fingerprint of its data; a checkpoint is not read for it.
 # - `check_same_run` compares the contents of a checkpoint, when the trainer has read it.
+# - `stop_gently` ends a run after an iteration, `keep_progress` saves one that a broken file ends.
 #
 # ## Exercises
 #

@@ -19,7 +19,6 @@
 import contextlib
 import json
 import math
-import signal
 import time
 import warnings
 from pathlib import Path
@@ -61,7 +60,7 @@ from semidetr.train import health
 from semidetr.train.machine import choose_amp
 from semidetr.train.optim import average_gradients, build_optimizer, gradient_norm, lr_factor
 from semidetr.train.run_data import RunData, build_data, resolve
-from semidetr.train.run_folder import check_same_run
+from semidetr.train.run_folder import RESUME, check_same_run, keep_progress, stop_gently
 
 
 # %% [markdown]
@@ -89,7 +88,7 @@ class BuiltRun:
         cfg = choose_amp(cfg, run_dir)
         self.dir, self.device = Path(run_dir), pick_device(cfg.run.device)
         self.progress, self.position = progress and is_main(), position
-        self.data = build_data(cfg.data)
+        self.data = build_data(cfg.data, cfg.detector)
         if not len(self.data.labelled):
             raise DataError(
                 f'{cfg.data.data}: no labelled image is left to train on; give more percent or a smaller '
@@ -275,28 +274,6 @@ def mean_scalars(
     return out
 
 
-@contextlib.contextmanager
-def stop_gently():
-    "The first Ctrl-C or SIGTERM stops after the current iteration, with a checkpoint; a second one at once"
-    signals, old = [], {}
-
-    def note(sig, frame):
-        if signals:
-            raise KeyboardInterrupt
-        signals.append(sig)
-
-    try:
-        for sig in (signal.SIGINT, signal.SIGTERM):
-            old[sig] = signal.signal(sig, note)
-    except ValueError:
-        pass  # not the main thread: signals stay as they are
-    try:
-        yield signals
-    finally:
-        for sig, handler in old.items():
-            signal.signal(sig, handler)
-
-
 def on_any_process(flag: bool, device) -> bool:
     "Is the flag set on any process? A signal may reach one before the others"
     if world_size() == 1:
@@ -386,6 +363,11 @@ class Evaluation(Session):
             out[which] = evaluate_model(model, ds, self.cfg.view, self.device, nms, text, both=both)
         return out
 
+    def evaluation_is_due(self) -> bool:
+        "Does `run.eval_every` ask for metrics that are not in the history yet?"
+        every, last = self.cfg.run.eval_every, self.history[-1]['step'] if self.history else 0
+        return bool(every) and self.step % every == 0 and self.step > last
+
     def evaluate_dev(self, log):
         "Metrics on the development part, into the history; the best teacher so far is kept in best.pt"
         if self.data.dev is None:
@@ -459,16 +441,16 @@ class Progress:
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         self.bar.close()
         self.log.close()
 
 
 # %%
 #| export
-RESUME = 'the same command goes on from there'
-
-
 class Trainer(Evaluation):
     "Run a configuration: `Trainer(cfg, 'runs/mine').fit()`; a stopped run in that folder is continued"
 
@@ -478,7 +460,9 @@ class Trainer(Evaluation):
     ) -> dict | None:  # content of run.json; None if it was stopped at `until`
         "Train, evaluate on the development part and the test split, write run.json"
         cfg, optim, progress, batches = self.cfg.run, self.cfg.optim, Progress(self), self.batches()
-        with stop_gently() as signals, contextlib.closing(progress), contextlib.closing(batches):
+        with keep_progress(self), stop_gently() as signals, progress, contextlib.closing(batches):
+            if self.evaluation_is_due():
+                self.evaluate_dev(progress.log)  # an image of the part was broken when the run was saved
             for accumulated in batches:
                 before = pack_rng(rng_state())
                 update_teacher(self.teacher, self.student, ema_decay(self.step, self.cfg.ema, bool(cfg.init)))
@@ -497,7 +481,7 @@ class Trainer(Evaluation):
                     raise self.failure(e, batch, before, accumulated) from None
                 self.step += 1
                 self.count(scalars, result.boxes, progress.log)
-                if cfg.eval_every and self.step % cfg.eval_every == 0:
+                if self.evaluation_is_due():
                     self.evaluate_dev(progress.log)
                 progress.show(self, scalars)
                 self.spent = progress.time()

@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 from semidetr.core import ConfigError, DataError, pick_device, suggest
 from semidetr.draw import draw_on_image
-from semidetr.data.files import PixelRange, load_image, read_folder, reason, scale_pixels, to_rgb
+from semidetr.data.files import TILES, PixelRange, load_image, read_folder, reason, scale_pixels, to_rgb
 from semidetr.data.datasets import Sample
 from semidetr.data.augment import eval_view
 from semidetr.data.loader import collate
@@ -183,7 +183,8 @@ def as_sample(
             raise DataError(f'{path}: {e}; {_WHITE}') from None
         except Exception as e:
             raise DataError(
-                f'{path}: cannot be read as an image ({reason(e)}); restore it or leave it out'
+                f'{path}: cannot be read as an image ({reason(e)}); '
+                f'{TILES if isinstance(e, Image.DecompressionBombError) else "restore it or leave it out"}'
             ) from None
     if isinstance(image, torch.Tensor):
         image = _tensor_pixels(image)

@@ -33,7 +33,7 @@ import os
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from semidetr.core import ConfigError, DataError, atomic_write
+from semidetr.core import ConfigError, DataError, atomic_write, tell
 from semidetr.data.files import read_folder
 from semidetr.data.datasets import CocoDataset
 from semidetr.train.predict import Predictor
@@ -188,7 +188,9 @@ def _sources(source, out):
         raise DataError(f'{source}: no such image or folder')
     if source.is_file():
         return source.parent, [source.name]
-    files = [image['file_name'] for image in read_folder(source).data['images']]
+    found = read_folder(source)
+    tell(f'{f.where}: {f.item}' for f in found.faults)
+    files = [image['file_name'] for image in found.data['images']]
     if out.resolve() != source.resolve():
         files = [f for f in files if out.resolve() not in (source / f).resolve().parents]
     if not files:
