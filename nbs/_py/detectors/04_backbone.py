@@ -99,7 +99,7 @@ message
 # `weights='auto'` means: the file that a package ships (Lite0), else a file that torchvision would have
 # downloaded and that is already in its cache, else random weights and a warning that names the file to fetch.
 # A path means that file or an error. A file holds the tensors directly, under `state_dict` or under `model`,
-# with or without a prefix from data-parallel training.
+# with or without a prefix from data-parallel training; it may be a safetensors file.
 
 # %%
 #| export
@@ -107,9 +107,14 @@ HEADS = ('fc.', 'classifier.', 'head.', 'conv_head.', 'bn2.')  # classifier part
 
 
 def _read_state(path):
-    "The state dict of a file: bare, or under the usual keys"
+    "The state dict of a file: bare, or under the usual keys; or a safetensors file"
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        if Path(path).suffix == '.safetensors':
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
         raise ConfigError(
             f'cannot read backbone weights {path}: {type(e).__name__} {"".join(str(e).splitlines()[:1])}'
@@ -381,17 +386,28 @@ def _pick(cfg, levels):
 
 # %%
 #| export
+def whole_network(
+    cfg: BackboneConfig,  # which network
+) -> nn.Module:
+    "The classifier that a backbone is cut from, with random weights"
+    if cfg.name.startswith('timm:'):
+        return _timm().create_model(cfg.name.removeprefix('timm:'))
+    if cfg.name == 'efficientnet_lite0':
+        return _timm().create_model('tf_efficientnet_lite0')
+    return getattr(torchvision.models, cfg.name.removesuffix('_dc5'))(
+        norm_layer=FrozenBatchNorm2d if cfg.frozen_bn else nn.BatchNorm2d,
+        replace_stride_with_dilation=[False, False, cfg.name.endswith('_dc5')],
+    )
+
+
 def _chain_body(cfg):
     "ResNet or Lite0: body, module of each stride, mean and std, usual frozen stride"
+    model = whole_network(cfg)
     if cfg.name == 'efficientnet_lite0':
-        model, url = _timm().create_model('tf_efficientnet_lite0'), None
+        url = None
         (steps, levels), norm, frozen = _LITE0, ((0.5,) * 3, (0.5,) * 3), 8
     else:
         name, is_dilated = cfg.name.removesuffix('_dc5'), cfg.name.endswith('_dc5')
-        model = getattr(torchvision.models, name)(
-            norm_layer=FrozenBatchNorm2d if cfg.frozen_bn else nn.BatchNorm2d,
-            replace_stride_with_dilation=[False, False, is_dilated],
-        )
         url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
         (steps, levels), norm, frozen = _DC5 if is_dilated else _RESNET, (IMAGENET_MEAN, IMAGENET_STD), 4
     keep = _pick(cfg, levels)

@@ -61,7 +61,7 @@ def recognise(
         'dino': r'transformer\.(tgt_embed|enc_out_)',
         'deformable_detr': r'transformer\..*\.sampling_offsets\.',
         'detr': r'(detr\.)?transformer\..*\.multihead_attn\.',
-        'backbone': r'(conv1\.weight|layer\d\.|conv_stem\.|stem|blocks?\.|stages?\.|patch_embed)',
+        'backbone': r'(backbone\.)?(conv1\.|_?conv_stem\.|layer\d\.|_?blocks?\.|stem|stages?\.|patch_embed)',
     }
     for kind, pattern in tests.items():
         if has(pattern):
@@ -300,6 +300,7 @@ class Report:
     rows: list = field(default_factory=list)  # of `Row`, in the order of the file
     filled: list = field(default_factory=list)  # tensors of ours that copy another one: 'name = name'
     notes: list = field(default_factory=list)  # sentences about what was assumed, changed or left out
+    fresh: list = field(default_factory=list)  # tensors of ours that a backbone does not have: untrained
 
     def count(self, status: str) -> int:
         "Number of tensors with a status"
@@ -309,9 +310,18 @@ class Report:
         states = ('matched', 'renamed', 'joined', 'copy', 'unused')
         counts = ', '.join(f'{self.count(s)} {s}' for s in states if self.count(s))
         head = f'{self.origin}: {len(self.rows)} tensors of {KINDS[self.kind]}: {counts}; none missing'
-        unused = [f'unused: {r.key} ({r.why})' for r in self.rows if r.status == 'unused']
-        more = [f'... and {len(unused) - 3} more unused, see report.json'] if len(unused) > 3 else []
-        return '\n'.join([head, *unused[:3], *more, *self.notes])
+        if self.fresh:
+            parts = ', '.join(sorted({name.split('.')[0] for name in self.fresh}))
+            head += f'\nfresh: {len(self.fresh)} tensors of the rest of the detector ({parts})'
+        reasons = {}
+        for row in self.rows:
+            if row.status == 'unused':
+                reasons.setdefault(row.why, []).append(row.key)
+        unused = [
+            f'unused: {keys[0]}{f" and {len(keys) - 1} more" if len(keys) > 1 else ""} ({why})'
+            for why, keys in reasons.items()
+        ]
+        return '\n'.join([head, *unused, *self.notes])
 
     def to_dict(self) -> dict:  # plain values
         "For report.json"
