@@ -28,6 +28,7 @@ KINDS = {  # kind -> words for people
 
 def recognise(
     state,  # names of tensors
+    origin: str = '',  # file, for the error
 ) -> str:  # a key of KINDS
     "The kind of a state dict; `DataError` if it is none of them"
     has = lambda pattern: any(re.match(pattern, k) for k in state)
@@ -45,7 +46,8 @@ def recognise(
         if has(pattern):
             return kind
     first = ', '.join(list(state)[:3])
-    raise DataError(f'names such as {first} belong to no program that is known here ({", ".join(tests)})')
+    where = f'{origin}: ' if origin else ''
+    raise DataError(f'{where}names such as {first} belong to no program that is known ({", ".join(tests)})')
 
 # %% ../../nbs/detectors/12_weight_names.ipynb #a30400b4
 @dataclass(frozen=True)

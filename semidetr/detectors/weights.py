@@ -264,7 +264,7 @@ def convert(
     dilated: bool = None,  # is the last stage of the backbone dilated (DC5)? None: as `config` says, or no
 ) -> Converted:
     "Give weights our names, completely; `DataError` names a tensor that is missing, unknown or does not fit"
-    kind, told = recognise(state), _from_config(config, origin) if config else {}
+    kind, told = recognise(state, origin), _from_config(config, origin) if config else {}
     if kind == 'backbone':
         raise DataError(
             f'{origin}: a backbone alone; import it with `semidetr import`, or give it as '

@@ -50,6 +50,7 @@ KINDS = {  # kind -> words for people
 
 def recognise(
     state,  # names of tensors
+    origin: str = '',  # file, for the error
 ) -> str:  # a key of KINDS
     "The kind of a state dict; `DataError` if it is none of them"
     has = lambda pattern: any(re.match(pattern, k) for k in state)
@@ -67,7 +68,8 @@ def recognise(
         if has(pattern):
             return kind
     first = ', '.join(list(state)[:3])
-    raise DataError(f'names such as {first} belong to no program that is known here ({", ".join(tests)})')
+    where = f'{origin}: ' if origin else ''
+    raise DataError(f'{where}names such as {first} belong to no program that is known ({", ".join(tests)})')
 
 
 # %%

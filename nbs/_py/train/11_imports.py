@@ -220,7 +220,7 @@ def import_weights(
     file = read_weights(path, key)
     if 'format' in file.state:
         return _import_run(file, out, to, like)
-    kind = 'backbone' if backbone.startswith('timm:') else recognise(file.state)
+    kind = 'backbone' if backbone.startswith('timm:') else recognise(file.state, file.path)
     if kind == 'backbone':
         return _import_backbone(file, out, to or classes, detector or 'dino', backbone)
     if detector or backbone:
