@@ -105,7 +105,8 @@ def test_a_resnet50_gets_the_detector_of_the_release(detector, tmp_path):
     settings = saved['config']['detector']
     assert settings.get('kind', 'dino') in detector and 'preset coco-10' in str(report)
     assert report.count('renamed') == 265  # all but 53 counters and the two tensors of `fc`
-    assert torch.equal(saved['teacher']['backbone.body.layer4.2.conv3.weight'], network.layer4[2].conv3.weight)
+    last = saved['teacher']['backbone.body.layer4.2.conv3.weight']
+    assert torch.equal(last, network.layer4[2].conv3.weight)
     predictor = import_predictor(tmp_path / 'run')
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
@@ -320,9 +321,9 @@ def test_the_command_imports_a_backbone(files, tmp_path, capsys):
 
 
 def test_rules_of_lite0_agree_with_the_order_of_its_tensors():
-    from semidetr.detectors.backbone import _read_state, match_by_order, whole_network
+    from semidetr.detectors.backbone import _read_state, match_by_order
 
     package = _read_state(lite0_weights())
-    by_order = match_by_order(whole_network(BackboneConfig()), package)
+    by_order = match_by_order(W.whole_network('efficientnet_lite0'), package)
     rules = W.lite0_rules()
     assert [W._named(k, rules) for k in package] == list(by_order) and len(by_order) == 296

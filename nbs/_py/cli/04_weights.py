@@ -76,8 +76,8 @@ def import_(
     """Make a run of weights of another program.
 
     Reads official Semi-DETR checkpoints, the releases of DETR, Deformable-DETR and DINO, folders of
-    transformers, backbones of torchvision and timm, and runs. What is done with every tensor is in OUT/report.json. Nothing is written if one does
-    not fit.
+    transformers, backbones of torchvision and timm, and runs. What is done with every tensor is in
+    OUT/report.json. Nothing is written if one does not fit.
 
     Example: semidetr import r50_deformable_detr.pth -o runs/release
     """

@@ -17,9 +17,9 @@
 import math, warnings
 from dataclasses import dataclass
 from pathlib import Path
-import torch
+import torch, torchvision
 import torch.nn.functional as F
-import torchvision
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -109,12 +109,11 @@ HEADS = ('fc.', 'classifier.', 'head.', 'conv_head.', 'bn2.')  # classifier part
 def _read_state(path):
     "The state dict of a file: bare, or under the usual keys; or a safetensors file"
     try:
-        if Path(path).suffix == '.safetensors':
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location='cpu', weights_only=True)
+        state = (
+            load_file(path)
+            if str(path).endswith('.safetensors')
+            else torch.load(path, map_location='cpu', weights_only=True)
+        )
     except Exception as e:
         raise ConfigError(
             f'cannot read backbone weights {path}: {type(e).__name__} {"".join(str(e).splitlines()[:1])}'
@@ -386,28 +385,17 @@ def _pick(cfg, levels):
 
 # %%
 #| export
-def whole_network(
-    cfg: BackboneConfig,  # which network
-) -> nn.Module:
-    "The classifier that a backbone is cut from, with random weights"
-    if cfg.name.startswith('timm:'):
-        return _timm().create_model(cfg.name.removeprefix('timm:'))
-    if cfg.name == 'efficientnet_lite0':
-        return _timm().create_model('tf_efficientnet_lite0')
-    return getattr(torchvision.models, cfg.name.removesuffix('_dc5'))(
-        norm_layer=FrozenBatchNorm2d if cfg.frozen_bn else nn.BatchNorm2d,
-        replace_stride_with_dilation=[False, False, cfg.name.endswith('_dc5')],
-    )
-
-
 def _chain_body(cfg):
     "ResNet or Lite0: body, module of each stride, mean and std, usual frozen stride"
-    model = whole_network(cfg)
     if cfg.name == 'efficientnet_lite0':
-        url = None
+        model, url = _timm().create_model('tf_efficientnet_lite0'), None
         (steps, levels), norm, frozen = _LITE0, ((0.5,) * 3, (0.5,) * 3), 8
     else:
         name, is_dilated = cfg.name.removesuffix('_dc5'), cfg.name.endswith('_dc5')
+        model = getattr(torchvision.models, name)(
+            norm_layer=FrozenBatchNorm2d if cfg.frozen_bn else nn.BatchNorm2d,
+            replace_stride_with_dilation=[False, False, is_dilated],
+        )
         url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
         (steps, levels), norm, frozen = _DC5 if is_dilated else _RESNET, (IMAGENET_MEAN, IMAGENET_STD), 4
     keep = _pick(cfg, levels)

@@ -130,6 +130,21 @@ def _inner_state(content, path, key):
     return content, []
 
 
+def _named_tensors(state, path):
+    "The tensors by name, without the prefix of data-parallel training; `DataError` if some are none"
+    wrong = [k for k, v in state.items() if not isinstance(k, str) or not isinstance(v, Tensor)]
+    if wrong:
+        raise DataError(f'{path}: {wrong[0]} is no named tensor; give a file that holds a state dict')
+    if all(k.startswith('module.') for k in state):
+        return {k.removeprefix('module.'): v for k, v in state.items()}
+    return state
+
+
+# %% [markdown]
+# `read_weights` puts this together. It also keeps what a file tells about its classes and its network.
+
+# %%
+#| export
 def read_weights(
     path,  # .pth, .pt, .bin or .safetensors; a folder of `transformers`; the folder of a run of ours
     key: str = '',  # 'ema_model' of a file that holds several; '': the first of STATE_KEYS
@@ -155,11 +170,7 @@ def read_weights(
     if not state:
         raise DataError(f'{path}: holds no tensors; give a file that holds a state dict')
     if 'format' not in state:
-        wrong = [k for k, v in state.items() if not isinstance(k, str) or not isinstance(v, Tensor)]
-        if wrong:
-            raise DataError(f'{path}: {wrong[0]} is no named tensor; give a file that holds a state dict')
-        if all(k.startswith('module.') for k in state):
-            state = {k.removeprefix('module.'): v for k, v in state.items()}
+        state = _named_tensors(state, path)
     if config.get('id2label'):
         classes = [name for _, name in sorted(config['id2label'].items(), key=lambda item: int(item[0]))]
     return WeightFile(str(path), state, config, classes, others, config.get('architecture', architecture))

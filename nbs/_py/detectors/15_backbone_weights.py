@@ -19,10 +19,10 @@ warnings.filterwarnings('ignore', message='IProgress')
 
 # %%
 #| export
-from dataclasses import replace
 import torch
+import torchvision
 from semidetr.core import ConfigError, DataError
-from semidetr.detectors.backbone import HEADS, _plain, _timm, whole_network
+from semidetr.detectors.backbone import HEADS, _plain, _timm
 from semidetr.detectors.contract import build_detector
 from semidetr.detectors.weight_names import COUNTER, Report, Row, Rule, _reason, foreign_name
 from semidetr.detectors.weights import RESNETS, Converted, _numbers
@@ -47,6 +47,17 @@ from semidetr.detectors.from_detr import named_detector
 
 # %%
 #| export
+def whole_network(
+    name: str,  # of a `BackboneConfig`
+) -> torch.nn.Module:
+    "The classifier that a backbone is cut from, with random weights"
+    if name.startswith('timm:'):
+        return _timm().create_model(name.removeprefix('timm:'))
+    if name == 'efficientnet_lite0':
+        return _timm().create_model('tf_efficientnet_lite0')
+    return getattr(torchvision.models, name.removesuffix('_dc5'))()
+
+
 def _of_architecture(architecture):
     "Our name of a network of timm; '' if timm has none of this name"
     name = architecture.split('.')[0]
@@ -123,7 +134,7 @@ def _named(key, rules):
 # %%
 package = _read_state(lite0_weights())
 lite0_settings = named_detector('dino').small(3)
-by_order = match_by_order(whole_network(lite0_settings.backbone), package)
+by_order = match_by_order(whole_network('efficientnet_lite0'), package)
 assert all(_named(key, lite0_rules()) == name for key, name in zip(package, by_order))
 list(zip(package, by_order))[42]
 
@@ -161,7 +172,7 @@ def _networks(settings, origin):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build_detector(settings.untrained())
-        return model.state_dict(), whole_network(replace(settings.backbone, frozen_bn=False)).state_dict()
+        return model.state_dict(), whole_network(name).state_dict()
 
 
 def _verdict(name, value, wanted, needed, own, last):
@@ -174,7 +185,8 @@ def _verdict(name, value, wanted, needed, own, last):
         return 'fault', f'has whole numbers ({value.dtype}), not weights'
     if name in own:
         return 'renamed', ''
-    if name.endswith(_plain(COUNTER)):
+    counter = _plain(COUNTER)
+    if name.endswith(counter) and name.replace(counter, 'running.mean') in own:
         return 'unused', 'counter of a batch norm that is frozen here'
     return 'unused', f'layer behind the last map in use, stride {last}'
 
