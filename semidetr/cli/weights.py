@@ -35,27 +35,31 @@ def import_(
     ) = '',
     to: _opt(str, 'your classes, a,b,c or a file: rows move by name; default: all of the file') = '',
     key: _opt(str, 'which state dict of a file with several, e.g. ema_model') = '',
+    detector: _opt(
+        str, 'for a backbone alone: the detector around it, as of semidetr train; default: dino'
+    ) = '',
+    backbone: _opt(str, 'for a backbone alone: timm:NAME, where the file does not tell it') = '',
     heads: _opt(int, 'attention heads; default: as config.json says, or 8') = None,
     every: _opt(bool, 'print a line for every tensor', '--all') = False,
 ):
     """Make a run of weights of another program.
 
     Reads official Semi-DETR checkpoints, the releases of DETR, Deformable-DETR and DINO, folders of
-    transformers, and runs. What is done with every tensor is in OUT/report.json. Nothing is written if one
-    does not fit.
+    transformers, backbones of torchvision and timm, and runs. What is done with every tensor is in
+    OUT/report.json. Nothing is written if one does not fit.
 
     Example: semidetr import r50_deformable_detr.pth -o runs/release
     """
     from semidetr.train.imports import import_weights
 
     _free(out)
-    report = import_weights(file, out, _names(classes), _names(to), key, heads)
+    names = _names(classes), _names(to)
+    report = import_weights(file, out, *names, key, heads, detector=detector, backbone=backbone)
     for row in report.rows if every else ():
         _say(f'{row}')
     _say(str(report))
-    _say(
-        f'written to {out}; next: semidetr predict --run {out} --source IMAGES, or train with run.init={out}'
-    )
+    usual = f'; next: semidetr predict --run {out} --source IMAGES, or train with run.init={out}'
+    _say(f'written to {out}{"" if report.kind == "backbone" else usual}')
 
 # %% ../../nbs/cli/04_weights.ipynb #611bc4f5
 @command('export')

@@ -10,9 +10,9 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'BACKBONES', 'HEADS', 'BackboneConfi
 import math, warnings
 from dataclasses import dataclass
 from pathlib import Path
-import torch
+import torch, torchvision
 import torch.nn.functional as F
-import torchvision
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -58,9 +58,13 @@ HEADS = ('fc.', 'classifier.', 'head.', 'conv_head.', 'bn2.')  # classifier part
 
 
 def _read_state(path):
-    "The state dict of a file: bare, or under the usual keys"
+    "The state dict of a file: bare, or under the usual keys; or a safetensors file"
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        state = (
+            load_file(path)
+            if str(path).endswith('.safetensors')
+            else torch.load(path, map_location='cpu', weights_only=True)
+        )
     except Exception as e:
         raise ConfigError(
             f'cannot read backbone weights {path}: {type(e).__name__} {"".join(str(e).splitlines()[:1])}'

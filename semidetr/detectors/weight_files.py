@@ -27,6 +27,7 @@ class WeightFile:
     config: dict = field(default_factory=dict)  # content of a config.json next to the weights
     classes: list = None  # names of the class rows, if the file tells them
     others: list = field(default_factory=list)  # what else is in the file: optimizer, epoch, ...
+    architecture: str = ''  # name of the network, where timm wrote it: in its config.json or its checkpoint
 
 
 def _load_pickle(path):
@@ -36,7 +37,9 @@ def _load_pickle(path):
             return torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
         found = re.search(r'(?:GLOBAL|global|class) [`\']?([\w.]+)', str(e))
-        what = found.group(1) if found else ' '.join(str(e).split())[:120]
+        if found is None:
+            raise DataError(f'{path}: no file of torch, or a damaged one; fetch the file again') from None
+        what = found.group(1)
         raise DataError(
             f'{path}: refused, it needs more than tensors and plain values to be read ({what}), which could '
             'run any code; save its state dict alone where you trust it'
@@ -77,7 +80,7 @@ def _load_folder(folder):
     return state, config
 
 # %% ../../nbs/detectors/13_weight_files.ipynb #099b2128
-STATE_KEYS = ('model', 'state_dict', 'ema_model')
+STATE_KEYS = ('model', 'state_dict', 'ema_model', 'state_dict_ema')
 
 
 def _inner_state(content, path, key):
@@ -95,16 +98,28 @@ def _inner_state(content, path, key):
     return content, []
 
 
+def _named_tensors(state, path):
+    "The tensors by name, without the prefix of data-parallel training; `DataError` if some are none"
+    wrong = [k for k, v in state.items() if not isinstance(k, str) or not isinstance(v, Tensor)]
+    if wrong:
+        raise DataError(f'{path}: {wrong[0]} is no named tensor; give a file that holds a state dict')
+    if all(k.startswith('module.') for k in state):
+        return {k.removeprefix('module.'): v for k, v in state.items()}
+    return state
+
+# %% ../../nbs/detectors/13_weight_files.ipynb #ed623263
 def read_weights(
     path,  # .pth, .pt, .bin or .safetensors; a folder of `transformers`; the folder of a run of ours
     key: str = '',  # 'ema_model' of a file that holds several; '': the first of STATE_KEYS
 ) -> WeightFile:
     "Read tensors without running code; a one-line `DataError` if that is not possible"
-    path, config, others, classes = Path(path), {}, [], None
+    path, config, others, classes, architecture = Path(path), {}, [], None, ''
     if not path.exists():
         raise DataError(f'{path}: no such file or folder')
     if path.is_dir() and (path / 'last.pt').is_file():
         path = path / 'last.pt'
+    if path.is_file() and not path.stat().st_size:
+        raise DataError(f'{path}: an empty file; fetch it again')
     if path.is_dir():
         state, config = _load_folder(path)
     elif path.suffix == '.safetensors':
@@ -112,16 +127,16 @@ def read_weights(
     else:
         content = _load_pickle(path)
         state, others = _inner_state(content, path, key)
-        meta = content.get('meta') or {}
+        meta = content['meta'] if isinstance(content.get('meta'), dict) else {}
         classes = list(meta.get('CLASSES') or content.get('classes') or []) or None
-        if 'format' not in state and not all(isinstance(v, Tensor) for v in state.values()):
-            wrong = next(k for k, v in state.items() if not isinstance(v, Tensor))
-            raise DataError(f'{path}: {wrong} is no tensor; give a file that holds a state dict')
+        architecture = content['arch'] if isinstance(content.get('arch'), str) else ''
+    if not state:
+        raise DataError(f'{path}: holds no tensors; give a file that holds a state dict')
+    if 'format' not in state:
+        state = _named_tensors(state, path)
     if config.get('id2label'):
         classes = [name for _, name in sorted(config['id2label'].items(), key=lambda item: int(item[0]))]
-    if all(k.startswith('module.') for k in state):
-        state = {k.removeprefix('module.'): v for k, v in state.items()}
-    return WeightFile(str(path), state, config, classes, others)
+    return WeightFile(str(path), state, config, classes, others, config.get('architecture', architecture))
 
 # %% ../../nbs/detectors/13_weight_files.ipynb #971718b7
 CLASS_ROWS = r'(class_head|enc_class_head|class_embed(\.\d+)?)\.(weight|bias)$|label_enc\.weight$'

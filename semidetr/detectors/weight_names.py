@@ -28,6 +28,7 @@ KINDS = {  # kind -> words for people
 
 def recognise(
     state,  # names of tensors
+    origin: str = '',  # file, for the error
 ) -> str:  # a key of KINDS
     "The kind of a state dict; `DataError` if it is none of them"
     has = lambda pattern: any(re.match(pattern, k) for k in state)
@@ -39,13 +40,14 @@ def recognise(
         'dino': r'transformer\.(tgt_embed|enc_out_)',
         'deformable_detr': r'transformer\..*\.sampling_offsets\.',
         'detr': r'(detr\.)?transformer\..*\.multihead_attn\.',
-        'backbone': r'(conv1\.weight|layer\d\.|conv_stem\.|stem|blocks?\.|stages?\.|patch_embed)',
+        'backbone': r'(backbone\.)?(conv1\.|_?conv_stem\.|layer\d\.|_?blocks?\.|stem|stages?\.|patch_embed)',
     }
     for kind, pattern in tests.items():
         if has(pattern):
             return kind
     first = ', '.join(list(state)[:3])
-    raise DataError(f'names such as {first} belong to no program that is known here ({", ".join(tests)})')
+    where = f'{origin}: ' if origin else ''
+    raise DataError(f'{where}names such as {first} belong to no program that is known ({", ".join(tests)})')
 
 # %% ../../nbs/detectors/12_weight_names.ipynb #a30400b4
 @dataclass(frozen=True)
@@ -219,6 +221,7 @@ class Report:
     rows: list = field(default_factory=list)  # of `Row`, in the order of the file
     filled: list = field(default_factory=list)  # tensors of ours that copy another one: 'name = name'
     notes: list = field(default_factory=list)  # sentences about what was assumed, changed or left out
+    fresh: list = field(default_factory=list)  # tensors of ours that a backbone does not have: untrained
 
     def count(self, status: str) -> int:
         "Number of tensors with a status"
@@ -228,9 +231,18 @@ class Report:
         states = ('matched', 'renamed', 'joined', 'copy', 'unused')
         counts = ', '.join(f'{self.count(s)} {s}' for s in states if self.count(s))
         head = f'{self.origin}: {len(self.rows)} tensors of {KINDS[self.kind]}: {counts}; none missing'
-        unused = [f'unused: {r.key} ({r.why})' for r in self.rows if r.status == 'unused']
-        more = [f'... and {len(unused) - 3} more unused, see report.json'] if len(unused) > 3 else []
-        return '\n'.join([head, *unused[:3], *more, *self.notes])
+        if self.fresh:
+            parts = ', '.join(sorted({name.split('.')[0] for name in self.fresh}))
+            head += f'\nfresh: {len(self.fresh)} tensors of the rest of the detector ({parts})'
+        reasons = {}
+        for row in self.rows:
+            if row.status == 'unused':
+                reasons.setdefault(row.why, []).append(row.key)
+        unused = [
+            f'unused: {keys[0]}{f" and {len(keys) - 1} more" if len(keys) > 1 else ""} ({why})'
+            for why, keys in reasons.items()
+        ]
+        return '\n'.join([head, *unused, *self.notes])
 
     def to_dict(self) -> dict:  # plain values
         "For report.json"

@@ -162,6 +162,8 @@ def _compare(state, wanted, rules, sources):
             faults.append(f'unknown {key}')
         elif tuple(value.shape) != tuple(wanted[name]):
             faults.append(f'{key} is {tuple(value.shape)}, not {tuple(wanted[name])}')
+        elif not (value.is_floating_point() or name.endswith(COUNTER)):
+            faults.append(f'{key} has whole numbers ({value.dtype}), not weights')
     return faults
 
 # %% ../../nbs/detectors/14_weights.ipynb #8350dde7
@@ -264,9 +266,12 @@ def convert(
     dilated: bool = None,  # is the last stage of the backbone dilated (DC5)? None: as `config` says, or no
 ) -> Converted:
     "Give weights our names, completely; `DataError` names a tensor that is missing, unknown or does not fit"
-    kind, told = recognise(state), _from_config(config, origin) if config else {}
+    kind, told = recognise(state, origin), _from_config(config, origin) if config else {}
     if kind == 'backbone':
-        raise DataError(f'{origin}: a backbone alone; give it as detector.backbone.weights={origin}')
+        raise DataError(
+            f'{origin}: a backbone alone; import it with `semidetr import`, or give it as '
+            f'detector.backbone.weights={origin}'
+        )
     if kind == 'ours':
         raise DataError(f'{origin}: has our names already; give the folder of its run')
     known = dict(heads=heads or told.get('heads') or 8, backbone=backbone)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'WRITTEN', 'pack_rng', 'unpack_rng', 'save_checkpoint', 'load_checkpoint', 'load_weights', 'start_from',
-           'git_commit', 'environment', 'cpu_seconds', 'peak_memory_mb', 'RunLog']
+           'is_backbone_alone', 'git_commit', 'environment', 'cpu_seconds', 'peak_memory_mb', 'RunLog']
 
 # %% ../../nbs/train/02_checkpoint.ipynb #f69846ab
 import io
@@ -107,6 +107,8 @@ def start_from(
 ):
     "Start a new run from the weights of another one; one warning of one line for each thing that differs"
     saved, classes = load_checkpoint(path), list(run.data.classes)
+    if is_backbone_alone(saved):
+        return _start_backbone(run, saved['student'], path)
     is_pair = saved.get('imported', {}).get('pair', False)
     fresh, notes = run.student.state_dict(), []
     fresh = {k: v.clone() for k, v in fresh.items()} if list(saved['classes']) != classes else fresh
@@ -118,6 +120,27 @@ def start_from(
         notes += _start_projector(run.method, saved['parts'], path)
     for note in notes if is_main() else []:
         warnings.warn(f'{path}: {note}', stacklevel=3)
+
+
+def is_backbone_alone(
+    saved: dict,  # content of a checkpoint
+) -> bool:
+    "Does it come from a backbone, with a detector around it that nobody trained?"
+    return saved.get('imported', {}).get('kind') == 'backbone'
+
+
+def _start_backbone(run, state, path):
+    "Load the backbone alone into both networks; the rest stays as the run's seed made it"
+    weights = {k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')}
+    for network in (run.student, run.teacher):
+        own = network.backbone.state_dict()
+        counters = {k: v for k, v in own.items() if k.endswith('num_batches_tracked')}
+        load_weights(network.backbone, counters | weights, path)
+    if is_main():
+        what = (
+            f'a backbone alone: its {len(weights)} tensors are loaded, the rest of the detector is untrained'
+        )
+        warnings.warn(f'{path}: {what}', stacklevel=4)
 
 
 def _start_projector(method, parts, path):

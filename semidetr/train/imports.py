@@ -10,13 +10,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 import torch
-from ..core import DataError, atomic_write
+from ..core import ConfigError, DataError, atomic_write
+from ..detectors.backbone import BackboneConfig, build_backbone
+from ..detectors.backbone_weights import convert_backbone, recognise_backbone
 from ..detectors.contract import build_detector
 from ..detectors.weight_files import map_class_rows, read_weights, row_names
-from ..detectors.weight_names import Report, Row
+from ..detectors.weight_names import KINDS, Report, Row, recognise
 from ..detectors.weights import Converted, convert
 from .checkpoint import load_checkpoint, save_checkpoint
-from .config import Config, from_saved, preset, to_dict
+from .config import Config, from_saved, preset, to_dict, with_detector
 
 # %% ../../nbs/train/11_imports.ipynb #e88eea97
 def select_classes(
@@ -93,7 +95,59 @@ def _import_run(file, out, to, like):
     _write(out, own, replace(cfg, detector=own.settings), classes, pair=False)
     return own.report
 
+
+def _check_values(converted):
+    "A note about another precision; `DataError` for weights that are not finite"
+    states = [s for s in (converted.state, converted.teacher, converted.parts) if s is not None]
+    for state in states:
+        for name, value in state.items():
+            if not value.isfinite().all():
+                raise DataError(f'{converted.report.origin}: {name} (our name) is not finite; fetch it again')
+    if any(v.is_floating_point() and v.dtype != torch.float32 for s in states for v in s.values()):
+        converted.report.notes.append('converted to float32')
+
 # %% ../../nbs/train/11_imports.ipynb #80587c58
+def _usual_preset(name):
+    "Preset whose size of detector goes with a backbone"
+    return 'coco-10' if name.startswith(('resnet50', 'resnet101')) else 'small'
+
+
+def _backbone_run(name, detector, pixels):
+    "Configuration of a detector around a backbone"
+    cfg = with_detector(preset(_usual_preset(name)), detector)
+    network = BackboneConfig(name, 'none', cfg.detector.backbone.out_strides)
+    built = build_backbone(network)
+    mean, std = (tuple(pixels.get(k) or getattr(built, k)) for k in ('mean', 'std'))
+    view = replace(cfg.view, mean=mean, std=std)
+    return replace(cfg, detector=replace(cfg.detector, backbone=network), view=view)
+
+
+def _start_settings(cfg, out):
+    "What a training from this folder must set beside preset and detector"
+    network, view = cfg.detector.backbone, cfg.view
+    backbone = dict(name=network.name, weights='none', out_strides=list(network.out_strides))
+    statistics = dict(mean=list(view.mean), std=list(view.std))
+    return dict(detector=dict(backbone=backbone), view=statistics, run=dict(init=str(out.resolve())))
+
+
+def _import_backbone(file, out, classes, detector, name):
+    "A detector around a backbone, in a folder that training starts from"
+    found, notes = (name, []) if name else recognise_backbone(file.state, file.architecture, file.path)
+    with torch.random.fork_rng(devices=[]):
+        cfg = _backbone_run(found, detector, file.config.get('pretrained_cfg') or {})
+    classes = list(classes or ['object'])
+    converted = convert_backbone(file.state, replace(cfg.detector, num_classes=len(classes)), file.path)
+    converted.report.notes += [f'backbone {found} under {detector}', *notes]
+    if file.others:
+        converted.report.notes.append(f'not used: {", ".join(map(str, file.others))}')
+    _check_values(converted)
+    start = f'--preset {_usual_preset(found)} --detector {detector} --config {out / "start.json"}'
+    converted.report.notes.append(f'next: semidetr train {start} --data DATA')
+    _write(out, converted, replace(cfg, detector=converted.settings), classes, pair=False)
+    atomic_write(out / 'start.json', json.dumps(_start_settings(cfg, out), indent=1))
+    return converted.report
+
+# %% ../../nbs/train/11_imports.ipynb #afa8c3b6
 def import_weights(
     path,  # file or folder, see `read_weights`
     out,  # folder to write, without a run
@@ -103,6 +157,8 @@ def import_weights(
     heads: int = None,  # attention heads; None: those of config.json, or 8
     dilated: bool = None,  # is the last stage of the backbone dilated (DC5)? None: as config.json says, or no
     like=None,  # Config with settings classes of your own, for a run that has such
+    detector: str = '',  # for a backbone alone: the detector around it, a key of `DETECTORS`; '': dino
+    backbone: str = '',  # for a backbone alone: timm:NAME, where the file does not tell it
 ) -> Report:
     "Write weights of any known program as a run; nothing is written where one tensor does not fit"
     out = Path(out)
@@ -111,14 +167,19 @@ def import_weights(
     file = read_weights(path, key)
     if 'format' in file.state:
         return _import_run(file, out, to, like)
+    kind = 'backbone' if backbone.startswith('timm:') else recognise(file.state, file.path)
+    if kind == 'backbone':
+        return _import_backbone(file, out, to or classes, detector or 'dino', backbone)
+    if detector or backbone:
+        raise ConfigError(
+            f'{file.path}: detector and backbone are read off from {KINDS[kind]}; leave them out'
+        )
     converted = convert(file.state, file.config, origin=file.path, heads=heads, dilated=dilated)
     if file.others:
         converted.report.notes.append(f'not used: {", ".join(map(str, file.others))}')
-    if any(v.is_floating_point() and v.dtype != torch.float32 for v in converted.state.values()):
-        converted.report.notes.append('converted to float32')
+    _check_values(converted)
     names, notes = row_names(converted.settings.num_classes, classes or file.classes, file.path)
     converted.report.notes += notes
     converted, names = select_classes(converted, names, to)
-    kind = converted.report.kind
     _write(out, converted, _run_config(kind, converted.settings), names, pair=kind == 'official')
     return converted.report

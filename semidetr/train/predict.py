@@ -19,7 +19,7 @@ from ..data.augment import eval_view
 from ..data.loader import collate
 from ..detectors.contract import build_detector, post_process
 from .config import from_saved
-from .checkpoint import load_checkpoint, load_weights
+from .checkpoint import is_backbone_alone, load_checkpoint, load_weights
 from .evaluation import to_device
 from .exported import from_safetensors, load_onnx
 
@@ -46,6 +46,8 @@ def load_model(
     except ConfigError as e:
         why = 'written by another version of semidetr, or with settings classes of its own (give `like`)'
         raise DataError(f'{path}: {e}; {why}') from None
+    if is_backbone_alone(state):
+        warnings.warn(f'{path}: only its backbone is trained; its detections mean nothing', stacklevel=2)
     model = build_detector(cfg.detector.untrained())
     load_weights(model, state[which], path)
     return model.to(device).eval().requires_grad_(False), cfg, list(state['classes'])

@@ -17,9 +17,9 @@
 import math, warnings
 from dataclasses import dataclass
 from pathlib import Path
-import torch
+import torch, torchvision
 import torch.nn.functional as F
-import torchvision
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -99,7 +99,7 @@ message
 # `weights='auto'` means: the file that a package ships (Lite0), else a file that torchvision would have
 # downloaded and that is already in its cache, else random weights and a warning that names the file to fetch.
 # A path means that file or an error. A file holds the tensors directly, under `state_dict` or under `model`,
-# with or without a prefix from data-parallel training.
+# with or without a prefix from data-parallel training; it may be a safetensors file.
 
 # %%
 #| export
@@ -107,9 +107,13 @@ HEADS = ('fc.', 'classifier.', 'head.', 'conv_head.', 'bn2.')  # classifier part
 
 
 def _read_state(path):
-    "The state dict of a file: bare, or under the usual keys"
+    "The state dict of a file: bare, or under the usual keys; or a safetensors file"
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        state = (
+            load_file(path)
+            if str(path).endswith('.safetensors')
+            else torch.load(path, map_location='cpu', weights_only=True)
+        )
     except Exception as e:
         raise ConfigError(
             f'cannot read backbone weights {path}: {type(e).__name__} {"".join(str(e).splitlines()[:1])}'

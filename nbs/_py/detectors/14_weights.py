@@ -14,7 +14,7 @@
 # | `.pth` of the original DETR, Deformable-DETR (three forms), DINO (four and five levels) | `detr`, `deformable_detr`, `dino` |
 # | `.pth` of the official Semi-DETR: student, teacher, projector | `official` |
 # | folder or `.safetensors` of `transformers`, DETR and Deformable-DETR | `hf_detr`, `hf_deformable_detr` |
-# | a ResNet of torchvision, a network of timm | `backbone`: for `detector.backbone.weights`, not for an import |
+# | a ResNet of torchvision, a network of timm | `backbone`: the start of a detector (@sec-backbone-weights) |
 # | a run of ours | `ours` |
 #
 # The way back, `semidetr export --run RUN --format transformers`, is there for DETR and Deformable-DETR.
@@ -227,6 +227,8 @@ def _compare(state, wanted, rules, sources):
             faults.append(f'unknown {key}')
         elif tuple(value.shape) != tuple(wanted[name]):
             faults.append(f'{key} is {tuple(value.shape)}, not {tuple(wanted[name])}')
+        elif not (value.is_floating_point() or name.endswith(COUNTER)):
+            faults.append(f'{key} has whole numbers ({value.dtype}), not weights')
     return faults
 
 
@@ -337,9 +339,12 @@ def convert(
     dilated: bool = None,  # is the last stage of the backbone dilated (DC5)? None: as `config` says, or no
 ) -> Converted:
     "Give weights our names, completely; `DataError` names a tensor that is missing, unknown or does not fit"
-    kind, told = recognise(state), _from_config(config, origin) if config else {}
+    kind, told = recognise(state, origin), _from_config(config, origin) if config else {}
     if kind == 'backbone':
-        raise DataError(f'{origin}: a backbone alone; give it as detector.backbone.weights={origin}')
+        raise DataError(
+            f'{origin}: a backbone alone; import it with `semidetr import`, or give it as '
+            f'detector.backbone.weights={origin}'
+        )
     if kind == 'ours':
         raise DataError(f'{origin}: has our names already; give the folder of its run')
     known = dict(heads=heads or told.get('heads') or 8, backbone=backbone)

@@ -117,7 +117,8 @@ def load_weights(
 # With `run.init` a new run starts from the weights of another one: both networks from one of its two, and
 # classes by name (@eq-weights-rows), since the data may have others, or the same in another order. Optimiser
 # and random state stay those of a new run. An import of the official Semi-DETR (@sec-imports) starts student,
-# teacher and projector each from its own weights.
+# teacher and projector each from its own weights. From an import of a backbone they take the backbone alone; the
+# rest is what the seed of the run makes it.
 
 # %%
 #| export
@@ -127,6 +128,8 @@ def start_from(
 ):
     "Start a new run from the weights of another one; one warning of one line for each thing that differs"
     saved, classes = load_checkpoint(path), list(run.data.classes)
+    if is_backbone_alone(saved):
+        return _start_backbone(run, saved['student'], path)
     is_pair = saved.get('imported', {}).get('pair', False)
     fresh, notes = run.student.state_dict(), []
     fresh = {k: v.clone() for k, v in fresh.items()} if list(saved['classes']) != classes else fresh
@@ -138,6 +141,27 @@ def start_from(
         notes += _start_projector(run.method, saved['parts'], path)
     for note in notes if is_main() else []:
         warnings.warn(f'{path}: {note}', stacklevel=3)
+
+
+def is_backbone_alone(
+    saved: dict,  # content of a checkpoint
+) -> bool:
+    "Does it come from a backbone, with a detector around it that nobody trained?"
+    return saved.get('imported', {}).get('kind') == 'backbone'
+
+
+def _start_backbone(run, state, path):
+    "Load the backbone alone into both networks; the rest stays as the run's seed made it"
+    weights = {k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')}
+    for network in (run.student, run.teacher):
+        own = network.backbone.state_dict()
+        counters = {k: v for k, v in own.items() if k.endswith('num_batches_tracked')}
+        load_weights(network.backbone, counters | weights, path)
+    if is_main():
+        what = (
+            f'a backbone alone: its {len(weights)} tensors are loaded, the rest of the detector is untrained'
+        )
+        warnings.warn(f'{path}: {what}', stacklevel=4)
 
 
 def _start_projector(method, parts, path):

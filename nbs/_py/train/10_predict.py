@@ -36,7 +36,7 @@ from semidetr.data.augment import eval_view
 from semidetr.data.loader import collate
 from semidetr.detectors.contract import build_detector, post_process
 from semidetr.train.config import from_saved
-from semidetr.train.checkpoint import load_checkpoint, load_weights
+from semidetr.train.checkpoint import is_backbone_alone, load_checkpoint, load_weights
 from semidetr.train.evaluation import to_device
 from semidetr.train.exported import from_safetensors, load_onnx
 
@@ -83,6 +83,8 @@ def load_model(
     except ConfigError as e:
         why = 'written by another version of semidetr, or with settings classes of its own (give `like`)'
         raise DataError(f'{path}: {e}; {why}') from None
+    if is_backbone_alone(state):
+        warnings.warn(f'{path}: only its backbone is trained; its detections mean nothing', stacklevel=2)
     model = build_detector(cfg.detector.untrained())
     load_weights(model, state[which], path)
     return model.to(device).eval().requires_grad_(False), cfg, list(state['classes'])
