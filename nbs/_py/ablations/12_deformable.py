@@ -68,6 +68,7 @@ markdown(arm_table(short, names, 'supervised'))
 #| echo: false
 markdown(f"{verdicts(short, compared, 'supervised')}\n\n{scale_line(short, names)}")
 
+
 # %% [markdown]
 # ## The teacher decides
 #
@@ -81,8 +82,12 @@ markdown(f"{verdicts(short, compared, 'supervised')}\n\n{scale_line(short, names
 def row(name, records, arm):
     "Burn-in, precision and recall of the pseudo labels, and the gain over supervised training"
     start = mean(r['burn_in']['metrics']['dev']['teacher']['AP'] for r in records)
-    quality = [mean(r['arms'][arm]['health'][f'pseudo_{k}'] for r in records) for k in ('precision', 'recall')]
-    ap = {a: mean(r['arms'][a]['metrics']['val']['teacher']['AP'] for r in records) for a in (arm, 'supervised')}
+    quality = [
+        mean(r['arms'][arm]['health'][f'pseudo_{k}'] for r in records) for k in ('precision', 'recall')
+    ]
+    ap = {
+        a: mean(r['arms'][a]['metrics']['val']['teacher']['AP'] for r in records) for a in (arm, 'supervised')
+    }
     gain = ap[arm] - ap['supervised']
     return [name, f'{start:.1f}', *(f'{q:.2f}' for q in quality), f'{gain:+.1f}']
 
@@ -99,55 +104,8 @@ markdown(
 )
 
 # %% [markdown]
-# ## What the other forms need
-#
-# DETR and single-stage Deformable-DETR are not compared at twenty labels: there they would learn next to
-# nothing in these lengths, and a method that learns from the detections of a teacher has nothing to learn from.
-# What would they need? All labels and more iterations. One run of each detector on all labelled scenes, from
-# the start (its backbone is pretrained), supervised, one-to-one:
-
-# %%
-#| label: fig-abl-all-labels
-#| fig-cap: "AP on the development part during supervised training with all labels; one seed. Left: 2000 iterations of every detector. Right: DETR with a lower learning rate and 8000 iterations."
-#| fig-alt: "Curves of AP against iterations for the five detectors, and for a longer training of DETR"
-#| echo: false
-forms = dict(
-    detr='DETR',
-    deformable_detr='Deformable-DETR, single-stage',
-    deformable_detr_refine='with refinement',
-    deformable_detr_two_stage='two-stage',
-    dino='DINO',
-)
-every, [slow] = read_records(results, 'all_labels', list(forms)), read_records(results, 'all_labels_long', ['detr'])
-fig, axes = plt.subplots(1, 2, figsize=(7.5, 3.2), dpi=80, sharey=True, layout='constrained')
-for ax, arms in zip(axes, (every[0]['arms'], slow['arms'])):
-    for name, label in forms.items():
-        if name in arms:
-            rows = arms[name]['history']
-            ax.plot([r['step'] for r in rows], [r['AP'] for r in rows], label=label)
-    ax.set(xlabel='iteration')
-axes[0].set(ylabel='AP (development part)')
-axes[0].legend(fontsize=9)
-plt.show()
-
-# %%
-#| label: tbl-abl-all-labels
-#| tbl-cap: "COCO AP on 300 test scenes after these trainings."
-#| echo: false
-def trained(name, record, label):
-    "Name, iterations, AP without and with NMS, CPU minutes"
-    r = record['arms'][name]
-    ap = r['metrics']['val']['teacher']
-    return [label, r['iterations'], f"{ap['AP']:.1f}", f"{ap['AP_nms']:.1f}", f"{r['cpu_seconds'] / 60:.0f}"]
-
-
-rows = [trained(name, every[0], label) for name, label in forms.items()]
-rows.append(trained('detr', slow, 'DETR, longer'))
-markdown(markdown_table(['detector', 'iterations', 'AP', 'AP with NMS', 'CPU minutes'], rows))
-
-# %% [markdown]
 # ## Summary
 #
 # - The detector is the only change against @sec-abl-components, beside the lengths that the tables name.
 # - Where an interval includes zero, the computed sentences say that no difference was found.
-# - To reproduce: `semidetr ablate deformable deformable_long all_labels all_labels_long`.
+# - To reproduce: `semidetr ablate deformable deformable_long`.
