@@ -6,6 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO ?=
 BENCH ?=
+FUZZ ?=
 ABLATE ?=
 
 # two cores are used best by two processes of one thread each; a fixed hash seed keeps the order of sets
@@ -16,13 +17,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # glibc gives memory back to the system and asks for it again at every step; on some machines keeping it saves much of a training step on a CPU
 KEEP_MEMORY := env MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
 
-.PHONY: help book test bench gpu-check ablations ablations-smoke env site nb nb-export clean
+.PHONY: help book test fuzz bench gpu-check ablations ablations-smoke env site nb nb-export clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make book   environment, the demonstration on the built-in data, results, the site in _docs/'
 	@echo 'make test   environment and every check'
 	@echo 'make site   the site alone'
+	@echo 'make fuzz   100,000 damaged inputs for every reader of files, some twenty minutes; FUZZ="--inputs 1000": fewer'
 	@echo 'make bench  all timings, about a quarter of an hour on a quiet machine, and their page; BENCH=--quick: a smoke version without the page'
 	@echo 'make gpu-check  everything that only a GPU can tell, at most six minutes; needs torch and nvcc, installs nothing'
 	@echo 'make ablations-smoke  every study of the book, seconds a run, into a temporary folder; make ablations  those whose records are committed, hours'
@@ -50,6 +52,9 @@ test: $(STAMP)
 	@echo '--- text twins'; $(BIN)/python tests/nbtool.py check
 	@echo '--- notebooks'; $(KEEP_MEMORY) $(BIN)/nbdev_test --n_workers 2 --timing
 	@echo '--- tests: export, clean, lint, modules, book, site, links, browser'; $(KEEP_MEMORY) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+fuzz: $(STAMP)
+	@$(BIN)/python benchmarks/fuzz.py $(FUZZ)
 
 site: $(STAMP)
 	@$(BIN)/python -m semidetr.book.site

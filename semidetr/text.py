@@ -8,6 +8,7 @@ __all__ = ['text_encoding', 'read_text', 'read_lines', 'read_json']
 # %% ../nbs/03_text.ipynb #7e7f369e
 import codecs
 import json
+import os
 import re
 from pathlib import Path
 from .core import DataError
@@ -49,9 +50,13 @@ def read_text(
 ) -> str:  # lines end in \n
     "Content of a text file; an error names the file, the byte that is not text, and the cure"
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            what = 'is a directory' if os.path.isdir(path) else 'is a pipe or a device'
+            raise error(f'{path}: {what}; give a text file')
         raw = Path(path).read_bytes()
-    except OSError as e:
-        raise error(f'{path}: {(e.strerror or "cannot be read").lower()}; give a text file') from None
+    except (OSError, ValueError) as e:
+        what = getattr(e, 'strerror', None) or 'cannot be read'
+        raise error(f'{path}: {what.lower()}; give a text file') from None
     name = text_encoding(raw)
     try:
         text = raw.decode(name)
@@ -73,6 +78,17 @@ def read_lines(
     return [line.strip() for line in read_text(path).split('\n') if line.strip()]
 
 # %% ../nbs/03_text.ipynb #6baec210
+_LISTS = ('"images"', '"annotations"', '"categories"')
+
+
+def _once(pairs):  # an object of JSON in which no name occurs twice
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        name = next(k for n, (k, _) in enumerate(pairs) if k in [p[0] for p in pairs[:n]])
+        raise ValueError(f'the name {name!r} occurs twice in one object')
+    return out
+
+
 def read_json(
     path,  # annotation file
 ):  # its content
@@ -81,7 +97,8 @@ def read_json(
     if not text.strip():
         raise DataError(f'{path}: the file is empty; export the annotations again')
     try:
-        return json.loads(text)
+        again = any(text.count(name) > 1 for name in _LISTS)
+        return json.loads(text, object_pairs_hook=_once if again else None)
     except json.JSONDecodeError as e:
         if not text[: e.pos].strip():
             what = f'not a text file in JSON, it begins with {text.strip()[:12]!r}'

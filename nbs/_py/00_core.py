@@ -13,6 +13,7 @@ import hashlib
 import math
 import os
 import random
+import re
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -27,7 +28,6 @@ import tempfile
 from types import SimpleNamespace
 import matplotlib.pyplot as plt
 from semidetr.draw import COLORS
-
 
 # %% [markdown]
 # ## Why
@@ -46,8 +46,22 @@ from semidetr.draw import COLORS
 
 # %%
 #| export
+_CONTROL = re.compile('[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
+
+
+def printable(
+    text: str,  # may hold names from files
+) -> str:  # the same; control characters and broken Unicode as escapes
+    "One line that a terminal can show"
+    text = ' '.join(line.strip() for line in text.splitlines()) if len(text.splitlines()) > 1 else text
+    return _CONTROL.sub(lambda c: c[0].encode('unicode_escape').decode(), text)
+
+
 class SemiDETRError(Exception):
     "Base of the errors that a user can fix: the message names file, item and cure in one line"
+
+    def __str__(self):
+        return printable(super().__str__())
 
 
 class DataError(SemiDETRError):

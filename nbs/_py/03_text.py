@@ -20,6 +20,7 @@
 #| export
 import codecs
 import json
+import os
 import re
 from pathlib import Path
 from semidetr.core import DataError
@@ -70,9 +71,13 @@ def read_text(
 ) -> str:  # lines end in \n
     "Content of a text file; an error names the file, the byte that is not text, and the cure"
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            what = 'is a directory' if os.path.isdir(path) else 'is a pipe or a device'
+            raise error(f'{path}: {what}; give a text file')
         raw = Path(path).read_bytes()
-    except OSError as e:
-        raise error(f'{path}: {(e.strerror or "cannot be read").lower()}; give a text file') from None
+    except (OSError, ValueError) as e:
+        what = getattr(e, 'strerror', None) or 'cannot be read'
+        raise error(f'{path}: {what.lower()}; give a text file') from None
     name = text_encoding(raw)
     try:
         text = raw.decode(name)
@@ -112,14 +117,25 @@ except DataError as e:
 assert refusal == 'list.txt: byte 5 (0xE4, line 2) is not UTF-8; save it as UTF-8'
 refusal
 
-
 # %% [markdown]
 # ## JSON
 #
-# A JSON file that breaks off names the line where it does.
+# A JSON file that breaks off names the line where it does. Of two lists with the same name, as when two files
+# were pasted together, Python keeps the last; here the file is refused.
 
 # %%
 #| export
+_LISTS = ('"images"', '"annotations"', '"categories"')
+
+
+def _once(pairs):  # an object of JSON in which no name occurs twice
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        name = next(k for n, (k, _) in enumerate(pairs) if k in [p[0] for p in pairs[:n]])
+        raise ValueError(f'the name {name!r} occurs twice in one object')
+    return out
+
+
 def read_json(
     path,  # annotation file
 ):  # its content
@@ -128,7 +144,8 @@ def read_json(
     if not text.strip():
         raise DataError(f'{path}: the file is empty; export the annotations again')
     try:
-        return json.loads(text)
+        again = any(text.count(name) > 1 for name in _LISTS)
+        return json.loads(text, object_pairs_hook=_once if again else None)
     except json.JSONDecodeError as e:
         if not text[: e.pos].strip():
             what = f'not a text file in JSON, it begins with {text.strip()[:12]!r}'
@@ -148,7 +165,13 @@ try:
 except DataError as e:
     message = str(e).replace(f'{root}/', '')
 assert 'line 2' in message
-message
+(root / 'twice.json').write_text('{"images": [1], "images": [2]}')
+try:
+    read_json(root / 'twice.json')
+except DataError as e:
+    refused = str(e).replace(f'{root}/', '')
+assert "'images' occurs twice" in refused
+message, refused
 
 # %%
 #| label: fig-text-bytes

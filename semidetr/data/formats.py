@@ -12,6 +12,7 @@ import unicodedata
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from ..core import DataError
+from .entries import as_number
 from .files import Fault, Source, as_flag, coco_entries, image_suffixes, images_under, reason
 from ..text import read_json, read_lines, read_text
 
@@ -38,7 +39,7 @@ def _listed(folder, names):  # which of the names are files, with one listing of
         folders.setdefault(os.path.dirname(name), []).append(name)
     out = set()
     for parent, inside in folders.items():
-        there = set(os.listdir(folder / parent)) if (folder / parent).is_dir() else ()
+        there = set(os.listdir(folder / parent)) if os.path.isdir(folder / parent) else ()
         out.update(n for n in inside if os.path.basename(n) in there)
     return out
 
@@ -98,7 +99,7 @@ def _find_images(
     places += [d for d in (p / 'Images', p.parent / 'Images') if d.is_dir()]
     probe = files[:: max(1, len(files) // 5)][:6]
     for spelling in (str, plain_name, lambda f: plain_name(f).rpartition('/')[2]):
-        hits = [sum((d / spelling(f)).is_file() for f in probe) for d in places]
+        hits = [sum(os.path.isfile(d / spelling(f)) for f in probe) for d in places]
         if not probe or max(hits):
             return places[hits.index(max(hits))], None
     for d in places:
@@ -146,13 +147,20 @@ VOC_CLASSES = (
 ).split()
 
 
+def _corner(element, key):  # one number of the one box of an object
+    found = [e.text or '' for e in element.findall(f'bndbox/{key}')]
+    if len(found) != 1:
+        raise ValueError(f'an object has {len(found)} numbers {key}')
+    return as_number(found[0])
+
+
 def _voc_file(path):  # one XML -> ((name, box xywh, difficult) of each object, (height, width), file name)
     text = read_text(path)
     root = ET.fromstring(re.sub(r'^\s*<\?xml.*?\?>', '', text, flags=re.S))
-    size = [float(root.findtext(f'size/{k}') or 0) for k in ('height', 'width')]
+    size = [as_number(root.findtext(f'size/{k}') or '0') for k in ('height', 'width')]
     objects = []
     for o in root.iter('object'):
-        x1, y1, x2, y2 = (float(o.findtext(f'bndbox/{k}')) for k in ('xmin', 'ymin', 'xmax', 'ymax'))
+        x1, y1, x2, y2 = (_corner(o, k) for k in ('xmin', 'ymin', 'xmax', 'ymax'))
         w, h = x2 - x1, y2 - y1
         if w >= 0 and h >= 0:  # swapped corners keep their negative size and are refused
             w, h = w + 1, h + 1
@@ -190,9 +198,9 @@ def voc_folders(
 
 def _voc_id(line, xmls):  # line of a list -> id of the image: marks, folders and suffixes are left out
     line = plain_name(line).rpartition('/')[2]
-    tries = [line, re.sub(r'\s+-?[01]$', '', line), line.split()[0]]
+    tries = [line, re.sub(r'\s+-?[01]$', '', line), (line.split() or [line])[0]]
     tries += [os.path.splitext(t)[0] for t in tries]
-    return next((t for t in tries if (xmls / f'{t}.xml').is_file()), tries[1])
+    return next((t for t in tries if os.path.isfile(xmls / f'{t}.xml')), tries[1])
 
 
 def _voc_ids(root, split):  # -> (image ids, file that lists them or None)
@@ -224,7 +232,7 @@ def _voc_annotations(
             content[f.stem] = _voc_file(f)
         except (ET.ParseError, TypeError, ValueError, LookupError, DataError) as e:
             if f.stem in wanted:
-                e = e if f.is_file() else FileNotFoundError()
+                e = e if os.path.isfile(f) else FileNotFoundError()
                 what = str(e).removeprefix(f'{f}: ').split(';')[0] if isinstance(e, DataError) else reason(e)
                 cure = 'restore the file, or take the image out of the split list'
                 faults.append(Fault('error', 'bad-xml', str(f), f'image {f.stem!r}: {what}', cure))

@@ -42,7 +42,7 @@ def as_flag(
 ):  # bool, or None if it is none of these
     "The truth value that a number or a word stands for"
     if isinstance(value, (bool, int, float)) or value is None:
-        return bool(value)
+        return bool(value) if value in (0, 1, None) else None
     word = str(value).strip().lower()
     if word in ('1', 'true', 'yes', 'y', 't', 'on', '1.0'):
         return True
@@ -50,7 +50,7 @@ def as_flag(
 
 
 # %%
-assert [as_flag(v) for v in ('0', 'True', 1, None, 'maybe')] == [False, True, True, False, None]
+assert [as_flag(v) for v in ('0', 'True', 1, None, 'maybe', 2)] == [False, True, True, False, None, None]
 coco_entries(dict(images=[3, dict(id=1)]), 'images')
 
 # %% [markdown]
@@ -73,14 +73,30 @@ def as_area(
     return float(found.group(1)) if found else None
 
 
+def as_number(
+    text: str,  # '12', '12.5' ...
+) -> float:
+    "A number as files write it; ValueError otherwise, also for '1_5', which Python reads as 15"
+    if '_' in text:
+        raise ValueError(f'{text!r} is not a number')
+    return float(text)
+
+
 def _number(v):  # text -> int or float, else unchanged
     try:
-        number = float(v) if isinstance(v, (str, float)) and not isinstance(v, bool) else v
+        number = as_number(v) if isinstance(v, str) else v
         return int(number) if isinstance(number, float) and number.is_integer() else number
     except ValueError:
         return v
 
 
+# %%
+assert as_number('1.5') == 1.5 and _number('7') == 7 and _number('1_5') == '1_5'
+as_number('1.5')
+
+
+# %%
+#| export
 def _convert(rows, key, new):  # a column becomes new(value); -> was anything changed?
     for r in rows:
         r[key] = new(r[key])

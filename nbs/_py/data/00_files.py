@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from semidetr.core import DataError, suggest
+from semidetr.core import DataError, printable, suggest
 from semidetr.data.entries import FLAGS, as_area, as_flag, coco_entries, is_id, tidy_values
 
 # %% [markdown]
@@ -71,6 +71,15 @@ _UPRIGHT = {
 }
 
 
+def open_image(
+    path,  # image file
+):  # PIL image, not yet decoded
+    "Open an image; a pipe or a device, which could keep a reader waiting for ever, is an OSError"
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError('a folder' if os.path.isdir(path) else 'a pipe or a device')
+    return Image.open(path)
+
+
 def _turn(img, size):  # EXIF orientation to undo (0: none); `size` is (H, W) in the annotations, or None
     o = img.getexif().get(_ORIENTATION, 1)
     if o not in _UPRIGHT:
@@ -84,7 +93,7 @@ def image_orientation(
     path,  # image file
 ) -> int:  # 1: upright
     "EXIF orientation, read from the header alone"
-    with Image.open(path) as img:
+    with open_image(path) as img:
         return img.getexif().get(_ORIENTATION, 1)
 
 
@@ -92,7 +101,7 @@ def read_size(
     path,  # image file
 ) -> tuple[int, int]:  # (H, W) of the upright image
     "Size of an image, read from the header alone"
-    with Image.open(path) as img:
+    with open_image(path) as img:
         return (img.width, img.height) if _turn(img, None) in _QUARTER_TURNS else (img.height, img.width)
 
 
@@ -138,7 +147,7 @@ def load_image(
     white: float = 0,  # as for `scale_pixels`
 ) -> Image.Image:  # RGB
     "Decode one image; it is turned by its EXIF tag unless only the raw size agrees with the annotations"
-    with Image.open(path) as img:
+    with open_image(path) as img:
         img.load()
         o = _turn(img, size)
         return to_rgb(img.transpose(_UPRIGHT[o]) if o else img, white)
@@ -211,7 +220,7 @@ class Fault:
     cure: str  # what to do
 
     def __str__(self):
-        return f'{self.where}: {self.item}; {self.cure}'
+        return printable(f'{self.where}: {self.item}; {self.cure}')
 
 
 @dataclass
@@ -334,14 +343,14 @@ def _image_faults(images):
             yield 'bad-image-entry', f'images[{n}] is {str(im)[:80]}'
             continue
         item = f"image {im['id']!r} ({file})"
-        if im['id'] in ids:
+        if str(im['id']) in ids:
             yield 'duplicate-image-id', f'{item}: this id was used before'
         if file in files:
             yield 'duplicate-file-name', f'{item}: same file as image {files[file]!r}'
         size = [im.get('width'), im.get('height')]
-        if any(s is not None and (not isinstance(s, (int, float)) or not 0 < s < math.inf) for s in size):
+        if not all(s is None or (type(s) in (int, float) and 0 < s < 1e9 and s == int(s)) for s in size):
             yield 'bad-image-size', f'{item}: width, height = {size}'
-        ids.add(im['id'])
+        ids.add(str(im['id']))  # 7 and '7' would be one image in splits and results
         files[file] = im['id']
 
 
@@ -352,11 +361,11 @@ def _category_faults(categories):
             yield 'bad-category', f'categories[{n}] is {str(c)[:80]}'
             continue
         item, name = f"category {c['id']!r}", c['name']
-        if c['id'] in ids:
+        if str(c['id']) in ids:
             yield 'duplicate-category-id', f'{item} ({name}): this id was used before'
         if name in names:
             yield 'duplicate-category-name', f"{item}: '{name}' is also category {names[name]!r}"
-        ids.add(c['id'])
+        ids.add(str(c['id']))
         names[name] = c['id']
 
 
@@ -436,6 +445,11 @@ def _area_fault(area, bbox):  # what is wrong with an area, or None; masks are s
         return 'contradicts the box'
 
 
+def _same_id(key):  # 7 for 7 and '7'; a number takes no memory that it does not have already
+    text = str(key)
+    return int(text) if len(text) < 19 and text.isdecimal() and str(int(text)) == text else text
+
+
 # %%
 #| export
 def _annotation_faults(data):
@@ -446,11 +460,12 @@ def _annotation_faults(data):
         if not isinstance(a, dict) or not is_id(a.get('image_id')) or not is_id(a.get('category_id')):
             yield 'bad-annotation', f'annotations[{n}] is {str(a)[:80]}'
             continue
-        cat, key, image = a['category_id'], a.get('id'), a['image_id']
-        found, text = [], str(key)
-        if key is not None and text in used:
-            found.append(('duplicate-annotation-id', 'this id was used before'))
-        used.add(text)
+        cat, key, image, found = a['category_id'], a.get('id'), a['image_id'], []
+        if key is not None:
+            key = key if type(key) is int else _same_id(key)
+            if key in used:
+                found.append(('duplicate-annotation-id', 'this id was used before'))
+            used.add(key)
         if image not in sizes:
             found.append(('unknown-image', "'images' has no such id"))
         if cat not in known:
@@ -540,7 +555,7 @@ def files_under(
         for entry in os.scandir(folder):
             if entry.name[0] == '.' or entry.name == '__MACOSX':
                 continue
-            if not entry.is_dir():
+            if not os.path.isdir(entry.path if entry.is_symlink() else entry):
                 found.append(Path(entry.path).relative_to(root))
             else:
                 (linked if entry.is_symlink() else todo).append(Path(entry.path))
@@ -604,7 +619,9 @@ def reason(
         return (
             f'too large, not broken: Pillow decodes up to {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels'
         )
-    return 'no such file' if isinstance(e, FileNotFoundError) else str(e).split(':')[0] or type(e).__name__
+    if isinstance(e, FileNotFoundError):
+        return 'no such file'
+    return ' '.join(str(e).split(':')[0].split()) or type(e).__name__
 
 
 # %%

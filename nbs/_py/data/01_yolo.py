@@ -11,6 +11,7 @@
 import os
 from pathlib import Path
 from semidetr.core import DataError
+from semidetr.data.entries import as_number
 from semidetr.data.files import Fault, Source, files_under, images_under, read_size, reason
 from semidetr.data.formats import folder_like, plain_name
 from semidetr.text import read_lines, read_text
@@ -51,8 +52,8 @@ def _yolo_rows(label, names=()):  # -> [(line number, class, numbers)], [(number
         if not words:
             continue
         try:
-            c = names.index(words[0]) if words[0] in names and not words[0].isdigit() else float(words[0])
-            v = list(map(float, words[1:]))
+            c = names.index(words[0]) if words[0] in names and not words[0].isdigit() else as_number(words[0])
+            v = list(map(as_number, words[1:]))
             ok = c == int(c) and len(v) >= 4 and all(abs(x) < 1e6 for x in v)
         except (ValueError, OverflowError):
             ok = False
@@ -152,31 +153,68 @@ def _yolo_names(path, conf):  # class names as they are written: no, 007 and 1e3
         raise DataError(f"{path}: no class 'names'; list them in the order of the label numbers")
     if not all(str(k).isdigit() and isinstance(v, str) for k, v in names.items()):
         raise DataError(f"{path}: 'names' has keys that are no label numbers; write 0: name, 1: name")
-    return {int(k): v for k, v in names.items()}
+    labels = {int(k): v for k, v in names.items()}
+    if len(labels) < len(names):
+        raise DataError(f"{path}: 'names' gives two names to one label; write each label once")
+    return labels
+
+
+def _yaml(path):  # content of data.yaml, in which everything stays text and no key occurs twice
+    import yaml
+
+    text, where = read_text(path), ''
+    try:
+        top = yaml.compose(text, Loader=yaml.BaseLoader)
+        pairs = top.value if isinstance(top, yaml.MappingNode) else []
+        inner = [v.value for k, v in pairs if k.value == 'names' and isinstance(v, yaml.MappingNode)]
+        for mapping in (pairs, *inner):
+            keys = [str(k.value) for k, _ in mapping]
+            again = [k for n, k in enumerate(keys) if k in keys[:n]]
+            if again:
+                raise ValueError(f"the key '{again[0]}' occurs twice")
+        return yaml.load(text, Loader=yaml.BaseLoader)
+    except yaml.MarkedYAMLError as e:
+        mark = e.problem_mark or e.context_mark
+        where, what = f'line {mark.line + 1}: ' if mark else '', e.problem or e.context
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        what = reason(e)
+    cure = 'a YOLO data set has a data.yaml with names and splits'
+    raise DataError(f'{path}: {where}{what}; {cure}')
+
+
+# %%
+(root / 'names.yaml').write_text('train: images\nnames: [no, 007]\n')
+assert _yolo_names('names.yaml', _yaml(root / 'names.yaml')) == {0: 'no', 1: '007'}
+_yaml(root / 'names.yaml')
+
+
+# %%
+#| export
+def _kpt_shape(shape, path):  # (points, 2 or 3) of poses, or None
+    if not shape:
+        return None
+    numbers = [int(n) for n in shape if isinstance(n, str) and n.isdecimal()]
+    if not isinstance(shape, list) or len(shape) != 2 or len(numbers) != 2 or numbers[1] not in (2, 3):
+        raise DataError(f'{path}: kpt_shape is no list of two numbers; write [points, 2] or [points, 3]')
+    return numbers
 
 
 def _yolo_config(root):  # -> (path of data.yaml or of the list of names, its content, {label: name})
-    import yaml
-
     path = yolo_file(root) or root / 'data.yaml'
     if path.suffix not in ('.yaml', '.yml'):
         lists = {k: root / f'{k}.txt' for k in ('train', 'val', 'valid', 'test')}
         conf = {k: f.name for k, f in lists.items() if f.is_file()}
         folders = {k: f'images/{k}' for k in ('train', 'val', 'test') if (root / 'images' / k).is_dir()}
         return path, conf or folders or dict(train='.'), dict(enumerate(read_lines(path)))
-    try:
-        conf = yaml.load(read_text(path), Loader=yaml.BaseLoader)  # everything stays text
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
-        what = f'{path}: {reason(e)}'
-        raise DataError(f'{what}; a YOLO data set has a data.yaml with names and splits') from None
+    conf = _yaml(path)
     return path, conf, _yolo_names(path, conf)
 
 
 # %%
 #| export
 def _yolo_places(root, conf, entry):  # where a split may be
-    e = str(entry).replace('\\', '/')
-    base = root / str(conf.get('path') or '.')
+    e, base = entry.replace('\\', '/'), conf.get('path') or '.'
+    base = root / base if isinstance(base, str) else root
     tries = [base / e, root / e, root / plain_name(e), root / e.replace('../', '')]
     return [*tries, folder_like(root, *plain_name(e).split('/')[:1]) / '/'.join(plain_name(e).split('/')[1:])]
 
@@ -187,10 +225,14 @@ def _yolo_images(root, conf, split):  # -> image paths of one split
     if entry is None:
         there = ', '.join(k for k in conf if k in ('train', 'val', 'valid', 'test')) or 'none'
         raise DataError(f"{root}: data.yaml has no split '{split}'; found {there}")
-    out = []
-    for e in entry if isinstance(entry, list) else [entry]:
+    out, entries = [], entry if isinstance(entry, list) else [entry]
+    if not all(isinstance(e, str) for e in entries):
+        raise DataError(
+            f"{root}: data.yaml: '{split}' is no path and no list of paths; write such as images/train"
+        )
+    for e in entries:
         tries = _yolo_places(root, conf, e)
-        place = next((t for t in tries if t.exists()), None)
+        place = next((t for t in tries if os.path.exists(t)), None)
         if place is None:
             raise DataError(
                 f"{root}: data.yaml names '{e}' for {split}, which is not there; "
@@ -207,7 +249,7 @@ def _listed_image(root, place, line):  # a line of a list: relative to the list 
     plain = plain_name(line)
     shorter = plain.partition('/')[2]
     tries = [place.parent / line, root / line, place.parent / plain, root / plain, root / shorter]
-    return next((t for t in tries if t.is_file()), tries[0])
+    return next((t for t in tries if os.path.isfile(t)), tries[0])
 
 
 # %%
@@ -253,11 +295,7 @@ def read_yolo(
         images.append(dict(id=image_id, file_name=image_id, height=h, width=w))
         label = yolo_label(f)
         lines.append((label, *_yolo_rows(label, list(names.values()))))
-    shape = conf.get('kpt_shape')
-    try:
-        shape = [int(n) for n in shape] if shape else None
-    except ValueError:
-        raise DataError(f'{path}: kpt_shape is {shape}; write [points, 2] or [points, 3]') from None
+    shape = _kpt_shape(conf.get('kpt_shape'), path)
     kind, anns = yolo_kind([v for _, rows, _ in lines for _, _, v in rows], shape), []
     for im, (_, rows, _) in zip(images, lines):
         for _, c, v in rows:

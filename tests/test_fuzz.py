@@ -1,0 +1,155 @@
+"Damaged files open with the right boxes, or are refused in one line; relatives of what fuzzing found"
+
+import json, os, runpy, signal
+import pytest
+from conftest import ROOT
+from semidetr.core import DataError, printable
+from semidetr.data.catalog import open_dataset
+from semidetr.data.entries import as_flag, as_number
+from semidetr.data.files import load_image, read_size
+from semidetr.text import read_json, read_text
+
+FUZZ = runpy.run_path(str(ROOT / 'benchmarks' / 'fuzz.py'))
+READERS = [kind for kind in FUZZ['FORMATS'] if kind not in ('settings', 'split')]
+
+
+@pytest.mark.parametrize('kind', READERS)
+def test_damaged_inputs(kind):
+    old = signal.getsignal(signal.SIGALRM)
+    try:
+        counts, findings = FUZZ['run_many']([(kind, 1_000_000 + n) for n in range(60)])
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    assert not findings, findings
+    assert sum(counts.values()) == 60 and len(counts) > 1  # some open, some are refused
+
+
+@pytest.mark.parametrize('kind', ['coco', 'yolo', 'voc', 'beside'])
+def test_the_oracle_agrees_on_the_valid_set(tmp_path, kind):
+    FUZZ['FORMATS'][kind][1](tmp_path)
+    ds = open_dataset(str(tmp_path))
+    oracle = FUZZ['FORMATS'][kind][2]
+    FUZZ['check_opened'](ds, oracle and oracle(tmp_path, ds))
+    assert sum(len(ds.annotation(n)['boxes']) for n in range(len(ds))) == (2 if kind == 'beside' else 3)
+
+
+# --- relatives of what fuzzing found -------------------------------------------------------
+def refused(root, *words):
+    with pytest.raises(DataError) as e:
+        open_dataset(str(root))
+    text = str(e.value)
+    assert len(text.splitlines()) == 1 and all(w in text for w in words), text
+
+
+def coco(root, edit):
+    FUZZ['make_coco'](root)
+    data = FUZZ['coco_content']()
+    edit(data)
+    (root / 'instances_train.json').write_text(json.dumps(data))
+    return root
+
+
+@pytest.mark.parametrize('name', ['a.png', 'list.txt', 'a.json'])
+def test_pipes_and_folders_are_no_files(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    (tmp_path / 'folder.png').mkdir()
+    for path, what in ((tmp_path / name, 'a pipe or a device'), (tmp_path / 'folder.png', 'a ')):
+        for read in (read_size, load_image):
+            with pytest.raises(OSError, match=what):
+                read(path)
+        for read in (read_text, read_json):
+            with pytest.raises(DataError, match='give a text file'):
+                read(path)
+
+
+@pytest.mark.parametrize('key', ['images', 'annotations', 'categories'])
+def test_two_lists_of_one_name(tmp_path, key):
+    FUZZ['make_coco'](tmp_path)
+    path = tmp_path / 'instances_train.json'
+    path.write_text(path.read_text()[:-1] + f', "{key}": []}}')
+    refused(tmp_path, 'instances_train.json', f"'{key}' occurs twice")
+
+
+def test_ids_that_differ_in_type_only(tmp_path):
+    refused(coco(tmp_path / 'a', lambda d: d['images'][2].update(id='0')), "image '0'", 'used before')
+    refused(coco(tmp_path / 'b', lambda d: d['categories'][1].update(id='7')), "category '7'", 'used before')
+    refused(coco(tmp_path / 'c', lambda d: d['annotations'][1].update(id='0')), 'used before')
+
+
+@pytest.mark.parametrize('size', [10**30, 16.5, True, 'wide'])
+def test_sizes_that_no_image_has(tmp_path, size):
+    refused(coco(tmp_path, lambda d: d['images'][0].update(width=size)), 'image 0 (0.png)')
+
+
+@pytest.mark.parametrize('value', [2, -1, float('nan'), 0.5, '2', 'maybe'])
+def test_numbers_that_are_no_flags(tmp_path, value):
+    assert as_flag(value) is None
+    refused(coco(tmp_path, lambda d: d['annotations'][0].update(iscrowd=value)), 'iscrowd', 'write 0 or 1')
+
+
+@pytest.mark.parametrize('name', ['x' * 300 + '.png', 'a\0b.png', '\ud800.png', 'a\nb.png', '\u202egnp.a'])
+def test_names_that_no_file_can_have(tmp_path, name):
+    root = coco(tmp_path, lambda d: d['images'][0].update(file_name=name))
+    try:
+        ds = open_dataset(str(root))
+        with pytest.raises(DataError) as e:
+            ds[0]
+    except DataError as refusal:
+        assert printable(str(refusal)) == str(refusal)
+    else:
+        assert printable(str(e.value)) == str(e.value) and 'image 0' in str(e.value)
+
+
+def test_numbers_with_underscores(tmp_path):
+    for text in ('1_5', '_1', '1__0'):
+        with pytest.raises(ValueError):
+            as_number(text)
+    FUZZ['make_yolo'](tmp_path / 'a' if (tmp_path / 'a').mkdir() is None else None)
+    (tmp_path / 'a/labels/train/0.txt').write_text('0 0.5 0.5 0.2_5 0.3\n')
+    refused(tmp_path / 'a', '0.txt', 'line 1')
+
+
+@pytest.mark.parametrize(
+    'old,new,words',
+    [
+        ('<xmin>3</xmin>', '<xmin>3</xmin><xmin>4</xmin>', '2 numbers xmin'),
+        ('<ymax>7</ymax>', '', '0 numbers ymax'),
+        ('<xmin>3</xmin>', '<xmin>0_3</xmin>', "'0_3' is not a number"),
+        ('</bndbox>', '</bndbox><bndbox><xmin>1</xmin></bndbox>', '2 numbers xmin'),
+    ],
+)
+def test_boxes_of_voc_that_are_not_one(tmp_path, old, new, words):
+    FUZZ['make_voc'](tmp_path)
+    path = tmp_path / 'Annotations/0.xml'
+    path.write_text(path.read_text().replace(old, new, 1))
+    refused(tmp_path, '0.xml', words)
+
+
+@pytest.mark.parametrize(
+    'text,words',
+    [
+        ('train: images\nnames: [dog\n', 'line '),
+        ('train: images\nnames: {0: dog, 0: cat}\n', "the key '0' occurs twice"),
+        ('train: images\nnames: {0: dog, 00: cat}\n', 'two names to one label'),
+        ('train: images\ntrain: other\nnames: [dog]\n', "the key 'train' occurs twice"),
+        ('train: {a: b}\nnames: [dog, cat]\n', 'no path'),
+        ('train: [[images]]\nnames: [dog, cat]\n', 'no path'),
+        ('train: images/train\nkpt_shape: 12\nnames: [dog, cat]\n', 'kpt_shape'),
+        ('train: images/train\nkpt_shape: [[4], 2]\nnames: [dog, cat]\n', 'kpt_shape'),
+        ('train: images/train\nkpt_shape: [4, 5]\nnames: [dog, cat]\n', 'kpt_shape'),
+        (FUZZ['YAML_BOMB'].decode(), 'no path'),
+    ],
+)
+def test_data_yaml(tmp_path, text, words):
+    FUZZ['make_yolo'](tmp_path)
+    (tmp_path / 'data.yaml').write_text(text)
+    refused(tmp_path, 'data.yaml', words)
+
+
+def test_a_link_to_itself_and_a_list_of_folders(tmp_path):
+    FUZZ['make_folder'](tmp_path)
+    (tmp_path / 'loop').symlink_to(tmp_path / 'loop')
+    assert len(open_dataset(str(tmp_path))) == 7
+    FUZZ['make_voc'](tmp_path / 'voc' if (tmp_path / 'voc').mkdir() is None else None)
+    (tmp_path / 'voc/ImageSets/Main/train.txt').write_text('0\nfolder/\n')
+    refused(tmp_path / 'voc', 'no such file')
