@@ -58,9 +58,7 @@ def squares(root, classes):
             if name in classes:
                 box = dict(bbox=[x, y, 22, 22], area=484, iscrowd=0)
                 category = classes.index(name) + 1
-                annotations.append(
-                    dict(id=len(annotations) + 1, image_id=i + 1, category_id=category, **box)
-                )
+                annotations.append(dict(id=len(annotations) + 1, image_id=i + 1, category_id=category, **box))
         Image.fromarray(pixels).save(root / 'images' / f'{i}.png')
         images.append(dict(id=i + 1, file_name=f'{i}.png', height=64, width=64))
     categories = [dict(id=i + 1, name=name) for i, name in enumerate(classes)]

@@ -9,7 +9,7 @@ __all__ = ['import_', 'export']
 from pathlib import Path
 from typing import Annotated
 import typer
-from .terminal import Run, _free, _opt, _say, command
+from .terminal import Run, _bad, _free, _opt, _say, command
 
 # %% ../../nbs/cli/04_weights.ipynb #76d76c0f
 def _names(text):
@@ -64,7 +64,8 @@ def import_(
 # %% ../../nbs/cli/04_weights.ipynb #611bc4f5
 @command('export')
 def export(
-    run: Run,
+    folder: Annotated[Path, typer.Argument(metavar='RUN', help='as --run', show_default=False)] = None,
+    run: Run = None,
     format: _opt(str, 'onnx, safetensors, transformers or torch', '--format', '-f') = 'onnx',
     out: _opt(Path, 'file or folder to write; default: in the folder of the run', '--out', '-o') = None,
     nms: _opt(float, 'onnx: IoU of a per-class suppression inside the graph; 0: none') = 0.0,
@@ -76,9 +77,11 @@ def export(
     Formats: onnx (any runtime; needs the extra [export]), safetensors (weights with settings and classes),
     transformers (a folder for from_pretrained; DETR and Deformable-DETR), torch (a torch.export program).
 
-    Example: semidetr export --run runs/mine --format onnx
+    Example: semidetr export runs/mine --format onnx
     """
+    if bool(folder) == bool(run):
+        raise _bad('give one run: semidetr export RUN')
     from semidetr.train.onnx import export_run
 
-    path = export_run(run, format, out, nms or None, which, overwrite=overwrite)
+    path = export_run(folder or run, format, out, nms or None, which, overwrite=overwrite)
     _say(f'written to {path}')

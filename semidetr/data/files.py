@@ -8,7 +8,6 @@ __all__ = ['IMAGE_SUFFIXES', 'CURES', 'TILES', 'open_image', 'image_orientation'
            'coco_faults', 'image_suffixes', 'files_under', 'images_under', 'read_folder', 'reason']
 
 # %% ../../nbs/data/00_files.ipynb #c8629187
-import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field

@@ -21,7 +21,7 @@ warnings.filterwarnings('ignore', message='IProgress')
 from pathlib import Path
 from typing import Annotated
 import typer
-from semidetr.cli.terminal import Run, _free, _opt, _say, command
+from semidetr.cli.terminal import Run, _bad, _free, _opt, _say, command
 
 # %%
 #| hide
@@ -100,7 +100,8 @@ def import_(
 #| export
 @command('export')
 def export(
-    run: Run,
+    folder: Annotated[Path, typer.Argument(metavar='RUN', help='as --run', show_default=False)] = None,
+    run: Run = None,
     format: _opt(str, 'onnx, safetensors, transformers or torch', '--format', '-f') = 'onnx',
     out: _opt(Path, 'file or folder to write; default: in the folder of the run', '--out', '-o') = None,
     nms: _opt(float, 'onnx: IoU of a per-class suppression inside the graph; 0: none') = 0.0,
@@ -112,11 +113,13 @@ def export(
     Formats: onnx (any runtime; needs the extra [export]), safetensors (weights with settings and classes),
     transformers (a folder for from_pretrained; DETR and Deformable-DETR), torch (a torch.export program).
 
-    Example: semidetr export --run runs/mine --format onnx
+    Example: semidetr export runs/mine --format onnx
     """
+    if bool(folder) == bool(run):
+        raise _bad('give one run: semidetr export RUN')
     from semidetr.train.onnx import export_run
 
-    path = export_run(run, format, out, nms or None, which, overwrite=overwrite)
+    path = export_run(folder or run, format, out, nms or None, which, overwrite=overwrite)
     _say(f'written to {path}')
 
 
@@ -138,7 +141,7 @@ torch.save(dict(model=state), home / 'release.pth')
 assert shell(f'semidetr import {home}/release.pth -o {home}/run --classes 0,1,2,3,4,5,6,7,8,9') == 0
 
 # %%
-assert shell(f'semidetr export --run {home}/run --format safetensors') == 0
+assert shell(f'semidetr export {home}/run --format safetensors') == 0
 assert shell(f'semidetr export --run {home}/run --format caffe') == 2
 
 # %%
@@ -159,7 +162,7 @@ plt.show()
 # ## Summary
 #
 # - `semidetr import FILE --out DIR` makes a run of weights of other programs.
-# - `semidetr export --run DIR --format F` writes a detector for other programs.
+# - `semidetr export RUN --format F` writes a detector for other programs.
 # - Both refuse what does not fit, in one line.
 #
 # ## Exercises

@@ -18,7 +18,6 @@
 
 # %%
 #| export
-import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field

@@ -17,7 +17,7 @@
 # | a ResNet of torchvision, a network of timm | `backbone`: the start of a detector (@sec-backbone-weights) |
 # | a run of ours | `ours` |
 #
-# The way back, `semidetr export --run RUN --format transformers`, is there for DETR and Deformable-DETR.
+# The way back, `semidetr export RUN --format transformers`, is there for DETR and Deformable-DETR.
 
 # %%
 #| default_exp detectors.weights
