@@ -5,6 +5,7 @@ import pytest
 from conftest import ROOT
 from semidetr.core import DataError, printable
 from semidetr.data.catalog import open_dataset
+from semidetr.data.doctor import check_dataset
 from semidetr.data.entries import as_flag, as_number
 from semidetr.data.files import load_image, read_size
 from semidetr.text import read_json, read_text
@@ -153,3 +154,12 @@ def test_a_link_to_itself_and_a_list_of_folders(tmp_path):
     FUZZ['make_voc'](tmp_path / 'voc' if (tmp_path / 'voc').mkdir() is None else None)
     (tmp_path / 'voc/ImageSets/Main/train.txt').write_text('0\nfolder/\n')
     refused(tmp_path / 'voc', 'no such file')
+
+
+def test_the_doctor_does_not_wait_for_a_pipe(tmp_path):
+    FUZZ['make_folder'](tmp_path)
+    (tmp_path / 'e.png').unlink()
+    os.mkfifo(tmp_path / 'e.png')
+    for quick in (False, True):
+        report = check_dataset(str(tmp_path), quick=quick, progress=False)
+        assert [f.where.endswith('e.png') for f in report.of('error')] == [True]

@@ -32,6 +32,7 @@ from semidetr.data.files import (
     is_ignored,
     label_order,
     load_image,
+    open_image,
     read_size,
     reason,
 )
@@ -148,7 +149,7 @@ def pixel_depth(
     "Depth of the pixels, read from the header alone"
     if str(path).lower().endswith(_ONE_BYTE):
         return '8 bits'
-    with Image.open(path) as img:
+    with open_image(path) as img:
         return '16 bits' if img.mode.startswith('I;16') else _DEEP.get(img.mode, '8 bits')
 
 
@@ -162,7 +163,7 @@ def constant_fault(
         return None
     what, cure = f'is nearly constant: all its pixels lie between {low} and {high} of 255', 'look at it'
     if (depth := pixel_depth(path)) != '8 bits':
-        with Image.open(path) as raw:
+        with open_image(path) as raw:
             largest = raw.getextrema()[1]
         cure = f'it has {depth}, and its largest value is {largest:g}: set data.white, e.g. to {largest:g}'
     return 'warning', 'constant-image', what, cure
