@@ -202,6 +202,12 @@ def test_class_names_stay_as_written(tmp_path, names):
     right(open_dataset(str(yolo(tmp_path / 'b', names=f'\n  0: {names[0]}\n  1: {names[1]}'))), names)
 
 
+def test_a_number_of_classes_that_names_contradicts_is_refused(tmp_path):
+    right(open_dataset(str(yolo(tmp_path / 'a', names='[a, b]\nnc: 2'))), ('a', 'b'))
+    with pytest.raises(DataError, match="data.yaml: 'nc' is 3, but 'names' has 2 classes"):
+        open_dataset(str(yolo(tmp_path / 'b', names='[a, b]\nnc: 3')))
+
+
 # --- YOLO rows -------------------------------------------------------------------------
 CORNERS = (0.65, 0.5, 0.85, 0.5, 0.85, 0.65, 0.65, 0.65)
 ROWS = {

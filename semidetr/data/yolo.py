@@ -105,6 +105,14 @@ def yolo_file(
 
 
 def _yolo_names(path, conf):  # class names as they are written: no, 007 and 1e3 stay text
+    labels = _names_by_label(path, conf)
+    if str(conf.get('nc', len(labels))).strip() != str(len(labels)):
+        there = f"'nc' is {conf['nc']}, but 'names' has {len(labels)} classes"
+        raise DataError(f'{path}: {there}; correct one of the two')
+    return labels
+
+
+def _names_by_label(path, conf):
     names = conf.get('names') if isinstance(conf, dict) else None
     if isinstance(names, list) and all(isinstance(n, str) for n in names) and names:
         return dict(enumerate(names))
