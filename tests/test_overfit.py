@@ -1,5 +1,6 @@
 "DETR and single-stage Deformable-DETR learn two images by heart"
 
+import os
 import pytest
 from semidetr.train.config import override, preset, with_detector
 from semidetr.train.trainer import Trainer
@@ -23,6 +24,7 @@ SETTINGS = [
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get('SEMIDETR_SLOW'), reason='a minute of training: SEMIDETR_SLOW=1')
 @pytest.mark.parametrize('name,iters', [('detr', 250), ('deformable_detr', 200)])
 def test_overfits_two_images(tmp_path, name, iters):
     "AP above .9 on the two images that it trains on; the detector is the small one"
