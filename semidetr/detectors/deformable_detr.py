@@ -18,7 +18,8 @@ from ..core import ConfigError, at_least_float32, one_of
 from .backbone import BackboneConfig, InputProj, build_backbone
 from .contract import Outputs, build_detector, split_parameters
 from .denoising import combine_extras
-from .detector import collect_outputs, level_masks, make_heads
+from .detector import add_suppressed, collect_outputs, level_masks, make_heads
+from .suppressor import SuppressorConfig, build_suppressor
 from .transformer import DecoderLayer, Encoder, TransformerConfig
 from semidetr.detectors.transformer import (
     Geometry,
@@ -47,6 +48,7 @@ class DeformableDETRConfig:
     dropout: float = 0.1  # of attention weights among queries, after attention and in feed-forward blocks
     kind: str = 'deformable_detr'  # tells these settings from others in a file
     enc_tokens: str = 'selected'  # in `enc_outputs` while training: 'selected'; 'all' tokens (two_stage only)
+    suppressor: SuppressorConfig = SuppressorConfig()  # of duplicates; off by default
 
     def __post_init__(self):
         one_of(
@@ -336,6 +338,7 @@ class DeformableDETR(nn.Module):
         if cfg.form != 'two_stage':
             self.query_embed = nn.Embedding(cfg.num_queries, 2 * d)
         self.class_embed, self.bbox_embed = layer_heads(d, cfg.num_classes, cfg.layers, cfg.form)
+        self.suppressor = build_suppressor(cfg.suppressor, cfg.transformer, cfg.num_classes)
 
     def encode(
         self,
@@ -381,7 +384,8 @@ class DeformableDETR(nn.Module):
             None if cached is None else cached['states'],
         )
         logits = torch.stack([head(h) for head, h in zip([*self.class_embed] * repeat, hs)])
-        return collect_outputs(encoded, hs, logits, boxes, extras, slices, states, cached)
+        outputs = collect_outputs(encoded, hs, logits, boxes, extras, slices, states, cached)
+        return outputs if cached is not None else add_suppressed(self.suppressor, outputs)
 
     def forward(
         self,

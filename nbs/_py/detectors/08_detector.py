@@ -29,6 +29,7 @@ from semidetr.core import ConfigError
 from semidetr.detectors.backbone import BackboneConfig, InputProj, build_backbone, resize_mask
 from semidetr.detectors.contract import Outputs, split_parameters
 from semidetr.detectors.denoising import DenoisingConfig, combine_extras, denoising_queries
+from semidetr.detectors.suppressor import SuppressorConfig, build_suppressor
 from semidetr.detectors.transformer import MLP, Encoded, Transformer, TransformerConfig, predict_boxes
 
 # %%
@@ -57,6 +58,7 @@ class DetectorConfig:
     denoising: DenoisingConfig = DenoisingConfig()
     look_forward_twice: bool = True  # the loss of a layer also trains the layer before (DINO)
     prior: float = 0.01  # probability that an untrained class head gives to every class
+    suppressor: SuppressorConfig = SuppressorConfig()  # of duplicates; off by default
 
     def __post_init__(self):
         if self.num_classes < 0:
@@ -187,6 +189,17 @@ def collect_outputs(
     return outputs
 
 
+def add_suppressed(
+    suppressor: nn.Module,  # of `build_suppressor`; None: none
+    outputs: Outputs,  # of all layers
+) -> Outputs:  # with `suppressed`, if there is a suppressor
+    "The new scores of the matching queries (@sec-suppressor); extra queries have no part in them"
+    if suppressor is None:
+        return outputs
+    new = suppressor(outputs['hs'][-1], outputs['pred_logits'], outputs['pred_boxes'])
+    return {**outputs, 'suppressed': new}
+
+
 def _with_extras(encoded, extras, alone=False):
     "(content, boxes in [0,1], mask, slices) of extra and matching queries, or of the extra ones alone"
     content, logits, blocked, slices = combine_extras(extras, encoded.content.shape[1])
@@ -214,6 +227,7 @@ class Detector(nn.Module):
         self.class_head, self.box_head = make_heads(d, cfg.num_classes, cfg.prior)
         self.enc_class_head, self.enc_box_head = copy.deepcopy(self.class_head), copy.deepcopy(self.box_head)
         self.label_enc = nn.Embedding(max(cfg.denoising.label_rows, cfg.num_classes), d)
+        self.suppressor = build_suppressor(cfg.suppressor, t, cfg.num_classes, cfg.prior)
 
     def encode(
         self,
@@ -251,7 +265,8 @@ class Detector(nn.Module):
         box = predict_boxes(references, self.box_head(hs), self.cfg.look_forward_twice)
         if self.training and 'denoising' not in slices:
             cls = cls + 0 * self.label_enc.weight.sum()  # every parameter gets a gradient
-        return collect_outputs(encoded, hs, cls, box, extras, slices, states, cached)
+        outputs = collect_outputs(encoded, hs, cls, box, extras, slices, states, cached)
+        return outputs if cached is not None else add_suppressed(self.suppressor, outputs)
 
     def forward(
         self,

@@ -41,7 +41,8 @@ from semidetr.core import ConfigError, at_least_float32, one_of
 from semidetr.detectors.backbone import BackboneConfig, InputProj, build_backbone
 from semidetr.detectors.contract import Outputs, build_detector, split_parameters
 from semidetr.detectors.denoising import combine_extras
-from semidetr.detectors.detector import collect_outputs, level_masks, make_heads
+from semidetr.detectors.detector import add_suppressed, collect_outputs, level_masks, make_heads
+from semidetr.detectors.suppressor import SuppressorConfig, build_suppressor
 from semidetr.detectors.transformer import DecoderLayer, Encoder, TransformerConfig
 from semidetr.detectors.transformer import (
     Geometry,
@@ -91,6 +92,7 @@ class DeformableDETRConfig:
     dropout: float = 0.1  # of attention weights among queries, after attention and in feed-forward blocks
     kind: str = 'deformable_detr'  # tells these settings from others in a file
     enc_tokens: str = 'selected'  # in `enc_outputs` while training: 'selected'; 'all' tokens (two_stage only)
+    suppressor: SuppressorConfig = SuppressorConfig()  # of duplicates; off by default
 
     def __post_init__(self):
         one_of(
@@ -614,6 +616,7 @@ class DeformableDETR(nn.Module):
         if cfg.form != 'two_stage':
             self.query_embed = nn.Embedding(cfg.num_queries, 2 * d)
         self.class_embed, self.bbox_embed = layer_heads(d, cfg.num_classes, cfg.layers, cfg.form)
+        self.suppressor = build_suppressor(cfg.suppressor, cfg.transformer, cfg.num_classes)
 
     def encode(
         self,
@@ -659,7 +662,8 @@ class DeformableDETR(nn.Module):
             None if cached is None else cached['states'],
         )
         logits = torch.stack([head(h) for head, h in zip([*self.class_embed] * repeat, hs)])
-        return collect_outputs(encoded, hs, logits, boxes, extras, slices, states, cached)
+        outputs = collect_outputs(encoded, hs, logits, boxes, extras, slices, states, cached)
+        return outputs if cached is not None else add_suppressed(self.suppressor, outputs)
 
     def forward(
         self,
