@@ -29,7 +29,7 @@ from semidetr.train.config import config_hash, from_saved, override, preset, to_
 from semidetr.train.evaluation import evaluate_model
 from semidetr.train.predict import Predictor, load_model
 from semidetr.train.trainer import Trainer
-from test_contract import check_contract
+from test_contract import check_contract, check_extra_queries, check_gradients, check_outputs, padded_batch
 from test_study import BOOK
 from test_trainer import TINY
 
@@ -139,7 +139,9 @@ def test_attention_with_a_bias_of_zero_is_attention():
     zero, blocked = torch.zeros_like(x), torch.ones(5, 5).triu(1) > 0
     plain = att(x, zero, blocked)
     assert torch.allclose(att(x, zero, blocked, bias=torch.zeros(1, 4, 5, 5)), plain, atol=1e-6)
-    assert torch.allclose(att(x, zero, bias=torch.zeros(5, 5).masked_fill(blocked, -math.inf)[None, None]), plain, atol=1e-6)
+    assert torch.allclose(
+        att(x, zero, bias=torch.zeros(5, 5).masked_fill(blocked, -math.inf)[None, None]), plain, atol=1e-6
+    )
 
 
 # --- heads, gradients --------------------------------------------------------------------------
@@ -240,7 +242,8 @@ def test_cost_of_the_one_to_many_scores():
     outputs = dict(pred_logits=torch.tensor([[[1.0], [2.0]]]), suppressed=new)
     target = [dict(labels=torch.tensor([0]), boxes=P[:1])]
     own, of_layer = (
-        suppressor_loss(outputs, target, CriterionConfig(mds_cost=c))['loss_mds'] for c in ('suppressor', 'one_to_many')
+        suppressor_loss(outputs, target, CriterionConfig(mds_cost=c))['loss_mds']
+        for c in ('suppressor', 'one_to_many')
     )
     p0, p1 = (torch.tensor(v).sigmoid() for v in (0.0, 1.0))
     assert abs(own - (-p1.log() - 0.75 * p0**2 * (1 - p0).log())) < 1e-5
@@ -269,9 +272,20 @@ def test_contract(head):
     check_contract(dataclasses.replace(tiny_detector(f'detector.suppressor.head={head}'), num_classes=2))
 
 
-def test_contract_of_deformable_detr():
-    cfg = dataclasses.replace(deformable_detr_small(2), d_model=32, heads=4, ffn=32, num_queries=12)
-    check_contract(dataclasses.replace(cfg, suppressor=SuppressorConfig('residual')))
+@pytest.mark.parametrize('form', ['plain', 'two_stage'])
+def test_contract_of_deformable_detr(form):
+    sizes = dict(
+        d_model=32, heads=4, ffn=32, num_queries=12, form=form, suppressor=SuppressorConfig('residual')
+    )
+    settings = dataclasses.replace(deformable_detr_small(2), **sizes).untrained()
+    torch.manual_seed(0)
+    model = build_detector(settings).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    check_outputs(model, settings, *padded_batch(64, 96))
+    check_gradients(model, 2)
+    check_extra_queries(model, settings)
 
 
 def test_the_rest_of_the_network_is_the_same_with_and_without():
@@ -290,7 +304,11 @@ def test_the_rest_of_the_network_is_the_same_with_and_without():
     assert 'suppressed' not in a and torch.equal(a['pred_logits'], b['pred_logits'])
     assert reported(b) is b['suppressed'] and reported(b, False) is b and reported(a) is a
     sizes = [(64, 64)] * 2
-    plain, new, layer = post_process(a, sizes), post_process(b, sizes), post_process(b, sizes, suppressor=False)
+    plain, new, layer = (
+        post_process(a, sizes),
+        post_process(b, sizes),
+        post_process(b, sizes, suppressor=False),
+    )
     assert torch.equal(plain[0]['scores'], layer[0]['scores'])
     assert not torch.equal(plain[0]['scores'], new[0]['scores'])
     teacher = teacher_detections(b, [dict(size=s) for s in sizes])
