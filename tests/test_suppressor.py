@@ -1,4 +1,4 @@
-"The learned suppressor: check values of the original, its mask, its loss, and that it changes nothing when off"
+"The learned suppressor: check values of the original, its mask, its loss; off, it changes nothing"
 
 import dataclasses
 import json
@@ -24,9 +24,7 @@ from semidetr.matching.losses import CriterionConfig
 from semidetr.matching.rescoring import doubtful_entries, quality_loss, sure_and_doubtful, suppressor_loss
 from semidetr.semi.methods import MethodConfig, suppressor_advice
 from semidetr.semi.teacher import teacher_detections
-from semidetr.train.checkpoint import load_checkpoint
 from semidetr.train.config import config_hash, from_saved, override, preset, to_dict
-from semidetr.train.evaluation import evaluate_model
 from semidetr.train.predict import Predictor, load_model
 from semidetr.train.trainer import Trainer
 from test_contract import check_contract, check_extra_queries, check_gradients, check_outputs, padded_batch
@@ -422,7 +420,7 @@ def test_a_burn_in_without_suppressor_starts_it_untrained(tmp_path):
 def test_onnx(tmp_path):
     pytest.importorskip('onnxruntime')
     pytest.importorskip('onnx')
-    from semidetr.train.onnx import Scored, to_onnx
+    from semidetr.train.onnx import to_onnx
 
     fit(tmp_path, 'method.name=supervised', 'optim.iters=1', 'run.test=false')
     path = to_onnx(tmp_path)
