@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from semidetr.core import ConfigError
-from semidetr.detectors.contract import build_detector, has_suppressor, post_process, reported
+from semidetr.detectors.contract import add_suppressed, build_detector, has_suppressor, post_process, reported
 from semidetr.detectors.deformable_detr import deformable_detr_small
 from semidetr.detectors.self_attention import SelfAttention
 from semidetr.detectors.suppressor import (
@@ -317,11 +317,13 @@ def test_the_rest_of_the_network_is_the_same_with_and_without():
 def test_extra_queries_have_no_part_in_it():
     torch.manual_seed(0)
     model = build_detector(tiny_detector('detector.suppressor.head=own')).train()
-    encoded = model.encode(torch.randn(1, 3, 64, 64))
-    alone = model.decode(encoded)
-    extras = model.denoise([dict(labels=torch.tensor([1]), boxes=P[:1])])
-    together, later = model.decode(encoded, extras), model.decode(encoded, extras, alone)
-    assert later['suppressed'] is alone['suppressed']
+    images, targets = torch.randn(1, 3, 64, 64), [dict(labels=torch.tensor([1]), boxes=P[:1])]
+    encoded = model.encode(images)
+    plain = model.decode(encoded)
+    assert 'suppressed' not in plain
+    alone, together = add_suppressed(model, plain), model(images, None, targets)
+    later = model.decode(encoded, model.denoise(targets), alone)
+    assert later['suppressed'] is alone['suppressed'] and add_suppressed(model, later) is later
     gap = (together['suppressed']['pred_logits'] - alone['suppressed']['pred_logits']).abs().max()
     assert gap < 1e-4 and torch.equal(together['suppressed']['index'], alone['suppressed']['index'])
 

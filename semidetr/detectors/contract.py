@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Prediction', 'ExtraPrediction', 'Outputs', 'DetectionTransformer', 'split_parameters', 'DetectorSettings',
            'build_detector', 'class_scores', 'has_no_object', 'candidate_scores', 'sigmoid_logits', 'reported',
-           'has_suppressor', 'post_process']
+           'has_suppressor', 'add_suppressed', 'post_process']
 
 # %% ../../nbs/detectors/07_contract.ipynb #ce7977ff
 from typing import NotRequired, Protocol, TypedDict, runtime_checkable
@@ -44,7 +44,7 @@ class Outputs(TypedDict, total=False):
     enc_outputs: Prediction  # proposals of the encoder; absent without query selection
     hs: Tensor  # (layers,B,Q,d) outputs of the decoder layers, normalised; absent without queries
     extra: dict[str, ExtraPrediction]  # name of a set of extra queries -> its outputs; {} without sets
-    suppressed: Prediction  # some queries with new logits and copied boxes (@sec-suppressor); usually absent
+    suppressed: Prediction  # of `forward`: queries with new logits, copied boxes; absent without suppressor
     states: list  # what `decode` needs to add extra queries later; absent where it needs nothing
 
 # %% ../../nbs/detectors/07_contract.ipynb #261ce1bf
@@ -79,7 +79,7 @@ class DetectionTransformer(Protocol):
         mask: Tensor = None,  # as in `encode`
         targets: list = None,  # as in `denoise`
     ) -> Outputs:
-        "Encode and decode; in training with `targets`, denoising queries are added"
+        "Encode, decode and `add_suppressed`; in training with `targets`, denoising queries are added"
 
     def param_groups(self) -> dict:  # 'backbone', 'rest', perhaps 'points' -> trainable parameters, in order
         "Parameters for the optimiser, in groups that may have different learning rates"
@@ -173,6 +173,17 @@ def has_suppressor(
 ) -> bool:
     "Does the detector score its queries anew (@sec-suppressor)? Then its attribute `suppressor` does it"
     return getattr(model, 'suppressor', None) is not None
+
+
+def add_suppressed(
+    model: nn.Module,  # a detector
+    outputs: Outputs,  # of its `decode`
+) -> Outputs:  # with `suppressed`, if the detector has a suppressor
+    "The new scores of the matching queries (@sec-suppressor); extra queries have no part in them"
+    if not has_suppressor(model) or 'suppressed' in outputs:
+        return outputs
+    new = model.suppressor(outputs['hs'][-1], outputs['pred_logits'], outputs['pred_boxes'])
+    return {**outputs, 'suppressed': new}
 
 
 @torch.no_grad()

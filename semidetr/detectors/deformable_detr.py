@@ -16,9 +16,9 @@ from torch import nn, Tensor
 from ..boxes import inverse_sigmoid
 from ..core import ConfigError, at_least_float32, one_of
 from .backbone import BackboneConfig, InputProj, build_backbone
-from .contract import Outputs, build_detector, split_parameters
+from .contract import Outputs, add_suppressed, build_detector, split_parameters
 from .denoising import combine_extras
-from .detector import add_suppressed, collect_outputs, level_masks, make_heads
+from .detector import collect_outputs, level_masks, make_heads
 from .suppressor import SuppressorConfig, build_suppressor
 from .transformer import DecoderLayer, Encoder, TransformerConfig
 from semidetr.detectors.transformer import (
@@ -384,8 +384,7 @@ class DeformableDETR(nn.Module):
             None if cached is None else cached['states'],
         )
         logits = torch.stack([head(h) for head, h in zip([*self.class_embed] * repeat, hs)])
-        outputs = collect_outputs(encoded, hs, logits, boxes, extras, slices, states, cached)
-        return outputs if cached is not None else add_suppressed(self.suppressor, outputs)
+        return collect_outputs(encoded, hs, logits, boxes, extras, slices, states, cached)
 
     def forward(
         self,
@@ -393,8 +392,8 @@ class DeformableDETR(nn.Module):
         mask: Tensor = None,  # (B,H,W) bool, True=padding
         targets: list = None,  # not used: there is no denoising
     ) -> Outputs:
-        "Encode and decode"
-        return self.decode(self.encode(images, mask))
+        "Encode, decode and `add_suppressed`"
+        return add_suppressed(self, self.decode(self.encode(images, mask)))
 
     def denoise(
         self,

@@ -50,16 +50,17 @@ def _attend(q, k, v, blocked, dropout, bias=None):
 
 
 # %% [markdown]
-# A bias per pair of queries and head (@sec-suppressor) is added to the logits, in the precision of these.
+# A bias per pair of queries and head (@sec-suppressor) is added to the logits. The three products are written
+# out here as well: a fused kernel has no gradient for a bias on a CPU.
 
 # %%
 #| export
 def _attend_biased(q, k, v, blocked, dropout, bias):
     "As `_attend`, with a bias (B or 1, M or 1, N, N') of the logits"
-    bias = bias.to(q.dtype)
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias.to(q.dtype)
     if blocked is not None:
-        bias = bias.masked_fill(blocked, -math.inf)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        logits = logits.masked_fill(blocked, -math.inf)
+    return F.dropout(logits.softmax(-1), dropout).to(v.dtype) @ v
 
 
 # %% [markdown]

@@ -27,7 +27,7 @@ import torch
 from torch import nn, Tensor
 from semidetr.core import ConfigError
 from semidetr.detectors.backbone import BackboneConfig, InputProj, build_backbone, resize_mask
-from semidetr.detectors.contract import Outputs, split_parameters
+from semidetr.detectors.contract import Outputs, add_suppressed, split_parameters
 from semidetr.detectors.denoising import DenoisingConfig, combine_extras, denoising_queries
 from semidetr.detectors.suppressor import SuppressorConfig, build_suppressor
 from semidetr.detectors.transformer import MLP, Encoded, Transformer, TransformerConfig, predict_boxes
@@ -189,17 +189,6 @@ def collect_outputs(
     return outputs
 
 
-def add_suppressed(
-    suppressor: nn.Module,  # of `build_suppressor`; None: none
-    outputs: Outputs,  # of all layers
-) -> Outputs:  # with `suppressed`, if there is a suppressor
-    "The new scores of the matching queries (@sec-suppressor); extra queries have no part in them"
-    if suppressor is None:
-        return outputs
-    new = suppressor(outputs['hs'][-1], outputs['pred_logits'], outputs['pred_boxes'])
-    return {**outputs, 'suppressed': new}
-
-
 def _with_extras(encoded, extras, alone=False):
     "(content, boxes in [0,1], mask, slices) of extra and matching queries, or of the extra ones alone"
     content, logits, blocked, slices = combine_extras(extras, encoded.content.shape[1])
@@ -265,8 +254,7 @@ class Detector(nn.Module):
         box = predict_boxes(references, self.box_head(hs), self.cfg.look_forward_twice)
         if self.training and 'denoising' not in slices:
             cls = cls + 0 * self.label_enc.weight.sum()  # every parameter gets a gradient
-        outputs = collect_outputs(encoded, hs, cls, box, extras, slices, states, cached)
-        return outputs if cached is not None else add_suppressed(self.suppressor, outputs)
+        return collect_outputs(encoded, hs, cls, box, extras, slices, states, cached)
 
     def forward(
         self,
@@ -274,10 +262,10 @@ class Detector(nn.Module):
         mask: Tensor = None,  # (B,H,W) bool, True=padding
         targets: list = None,  # per image dict(labels (N,), boxes (N,4) cxcywh in [0,1])
     ) -> Outputs:
-        "Encode and decode; in training with `targets`, denoising queries are added"
+        "Encode, decode and `add_suppressed`; in training with `targets`, denoising queries are added"
         encoded = self.encode(images, mask)
         extras = self.denoise(targets) if self.training and targets is not None else []
-        return self.decode(encoded, extras)
+        return add_suppressed(self, self.decode(encoded, extras))
 
     def denoise(
         self,

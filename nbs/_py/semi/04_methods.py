@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from semidetr.boxes import transform_boxes
 from semidetr.core import ConfigError, one_of, suggest
+from semidetr.detectors.contract import add_suppressed, has_suppressor
 from semidetr.matching.losses import set_criterion
 from semidetr.matching.matching import stage_of
 from semidetr.matching.rescoring import sure_and_doubtful, suppressor_loss
@@ -245,11 +246,12 @@ class Supervised(Method):
             return {}
         return suppressor_loss(outputs, targets, self.cfg.criterion, doubtful)
 
-    def unsup_rescoring(self, outputs, detections, weak, strong):
+    def unsup_rescoring(self, student, outputs, detections, weak, strong):
         "The same on the teacher's detections in the weak view, if `method.mds_unsup` says so"
         cfg = self.cfg
-        if 'suppressed' not in outputs or cfg.method.mds_unsup == 'none':
+        if not has_suppressor(student) or cfg.method.mds_unsup == 'none':
             return {}
+        outputs = add_suppressed(student, outputs)
         moved = transport(detections, weak['targets'], strong['targets'], cfg.pseudo.min_side)
         return self.rescoring(outputs, *sure_and_doubtful(moved, cfg.method.mds_threshold))
 
@@ -356,7 +358,7 @@ class MeanTeacher(Supervised):
         denoising = has_denoising(stage_of(t, cfg.method.T1), cfg.method)
         outputs = student(strong['images'], strong['mask'], targets if denoising else None)
         unsup = self.criterion(outputs, targets, t, denoising)
-        unsup |= self.unsup_rescoring(outputs, detections, weak, strong)
+        unsup |= self.unsup_rescoring(student, outputs, detections, weak, strong)
         losses |= weighted(unsup, weight, 'unsup')
         scalars |= pseudo_stats(detections, pseudo, targets)
         return StepResult(losses, scalars, dict(pseudo=to_original(pseudo, weak['targets'])))
@@ -558,7 +560,7 @@ class SemiDETR(CrossViewConsistency):
         extras = student.denoise(targets) if denoising else []
         outputs, con = self.consistency(student, teacher, student_view, teacher_view, mined, extras, batch, t)
         unsup = self.criterion(outputs, targets, t, denoising, scalars)
-        unsup |= self.unsup_rescoring(outputs, mined['detections'], weak, strong)
+        unsup |= self.unsup_rescoring(student, outputs, mined['detections'], weak, strong)
         losses |= weighted(unsup | con, weight, 'unsup')
         if con:
             scalars['loss_con'] = sum(v.item() for v in con.values())
