@@ -159,7 +159,7 @@ def sigmoid_logits(
     log_p = z.log_softmax(-1)[..., :-1]
     return log_p - (1 - log_p.exp()).clamp(min=torch.finfo(z.dtype).tiny).log()
 
-
+# %% ../../nbs/detectors/07_contract.ipynb #79f4eb99
 def reported(
     outputs: Outputs,  # of a detector
     suppressor: bool = True,  # False: the last decoder layer, whatever follows it

@@ -350,8 +350,9 @@ class DeformableDETR(nn.Module):
         memory, geo = t.encode_tokens(features, level_masks(mask, features))
         encoded = EncodedImages(features, memory, geo.padding, geo.shapes, geo.valid_ratios, None)
         if self.cfg.form != 'two_stage':
-            table, to_point = self.query_embed.weight, t.reference_points
-            encoded.queries = table_queries(table, to_point, geo, self.cfg.points, len(memory))
+            encoded.queries = table_queries(
+                self.query_embed.weight, t.reference_points, geo, self.cfg.points, len(memory)
+            )
             return encoded
         heads = self.class_embed[-1], self.bbox_embed[-1]
         of_tokens = propose_all if self.training and self.cfg.enc_tokens == 'all' else propose

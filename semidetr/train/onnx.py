@@ -36,6 +36,11 @@ def _cells(shapes, like):
     return torch.stack([torch.stack([_count(w, like), _count(h, like)]) for h, w in shapes])
 
 
+def _in_order(z):
+    "`suppressor._ranked`: in ONNX equal numbers stay in order without asking for it"
+    return z.argsort(1, descending=True)
+
+
 def _same_padding(size, k, s):
     "(before, after), by @eq-onnx-same"
     total = k - 1 - (size - 1) % s
@@ -95,11 +100,6 @@ def _select(logits, num_queries, valid=None, score='max'):
 def _full_size(shapes, device):
     "(1,L,2) width and height of each level, in cells"
     return _cells(shapes, torch.ones(1, device=device))[None]
-
-
-def _in_order(z):
-    "`suppressor._ranked`"
-    return z.argsort(1, descending=True)
 
 
 _TABLE_QUERIES = deformable_detr.table_queries

@@ -285,6 +285,12 @@ def sigmoid_logits(
     return log_p - (1 - log_p.exp()).clamp(min=torch.finfo(z.dtype).tiny).log()
 
 
+# %% [markdown]
+# A learned suppressor follows `decode` where its scores are needed: in `forward`, for detections and for the loss
+# of labelled images. A teacher's pseudo labels are read from the last decoder layer.
+
+# %%
+#| export
 def reported(
     outputs: Outputs,  # of a detector
     suppressor: bool = True,  # False: the last decoder layer, whatever follows it
