@@ -448,4 +448,4 @@ def test_study_arms():
     assert runs['own'].detector.suppressor.head == 'own'
     for arm in ('residual', 'own'):
         assert runs[arm].method.T1 == runs[arm].optim.iters and runs[arm].method.mds_unsup == 'none'
-        assert runs[arm].run.init == runs['one_to_many'].run.init
+    assert runs['residual'].run.init == runs['own'].run.init
