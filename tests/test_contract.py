@@ -53,7 +53,8 @@ def some_targets(*counts, classes=2):
 def all_predictions(outputs):
     "Every pair of logits and boxes that training may use"
     others = [*outputs.get('aux_outputs', []), *outputs.get('extra', {}).values()]
-    return [outputs, *others, *([outputs['enc_outputs']] if 'enc_outputs' in outputs else [])]
+    named = [outputs[k] for k in ('enc_outputs', 'suppressed') if k in outputs]
+    return [outputs, *others, *named]
 
 
 def tensors(outputs, sets=True):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Prediction', 'ExtraPrediction', 'Outputs', 'DetectionTransformer', 'split_parameters', 'DetectorSettings',
-           'build_detector', 'class_scores', 'has_no_object', 'candidate_scores', 'sigmoid_logits', 'post_process']
+           'build_detector', 'class_scores', 'has_no_object', 'candidate_scores', 'sigmoid_logits', 'reported',
+           'has_suppressor', 'add_suppressed', 'post_process']
 
 # %% ../../nbs/detectors/07_contract.ipynb #ce7977ff
 from typing import NotRequired, Protocol, TypedDict, runtime_checkable
@@ -21,6 +22,7 @@ class Prediction(TypedDict):
     pred_logits: Tensor  # (B,Q,C), or (B,Q,C+1) as in `Outputs`
     pred_boxes: Tensor  # (B,Q,4) cxcywh in [0,1]
     scores: NotRequired[Tensor]  # (B,Q,C) as in `Outputs`
+    index: NotRequired[Tensor]  # (B,Q) numbers of the matching queries, where these are some of them
 
 
 class ExtraPrediction(TypedDict):
@@ -42,6 +44,7 @@ class Outputs(TypedDict, total=False):
     enc_outputs: Prediction  # proposals of the encoder; absent without query selection
     hs: Tensor  # (layers,B,Q,d) outputs of the decoder layers, normalised; absent without queries
     extra: dict[str, ExtraPrediction]  # name of a set of extra queries -> its outputs; {} without sets
+    suppressed: Prediction  # of `forward`: queries with new logits, copied boxes; absent without suppressor
     states: list  # what `decode` needs to add extra queries later; absent where it needs nothing
 
 # %% ../../nbs/detectors/07_contract.ipynb #261ce1bf
@@ -76,7 +79,7 @@ class DetectionTransformer(Protocol):
         mask: Tensor = None,  # as in `encode`
         targets: list = None,  # as in `denoise`
     ) -> Outputs:
-        "Encode and decode; in training with `targets`, denoising queries are added"
+        "Encode, decode and `add_suppressed`; in training with `targets`, denoising queries are added"
 
     def param_groups(self) -> dict:  # 'backbone', 'rest', perhaps 'points' -> trainable parameters, in order
         "Parameters for the optimiser, in groups that may have different learning rates"
@@ -156,6 +159,32 @@ def sigmoid_logits(
     log_p = z.log_softmax(-1)[..., :-1]
     return log_p - (1 - log_p.exp()).clamp(min=torch.finfo(z.dtype).tiny).log()
 
+# %% ../../nbs/detectors/07_contract.ipynb #79f4eb99
+def reported(
+    outputs: Outputs,  # of a detector
+    suppressor: bool = True,  # False: the last decoder layer, whatever follows it
+) -> Outputs:  # or the `Prediction` of the suppressor
+    "What detections are read from: the suppressor's scores where a detector has one (@sec-suppressor)"
+    return outputs['suppressed'] if suppressor and 'suppressed' in outputs else outputs
+
+
+def has_suppressor(
+    model: nn.Module,  # a detector
+) -> bool:
+    "Does the detector score its queries anew (@sec-suppressor)? Then its attribute `suppressor` does it"
+    return getattr(model, 'suppressor', None) is not None
+
+
+def add_suppressed(
+    model: nn.Module,  # a detector
+    outputs: Outputs,  # of its `decode`
+) -> Outputs:  # with `suppressed`, if the detector has a suppressor
+    "The new scores of the matching queries (@sec-suppressor); extra queries have no part in them"
+    if not has_suppressor(model) or 'suppressed' in outputs:
+        return outputs
+    new = model.suppressor(outputs['hs'][-1], outputs['pred_logits'], outputs['pred_boxes'])
+    return {**outputs, 'suppressed': new}
+
 
 @torch.no_grad()
 def post_process(
@@ -164,8 +193,10 @@ def post_process(
     top_k: int = 300,  # most detections per image
     nms: float = None,  # IoU of a per-class suppression before the cut (official stage 1: .6); None: none
     score_threshold: float = 0.0,  # scores must be larger; with `nms` use .01, or it gets all Q x C pairs
+    suppressor: bool = True,  # read the scores of a learned suppressor, if there is one (`reported`)
 ) -> list:  # per image dict(scores (K,) descending, labels (K,), boxes (K,4) xyxy pixels, inside the image)
     "The best pairs of query and class; with softmax each query is reported once, with its best class"
+    outputs = reported(outputs, suppressor)
     scores, boxes = (
         candidate_scores(outputs),
         cxcywh_to_xyxy(at_least_float32(outputs['pred_boxes'])).clamp(0, 1),

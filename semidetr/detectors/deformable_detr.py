@@ -16,9 +16,10 @@ from torch import nn, Tensor
 from ..boxes import inverse_sigmoid
 from ..core import ConfigError, at_least_float32, one_of
 from .backbone import BackboneConfig, InputProj, build_backbone
-from .contract import Outputs, build_detector, split_parameters
+from .contract import Outputs, add_suppressed, build_detector, split_parameters
 from .denoising import combine_extras
 from .detector import collect_outputs, level_masks, make_heads
+from .suppressor import SuppressorConfig, build_suppressor
 from .transformer import DecoderLayer, Encoder, TransformerConfig
 from semidetr.detectors.transformer import (
     Geometry,
@@ -47,6 +48,7 @@ class DeformableDETRConfig:
     dropout: float = 0.1  # of attention weights among queries, after attention and in feed-forward blocks
     kind: str = 'deformable_detr'  # tells these settings from others in a file
     enc_tokens: str = 'selected'  # in `enc_outputs` while training: 'selected'; 'all' tokens (two_stage only)
+    suppressor: SuppressorConfig = SuppressorConfig()  # of duplicates; off by default
 
     def __post_init__(self):
         one_of(
@@ -336,6 +338,7 @@ class DeformableDETR(nn.Module):
         if cfg.form != 'two_stage':
             self.query_embed = nn.Embedding(cfg.num_queries, 2 * d)
         self.class_embed, self.bbox_embed = layer_heads(d, cfg.num_classes, cfg.layers, cfg.form)
+        self.suppressor = build_suppressor(cfg.suppressor, cfg.transformer, cfg.num_classes)
 
     def encode(
         self,
@@ -347,8 +350,9 @@ class DeformableDETR(nn.Module):
         memory, geo = t.encode_tokens(features, level_masks(mask, features))
         encoded = EncodedImages(features, memory, geo.padding, geo.shapes, geo.valid_ratios, None)
         if self.cfg.form != 'two_stage':
-            table, to_point = self.query_embed.weight, t.reference_points
-            encoded.queries = table_queries(table, to_point, geo, self.cfg.points, len(memory))
+            encoded.queries = table_queries(
+                self.query_embed.weight, t.reference_points, geo, self.cfg.points, len(memory)
+            )
             return encoded
         heads = self.class_embed[-1], self.bbox_embed[-1]
         of_tokens = propose_all if self.training and self.cfg.enc_tokens == 'all' else propose
@@ -389,8 +393,8 @@ class DeformableDETR(nn.Module):
         mask: Tensor = None,  # (B,H,W) bool, True=padding
         targets: list = None,  # not used: there is no denoising
     ) -> Outputs:
-        "Encode and decode"
-        return self.decode(self.encode(images, mask))
+        "Encode, decode and `add_suppressed`"
+        return add_suppressed(self, self.decode(self.encode(images, mask)))
 
     def denoise(
         self,

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 # %% ../../nbs/detectors/03_self_attention.ipynb #67ccfbd4
-def _attend(q, k, v, blocked, dropout):
-    "softmax(q k^T) v (B,M,N,d/M); written out where that is faster: bfloat16 gradients on a CPU, few keys"
+def _attend(q, k, v, blocked, dropout, bias=None):
+    "softmax(q k^T + bias) v (B,M,N,d/M); written out where that is faster: bfloat16 gradients on a CPU"
+    if bias is not None:
+        return _attend_biased(q, k, v, blocked, dropout, bias)
     low_on_cpu = q.device.type == 'cpu' and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
     if not low_on_cpu or dropout or k.shape[2] > 1200:
         allowed = None if blocked is None else ~blocked
@@ -25,6 +27,14 @@ def _attend(q, k, v, blocked, dropout):
     with torch.autocast('cpu', enabled=False):
         weight = torch.baddbmm(bias, rows, columns, alpha=q.shape[-1] ** -0.5).softmax(-1)
         return (weight @ v.flatten(0, 1)).view(v.shape[:2] + (-1, v.shape[-1]))
+
+# %% ../../nbs/detectors/03_self_attention.ipynb #60af558b
+def _attend_biased(q, k, v, blocked, dropout, bias):
+    "As `_attend`, with a bias (B or 1, M or 1, N, N') of the logits"
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias.to(q.dtype)
+    if blocked is not None:
+        logits = logits.masked_fill(blocked, -math.inf)
+    return F.dropout(logits.softmax(-1), dropout).to(v.dtype) @ v
 
 # %% ../../nbs/detectors/03_self_attention.ipynb #5255316c
 class SelfAttention(nn.Module):
@@ -50,6 +60,7 @@ class SelfAttention(nn.Module):
         pos: Tensor,  # (B,N,d) added to it for queries and keys
         blocked: Tensor = None,  # (N,N) bool, with `others` (N,N+M); True: row may not attend to column
         others=None,  # (content, pos), each (B,M,d), of M further queries: keys and values after the N
+        bias: Tensor = None,  # (B or 1, heads, N, N), with `others` (..., N+M): added to the logits
     ) -> Tensor:  # (B,N,d)
         b, n, d = x.shape
         w, c = self.in_proj_weight, self.in_proj_bias
@@ -67,5 +78,5 @@ class SelfAttention(nn.Module):
             all_pos = torch.cat([pos, others[1]], 1)
             k = heads(F.linear(content + all_pos, w[d : 2 * d], c[d : 2 * d]))
         v = heads(F.linear(content, w[2 * d :], c[2 * d :]))
-        out = _attend(q, k, v, blocked, self.dropout if self.training else 0.0)
+        out = _attend(q, k, v, blocked, self.dropout if self.training else 0.0, bias)
         return self.out_proj(out.transpose(1, 2).reshape(b, n, d))

@@ -139,7 +139,9 @@ def read_weights(
     return WeightFile(str(path), state, config, classes, others, config.get('architecture', architecture))
 
 # %% ../../nbs/detectors/13_weight_files.ipynb #971718b7
-CLASS_ROWS = r'(class_head|enc_class_head|class_embed(\.\d+)?)\.(weight|bias)$|label_enc\.weight$'
+CLASS_ROWS = (
+    r'((suppressor\.)?class_head|enc_class_head|class_embed(\.\d+)?)\.(weight|bias)$|label_enc\.weight$'
+)
 
 
 def map_class_rows(

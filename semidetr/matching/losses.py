@@ -97,6 +97,8 @@ class CriterionConfig:
     cost_cls: float = 0.0  # class term of the matching cost; 0: w_cls
     class_cost: str = 'focal'  # class term of the matching cost: 'focal', or 'probability' (DETR)
     no_object: float = 0.1  # detectors with softmax: weight of the no-object class (@eq-softmax-loss)
+    w_mds: float = 1.0  # factor on the loss of a learned suppressor (@sec-rescoring)
+    mds_cost: str = 'suppressor'  # scores in its matching cost: 'suppressor' (its own), or 'one_to_many'
 
     def __post_init__(self):
         one_of(
@@ -106,6 +108,7 @@ class CriterionConfig:
             cls_loss=('focal', 'task_aligned', 'varifocal'),
             o2m=('task_aligned', 'max_iou', 'atss', 'simota'),
             class_cost=('focal', 'probability'),
+            mds_cost=('suppressor', 'one_to_many'),
         )
         if self.k < 1:
             raise ConfigError(f'k={self.k}: an object needs at least one positive')

@@ -114,8 +114,10 @@ def start_from(
     fresh = {k: v.clone() for k, v in fresh.items()} if list(saved['classes']) != classes else fresh
     for name in ('student', 'teacher'):
         source = name if is_pair else run.cfg.run.init_from
-        state, notes = map_class_rows(saved[source], saved['classes'], classes, fresh)
-        load_weights(getattr(run, name), state, path)
+        state = _without_suppressor(saved[source], fresh)
+        state, notes = map_class_rows(state, saved['classes'], classes, fresh)
+        load_weights(getattr(run, name), _with_suppressor(state, fresh), path)
+    notes = notes + _about_suppressor(saved[source], fresh)
     if is_pair:
         notes += _start_projector(run.method, saved['parts'], path)
     for note in notes if is_main() else []:
@@ -141,6 +143,26 @@ def _start_backbone(run, state, path):
             f'a backbone alone: its {len(weights)} tensors are loaded, the rest of the detector is untrained'
         )
         warnings.warn(f'{path}: {what}', stacklevel=4)
+
+
+def _without_suppressor(state, fresh):
+    "Weights without a learned suppressor that the network `fresh` does not have"
+    if any(k.startswith('suppressor.') for k in fresh):
+        return state
+    return {k: v for k, v in state.items() if not k.startswith('suppressor.')}
+
+
+def _with_suppressor(state, fresh):
+    "Weights with the untrained suppressor of the network `fresh`, if they have none"
+    return {k: v.detach().clone() for k, v in fresh.items() if k.startswith('suppressor.')} | state
+
+
+def _about_suppressor(state, fresh):
+    "A sentence where one of the two has a learned suppressor and the other has not"
+    old, new = (any(k.startswith('suppressor.') for k in weights) for weights in (state, fresh))
+    if new and not old:
+        return ['these weights have no suppressor; that of this run starts untrained']
+    return ['this run has no suppressor; that of the weights is not used'] if old and not new else []
 
 
 def _start_projector(method, parts, path):

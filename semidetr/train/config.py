@@ -326,6 +326,10 @@ def differences(
     return out
 
 # %% ../../nbs/train/00_config.ipynb #3a2dc640
+def _no_suppressor(c):
+    return not (hasattr(c.detector, 'suppressor') and c.detector.suppressor.on)
+
+
 LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value leave a run as it was?
     'optim.points_mult': lambda c: c.optim.points_mult == 1,
     'criterion.cost_cls': lambda c: c.criterion.cost_cls == 0,
@@ -337,6 +341,11 @@ LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value
     'data.background': lambda c: c.data.background == 'negatives',  # no record's data have background images
     'data.white': lambda c: c.data.white == 0,
     'data.skip_broken': lambda c: c.data.skip_broken == 0,
+    'detector.suppressor': _no_suppressor,
+    'criterion.w_mds': _no_suppressor,
+    'criterion.mds_cost': _no_suppressor,
+    'method.mds_unsup': _no_suppressor,
+    'method.mds_threshold': _no_suppressor,
 }
 UNHASHED = (  # settings that cannot change a number
     'run.device',

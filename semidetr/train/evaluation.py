@@ -13,7 +13,7 @@ from torchvision.ops import batched_nms
 from tqdm import tqdm
 from ..core import rank, rng_state, set_rng_state, world_size
 from ..data.datasets import Subset
-from ..detectors.contract import post_process
+from ..detectors.contract import has_suppressor, post_process
 from ..data.loader import EvalLoader
 from ..semi.teacher import keep_boxes
 from .metrics import evaluate
@@ -44,6 +44,7 @@ def detect(
     top_k: int = 300,  # most detections per image
     progress: str = '',  # text of the progress bar; '' for no bar
     num_workers: int = 0,  # processes that load images
+    suppressor: bool = True,  # read the scores of a learned suppressor, if the detector has one
 ) -> dict:  # image_id -> dict(scores (K,), labels (K,), boxes (K,4) xyxy in pixels of the file)
     "Detections of a whole data set"
     training = model.training
@@ -56,7 +57,8 @@ def detect(
             batch = to_device(batch, device)
             outputs = model(batch['images'], batch['mask'])
             sizes = [t['size'] for t in batch['targets']]
-            detections = post_process(outputs, sizes, top_k=top_k, nms=nms, score_threshold=min_score)
+            rules = dict(top_k=top_k, nms=nms, score_threshold=min_score, suppressor=suppressor)
+            detections = post_process(outputs, sizes, **rules)
             for t, d in zip(batch['targets'], detections):
                 h, w = t['size']
                 file_h, file_w = t['orig_size']
@@ -103,11 +105,17 @@ def evaluate_model(
     num_workers: int = 0,  # processes that load images
     both: bool = False,  # evaluate again after `suppress`: adds AP_nms and AP50_nms
     max_dets: int = 100,  # detections per image that count
+    suppressor: bool = True,  # False: the last decoder layer is evaluated, whatever follows it
 ) -> dict:  # from `evaluate`
-    "COCO metrics of one network; several processes share the images"
+    """COCO metrics of one network; several processes share the images
+
+    With `both`, a detector with a learned suppressor is evaluated without it as well: keys that end in _o2m,
+    AP_o2m, AP_nms_o2m and so on.
+    """
     share = Subset(ds, range(rank(), len(ds), world_size())) if world_size() > 1 else ds
+    reading = dict(progress=progress, num_workers=num_workers, suppressor=suppressor)
     with same_rng():
-        how = dict(nms=nms, top_k=max(300, max_dets), progress=progress, num_workers=num_workers)
+        how = dict(nms=nms, top_k=max(300, max_dets), **reading)
         found = detect(model, share, view, device, **how)
     if world_size() > 1:
         shares = [None] * world_size()
@@ -116,4 +124,7 @@ def evaluate_model(
     result = evaluate(ds, found, max_dets=max_dets)
     if both:
         result |= {f'{k}_nms': v for k, v in evaluate(ds, suppress(found), True, max_dets).items()}
+    if both and suppressor and has_suppressor(model):
+        plain = evaluate_model(model, ds, view, device, nms, progress, num_workers, True, max_dets, False)
+        result |= {f'{k}_o2m': plain[k] for k in ('AP', 'AP50', 'AP_nms', 'AP50_nms')}
     return result

@@ -13,7 +13,7 @@
 #
 # $X$ is the content of the queries and $P$ the code of their boxes; $P$ decides which queries attend to which
 # and stays out of the values. $M$ heads of width $d/M$ work in parallel. $B$ is $-\infty$ where a row may not
-# attend to a column, 0 elsewhere.
+# attend to a column, and elsewhere 0, or a bias that says how much a pair has to do with each other.
 
 # %%
 #| default_exp detectors.self_attention
@@ -32,8 +32,10 @@ from torch import nn, Tensor
 
 # %%
 #| export
-def _attend(q, k, v, blocked, dropout):
-    "softmax(q k^T) v (B,M,N,d/M); written out where that is faster: bfloat16 gradients on a CPU, few keys"
+def _attend(q, k, v, blocked, dropout, bias=None):
+    "softmax(q k^T + bias) v (B,M,N,d/M); written out where that is faster: bfloat16 gradients on a CPU"
+    if bias is not None:
+        return _attend_biased(q, k, v, blocked, dropout, bias)
     low_on_cpu = q.device.type == 'cpu' and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
     if not low_on_cpu or dropout or k.shape[2] > 1200:
         allowed = None if blocked is None else ~blocked
@@ -45,6 +47,20 @@ def _attend(q, k, v, blocked, dropout):
     with torch.autocast('cpu', enabled=False):
         weight = torch.baddbmm(bias, rows, columns, alpha=q.shape[-1] ** -0.5).softmax(-1)
         return (weight @ v.flatten(0, 1)).view(v.shape[:2] + (-1, v.shape[-1]))
+
+
+# %% [markdown]
+# A bias per pair of queries and head (@sec-suppressor) is added to the logits. The three products are written
+# out here as well: a fused kernel has no gradient for a bias on a CPU.
+
+# %%
+#| export
+def _attend_biased(q, k, v, blocked, dropout, bias):
+    "As `_attend`, with a bias (B or 1, M or 1, N, N') of the logits"
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias.to(q.dtype)
+    if blocked is not None:
+        logits = logits.masked_fill(blocked, -math.inf)
+    return F.dropout(logits.softmax(-1), dropout).to(v.dtype) @ v
 
 
 # %% [markdown]
@@ -77,6 +93,7 @@ class SelfAttention(nn.Module):
         pos: Tensor,  # (B,N,d) added to it for queries and keys
         blocked: Tensor = None,  # (N,N) bool, with `others` (N,N+M); True: row may not attend to column
         others=None,  # (content, pos), each (B,M,d), of M further queries: keys and values after the N
+        bias: Tensor = None,  # (B or 1, heads, N, N), with `others` (..., N+M): added to the logits
     ) -> Tensor:  # (B,N,d)
         b, n, d = x.shape
         w, c = self.in_proj_weight, self.in_proj_bias
@@ -94,7 +111,7 @@ class SelfAttention(nn.Module):
             all_pos = torch.cat([pos, others[1]], 1)
             k = heads(F.linear(content + all_pos, w[d : 2 * d], c[d : 2 * d]))
         v = heads(F.linear(content, w[2 * d :], c[2 * d :]))
-        out = _attend(q, k, v, blocked, self.dropout if self.training else 0.0)
+        out = _attend(q, k, v, blocked, self.dropout if self.training else 0.0, bias)
         return self.out_proj(out.transpose(1, 2).reshape(b, n, d))
 
 
@@ -115,6 +132,19 @@ alone = att(late, zero[:, :2], hidden[:2], (first, zero[:, :4]))
 assert torch.allclose(common[:, :2], alone, atol=1e-6)
 assert torch.allclose(common[:, 2:], att(first, zero[:, :4]), atol=1e-6)
 (common[:, :2] - alone).abs().max().item()
+
+# %% [markdown]
+# A bias of minus infinity blocks a pair as the mask does; one of $\ln 2$ gives it the weight of two:
+
+# %%
+as_bias = torch.zeros(1, 2, 6, 6).masked_fill(hidden, -math.inf)
+assert torch.allclose(att(both, zero, bias=as_bias), common, atol=1e-6)
+twin_keys = torch.cat([first, first[:, -1:]], 1)
+double = torch.zeros(1, 2, 4, 4)
+double[..., -1] = math.log(2)
+weighed = att(first, zero[:, :4], bias=double)
+assert torch.allclose(weighed, att(twin_keys, zero[:, :5])[:, :4], atol=1e-6)
+weighed.shape
 
 # %%
 #| label: fig-selfatt-mask

@@ -27,8 +27,9 @@ import torch
 from torch import nn, Tensor
 from semidetr.core import ConfigError
 from semidetr.detectors.backbone import BackboneConfig, InputProj, build_backbone, resize_mask
-from semidetr.detectors.contract import Outputs, split_parameters
+from semidetr.detectors.contract import Outputs, add_suppressed, split_parameters
 from semidetr.detectors.denoising import DenoisingConfig, combine_extras, denoising_queries
+from semidetr.detectors.suppressor import SuppressorConfig, build_suppressor
 from semidetr.detectors.transformer import MLP, Encoded, Transformer, TransformerConfig, predict_boxes
 
 # %%
@@ -57,6 +58,7 @@ class DetectorConfig:
     denoising: DenoisingConfig = DenoisingConfig()
     look_forward_twice: bool = True  # the loss of a layer also trains the layer before (DINO)
     prior: float = 0.01  # probability that an untrained class head gives to every class
+    suppressor: SuppressorConfig = SuppressorConfig()  # of duplicates; off by default
 
     def __post_init__(self):
         if self.num_classes < 0:
@@ -214,6 +216,7 @@ class Detector(nn.Module):
         self.class_head, self.box_head = make_heads(d, cfg.num_classes, cfg.prior)
         self.enc_class_head, self.enc_box_head = copy.deepcopy(self.class_head), copy.deepcopy(self.box_head)
         self.label_enc = nn.Embedding(max(cfg.denoising.label_rows, cfg.num_classes), d)
+        self.suppressor = build_suppressor(cfg.suppressor, t, cfg.num_classes, cfg.prior)
 
     def encode(
         self,
@@ -259,10 +262,10 @@ class Detector(nn.Module):
         mask: Tensor = None,  # (B,H,W) bool, True=padding
         targets: list = None,  # per image dict(labels (N,), boxes (N,4) cxcywh in [0,1])
     ) -> Outputs:
-        "Encode and decode; in training with `targets`, denoising queries are added"
+        "Encode, decode and `add_suppressed`; in training with `targets`, denoising queries are added"
         encoded = self.encode(images, mask)
         extras = self.denoise(targets) if self.training and targets is not None else []
-        return self.decode(encoded, extras)
+        return add_suppressed(self, self.decode(encoded, extras))
 
     def denoise(
         self,

@@ -39,9 +39,10 @@ from torch import nn, Tensor
 from semidetr.boxes import inverse_sigmoid
 from semidetr.core import ConfigError, at_least_float32, one_of
 from semidetr.detectors.backbone import BackboneConfig, InputProj, build_backbone
-from semidetr.detectors.contract import Outputs, build_detector, split_parameters
+from semidetr.detectors.contract import Outputs, add_suppressed, build_detector, split_parameters
 from semidetr.detectors.denoising import combine_extras
 from semidetr.detectors.detector import collect_outputs, level_masks, make_heads
+from semidetr.detectors.suppressor import SuppressorConfig, build_suppressor
 from semidetr.detectors.transformer import DecoderLayer, Encoder, TransformerConfig
 from semidetr.detectors.transformer import (
     Geometry,
@@ -91,6 +92,7 @@ class DeformableDETRConfig:
     dropout: float = 0.1  # of attention weights among queries, after attention and in feed-forward blocks
     kind: str = 'deformable_detr'  # tells these settings from others in a file
     enc_tokens: str = 'selected'  # in `enc_outputs` while training: 'selected'; 'all' tokens (two_stage only)
+    suppressor: SuppressorConfig = SuppressorConfig()  # of duplicates; off by default
 
     def __post_init__(self):
         one_of(
@@ -614,6 +616,7 @@ class DeformableDETR(nn.Module):
         if cfg.form != 'two_stage':
             self.query_embed = nn.Embedding(cfg.num_queries, 2 * d)
         self.class_embed, self.bbox_embed = layer_heads(d, cfg.num_classes, cfg.layers, cfg.form)
+        self.suppressor = build_suppressor(cfg.suppressor, cfg.transformer, cfg.num_classes)
 
     def encode(
         self,
@@ -625,8 +628,9 @@ class DeformableDETR(nn.Module):
         memory, geo = t.encode_tokens(features, level_masks(mask, features))
         encoded = EncodedImages(features, memory, geo.padding, geo.shapes, geo.valid_ratios, None)
         if self.cfg.form != 'two_stage':
-            table, to_point = self.query_embed.weight, t.reference_points
-            encoded.queries = table_queries(table, to_point, geo, self.cfg.points, len(memory))
+            encoded.queries = table_queries(
+                self.query_embed.weight, t.reference_points, geo, self.cfg.points, len(memory)
+            )
             return encoded
         heads = self.class_embed[-1], self.bbox_embed[-1]
         of_tokens = propose_all if self.training and self.cfg.enc_tokens == 'all' else propose
@@ -667,8 +671,8 @@ class DeformableDETR(nn.Module):
         mask: Tensor = None,  # (B,H,W) bool, True=padding
         targets: list = None,  # not used: there is no denoising
     ) -> Outputs:
-        "Encode and decode"
-        return self.decode(self.encode(images, mask))
+        "Encode, decode and `add_suppressed`"
+        return add_suppressed(self, self.decode(self.encode(images, mask)))
 
     def denoise(
         self,

@@ -211,7 +211,9 @@ refusal
 
 # %%
 #| export
-CLASS_ROWS = r'(class_head|enc_class_head|class_embed(\.\d+)?)\.(weight|bias)$|label_enc\.weight$'
+CLASS_ROWS = (
+    r'((suppressor\.)?class_head|enc_class_head|class_embed(\.\d+)?)\.(weight|bias)$|label_enc\.weight$'
+)
 
 
 def map_class_rows(

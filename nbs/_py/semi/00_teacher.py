@@ -186,9 +186,13 @@ def teacher_detections(
     targets: list,  # of the weak view, for the sizes
     cfg: PseudoConfig = PseudoConfig(),
 ) -> list:  # per image dict(boxes (K,4) xyxy pixels of the weak view, labels (K,), scores (K,) descending)
-    "Detections above `min_score` after suppression within classes, with `cross_nms < 1` also across them"
+    """Detections above `min_score` after suppression within classes, with `cross_nms < 1` also across them
+
+    They are read from the last decoder layer, also where a learned suppressor follows it (@sec-suppressor).
+    """
     sizes = [t['size'] for t in targets]
-    detections = post_process(outputs, sizes, top_k=cfg.top_k, nms=cfg.nms, score_threshold=cfg.min_score)
+    rules = dict(top_k=cfg.top_k, nms=cfg.nms, score_threshold=cfg.min_score)
+    detections = post_process(outputs, sizes, **rules, suppressor=False)
     if cfg.cross_nms >= 1:
         return detections
     return keep_boxes(detections, [nms(d['boxes'], d['scores'], cfg.cross_nms) for d in detections])

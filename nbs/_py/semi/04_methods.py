@@ -13,14 +13,17 @@
 
 # %%
 #| export
+import warnings
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 import torch
 from torch import nn
 from semidetr.boxes import transform_boxes
 from semidetr.core import ConfigError, one_of, suggest
+from semidetr.detectors.contract import add_suppressed, has_suppressor
 from semidetr.matching.losses import set_criterion
 from semidetr.matching.matching import stage_of
+from semidetr.matching.rescoring import sure_and_doubtful, suppressor_loss
 from semidetr.semi.consistency import (
     Projector,
     consistency_active,
@@ -137,9 +140,11 @@ class MethodConfig:
     unsup_weight: float = 4.0  # w_u (paper: 4 for COCO-Partial, 2 for COCO-Full)
     unsup_ramp: int = 0  # iterations over which w_u grows from 0 after the burn-in (official: 0)
     unsup_cdn: str = 'stage2'  # denoising queries made of pseudo labels: 'stage2' (code), 'always', 'never'
+    mds_unsup: str = 'none'  # teacher's boxes that train a learned suppressor: 'none', or 'sure': high scores
+    mds_threshold: float = 0.4  # smallest score of a sure box
 
     def __post_init__(self):
-        one_of('method', self, unsup_cdn=('stage2', 'always', 'never'))
+        one_of('method', self, unsup_cdn=('stage2', 'always', 'never'), mds_unsup=('none', 'sure'))
         self.implementation  # raises for an unknown name
 
     @property
@@ -177,8 +182,34 @@ class MethodConfig:
         cfg,  # Config of the run
         labelled=None,  # data set of the labelled images
     ) -> Method:
-        "The method, with fresh state"
+        "The method, with fresh state; a warning where a learned suppressor is not used as intended"
+        if advice := suppressor_advice(cfg):
+            warnings.warn(advice, stacklevel=2)
         return self.implementation(cfg, labelled)
+
+
+# %% [markdown]
+# A learned suppressor (@sec-suppressor) needs layers before it that are one-to-many to the end. The commands
+# set `method.T1` to the number of iterations; a configuration that says otherwise gets a warning.
+
+# %%
+#| export
+def _suppressor_of(cfg):
+    "Settings of the suppressor of a configuration; None where there is none"
+    settings = getattr(cfg.detector, 'suppressor', None)
+    return settings if settings is not None and settings.on else None
+
+
+def suppressor_advice(
+    cfg,  # Config of the run
+) -> str:  # one line; '' where all is well
+    "What to change in a configuration with a learned suppressor"
+    if _suppressor_of(cfg) is None or cfg.method.T1 >= cfg.optim.iters:
+        return ''
+    return (
+        f'method.T1={cfg.method.T1} ends one-to-many matching before optim.iters={cfg.optim.iters}, but the '
+        f'suppressor is meant for one-to-many matching throughout; set method.T1={cfg.optim.iters}'
+    )
 
 
 # %% [markdown]
@@ -200,7 +231,7 @@ class Supervised(Method):
     def step(self, student, teacher, batch, t):
         part = batch['labelled']
         outputs = student(part['images'], part['mask'], part['targets'])
-        losses = self.criterion(outputs, part['targets'], t)
+        losses = self.criterion(outputs, part['targets'], t) | self.rescoring(outputs, part['targets'])
         boxes = sum(len(target['labels']) for target in part['targets'])
         return StepResult(losses, dict(labelled_boxes=boxes / max(1, len(part['targets']))), {})
 
@@ -208,6 +239,28 @@ class Supervised(Method):
         "`set_criterion` in the stage of iteration t, with the one-to-many assignment of the settings"
         stage, cfg = stage_of(t, self.cfg.method.T1), self.cfg.criterion
         return set_criterion(outputs, targets, stage, cfg, denoising, stats, one_to_many_assigner(cfg))
+
+    def rescoring(self, outputs, targets, doubtful=None):
+        "The loss of a learned suppressor (@sec-rescoring), if the detector has one"
+        if 'suppressed' not in outputs:
+            return {}
+        return suppressor_loss(outputs, targets, self.cfg.criterion, doubtful)
+
+    def unsup_rescoring(self, student, outputs, detections, weak, strong):
+        "The same on the teacher's detections in the weak view, if `method.mds_unsup` says so"
+        cfg = self.cfg
+        if not has_suppressor(student) or cfg.method.mds_unsup == 'none':
+            return {}
+        outputs = add_suppressed(student, outputs)
+        moved = transport(detections, weak['targets'], strong['targets'], cfg.pseudo.min_side)
+        return self.rescoring(outputs, *sure_and_doubtful(moved, cfg.method.mds_threshold))
+
+    @classmethod
+    def derived(cls, cfg):
+        "One-to-many matching to the end with a learned suppressor"
+        if not suppressor_advice(cfg):
+            return {}
+        return {'method.T1': (cfg.optim.iters, 'one-to-many matching to the end, for the learned suppressor')}
 
 
 # %% [markdown]
@@ -304,7 +357,9 @@ class MeanTeacher(Supervised):
         targets = transport(pseudo, weak['targets'], strong['targets'], cfg.pseudo.min_side)
         denoising = has_denoising(stage_of(t, cfg.method.T1), cfg.method)
         outputs = student(strong['images'], strong['mask'], targets if denoising else None)
-        losses |= weighted(self.criterion(outputs, targets, t, denoising), weight, 'unsup')
+        unsup = self.criterion(outputs, targets, t, denoising)
+        unsup |= self.unsup_rescoring(student, outputs, detections, weak, strong)
+        losses |= weighted(unsup, weight, 'unsup')
         scalars |= pseudo_stats(detections, pseudo, targets)
         return StepResult(losses, scalars, dict(pseudo=to_original(pseudo, weak['targets'])))
 
@@ -505,6 +560,7 @@ class SemiDETR(CrossViewConsistency):
         extras = student.denoise(targets) if denoising else []
         outputs, con = self.consistency(student, teacher, student_view, teacher_view, mined, extras, batch, t)
         unsup = self.criterion(outputs, targets, t, denoising, scalars)
+        unsup |= self.unsup_rescoring(student, outputs, mined['detections'], weak, strong)
         losses |= weighted(unsup | con, weight, 'unsup')
         if con:
             scalars['loss_con'] = sum(v.item() for v in con.values())
@@ -515,6 +571,8 @@ class SemiDETR(CrossViewConsistency):
     def derived(cls, cfg):
         "One-to-many matching for the first half of the iterations with unlabelled images"
         m, n = cfg.method, cfg.optim.iters
+        if _suppressor_of(cfg) is not None:
+            return super().derived(cfg)
         if not m.T1 <= m.burn_in_iters < n:
             return {}
         T1 = (m.burn_in_iters + n) // 2

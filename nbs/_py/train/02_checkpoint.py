@@ -116,9 +116,10 @@ def load_weights(
 #
 # With `run.init` a new run starts from the weights of another one: both networks from one of its two, and
 # classes by name (@eq-weights-rows), since the data may have others, or the same in another order. Optimiser
-# and random state stay those of a new run. An import of the official Semi-DETR (@sec-imports) starts student,
-# teacher and projector each from its own weights. From an import of a backbone they take the backbone alone; the
-# rest is what the seed of the run makes it.
+# and random state stay those of a new run. A learned suppressor (@sec-suppressor) that the other run did not
+# have starts untrained. An import of the official Semi-DETR (@sec-imports) starts student, teacher and projector
+# each from its own weights. From an import of a backbone they take the backbone alone; the rest is what the seed
+# of the run makes it.
 
 # %%
 #| export
@@ -135,8 +136,10 @@ def start_from(
     fresh = {k: v.clone() for k, v in fresh.items()} if list(saved['classes']) != classes else fresh
     for name in ('student', 'teacher'):
         source = name if is_pair else run.cfg.run.init_from
-        state, notes = map_class_rows(saved[source], saved['classes'], classes, fresh)
-        load_weights(getattr(run, name), state, path)
+        state = _without_suppressor(saved[source], fresh)
+        state, notes = map_class_rows(state, saved['classes'], classes, fresh)
+        load_weights(getattr(run, name), _with_suppressor(state, fresh), path)
+    notes = notes + _about_suppressor(saved[source], fresh)
     if is_pair:
         notes += _start_projector(run.method, saved['parts'], path)
     for note in notes if is_main() else []:
@@ -162,6 +165,26 @@ def _start_backbone(run, state, path):
             f'a backbone alone: its {len(weights)} tensors are loaded, the rest of the detector is untrained'
         )
         warnings.warn(f'{path}: {what}', stacklevel=4)
+
+
+def _without_suppressor(state, fresh):
+    "Weights without a learned suppressor that the network `fresh` does not have"
+    if any(k.startswith('suppressor.') for k in fresh):
+        return state
+    return {k: v for k, v in state.items() if not k.startswith('suppressor.')}
+
+
+def _with_suppressor(state, fresh):
+    "Weights with the untrained suppressor of the network `fresh`, if they have none"
+    return {k: v.detach().clone() for k, v in fresh.items() if k.startswith('suppressor.')} | state
+
+
+def _about_suppressor(state, fresh):
+    "A sentence where one of the two has a learned suppressor and the other has not"
+    old, new = (any(k.startswith('suppressor.') for k in weights) for weights in (state, fresh))
+    if new and not old:
+        return ['these weights have no suppressor; that of this run starts untrained']
+    return ['this run has no suppressor; that of the weights is not used'] if old and not new else []
 
 
 def _start_projector(method, parts, path):

@@ -299,6 +299,7 @@ class BatchPredictor:
         which: str = 'teacher',  # or 'student'
         like=None,  # Config with settings classes of your own, if the run has such
         classes=None,  # names of the classes to keep; None: all
+        suppressor: bool = True,  # read the scores of a learned suppressor, if the detector has one
     ):
         if not 0 <= threshold <= 1:
             raise ConfigError(f'threshold={threshold} is outside [0, 1]; scores are probabilities')
@@ -306,7 +307,7 @@ class BatchPredictor:
             raise ConfigError(f'nms={nms} is outside (0, 1]; it is an IoU')
         self.device = pick_device(device)
         self.model, self.cfg, self.classes = load_model(path, which, self.device, like)
-        self.threshold, self.nms = threshold, nms
+        self.threshold, self.nms, self.suppressor = threshold, nms, suppressor
         self.keep = _check_names(classes, self.classes)
 
     def _same_size(self, views):
@@ -316,7 +317,8 @@ class BatchPredictor:
             outputs = self.model(batch['images'], batch['mask'])
         sizes = [v.orig_size for v in views]
         detections = []
-        for d in post_process(outputs, sizes, nms=self.nms, score_threshold=self.threshold):
+        rules = dict(nms=self.nms, score_threshold=self.threshold, suppressor=self.suppressor)
+        for d in post_process(outputs, sizes, **rules):
             d = {k: v.cpu().clone() for k, v in d.items()}  # ordinary tensors, not those of inference mode
             if self.keep is not None:
                 kept = torch.isin(d['labels'], self.keep)

@@ -364,6 +364,11 @@ def deformable_settings(
 ) -> dict:  # content of config.json
     "The network's sizes under the names of transformers; `ConfigError` if it cannot run there"
     s = settings
+    if s.suppressor.on:
+        raise ConfigError(
+            f'transformers has no learned suppressor (detector.suppressor.head={s.suppressor.head}); '
+            f'{OTHER_FORMATS}'
+        )
     if s.d_model % 32:
         raise ConfigError(
             f'transformers needs a width of a multiple of 32, not detector.d_model={s.d_model}; '

@@ -37,8 +37,8 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from semidetr.boxes import cxcywh_to_xyxy
 from semidetr.core import ConfigError, atomic_write, need, suggest
-from semidetr.detectors import attention, backbone, deformable_detr, detector, detr, transformer
-from semidetr.detectors.contract import candidate_scores
+from semidetr.detectors import attention, backbone, deformable_detr, detector, detr, suppressor, transformer
+from semidetr.detectors.contract import candidate_scores, reported
 from semidetr.train.exported import description, open_session
 from semidetr.train.export import output_path, to_safetensors, to_transformers
 from semidetr.train.predict import Predictor, load_model
@@ -78,6 +78,11 @@ def _count(n, like):
 def _cells(shapes, like):
     "(L,2) width and height of each level, in cells"
     return torch.stack([torch.stack([_count(w, like), _count(h, like)]) for h, w in shapes])
+
+
+def _in_order(z):
+    "`suppressor._ranked`: in ONNX equal numbers stay in order without asking for it"
+    return z.argsort(1, descending=True)
 
 
 def _same_padding(size, k, s):
@@ -175,6 +180,7 @@ def traceable():
         (deformable_detr, 'table_queries', _table_queries),
         (detector, 'level_masks', _masks),
         (detr, 'level_masks', _masks),
+        (suppressor, '_ranked', _in_order),
         (transformer, '_frequencies', transformer._frequencies.__wrapped__),
         (transformer, '_full_size', _full_size),
         (transformer, 'select_queries', _select),
@@ -245,7 +251,7 @@ class Scored(nn.Module):
         images: Tensor,  # (B,3,H,W) normalised, zero padded at the right and the bottom
         mask: Tensor,  # (B,H,W) bool, True=padding
     ) -> tuple:  # scores (B,Q,C), boxes (B,Q,4) cxcywh in [0,1]; corners (B,Q,4) y, x, y, x, inside the image
-        outputs = self.model(images, mask)
+        outputs = reported(self.model(images, mask))
         scores, boxes = candidate_scores(outputs), outputs['pred_boxes']
         if not self.corners:
             return scores, boxes
