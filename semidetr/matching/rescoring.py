@@ -9,7 +9,6 @@ __all__ = ['quality_loss', 'sure_and_doubtful', 'doubtful_entries', 'suppressor_
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..boxes import cxcywh_to_xyxy
 from ..core import all_reduce_mean, at_least_float32
 from .losses import CriterionConfig, box_losses
 from .matching import assign_o2o, pad_targets, pairwise_overlap

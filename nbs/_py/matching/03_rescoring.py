@@ -17,7 +17,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from semidetr.boxes import cxcywh_to_xyxy
 from semidetr.core import all_reduce_mean, at_least_float32
 from semidetr.matching.losses import CriterionConfig, box_losses
 from semidetr.matching.matching import assign_o2o, pad_targets, pairwise_overlap
