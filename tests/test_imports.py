@@ -17,6 +17,7 @@ from semidetr.semi.consistency import Projector
 from semidetr.train import trainer as T
 from semidetr.train.checkpoint import load_checkpoint, save_checkpoint
 from semidetr.train.evaluation import evaluate_model
+from semidetr.train.config import override
 from semidetr.train.imports import import_weights
 from semidetr.train.predict import Predictor
 from test_trainer import tiny
@@ -138,6 +139,21 @@ def test_a_full_size_official_checkpoint_is_complete_and_runs(tmp_path):
     with torch.no_grad():
         found, wanted = predictor.model(images), teacher.eval()(images)
     assert torch.equal(found['pred_logits'], wanted['pred_logits'])
+
+
+def test_no_warning_of_a_random_backbone_where_the_weights_come_from_a_run(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'empty'))
+    settings = small_dino(10, 12)
+    official_file(tmp_path / 'x.pth', settings, 16, DIGITS)
+    import_weights(tmp_path / 'x.pth', tmp_path / 'run')
+    fresh, started = run_of(settings), run_of(settings, f'run.init={tmp_path / "run"}')
+    detector = override(fresh, ['detector.backbone.weights=auto']).detector
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        T.Trainer(dataclasses.replace(started, detector=detector), tmp_path / 'new', progress=False)
+    assert not [w for w in said if 'ImageNet' in str(w.message)]
+    with pytest.warns(UserWarning, match='no ImageNet weights'):
+        T.Trainer(dataclasses.replace(fresh, detector=detector), tmp_path / 'other', progress=False)
 
 
 # --- classes -----------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def _names_by_label(path, conf):
         raise DataError(f"{path}: 'names' gives two names to one label; write each label once")
     return labels
 
-
+# %% ../../nbs/data/01_yolo.ipynb #47393a43
 def _yaml(path):  # content of data.yaml, in which everything stays text and no key occurs twice
     import yaml
 

@@ -144,7 +144,7 @@ def _start_backbone(run, state, path):
         )
         warnings.warn(f'{path}: {what}', stacklevel=4)
 
-
+# %% ../../nbs/train/02_checkpoint.ipynb #8fbf835f
 def _without_suppressor(state, fresh):
     "Weights without a learned suppressor that the network `fresh` does not have"
     if any(k.startswith('suppressor.') for k in fresh):

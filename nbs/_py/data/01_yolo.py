@@ -167,6 +167,8 @@ def _names_by_label(path, conf):
     return labels
 
 
+# %%
+#| export
 def _yaml(path):  # content of data.yaml, in which everything stays text and no key occurs twice
     import yaml
 

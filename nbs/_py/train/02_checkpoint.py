@@ -167,6 +167,8 @@ def _start_backbone(run, state, path):
         warnings.warn(f'{path}: {what}', stacklevel=4)
 
 
+# %%
+#| export
 def _without_suppressor(state, fresh):
     "Weights without a learned suppressor that the network `fresh` does not have"
     if any(k.startswith('suppressor.') for k in fresh):

@@ -96,7 +96,10 @@ class BuiltRun:
             )
         self.cfg = resolve(cfg, self.data.classes)
         seed_everything(cfg.run.seed)
-        self.student = build_detector(self.cfg.detector)
+        with warnings.catch_warnings():
+            if cfg.run.init:  # it brings the weights of the backbone
+                warnings.filterwarnings('ignore', 'no ImageNet weights')
+            self.student = build_detector(self.cfg.detector)
         self.student.to(self.device, memory_format=torch.channels_last)  # a third faster on CPUs
         self.teacher = make_teacher(self.student)
         self.method = cfg.method.build(self.cfg, self.data.labelled).to(self.device)
