@@ -164,7 +164,7 @@ def _about_suppressor(state, fresh):
         return ['these weights have no suppressor; that of this run starts untrained']
     return ['this run has no suppressor; that of the weights is not used'] if old and not new else []
 
-
+# %% ../../nbs/train/02_checkpoint.ipynb #d1dd4f4d
 def _start_projector(method, parts, path):
     "Load what a method trains beside the networks; sentences about what is not used"
     own = method.state_dict()

@@ -189,6 +189,16 @@ def _about_suppressor(state, fresh):
     return ['this run has no suppressor; that of the weights is not used'] if old and not new else []
 
 
+# %%
+with_one = {'layer.weight': torch.ones(1), 'suppressor.weight': torch.zeros(1)}
+without = {'layer.weight': torch.full((1,), 2.0)}
+assert _with_suppressor(without, with_one) == with_one | without
+assert _without_suppressor(with_one, without).keys() == without.keys()
+_about_suppressor(without, with_one), _about_suppressor(with_one, without)
+
+
+# %%
+#| export
 def _start_projector(method, parts, path):
     "Load what a method trains beside the networks; sentences about what is not used"
     own = method.state_dict()
