@@ -163,10 +163,10 @@ as_good = next(r['step'] for r in arms['dino']['history'] if r['teacher']['AP'] 
 markdown(
     f"Single-stage Deformable-DETR reaches {reached['deformable_detr']:.1f} AP, DINO {reached['dino']:.1f}. "
     f'What the first has on the development part after {last["step"]} iterations, DINO has after {as_good}. '
-    f"DETR reaches {reached['detr']:.1f}, and {longer:.1f} in 8000 iterations, with a curve that has just begun "
-    'to rise: at first its boxes ignore the image. It does memorise two images (AP above 90, '
-    '`tests/test_overfit.py`); what it needs is a schedule of another order, like the 500 epochs of its release. '
-    'To teach from few labels, start it from weights that detect (@sec-weights).'
+    f"DETR reaches {reached['detr']:.1f}, and {longer:.1f} in 8000 iterations, with a curve that has just "
+    'begun to rise. It does memorise two images (AP above 90, `tests/test_overfit.py`); what it needs is a '
+    'schedule of another order, like the 500 epochs of its release. To teach from few labels, start it from '
+    'weights that detect (@sec-weights).'
 )
 
 # %% [markdown]
