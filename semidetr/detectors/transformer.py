@@ -363,7 +363,7 @@ def propose(
         index = select_queries(logits, cfg.num_queries, valid, cfg.select_score)
 
     def pick(x):
-        return x.expand(len(memory), -1, -1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+        return x.expand(memory.shape[0], -1, -1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
     h = embed(pick(known))
     anchors = pick(geo.anchors).to(torch.promote_types(memory.dtype, torch.float32))
@@ -412,13 +412,13 @@ class Transformer(nn.Module):
         geo = _kept_geometry(self._cache, features, masks)
         tokens = torch.cat([f.flatten(2).transpose(1, 2) for f in features], 1)
         level = torch.cat([e.expand(h * w, -1) for e, (h, w) in zip(self.level_embed, geo.shapes)])
-        points = geo.reference_points.to(tokens.dtype).expand(len(tokens), -1, -1, -1)
+        points = geo.reference_points.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1)
         memory = self.encoder(tokens, geo.position.to(tokens.dtype) + level, points, geo.shapes, geo.padding)
         logits, boxes, h, index = propose(memory, geo, self.embed_token, class_head, box_head, self.cfg)
         if self.cfg.query_content == 'memory':
             content = h.detach()
         else:
-            content = self.query_content.weight[: index.shape[1]].expand(len(memory), -1, -1)
+            content = self.query_content.weight[: index.shape[1]].expand(memory.shape[0], -1, -1)
         return Encoded(
             features=list(features),
             memory=memory,

@@ -339,22 +339,23 @@ for q, c in np.argwhere(scores > float(sys.argv[3])):
 def to_exported(
     run,  # folder of a run, its .pt file, or a .safetensors file
     out=None,  # file to write; None: model.pt2 in the folder of the run
-    size=None,  # (H, W) of the views; None: both the short side of the evaluation
-    batch: int = 1,  # B
+    size=None,  # (B, H, W) that the program is for; None: any
     which: str = 'teacher',  # or 'student'
     like=None,  # Config with settings classes of your own, if the run has such
     overwrite: bool = False,  # replace an existing file
-) -> Path:  # of the file; `torch.export.load(path).module()` takes images and mask of this shape
-    "The network as a program of `torch.export` with the outputs of `to_onnx`, for one batch size and size"
+) -> Path:  # of the file; `torch.export.load(path).module()` takes images (B,3,H,W) and mask (B,H,W)
+    "The network as a program of `torch.export` with the outputs of `to_onnx`, for any batch and any size"
     path = output_path(run, 'model.pt2', out, overwrite)
     model, cfg, classes = load_model(run, which, 'cpu', like)
     if not isinstance(model, nn.Module):
         raise ConfigError(f'{run}: is exported already; give the folder of the run')
-    h, w = size or (cfg.view.eval_short, cfg.view.eval_short)
-    images, mask = torch.zeros(batch, 3, h, w), torch.zeros(batch, h, w, dtype=torch.bool)
+    b, h, w = size or (2, cfg.view.eval_short, cfg.view.eval_short * 5 // 4)
+    images, mask = torch.zeros(b, 3, h, w), torch.zeros(b, h, w, dtype=torch.bool)
+    free = torch.export.Dim.AUTO
+    symbols = None if size else ({0: free, 2: free, 3: free}, {0: free, 1: free, 2: free})
     with torch.no_grad(), traceable(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        program = torch.export.export(Scored(model), (images, mask), strict=False)
+        program = torch.export.export(Scored(model), (images, mask), dynamic_shapes=symbols, strict=False)
     buffer = io.BytesIO()
     about = dict(description(cfg, classes), semidetr='1', network=which)
     torch.export.save(program, buffer, extra_files={f'{k}.json': text for k, text in about.items()})

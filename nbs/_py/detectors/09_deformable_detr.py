@@ -464,7 +464,7 @@ class DeformableTransformer(nn.Module):
         geo = _kept_geometry(self._cache, features, masks, **POSITION)
         tokens = torch.cat([f.flatten(2).transpose(1, 2) for f in features], 1)
         level = torch.cat([e.expand(h * w, -1) for e, (h, w) in zip(self.level_embed, geo.shapes)])
-        points = geo.reference_points.to(tokens.dtype).expand(len(tokens), -1, -1, -1)
+        points = geo.reference_points.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1)
         pos = geo.position.to(tokens.dtype) + level
         return self.encoder(tokens, pos, points, geo.shapes, geo.padding), geo
 
@@ -629,7 +629,7 @@ class DeformableDETR(nn.Module):
         encoded = EncodedImages(features, memory, geo.padding, geo.shapes, geo.valid_ratios, None)
         if self.cfg.form != 'two_stage':
             encoded.queries = table_queries(
-                self.query_embed.weight, t.reference_points, geo, self.cfg.points, len(memory)
+                self.query_embed.weight, t.reference_points, geo, self.cfg.points, memory.shape[0]
             )
             return encoded
         heads = self.class_embed[-1], self.bbox_embed[-1]
