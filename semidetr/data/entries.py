@@ -18,7 +18,9 @@ def coco_entries(
 ) -> list[dict]:
     "The objects in one list of a COCO file; empty if there is no such list"
     rows = data.get(key) if isinstance(data, dict) else None
-    return [x for x in rows if isinstance(x, dict)] if isinstance(rows, list) else []
+    if not isinstance(rows, list):
+        return []
+    return rows if all(isinstance(x, dict) for x in rows) else [x for x in rows if isinstance(x, dict)]
 
 
 def is_id(
