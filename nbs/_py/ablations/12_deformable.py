@@ -111,7 +111,7 @@ markdown(
 
 # %%
 #| label: fig-abl-all-labels
-#| fig-cap: "AP on the development part during supervised training with all labels; one seed. Left: 2000 iterations of every detector. Right: DETR with a lower learning rate and 8000 iterations."
+#| fig-cap: "AP on the development part during supervised training with all labels; one seed. Left: 2000 iterations of every detector. Right: DETR with a lower learning rate and 8000 iterations; mind the scales."
 #| fig-alt: "Curves of AP against iterations for the five detectors, and for a longer training of DETR"
 #| echo: false
 forms = dict(
@@ -125,7 +125,7 @@ every, [slow] = (
     read_records(results, 'all_labels', list(forms)),
     read_records(results, 'all_labels_long', ['detr']),
 )
-fig, axes = plt.subplots(1, 2, figsize=(7.5, 3.2), dpi=80, sharey=True, layout='constrained')
+fig, axes = plt.subplots(1, 2, figsize=(7.5, 3.2), dpi=80, layout='constrained')
 for ax, arms in zip(axes, (every[0]['arms'], slow['arms'])):
     for name, label in forms.items():
         if name in arms:
