@@ -177,9 +177,11 @@ def _pack(anns, sizes, index, label):
     sizes: (height, width) of each image; index: image id -> position; label: category id -> label"""
     image = np.array([index[a['image_id']] for a in anns], dtype=np.int64)  # (A,)
     xywh = np.array([a['bbox'] for a in anns], dtype=np.float64).reshape(-1, 4)
-    size = np.array([sizes[i][::-1] for i in image], dtype=np.float64).reshape(-1, 2)  # width, height
-    corners = [xywh[:, :2].clip(0, size), (xywh[:, :2] + xywh[:, 2:]).clip(0, size)]
-    boxes = np.concatenate(corners, 1).astype(np.float32)
+    known = [s or (0, 0) for s in sizes]  # an image without boxes may have none
+    size = np.array(known, dtype=np.float64).reshape(-1, 2)[image, ::-1]  # width, height
+    corners = xywh[:, :2], xywh[:, :2] + xywh[:, 2:]
+    boxes = np.concatenate([c.clip(0, size).astype(np.float32) for c in corners], 1)
+    del size, corners  # millions of boxes: the rest needs the memory
     keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
     order = np.flatnonzero(keep)[np.argsort(image[keep], kind='stable')]
     area = _areas(anns, xywh)
