@@ -238,3 +238,15 @@ def test_renamed_settings_keep_hashes_and_answer_with_their_new_name():
         old[group].pop(key, None)
     text = json.dumps(old, sort_keys=True)
     assert config_hash(preset('digits')) == hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def test_a_second_detector_is_refused():
+    "Criterion and learning rates that the first one brought would stay"
+    for name in ('digits', 'coco-10'):
+        base = preset(name)
+        for first, second in (('detr', 'dino'), ('deformable_detr', 'detr'), ('deformable_detr', 'dino')):
+            cfg = override(base, [f'detector={first}'])
+            with pytest.raises(ConfigError, match=f'detector={second}: .* already; start from a preset'):
+                override(cfg, [f'detector={second}'])
+            assert override(cfg, [f'detector={first}']) == cfg
+        assert override(base, ['detector=dino_5scale', 'detector=dino']).criterion == base.criterion

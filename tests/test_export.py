@@ -26,16 +26,7 @@ from semidetr.train.checkpoint import save_checkpoint
 from semidetr.train.config import preset, to_dict
 from semidetr.train.export import to_safetensors, to_transformers
 from semidetr.train.imports import import_weights
-from semidetr.train.onnx import (
-    SCRIPT,
-    OnnxPredictor,
-    _record,
-    export_run,
-    open_predictor,
-    to_exported,
-    to_onnx,
-    unmatched,
-)
+from semidetr.train.onnx import SCRIPT, _record, export_run, to_exported, to_onnx, unmatched
 from semidetr.train.predict import Predictor, load_model
 
 CLASSES = ['Zelle', 'größer, "a"', '細胞', 'd']
@@ -183,9 +174,7 @@ def test_safetensors_metadata_are_readable_by_anyone(dino, tmp_path):
 def test_predictor_reads_safetensors(dino, tmp_path):
     path = to_safetensors(dino[2], tmp_path / 'x.safetensors')
     image = open_dataset('digits:n=2,size=96', 'val')[0].image
-    a, b = (
-        p(image) for p in (Predictor(dino[2], 'cpu', 0.0), open_predictor(path, device='cpu', threshold=0.0))
-    )
+    a, b = (p(image) for p in (Predictor(dino[2], 'cpu', 0.0), Predictor(path, 'cpu', 0.0)))
     assert len(a['scores']) and all(torch.equal(a[k], b[k]) for k in ('boxes', 'scores', 'labels'))
 
 
@@ -322,7 +311,7 @@ def test_onnx_on_images(small):
     scenes = open_dataset('digits:n=3,size=96', 'val')
     images = [scenes[0].image, scenes[1].image.resize((150, 96)), scenes[2].image]
     ours = Predictor(folder, 'cpu', threshold=0.0, like=cfg)
-    theirs = OnnxPredictor(path, threshold=0.0)
+    theirs = Predictor(path, "cpu", 0.0)
     for a, b in zip(ours(images), theirs(images)):
         assert len(a['scores']) == len(b['scores']) > 0
         assert (a['scores'] - b['scores']).abs().max() < 1e-3
@@ -406,14 +395,12 @@ def test_onnx_refusals(dino, graph, tmp_path):
     with pytest.raises(ConfigError, match='outside'):
         to_onnx(dino[2], tmp_path / 'n.onnx', nms=1.5)
     with pytest.raises(DataError, match='no such file'):
-        open_predictor(tmp_path / 'gone.onnx')
+        Predictor(tmp_path / 'gone.onnx')
     (tmp_path / 'cut.onnx').write_bytes(path.read_bytes()[:5000])
     with pytest.raises(DataError, match='cannot read it'):
-        open_predictor(tmp_path / 'cut.onnx')
-    with pytest.raises(ConfigError, match='not an .onnx file'):
-        OnnxPredictor(dino[2])
+        Predictor(tmp_path / 'cut.onnx')
     with pytest.raises(ConfigError, match='outside'):
-        OnnxPredictor(path, threshold=2)
+        Predictor(path, threshold=2)
 
 
 def test_foreign_onnx(tmp_path):
@@ -425,7 +412,7 @@ def test_foreign_onnx(tmp_path):
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid('', 17)], ir_version=8)
     onnx.save(model, tmp_path / 'other.onnx')
     with pytest.raises(DataError, match='no class names'):
-        open_predictor(tmp_path / 'other.onnx')
+        Predictor(tmp_path / 'other.onnx')
 
 
 @pytest.mark.parametrize('kind', ['dino', 'two_stage', 'detr'])
@@ -436,7 +423,7 @@ def test_onnx_on_real_images(written, kind):
         pytest.skip('set SEMIDETR_DATA to the folder with txl_pbc')
     photos = open_dataset(f'{data}/txl_pbc', 'val')
     _, cfg, folder, path = written(kind)
-    ours, theirs = Predictor(folder, 'cpu', 0.0, like=cfg), open_predictor(path, threshold=0.0)
+    ours, theirs = Predictor(folder, 'cpu', 0.0, like=cfg), Predictor(path, 'cpu', 0.0)
     images = [photos[i].image for i in range(20)]
     for a, b in zip(ours(images, batch=4), theirs(images, batch=4)):
         assert (a['scores'] - b['scores']).abs().max() < 1e-3
@@ -455,7 +442,7 @@ def test_torch_programs(written, tmp_path):
         _, cfg, folder, _ = written(kind)
         path = to_exported(folder, tmp_path / f'{kind}.pt2', like=cfg, size=size)
         with pytest.raises(ConfigError, match='torch.export.load'):
-            open_predictor(path)
+            Predictor(path)
     code = (
         'import sys, torch\n'
         'batches = torch.load("in.pt")\n'
@@ -512,4 +499,4 @@ def test_a_missing_library_is_named(dino, tmp_path, monkeypatch, missing, format
 def test_a_missing_onnxruntime_is_named(graph, monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
     with pytest.raises(ConfigError, match='onnxruntime'):
-        open_predictor(graph)
+        Predictor(graph)

@@ -321,7 +321,6 @@ def open_predictor(
     if isinstance(run, Predictor):
         return run
     path = run.folder if isinstance(run, Run) else run
-    device = 'cpu' if str(path).endswith('.onnx') else device  # of onnxruntime
     return Predictor(path, device, threshold, nms or None, which, classes=list(classes) or None)
 
 

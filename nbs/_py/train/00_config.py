@@ -525,9 +525,13 @@ def with_detector(
     """The same configuration with another detector, in its small size where `cfg` has a small backbone.
 
     In full size criterion and learning rates are those of the release; in small size the criterion stays, but
-    for DETR, whose class cost and hard targets belong to its softmax (@sec-softmax).
+    for DETR, whose class cost and hard targets belong to its softmax (@sec-softmax). `ConfigError` if `cfg`
+    has another detector than DINO already: criterion and rates that came with it would stay.
     """
     named, c, old = named_detector(name), cfg.criterion, cfg.detector
+    if not isinstance(old, (DetectorConfig, type(named.small(0)))):
+        has = type(old).__name__
+        raise ConfigError(f'detector={name}: the settings have a {has} already; start from a preset')
     if 'resnet' in old.backbone.name:
         new, criterion = named.full(0), dataclasses.replace(c, **named.criterion)
         rates = dict(lr=2e-4, points_mult=0.1) if name.startswith('deformable') else {}

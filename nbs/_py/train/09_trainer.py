@@ -96,10 +96,8 @@ class BuiltRun:
             )
         self.cfg = resolve(cfg, self.data.classes)
         seed_everything(cfg.run.seed)
-        with warnings.catch_warnings():
-            if cfg.run.init:  # it brings the weights of the backbone
-                warnings.filterwarnings('ignore', 'no ImageNet weights')
-            self.student = build_detector(self.cfg.detector)
+        settings = self.cfg.detector
+        self.student = build_detector(settings.untrained() if cfg.run.init else settings)
         self.student.to(self.device, memory_format=torch.channels_last)  # a third faster on CPUs
         self.teacher = make_teacher(self.student)
         self.method = cfg.method.build(self.cfg, self.data.labelled).to(self.device)

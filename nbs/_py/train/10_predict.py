@@ -70,6 +70,8 @@ def load_model(
     "The detector of a run; the file with the pre-trained backbone is not needed"
     if which not in ('teacher', 'student'):
         raise ConfigError(f"'{which}' is not a network of a run; known: student, teacher")
+    if str(path).endswith('.pt2'):
+        raise ConfigError(f'{path}: a torch program runs without this package (torch.export.load); use onnx')
     if str(path).endswith('.onnx'):
         return load_onnx(path)
     state = from_safetensors(path) if str(path).endswith('.safetensors') else load_checkpoint(path)

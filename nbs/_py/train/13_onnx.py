@@ -413,7 +413,6 @@ def to_onnx(
 file = to_onnx(folder)
 f'{file.name}: {file.stat().st_size / 1e6:.1f} MB'
 
-
 # %% [markdown]
 # ## Predicting with the file
 #
@@ -421,35 +420,7 @@ f'{file.name}: {file.stat().st_size / 1e6:.1f} MB'
 # (@sec-exported). A session of `onnxruntime` stands for the network.
 
 # %%
-#| export
-class OnnxPredictor(Predictor):
-    "A `Predictor` of an exported graph: `OnnxPredictor('model.onnx')('photo.jpg')`"
-
-    def __init__(
-        self,
-        path,  # written by `to_onnx`
-        threshold: float = 0.3,  # scores must be larger
-        nms: float = None,  # IoU of per-class suppression, besides one that is in the graph
-        **more,  # as for `Predictor`
-    ):
-        if Path(path).suffix != '.onnx':
-            raise ConfigError(f'{path}: is not an .onnx file; use Predictor or open_predictor')
-        super().__init__(path, threshold=threshold, nms=nms, **{'device': 'cpu', **more})
-
-
-def open_predictor(
-    path,  # folder of a run, its .pt file, or a .safetensors or .onnx file
-    **settings,  # as for `Predictor`
-) -> Predictor:
-    "The predictor of anything that holds a detector, by its suffix"
-    suffix = Path(path).suffix
-    if suffix == '.pt2':
-        raise ConfigError(f'{path}: a torch program runs without this package (torch.export.load); use onnx')
-    return (OnnxPredictor if suffix == '.onnx' else Predictor)(path, **settings)
-
-
-# %%
-ours, theirs = Predictor(folder, 'cpu', threshold=0.5), open_predictor(file, threshold=0.5)
+ours, theirs = (Predictor(path, 'cpu', threshold=0.5) for path in (folder, file))
 photos = [scenes[i].image for i in range(3)]
 pairs = list(zip(ours(photos), theirs(photos)))
 assert all(a['names'] == b['names'] for a, b in pairs) and sum(len(a['names']) for a, b in pairs)
@@ -588,7 +559,7 @@ refused
 # - An ONNX file holds weights, computation, class names and view settings; batch and size are free.
 # - It is compared with the network before it is written, and not written if it differs.
 # - Suppression inside the graph sets the scores of suppressed pairs to zero.
-# - `open_predictor` takes runs and exported files alike; a short script does without this package.
+# - `Predictor` takes runs and exported files alike; a short script does without this package.
 # - A torch program takes any batch and size as well, or one shape if it has to be recorded quickly.
 #
 # ## Exercises
