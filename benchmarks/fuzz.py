@@ -133,7 +133,7 @@ def make_lists(root):
 
 
 def make_settings(root):
-    (root / 'config.toml').write_text('[optim]\niters = 40\nlr = 1e-3\n[data]\ntrain = "digits"\n')
+    (root / 'config.toml').write_text('[optim]\niters = 40\nlr = 1e-3\n[data]\ndata = "digits"\n')
     return ['config.toml']
 
 
@@ -561,7 +561,7 @@ FORMATS = {  # format: (share of the inputs, maker, oracle)
 }
 
 
-def read_input(kind, root, rng):
+def read_input(kind, root):
     "Read one input as the commands do; -> what happened"
     if kind == 'lists':
         return f'{len(read_lines(root / "list.txt")) > 0}'
@@ -608,7 +608,7 @@ def run_case(kind, number, base, scratch, keep=False):
         return 'leads outside', None  # such as `train: /`, which would read all of this computer
     signal.setitimer(signal.ITIMER_REAL, LIMIT)
     try:
-        result = read_input(kind, root, rng)
+        result = read_input(kind, root)
         if kind not in ('lists', 'settings', 'split') and rng.random() < 0.04:
             report = check_dataset(str(root), quick=rng.random() < 0.5, progress=False)
             str(report)

@@ -181,7 +181,10 @@ def run_build(part):
         except ConfigError as e:
             part.add(kind=kind, error=str(e))
             failed.append(f'{kind}: {e}')
+    compiler = build._nvcc() if part.device == 'cuda' else build._compiler()
     if part.device in [f.split(':')[0] for f in failed]:
+        if compiler:
+            raise RuntimeError('; '.join(failed))
         raise Skip('; '.join(failed))
 
 

@@ -25,6 +25,13 @@ def test_damaged_inputs(kind):
     assert sum(counts.values()) == 60 and len(counts) > 1  # some open, some are refused
 
 
+@pytest.mark.parametrize('kind', FUZZ['FORMATS'])
+def test_an_undamaged_input_opens(tmp_path, kind):
+    "So that what is refused is refused for its damage"
+    FUZZ['FORMATS'][kind][1](tmp_path)
+    FUZZ['read_input'](kind, tmp_path)
+
+
 @pytest.mark.parametrize('kind', ['coco', 'yolo', 'voc', 'beside'])
 def test_the_oracle_agrees_on_the_valid_set(tmp_path, kind):
     FUZZ['FORMATS'][kind][1](tmp_path)

@@ -3,6 +3,7 @@
 import json, os, subprocess, sys
 import pytest, torch
 from conftest import ROOT
+from semidetr.core import ConfigError
 from semidetr.detectors.from_detr import DETECTORS
 
 sys.path.insert(0, str(ROOT / 'benchmarks'))
@@ -74,6 +75,20 @@ def test_how_a_part_ends(tmp_path, monkeypatch, error, state, reason):
     G.child('op', 'cpu', True, 20.0, tmp_path / 'p.json')
     result = json.loads((tmp_path / 'p.json').read_text())
     assert (result['state'], result['reason']) == (state, reason)
+
+
+@pytest.mark.parametrize('there', [True, False])
+def test_a_build_fails_with_a_compiler_and_is_skipped_without(monkeypatch, there):
+    from semidetr.detectors import build
+
+    def fail(kind):
+        raise ConfigError('the build failed: an error')
+
+    monkeypatch.setattr(build, 'build_ops', fail)
+    monkeypatch.setattr(build, '_compiler', lambda: ['c++'] if there else [])
+    part = G.Part('cpu', True, 60.0, lambda result: None)
+    with pytest.raises(RuntimeError if there else G.Skip, match='the build failed'):
+        G.run_build(part)
 
 
 def test_out_of_memory_is_a_result():

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from semidetr.core import ConfigError, DataError
 from semidetr.detectors import backbone_weights as W
 from semidetr.detectors.backbone import BackboneConfig, build_backbone, lite0_weights
+from semidetr.detectors.weight_files import read_weights
 from semidetr.train import trainer as T
 from semidetr.train.checkpoint import load_checkpoint
 from semidetr.train.config import load_config, override, preset
@@ -169,7 +170,8 @@ def test_another_network_with_the_same_names_is_no_resnet50(tmp_path):
 
 
 def test_a_network_that_the_names_do_not_tell_is_asked_for(files, tmp_path):
-    path = files / 'convnext' / 'model.safetensors'
+    path = tmp_path / 'alone.safetensors'
+    shutil.copy(files / 'convnext' / 'model.safetensors', path)
     with pytest.raises(DataError, match='name it: --backbone timm:NAME'):
         import_weights(path, tmp_path / 'run')
     with pytest.raises(ConfigError, match="no model 'convnext_ato'"):
@@ -327,3 +329,17 @@ def test_rules_of_lite0_agree_with_the_order_of_its_tensors():
     by_order = match_by_order(W.whole_network('efficientnet_lite0'), package)
     rules = W.lite0_rules()
     assert [W._named(k, rules) for k in package] == list(by_order) and len(by_order) == 296
+
+
+def test_a_checkpoint_of_timm_with_its_command_line_is_a_file_of_weights(tmp_path):
+    "By both ways in: the command line is an argparse.Namespace"
+    import argparse
+
+    weights = dict(
+        state_dict={'conv1.weight': torch.zeros(1)}, args=argparse.Namespace(lr=1), arch='resnet18'
+    )
+    torch.save(weights, tmp_path / 'x.pth')
+    from semidetr.detectors.backbone import _read_state
+
+    assert list(_read_state(tmp_path / 'x.pth')) == ['conv1.weight']
+    assert list(read_weights(tmp_path / 'x.pth').state) == ['conv1.weight']

@@ -534,6 +534,12 @@ def test_a_named_assignment_without_its_function_is_refused():
             f(o, targets, 'o2m', CriterionConfig(o2m='atss'))
 
 
+@pytest.mark.parametrize('weight', [0, -1, float('nan')])
+def test_a_weight_of_no_object_that_divides_by_zero_is_refused(weight):
+    with pytest.raises(ConfigError, match='criterion.no_object'):
+        CriterionConfig(no_object=weight)
+
+
 def test_unknown_assignment_is_refused():
     with pytest.raises(ConfigError, match="criterion.o2m='simotta'.*'simota'"):
         CriterionConfig(o2m='simotta')

@@ -137,7 +137,7 @@ def test_files_without_overlap_keep_their_order(shop):
 
 
 def drawn(d):
-    loader = SemiLoader(d.labelled, n_labelled=2, num_workers=0)
+    loader = SemiLoader(d.labelled, n_labelled=2, num_workers=0, keep_empty=True)
     return {d.labelled.ids[i] for t in range(40) for _, i in loader.draws(t)[0]}
 
 
@@ -191,7 +191,7 @@ def test_without_background_images_batches_are_those_of_before():
     d = build_data(DataConfig(data='digits:n=30', count=12, dev=4))
     train = open_dataset('digits:n=30', 'train')
     before = Subset(train, [train.index_of(i) for i in d.split.labelled])
-    a, b = (SemiLoader(x, n_labelled=3, num_workers=0) for x in (d.labelled, before))
+    a, b = (SemiLoader(x, n_labelled=3, num_workers=0, keep_empty=True) for x in (d.labelled, before))
     assert a.draws(5) == b.draws(5)
     assert torch.equal(a.batch(5)['labelled']['images'], b.batch(5)['labelled']['images'])
 

@@ -377,6 +377,43 @@ def test_shards_of_transformers_are_read_as_one(tmp_path):
         F.read_weights(tmp_path)
 
 
+def test_a_file_of_tensors_is_read_with_the_config_beside_it(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / 'model.safetensors'
+    save_file(dict(a=torch.zeros(1)), path)
+    for config, read in ((dict(model_type='detr', id2label={'0': 'cat'}), True), (dict(optim={}), False)):
+        (tmp_path / 'config.json').write_text(json.dumps(config))
+        assert F.read_weights(path).config == (config if read else {})
+        assert F.read_weights(path).classes == (['cat'] if read else None)
+
+
+@pytest.mark.parametrize('name', ['config.json', 'model.safetensors.index.json'])
+@pytest.mark.parametrize('text', ['{"weight_map": ', '[1]', '{"weight_map": [1]}', '', '\xff'])
+def test_damaged_json_of_a_folder_is_one_line(tmp_path, name, text):
+    (tmp_path / 'config.json').write_text('{}')
+    (tmp_path / name).write_text(text, encoding='latin-1')
+    with pytest.raises(DataError) as e:
+        F.read_weights(tmp_path)
+    assert '\n' not in str(e.value) and str(tmp_path) in str(e.value)
+
+
+def test_two_stage_folders_of_transformers_have_as_many_queries_as_proposals():
+    config = dict(two_stage=True, with_box_refine=True, num_queries=300, two_stage_num_proposals=100)
+    assert W._from_config(config, 'x')['queries'] == 100
+    assert W._from_config(config | dict(two_stage=False), 'x')['queries'] == 300
+
+
+def test_repeated_names_of_rows():
+    "They count as rows, and a wanted one is refused"
+    head = {'class_embed.bias': torch.arange(4.0)}
+    fresh = {'class_embed.bias': torch.full((2,), -9.0)}
+    new, _ = F.map_class_rows(head, ['x', 'x', 'b'], ['b'], fresh)
+    assert new['class_embed.bias'].tolist() == [2, 3]
+    with pytest.raises(DataError, match="'x' has several rows"):
+        F.map_class_rows(head, ['x', 'x', 'b'], ['x'], fresh)
+
+
 @pytest.mark.parametrize('name', ['resnet18', 'resnet50'])
 def test_a_backbone_alone_is_sent_where_it_belongs(name):
     import torchvision

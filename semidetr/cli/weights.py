@@ -6,6 +6,7 @@
 __all__ = ['import_', 'export']
 
 # %% ../../nbs/cli/04_weights.ipynb #731e7034
+import os
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -16,7 +17,7 @@ def _names(text):
     "Names of classes, separated by commas, or one per line of a file"
     if not text:
         return None
-    if Path(text).is_file():
+    if os.path.isfile(text):  # for a long list of names Path.is_file fails
         from semidetr.text import read_lines
 
         return [line.strip() for line in read_lines(Path(text)) if line.strip()]
@@ -40,6 +41,7 @@ def import_(
     ) = '',
     backbone: _opt(str, 'for a backbone alone: timm:NAME, where the file does not tell it') = '',
     heads: _opt(int, 'attention heads; default: as config.json says, or 8') = None,
+    dilated: _opt(bool, 'DC5: the last stage of the backbone is dilated', '--dilated') = False,
     every: _opt(bool, 'print a line for every tensor', '--all') = False,
 ):
     """Make a run of weights of another program.
@@ -54,7 +56,9 @@ def import_(
 
     _free(out)
     names = _names(classes), _names(to)
-    report = import_weights(file, out, *names, key, heads, detector=detector, backbone=backbone)
+    report = import_weights(
+        file, out, *names, key, heads, dilated or None, detector=detector, backbone=backbone
+    )
     for row in report.rows if every else ():
         _say(f'{row}')
     _say(str(report))

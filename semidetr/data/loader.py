@@ -341,8 +341,7 @@ class SemiLoader(_Stream):
         keep_empty: bool = False,  # also draw labelled images without a box
     ):
         _check(labelled, unlabelled, n_labelled, n_unlabelled, ratio, num_workers)
-        every = keep_empty or getattr(labelled, 'draw_all', False)
-        kept = list(range(len(labelled))) if every else _with_boxes(labelled)
+        kept = list(range(len(labelled))) if keep_empty else _with_boxes(labelled)
         if not kept:
             raise DataError(
                 f'{labelled.name}: no labelled image has a box; check the annotations with `semidetr doctor`'

@@ -7,7 +7,7 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'BACKBONES', 'HEADS', 'BackboneConfi
            'lite0_weights', 'Backbone', 'build_backbone', 'InputProj', 'resize_mask', 'sine_position']
 
 # %% ../../nbs/detectors/04_backbone.ipynb #75cf9747
-import math, warnings
+import argparse, math, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import torch, torchvision
@@ -60,11 +60,11 @@ HEADS = ('fc.', 'classifier.', 'head.', 'conv_head.', 'bn2.')  # classifier part
 def _read_state(path):
     "The state dict of a file: bare, or under the usual keys; or a safetensors file"
     try:
-        state = (
-            load_file(path)
-            if str(path).endswith('.safetensors')
-            else torch.load(path, map_location='cpu', weights_only=True)
-        )
+        if str(path).endswith('.safetensors'):
+            state = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its command line in one
+                state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
         raise ConfigError(
             f'cannot read backbone weights {path}: {type(e).__name__} {"".join(str(e).splitlines()[:1])}'

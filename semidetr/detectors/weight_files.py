@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from ..core import DataError
+from ..data import formats
+from ..text import read_text
 
 # %% ../../nbs/detectors/13_weight_files.ipynb #5c5aa247
 @dataclass
@@ -59,18 +61,37 @@ def _load_safetensors(path):
         raise DataError(f'{path}: not a whole safetensors file ({str(e)[:100]}); fetch it again') from None
 
 # %% ../../nbs/detectors/13_weight_files.ipynb #bf357a4a
+def _json_object(path):
+    "Content of a JSON file that holds one object"
+    text = read_text(path, cure='fetch the folder again')
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise DataError(f'{path}: no JSON ({str(e)[:80]}); fetch the folder again') from None
+    if not isinstance(content, dict):
+        raise DataError(f'{path}: holds {type(content).__name__}, no object; fetch the folder again')
+    return content
+
+
+def _config_beside(path):
+    "Content of the config.json beside a file of weights, if it describes a network of another library"
+    there = path.with_name('config.json')
+    config = _json_object(there) if there.is_file() else {}
+    return config if {'model_type', 'architecture'} & set(config) else {}
+
+
 def _load_folder(folder):
     "(tensors, content of config.json) of a folder of `transformers`, whole or in shards"
-    try:
-        config = json.loads((folder / 'config.json').read_text())
-    except (OSError, ValueError) as e:
-        raise DataError(f'{folder}: no readable config.json ({e}); give a file, or a whole folder') from None
-    index = folder / 'model.safetensors.index.json'
+    if not (folder / 'config.json').is_file():
+        raise DataError(f'{folder}: no readable config.json; give a file, or a whole folder')
+    config, index = _json_object(folder / 'config.json'), folder / 'model.safetensors.index.json'
     if (folder / 'model.safetensors').is_file():
         return _load_safetensors(folder / 'model.safetensors'), config
     if not index.is_file():
         raise DataError(f'{folder}: holds neither model.safetensors nor {index.name}; fetch the folder again')
-    state, where = {}, json.loads(index.read_text())['weight_map']
+    state, where = {}, _json_object(index).get('weight_map')
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        raise DataError(f'{index}: names no shard of a tensor (weight_map); fetch the folder again')
     for name in sorted(set(where.values())):
         if not (folder / name).is_file():
             raise DataError(f'{folder}: {name} is missing, {index.name} lists it; fetch the folder again')
@@ -123,7 +144,7 @@ def read_weights(
     if path.is_dir():
         state, config = _load_folder(path)
     elif path.suffix == '.safetensors':
-        state = _load_safetensors(path)
+        state, config = _load_safetensors(path), _config_beside(path)
     else:
         content = _load_pickle(path)
         state, others = _inner_state(content, path, key)
@@ -158,20 +179,25 @@ def map_class_rows(
     if not names:
         raise DataError('no tensor with class rows is known in these weights; train with their own classes')
     place = {name: i for i, name in enumerate(old_classes)}
+    if twice := [c for c in new_classes if old_classes.count(c) > 1]:
+        raise DataError(
+            f"class '{twice[0]}' has several rows in these weights; give each row a name of its own"
+        )
     kept = [c for c in new_classes if c in place]
     added = [c for c in new_classes if c not in place]
     if added and fresh is None:
         raise DataError(f"class '{added[0]}' is new: an untrained detector is needed for its row")
     out = dict(state)
     for key in names:
-        out[key] = _moved(key, state[key], place, new_classes, None if fresh is None else fresh[key])
+        start = None if fresh is None else fresh[key]
+        out[key] = _moved(key, state[key], len(old_classes), place, new_classes, start)
     return out, [_sentence(old_classes, new_classes, kept, added)]
 
 # %% ../../nbs/detectors/13_weight_files.ipynb #65a7ac37
-def _moved(key, old, place, new_classes, fresh):
-    "One tensor with its rows at their new places"
-    has_background = not key.startswith('label_enc') and len(old) == len(place) + 1
-    others = list(range(len(place), len(old)))  # no object, or rows that no class uses
+def _moved(key, old, rows, place, new_classes, fresh):
+    "One tensor with its rows, one per old class, at their new places"
+    has_background = not key.startswith('label_enc') and len(old) == rows + 1
+    others = list(range(rows, len(old)))  # no object, or rows that no class uses
     if fresh is None:
         size = len(new_classes) + len(others)
         fresh = old.new_zeros(size, *old.shape[1:])
@@ -180,7 +206,7 @@ def _moved(key, old, place, new_classes, fresh):
         if name in place:
             new[i] = old[place[name]]
     if has_background:
-        new[len(new_classes)] = old[len(place)]
+        new[len(new_classes)] = old[rows]
     elif key.startswith('label_enc'):
         for i, j in zip(range(len(new_classes), len(new)), others):
             new[i] = old[j]
@@ -208,10 +234,7 @@ COCO_CLASSES = tuple(
     'hair drier,toothbrush'.split(',')
 )
 COCO_UNUSED = (0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83)  # ids below 91 without images
-VOC_CLASSES = tuple(
-    'aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,motorbike,person,'
-    'pottedplant,sheep,sofa,train,tvmonitor'.split(',')
-)
+VOC_CLASSES = tuple(formats.VOC_CLASSES)
 
 
 def coco_id_names() -> list:  # 91 names; 'N/A' where no image has the id

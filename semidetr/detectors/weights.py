@@ -106,7 +106,9 @@ def infer_settings(
         return DETRConfig(shapes['class_embed.weight'][0] - 1, backbone, **sizes, num_queries=queries)
     levels = _numbers(shapes, r'input_proj\.(\d+)\.')
     offsets = shapes['transformer.decoder.layers.0.cross_attn.sampling_offsets.weight'][0]
-    points = offsets // (2 * heads * levels)
+    points, rest = divmod(offsets, 2 * heads * levels)
+    if rest:
+        raise DataError(f'{origin}: {offsets} sampling offsets do not fit {heads} heads; give heads=M')
     if kind in ('deformable_detr', 'hf_deformable_detr'):
         if encoder != layers:
             raise DataError(
@@ -251,7 +253,7 @@ def _from_config(config, origin):
     return dict(
         form='two_stage' if config.get('two_stage') else form,
         heads=config.get('decoder_attention_heads'),
-        queries=config.get('num_queries'),
+        queries=config.get('two_stage_num_proposals' if config.get('two_stage') else 'num_queries'),
         dilated=bool(config.get('dilation')) or backbone.get('output_stride') == 16,
     )
 
@@ -292,5 +294,7 @@ def convert(
     if not (heads or told.get('heads')):
         report.notes.append('weights do not tell the number of attention heads: 8 as in the releases')
     if dilated is None and not told and known['backbone'] is None and len(found.backbone.out_strides) == 1:
-        report.notes.append('weights do not tell a dilated last stage (DC5): taken as not dilated')
+        report.notes.append(
+            'weights do not tell a dilated last stage (DC5): taken as not dilated; with one, give --dilated'
+        )
     return Converted(found, renamed, report)

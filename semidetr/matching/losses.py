@@ -110,6 +110,8 @@ class CriterionConfig:
             class_cost=('focal', 'probability'),
             mds_cost=('suppressor', 'one_to_many'),
         )
+        if not self.no_object > 0:
+            raise ConfigError(f'criterion.no_object={self.no_object} must be above 0')
         if self.k < 1:
             raise ConfigError(f'k={self.k}: an object needs at least one positive')
 

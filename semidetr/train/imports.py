@@ -17,7 +17,7 @@ from ..detectors.contract import build_detector
 from ..detectors.weight_files import map_class_rows, read_weights, row_names
 from ..detectors.weight_names import KINDS, Report, Row, recognise
 from ..detectors.weights import Converted, convert
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import is_backbone_alone, load_checkpoint, save_checkpoint
 from .config import Config, from_saved, preset, to_dict, with_detector
 
 # %% ../../nbs/train/11_imports.ipynb #e88eea97
@@ -87,12 +87,15 @@ def _import_run(file, out, to, like):
     for key in ('config', 'classes', 'student', 'teacher'):
         if key not in saved:
             raise DataError(f"{file.path}: holds no '{key}'; give the folder of a run, or its last.pt")
+    if is_backbone_alone(saved):
+        raise DataError(f'{file.path}: only its backbone is trained; give the file that it came from')
     cfg = from_saved(saved['config'], like)
     rows = [Row(k, tuple(v.shape), 'matched', k) for k, v in saved['student'].items()]
     report = Report('ours', file.path, rows)
     own = Converted(cfg.detector, saved['student'], report, saved['teacher'], saved.get('parts'))
     own, classes = select_classes(own, list(saved['classes']), to)
-    _write(out, own, replace(cfg, detector=own.settings), classes, pair=False)
+    pair = saved.get('imported', {}).get('pair', False)  # of the official Semi-DETR
+    _write(out, own, replace(cfg, detector=own.settings), classes, pair=pair)
     return own.report
 
 
@@ -166,6 +169,9 @@ def import_weights(
         raise DataError(f'{out}: holds a run already; choose another folder')
     file = read_weights(path, key)
     if 'format' in file.state:
+        told = dict(classes=classes, heads=heads, dilated=dilated, detector=detector, backbone=backbone)
+        if given := [name for name, value in told.items() if value]:
+            raise ConfigError(f'{file.path}: a run tells its {given[0]} itself; leave it out')
         return _import_run(file, out, to, like)
     kind = 'backbone' if backbone.startswith('timm:') else recognise(file.state, file.path)
     if kind == 'backbone':

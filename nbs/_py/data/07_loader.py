@@ -297,8 +297,8 @@ def _next(it):
 #
 # **Paper vs. code.** The published sampler keeps wide and tall images in separate batches to save padding,
 # and drops images below 32 pixels. Here batches mix orientations, and small images are enlarged by the resize
-# rule (@sec-augment). Labelled images without any box are left out in both, unless the data set says that all
-# of its images are to be drawn (`draw_all`), as that of a run does (@sec-run-data).
+# rule (@sec-augment). Labelled images without any box are left out in both, unless `keep_empty` says that all
+# images are to be drawn: a run has chosen them before (@sec-run-data).
 
 # %%
 #| export
@@ -446,8 +446,7 @@ class SemiLoader(_Stream):
         keep_empty: bool = False,  # also draw labelled images without a box
     ):
         _check(labelled, unlabelled, n_labelled, n_unlabelled, ratio, num_workers)
-        every = keep_empty or getattr(labelled, 'draw_all', False)
-        kept = list(range(len(labelled))) if every else _with_boxes(labelled)
+        kept = list(range(len(labelled))) if keep_empty else _with_boxes(labelled)
         if not kept:
             raise DataError(
                 f'{labelled.name}: no labelled image has a box; check the annotations with `semidetr doctor`'

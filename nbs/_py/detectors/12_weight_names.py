@@ -204,7 +204,8 @@ def _hf_layer_rules(layer, cross, norms):
     "Rules of the layers of an encoder or a decoder; `norms`: role -> number of our norm"
     foreign, own = f'model.{layer}.layers.{{i}}.', f'transformer.{layer}.layers.{{i}}.'
     rules = []
-    for a, b in (('self_attn', 'self_attn'), ('encoder_attn', cross)):
+    attentions = [('self_attn', 'self_attn'), *([('encoder_attn', cross)] if cross else [])]
+    for a, b in attentions:
         for part, letter in enumerate('qkv'):
             rules.append(Rule(f'{foreign}{a}.{letter}_proj.', f'{own}{b}.in_proj_', part))
         rules.append(Rule(f'{foreign}{a}.out_proj.', f'{own}{b}.out_proj.'))

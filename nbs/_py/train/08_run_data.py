@@ -80,12 +80,6 @@ def test_split(
 
 # %%
 #| export
-class Drawn(Subset):
-    "Labelled images that are all drawn, also those without a box"
-
-    draw_all = True
-
-
 def drawn_positions(
     ds,  # data set with boxes
     positions,  # of the images that are labelled
@@ -97,8 +91,9 @@ def drawn_positions(
         ignore = ds.annotation(i)['ignore']
         is_empty = len(ignore) == 0
         empty += is_empty
-        boxes += not all(ignore)
-        if (is_empty and background == 'negatives') or not all(ignore):
+        has_object = not bool(ignore.all())
+        boxes += has_object
+        if (is_empty and background == 'negatives') or has_object:
             kept.append(i)
     if len(positions) and not boxes:
         raise DataError(
@@ -282,7 +277,7 @@ assert outside(Unlabelled(digit_scenes), dict(labelled=digit_scenes), 'digits')[
 
 # %%
 #| export
-def _with_white(ds, white):
+def with_white(ds, white):
     "The data set that reads its files with this value of white"
     if ds is not None and white and hasattr(ds, 'files'):
         ds.white = white
@@ -309,7 +304,7 @@ def _pool(cfg, split, pick, roles):
     own = Unlabelled(pick(split.unlabelled)) if split.unlabelled else None
     more, pools, notes = None, [], []
     if cfg.unlabelled:
-        photos = _with_white(open_dataset(cfg.unlabelled, 'train'), cfg.white)
+        photos = with_white(open_dataset(cfg.unlabelled, 'train'), cfg.white)
         notes += getattr(photos, 'notes', [])
         more = Unlabelled(photos)
     for pool, name in ((own, cfg.data), (more, cfg.unlabelled)):
@@ -333,7 +328,7 @@ def build_data(
     detector=None,  # its settings: limits that the data exceed are said too
 ) -> RunData:
     "Open the data sets, divide the training images, and give each file one role; notes are told"
-    train = _with_white(open_dataset(cfg.data, 'train'), cfg.white)
+    train = with_white(open_dataset(cfg.data, 'train'), cfg.white)
     if cfg.split_file:
         split = load_split(cfg.split_file, train)
     else:
@@ -346,7 +341,7 @@ def build_data(
         return Subset(train, [train.index_of(i) for i in ids])
 
     kept, empty = drawn_positions(train, [train.index_of(i) for i in split.labelled], cfg.background)
-    dev, val = pick(split.dev) if split.dev else None, _with_white(test_split(cfg, train)[0], cfg.white)
+    dev, val = pick(split.dev) if split.dev else None, with_white(test_split(cfg, train)[0], cfg.white)
     roles = dict(labelled=pick(split.labelled), development=dev)
     unlabelled, notes = _pool(cfg, split, pick, roles | dict(test=val))
     notes = [*getattr(train, 'notes', []), *getattr(val, 'notes', []), *notes]
@@ -367,7 +362,7 @@ def build_data(
             notes += limits(part, *queries_of(detector)) if part is not None else []
     tell(notes)
     return RunData(
-        labelled=Drawn(train, kept),
+        labelled=Subset(train, kept),
         unlabelled=unlabelled,
         dev=dev,
         val=val,

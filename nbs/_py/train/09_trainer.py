@@ -96,12 +96,12 @@ class BuiltRun:
             )
         self.cfg = resolve(cfg, self.data.classes)
         seed_everything(cfg.run.seed)
-        settings = self.cfg.detector
-        self.student = build_detector(settings.untrained() if cfg.run.init else settings)
+        settings, goes_on = self.cfg.detector, (self.dir / 'last.pt').exists()
+        self.student = build_detector(settings.untrained() if cfg.run.init or goes_on else settings)
         self.student.to(self.device, memory_format=torch.channels_last)  # a third faster on CPUs
         self.teacher = make_teacher(self.student)
         self.method = cfg.method.build(self.cfg, self.data.labelled).to(self.device)
-        if cfg.run.init:
+        if cfg.run.init and not goes_on:
             start_from(self, cfg.run.init)
         self.optimizer = build_optimizer(self.student, cfg.optim, [self.method])
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.run.amp == 'fp16')
@@ -209,6 +209,7 @@ def make_loader(
         rank=rank(),
         world=world_size(),
         start=step * cfg.optim.accumulate,
+        keep_empty=True,  # `build_data` has chosen
         ratio=c.ratio,
     )
 

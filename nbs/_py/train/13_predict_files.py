@@ -30,6 +30,7 @@ import csv
 import io
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -129,10 +130,11 @@ COLUMNS = ('file', 'frame', 'time', 'class', 'label', 'score', 'x1', 'y1', 'x2',
 
 
 def read_formats(
-    text: str,  # 'json,csv'
+    formats,  # 'json,csv', or a sequence of names
 ) -> tuple:  # names from FORMATS
-    "Formats as written on the command line; `ConfigError` names an unknown one"
-    names = tuple(filter(None, (part.strip().lower() for part in text.split(','))))
+    "The formats that are asked for; `ConfigError` names an unknown one"
+    parts = formats.split(',') if isinstance(formats, str) else formats
+    names = tuple(filter(None, (part.strip().lower() for part in parts)))
     for name in names:
         if name not in FORMATS:
             raise ConfigError(f"format '{name}' is unknown; known: {', '.join(FORMATS)}")
@@ -201,14 +203,17 @@ def _sources(source, out):
 def _names(files, suffix):
     "{file: name of its result}; the suffix of the file stays where two files differ in nothing else"
     stems = [Path(f).with_suffix('').as_posix() for f in files]
-    return {f: f"{s if stems.count(s) == 1 else f}{suffix}" for f, s in zip(files, stems)}
+    number = Counter(stems)
+    return {f: f'{s if number[s] == 1 else f}{suffix}' for f, s in zip(files, stems)}
 
 
 def _pictures(files, folder, out):
     "{file: picture to write}; `ConfigError` if one of them would overwrite an image"
     paths = {f: Path(out) / name for f, name in _names(files, '.png').items()}
+    images = {(folder / f).resolve() for f in files}
     for p in paths.values():
-        if any(p.resolve() == (folder / f).resolve() for f in {p.name, *files} if (folder / f).exists()):
+        there = folder / p.name
+        if p.resolve() in images or (there.exists() and p.resolve() == there.resolve()):
             raise ConfigError(f'{p}: the picture would overwrite an image; choose another output folder')
     return paths
 

@@ -56,8 +56,8 @@ from semidetr.train.config import preset as preset_named
 from semidetr.train.evaluation import evaluate_model
 from semidetr.train.machine import prepare
 from semidetr.train.predict import Predictor
-from semidetr.train.predict_files import is_video, predict_folder, predict_video
-from semidetr.train.run_data import build_data, by_name, test_split
+from semidetr.train.predict_files import is_video, predict_folder, predict_video, read_formats
+from semidetr.train.run_data import build_data, by_name, test_split, with_white
 from semidetr.train.run_folder import finished
 from semidetr.train.trainer import Trainer
 
@@ -426,13 +426,14 @@ def open_predictor(
     threshold: float = 0.3,  # lowest score that is reported
     nms: float | None = None,  # IoU of per-class suppression; None or 0: none
     which: str = 'teacher',  # or 'student'
-    classes: Sequence[str] = (),  # names of the classes to keep; empty: all
+    classes: str | Sequence[str] = (),  # name of the class to keep, or names; empty: all
 ) -> Predictor:
     "The network that a command or a call names; every kind of file with a network is opened here"
     if isinstance(run, Predictor):
         return run
     path = run.folder if isinstance(run, Run) else run
-    return Predictor(path, device, threshold, nms or None, which, classes=list(classes) or None)
+    names = [classes] if isinstance(classes, str) else list(classes)
+    return Predictor(path, device, threshold, nms or None, which, classes=list(filter(None, names)) or None)
 
 
 def predict(
@@ -440,18 +441,19 @@ def predict(
     source: Any,  # image of any kind (`as_sample`), list of images, folder, or video file
     threshold: float = 0.3,  # lowest score that is reported
     nms: float | None = None,  # IoU of per-class suppression; None: none
-    classes: Sequence[str] = (),  # names of the classes to keep; empty: all
+    classes: str | Sequence[str] = (),  # name of the class to keep, or names; empty: all
     which: str = 'teacher',  # or 'student'
     device: str = 'auto',  # auto, cpu, cuda, cuda:N
     batch: int = 8,  # maximum number of images per forward pass
     out: str | Path | None = None,  # folder: write pictures and files as `semidetr predict` does
-    formats: Sequence[str] = ('json',),  # of these files: json, csv, yolo
+    formats: str | Sequence[str] = ('json',),  # of these files: json, csv, yolo
     draw: bool = True,  # write pictures, or the annotated video, to `out`
 ) -> dict | list:  # dict(boxes (K,4) xyxy pixels, labels (K,), scores (K,), names), or several
     """Detect objects; a warning for each file that cannot be read.
 
     An image gives a dict, a list of images a list, a folder {file: dict}, a video {frame number: dict}.
     """
+    formats = read_formats(formats)
     p = open_predictor(run, device, threshold, nms, which, classes)
     path = Path(source) if isinstance(source, (str, Path)) else None
     if path is None and out is not None:
@@ -459,10 +461,10 @@ def predict(
     if path is None or (out is None and not is_video(path)):
         return p(source, batch)
     if is_video(path):
-        written = (draw, tuple(formats)) if out is not None else (False, ())
+        written = (draw, formats) if out is not None else (False, ())
         results = predict_video(p, path, out or '.', written[0], batch, formats=written[1])
     else:
-        results = predict_folder(p, path, out, draw, None, batch, formats=tuple(formats))
+        results = predict_folder(p, path, out, draw, None, batch, formats=formats)
     for line in results.broken:
         warnings.warn(line)
     return results.found if path.is_dir() or is_video(path) else results.found[path.name]
@@ -500,10 +502,14 @@ def evaluate_run(
     device: str = 'auto',  # auto, cpu, cuda, cuda:N
     progress: bool = False,  # bars
     max_dets: int = 100,  # detections per image that count
-):  # (data set, {'teacher': metrics, 'student': metrics})
+):  # (data set, {'teacher': metrics, 'student': metrics}; of a .safetensors file its one network, as teacher)
     "COCO metrics of both networks of a run, and the data set that they were measured on"
     result, ds = {}, None
-    for which in ('teacher', 'student'):
+    if isinstance(run, Predictor) or str(run).endswith('.onnx'):
+        raise ConfigError(
+            'both networks of a run are evaluated: give its folder, not a Predictor or .onnx file'
+        )
+    for which in ('teacher',) if str(run).endswith('.safetensors') else ('teacher', 'student'):
         p = open_predictor(run, device, nms=nms, which=which)
         ds = ds or _part(p.cfg.data, str(data), part)
         if not ds.has_boxes:
@@ -511,10 +517,9 @@ def evaluate_run(
                 f'{ds.name}: no box to measure against; to draw detections there is semidetr predict'
             )
         notes = getattr(ds, 'notes', [])
-        ds, note = by_name(ds, p.classes)
+        ds, note = by_name(with_white(ds, p.cfg.data.white), p.classes)
         if which == 'teacher':
             tell([*notes, note] if note else notes)
-        ds.white = p.cfg.data.white
         text = f'evaluate {which}' if progress else ''
         result[which] = evaluate_model(p.model, ds, p.cfg.view, p.device, p.nms, text, max_dets=max_dets)
     return ds, result
