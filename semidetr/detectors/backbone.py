@@ -57,23 +57,21 @@ class BackboneConfig:
 HEADS = ('fc.', 'classifier.', 'head.', 'conv_head.', 'bn2.')  # classifier parts that a detector drops
 
 
+_INNER = 'state_dict', 'model'  # keys that hold the state dict
+
+
 def _read_state(path):
     "The state dict of a file: bare, or under the usual keys; or a safetensors file"
+    is_pickle = not str(path).endswith('.safetensors')
     try:
-        if str(path).endswith('.safetensors'):
-            state = load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its command line in one
-                state = torch.load(path, map_location='cpu', weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its command line in one
+            state = torch.load(path, map_location='cpu', weights_only=True) if is_pickle else load_file(path)
     except Exception as e:
         raise ConfigError(
             f'cannot read backbone weights {path}: {type(e).__name__} {"".join(str(e).splitlines()[:1])}'
         ) from e
-    while isinstance(state, dict):
-        inner = next((state[k] for k in ('state_dict', 'model') if isinstance(state.get(k), dict)), None)
-        if inner is None:
-            break
-        state = inner
+    while isinstance(state, dict) and (inner := [k for k in _INNER if isinstance(state.get(k), dict)]):
+        state = state[inner[0]]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ConfigError(f'{path} holds no state dict (a mapping of names to tensors)')
     for prefix in ('module.', 'backbone.'):
@@ -112,9 +110,8 @@ def load_weights(
 
     want, have = body(model.state_dict()), body(state)
     faults = [f'missing {k}' for k in want if k not in have] + [f'unknown {k}' for k in have if k not in want]
-    for k, v in want.items():
-        if k in have and have[k].shape != v.shape:
-            faults.append(f'{k} is {tuple(have[k].shape)}, not {tuple(v.shape)}')
+    other = [k for k, v in want.items() if k in have and have[k].shape != v.shape]
+    faults += [f'{k} is {tuple(have[k].shape)}, not {tuple(want[k].shape)}' for k in other]
     if faults:
         raise ConfigError(
             f'backbone weights {where} do not fit ({len(faults)} mismatches): '
