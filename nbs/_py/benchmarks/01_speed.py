@@ -61,7 +61,7 @@ OP = {
 }
 UPSTREAM = {'theirs': 'transformers', 'their pipeline': "transformers' pipeline"}
 FORM = {'op': 'op', 'op bf16': 'op, bfloat16', 'fused': 'fused', 'fused bf16': 'fused, bfloat16'}
-detector_part = results.pop('detectors', None)  # a part with a machine of its own (@sec-speed-detectors)
+detector_part = results.pop('detectors')  # a part with a machine of its own (@sec-speed-detectors)
 timed = [r for p in results.values() for r in p['rows'] if 'rounds' in r]
 fewest, load = min(r['rounds'] for r in timed), max(p['load'] for p in results.values())
 
@@ -523,22 +523,21 @@ markdown(markdown_table(['preset', 'plain PyTorch, ms', 'native, ms', 'speed-up'
 #| tbl-cap: "Training step and inference of every detector compared with transformers, float32, in alternation."
 #| echo: false
 lines = []
-for r in detector_part['rows'] if detector_part else []:
+for r in detector_part['rows']:
     counts = r['parameters']
     assert abs(counts['ours'] / counts['theirs'] - 1) < 0.02
     case = f"{r['side']} px, {r['batch']} images, {threads(r['threads'])}"
     name = r['name'] if r['name'] == r['counterpart'] else f"{r['name']} and {r['counterpart']}"
     lines.append([name, f"{r['quantity']}, {case}", ms(r['theirs_ms']), ms(r['ours_ms']), times(r)])
 columns = ['detector', 'what', 'transformers, ms', 'ours, ms', 'speed-up']
-table = markdown_table(columns, lines, 'llrrr')
-if detector_part:
-    about = detector_part['machine']
-    table += f"\n\nMeasured on {about['cpu']}, commit {about['commit']}, {about['date']}, "
-    table += f"load average at most {detector_part['load']:.1f}."
-    table += ' **Other load: these ratios are preliminary.**' if detector_part['load'] > 2.5 else ''
-else:
-    table = 'Not measured yet: `.venv/bin/python benchmarks/run.py --only detectors` writes the record.'
-markdown(table)
+markdown(markdown_table(columns, lines, 'llrrr'))
+
+# %%
+#| echo: false
+about = detector_part['machine']
+text = f"Measured on {about['cpu']}, commit {about['commit']}, {about['date']}, "
+text += f"load average at most {detector_part['load']:.1f}."
+markdown(text + (' **Other load: these ratios are preliminary.**' if detector_part['load'] > 2.5 else ''))
 
 # %% [markdown]
 # ## Does training give the same result?
@@ -573,10 +572,11 @@ of_seeds = [ap(r, 'supervised') for r in native]
 spread = max(of_seeds) - min(of_seeds)
 assert worst < spread, 'the op changes what is learnt'
 columns = ['seed', 'arm', 'native op', 'plain PyTorch', 'difference']
-markdown(
-    f"{markdown_table(columns, lines, 'llrrr')}\n\n"
-    f'The largest difference is {worst:.1f} AP; seeds of one arm differ by up to {spread:.1f} AP.'
-)
+markdown(markdown_table(columns, lines, 'llrrr'))
+
+# %%
+#| echo: false
+markdown(f'The largest difference is {worst:.1f} AP; seeds of one arm differ by up to {spread:.1f} AP.')
 
 # %% [markdown]
 # ## Reproduce it

@@ -112,27 +112,23 @@ markdown(text)
 
 # %%
 #| label: tbl-gpu-op
-#| tbl-cap: "The op against `grid_sample` and the CPU: differences of output and gradients (from `grid_sample`, from the CPU), milliseconds of forward and backward, and extra memory in MB."
+#| tbl-cap: "The op against `grid_sample` and the CPU: differences of output and gradients (from `grid_sample`, from the CPU), milliseconds of forward and backward, and extra memory in MB (op, `grid_sample`; on a GPU)."
 #| echo: false
 lines = []
 for r in rows('op', 'ms'):
     what = [f"{r['case']}, {r['form']}", r['dtype'], pair(r['values']), pair(r['gradients'])]
-    spent = [number(r[k]) for k in ('ms', 'grid_ms', 'cpu_ms', 'MB', 'grid_MB')]
-    lines.append([*what, *spent, 'yes' if r['ok'] else '**no**'])
-columns = [
-    'form',
-    'type',
-    'output',
-    'gradients',
-    f'op, {place}',
-    'grid_sample',
-    'CPU',
-    'MB',
-    'MB, grid_sample',
-]
-table = markdown_table([*columns, 'agrees'], lines, 'llrrrrrrrl')
+    spent = [number(r[k]) for k in ('ms', 'grid_ms', 'cpu_ms')]
+    memory = ', '.join(filter(None, (number(r[k]) for k in ('MB', 'grid_MB'))))
+    lines.append([*what, *spent, memory])
+columns = ['form', 'type', 'output', 'gradients', f'op, {place}', 'grid_sample', 'CPU', 'MB']
+markdown(markdown_table(columns, lines, 'llrrrrrr'))
+
+# %%
+#| echo: false
+wrong = [f"{r['case']}, {r['form']}, {r['dtype']}" for r in rows('op', 'ms') if not r['ok']]
 left_out = sorted({r['skipped'] for r in rows('op', 'skipped')})
-markdown(table + (f"\n\nNot measured: {'; '.join(left_out)}." if left_out else ''))
+text = f"**Beyond the limits: {'; '.join(wrong)}.**" if wrong else 'All rows lie within the limits.'
+markdown(text + (f" Not measured: {'; '.join(left_out)}." if left_out else ''))
 
 # %% [markdown]
 # ## One training step of every detector
@@ -154,9 +150,12 @@ for r in rows('step', 'loss'):
         [r['detector'], number(r['loss']['cpu']), worst, *norms, far, 'yes' if r['ok'] else '**no**']
     )
 columns = ['detector', 'loss', 'difference', 'gradient, plain', 'gradient, op', 'difference', 'agrees']
-table = markdown_table(columns, lines, 'lrrrrrl')
+markdown(markdown_table(columns, lines, 'lrrrrrl'))
+
+# %%
+#| echo: false
 broken = [f"{r['detector']}: {r['error']}" for r in rows('step', 'error')]
-markdown(table + (f"\n\n**Not run: {'; '.join(broken)}.**" if broken else ''))
+markdown(f"**Not run: {'; '.join(broken)}.**" if broken else 'All ran.')
 
 
 # %% [markdown]
@@ -182,14 +181,18 @@ METHOD = {'supervised': 'supervised', 'semi_detr': 'Semi-DETR'}
 dino = rows('dino', 'images')
 lines = [speed_line(r, METHOD[r['method']], r['batch'], r['images'], r['precision']) for r in dino]
 columns = ['step', 'batch', 'images', 'precision', 'ms', 'images/s', 'peak, MB']
-table = markdown_table(columns, lines, 'lrrlrrr')
+markdown(markdown_table(columns, lines, 'lrrlrrr'))
+
+# %%
+#| echo: false
+text = ''
 if lines:
     p = parts['dino']
-    table += f"\n\nModel: {p['model']}; images of {p['size'][0]} x {p['size'][1]} pixels; op: {p['op']}."
+    text = f"Model: {p['model']}; images of {p['size'][0]} x {p['size'][1]} pixels; op: {p['op']}."
     tf32 = p['tf32'] or {}
     used = [k for k, on in tf32.items() if on]
-    table += f" TF32 in float32: {', '.join(used) or 'none'}." if tf32 else ''
-markdown(table)
+    text += f" TF32 in float32: {', '.join(used) or 'none'}." if tf32 else ''
+markdown(text)
 
 # %%
 #| label: fig-gpu-dino
