@@ -27,14 +27,14 @@ from semidetr.data.files import (
     Source,
     coco_entries,
     declared_size,
+    decode_image,
     faults_at,
-    image_orientation,
+    image_depth,
     is_ignored,
     label_order,
-    load_image,
     open_image,
-    read_size,
     reason,
+    upright_size,
 )
 
 # %% ../../nbs/data/08_checks.ipynb #b811284a
@@ -139,38 +139,37 @@ def image_key(
     return hashlib.blake2b(img.tobytes(), digest_size=12, key=repr(img.size).encode()).hexdigest()
 
 
-_ONE_BYTE = ('.jpg', '.jpeg', '.jfif', '.bmp', '.gif', '.webp')  # suffixes of files with 8 bits per channel
-_DEEP = {'I': '32 bits', 'F': 'float'}  # mode -> depth; those of 16 bits begin with I;16
-
-
 def pixel_depth(
     path,  # image file
 ) -> str:  # '8 bits', '16 bits', '32 bits', 'float'
     "Depth of the pixels, read from the header alone"
-    if str(path).lower().endswith(_ONE_BYTE):
-        return '8 bits'
     with open_image(path) as img:
-        return '16 bits' if img.mode.startswith('I;16') else _DEEP.get(img.mode, '8 bits')
+        return image_depth(img)
 
 
 def constant_fault(
     img,  # RGB image
     path,  # its file
+    depth: str | None = None,  # of the file; None: read it
 ):  # (level, kind, what is wrong, cure) or None
     "An image that shows nearly nothing; one of more than 8 bits may have been scaled by the wrong white"
-    low, high = np.min(img.getextrema()), np.max(img.getextrema())
-    if high - low >= 8:
+    ranges = img.getextrema()
+    if max(high - low for low, high in ranges) >= 8:
         return None
-    what, cure = f'is nearly constant: all its pixels lie between {low} and {high} of 255', 'look at it'
-    if (depth := pixel_depth(path)) != '8 bits':
+    between = dict.fromkeys(f'{low} and {high}' for low, high in ranges)
+    what, cure = f"is nearly constant: its pixels lie between {', '.join(between)} of 255", 'look at it'
+    if (depth or pixel_depth(path)) != '8 bits':
         with open_image(path) as raw:
-            largest = raw.getextrema()[1]
+            depth, grey = image_depth(raw), raw.mode[0] in 'IF'
+            largest = np.nan_to_num(np.asarray(raw)).max()
         cure = f'it has {depth}, and its largest value is {largest:g}: set data.white, e.g. to {largest:g}'
+        if not grey:
+            cure = f'its colours have {depth}, and 65535 is white: scale them to this range'
     return 'warning', 'constant-image', what, cure
 
 # %% ../../nbs/data/08_checks.ipynb #762f1a98
-def _size_fault(size, declared, path, where):  # -> (level, kind, what is wrong, cure) or None
-    turned, text = image_orientation(path) != 1, f'is {size[0]}x{size[1]}'
+def _size_fault(size, declared, turned, where):  # -> (level, kind, what is wrong, cure) or None
+    text = f'is {size[0]}x{size[1]}'
     if declared and size != tuple(declared) and not (turned and size == tuple(declared)[::-1]):
         what = f'{text}, but {where} says {declared[0]:g}x{declared[1]:g} (height x width)'
         cure = 'its boxes would be wrong: correct the entry or restore the image'
@@ -183,17 +182,19 @@ def _size_fault(size, declared, path, where):  # -> (level, kind, what is wrong,
         return 'info', 'exif-rotated', 'carries an EXIF rotation', cure
 
 
-def _check_file(path, image_id, declared, where, quick):  # -> (content key or None, fault or None)
-    key, cure = None, f'restore it, or delete its entry from {where}'
+def _check_file(path, image_id, declared, where, quick):
+    "Content key or None, depth of the pixels or None, fault or None of one image, which is opened once"
+    key, depth, cure = None, None, f'restore it, or delete its entry from {where}'
     try:
-        if quick:
-            size = read_size(path)
-        else:
-            img = load_image(path, declared)
+        with open_image(path) as raw:
+            depth = image_depth(raw)
+            img = None if quick else decode_image(raw, declared)
+            size, turned = upright_size(raw), raw.getexif().get(0x0112, 1) != 1
+        if img:
             size, key = (img.height, img.width), image_key(img)
-        fault = _size_fault(size, declared, path, where)
-        if fault is None and not quick:
-            fault = constant_fault(img, path)
+        fault = _size_fault(size, declared, turned, where)
+        if fault is None and img:
+            fault = constant_fault(img, path, depth)
     except PixelRange as e:
         fault = 'warning', 'unknown-white', str(e), 'set data.white, e.g. to 1, 255 or 65535'
     except FileNotFoundError:
@@ -203,9 +204,9 @@ def _check_file(path, image_id, declared, where, quick):  # -> (content key or N
     except Exception as e:
         fault = 'error', 'unreadable-image', f'cannot be decoded ({reason(e)})', cure
     if fault is None:
-        return key, None
+        return key, depth, None
     level, kind, what, cure = fault
-    return key, Fault(level, kind, str(path), f'image {image_id!r}: {what}', cure)
+    return key, depth, Fault(level, kind, str(path), f'image {image_id!r}: {what}', cure)
 
 # %% ../../nbs/data/08_checks.ipynb #e720e09a
 def _check_generated(ds, where):  # a data set that makes its images itself
@@ -218,13 +219,11 @@ def _check_generated(ds, where):  # a data set that makes its images itself
     return keys, faults
 
 
-def _depth_faults(source, paths):  # images of one set with different depths
+def _depth_faults(source, images, found):  # images of one set with different depths
     depths = {}
-    for path in paths:
-        try:
-            depths.setdefault(pixel_depth(path), []).append(path)
-        except Exception:
-            continue  # reported where it is decoded
+    for im, depth in zip(images, found):
+        if depth:  # what has no header is reported as unreadable
+            depths.setdefault(depth, []).append(Path(source.folder) / im['file_name'])
     if len(depths) > 1:
         parts = ', '.join(f'{len(v):,} of {k} (e.g. {v[0]})' for k, v in sorted(depths.items()))
         yield from faults_at(source.where, [('mixed-depths', f'pixels of several depths: {parts}')], _CURES)
@@ -248,11 +247,9 @@ def check_images(
     bar = dict(total=len(images), desc=f'images of {source.name}', unit='img')
     with ThreadPoolExecutor(threads) as pool:
         found = list(tqdm(pool.map(check, images), disable=None if progress is None else not progress, **bar))
-    keys = {str(im.get('id')): key for im, (key, _) in zip(images, found) if key}
-    faults = [fault for _, fault in found if fault]
-    return keys, faults + list(
-        _depth_faults(source, (Path(source.folder) / im['file_name'] for im in images))
-    )
+    keys = {str(im.get('id')): key for im, (key, _, _) in zip(images, found) if key}
+    faults = [fault for _, _, fault in found if fault]
+    return keys, faults + list(_depth_faults(source, images, [depth for _, depth, _ in found]))
 
 
 def copy_faults(

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from ..core import DataError
-from .entries import as_area
+from .entries import area_contradicts, as_area
 from semidetr.data.files import (
     TILES,
     PixelRange,
@@ -147,12 +147,9 @@ DetectionDataset.coco_dict = coco_dict
 
 # %% ../../nbs/data/02_datasets.ipynb #68d90345
 def _areas(anns, xywh):  # areas of the file, 0 where there is none or where it contradicts the box
-    try:
-        area = np.array([a.get('area') or 0 for a in anns], dtype=np.float32)
-    except (TypeError, ValueError):
-        area = np.array([as_area(a.get('area')) or 0 for a in anns], dtype=np.float32)
+    area = np.array([as_area(a.get('area')) or 0 for a in anns], dtype=np.float64)
     size = (xywh[:, 2:] + 1).prod(1)
-    return np.where((area > size) | ((area < 1) & (size > 144)), np.float32(0), area)
+    return np.where(area_contradicts(area, size), 0, area).astype(np.float32)
 
 # %% ../../nbs/data/02_datasets.ipynb #693a4854
 def _cure(e, where, has_boxes):  # of an image that cannot be read

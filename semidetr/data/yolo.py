@@ -11,7 +11,7 @@ from pathlib import Path
 from ..core import DataError
 from .entries import as_number
 from .files import Fault, Source, files_under, images_under, read_size, reason
-from .formats import folder_like, plain_name
+from .formats import folder_like, other_spelling, plain_name
 from ..text import read_lines, read_text
 
 # %% ../../nbs/data/01_yolo.ipynb #5e1cfe1f
@@ -31,22 +31,32 @@ def yolo_label(
     return image.with_suffix('.txt')
 
 
-def _yolo_rows(label, names=()):  # -> [(line number, class, numbers)], [(number, line)] that cannot be read
+def _label_words(names):  # {label: name} -> {name: label}, None for a name that two labels have
+    words = {}
+    for label, name in names.items():
+        words[name] = None if name in words else label
+    return {name: label for name, label in words.items() if not name.isdigit()}
+
+
+def _yolo_rows(label, words=()):  # -> [(line number, class, numbers)], [(number, what cannot be read)]
     rows, wrong = [], []
     for n, line in enumerate(read_text(label).split('\n') if label.is_file() else [], 1):
-        words = line.split()
-        if not words:
+        first, *numbers = line.split() or ['']
+        if not first:
+            continue
+        if first in words and words[first] is None:
+            wrong.append((n, f'two labels have the name {first[:40]!r}'))
             continue
         try:
-            c = names.index(words[0]) if words[0] in names and not words[0].isdigit() else as_number(words[0])
-            v = list(map(as_number, words[1:]))
+            c = words[first] if first in words else as_number(first)
+            v = list(map(as_number, numbers))
             ok = c == int(c) and len(v) >= 4 and all(abs(x) < 1e6 for x in v)
         except (ValueError, OverflowError):
             ok = False
         if ok:
             rows.append((n, int(c), v))
         else:
-            wrong.append((n, line))
+            wrong.append((n, repr(line[:60])))
     return rows, wrong
 
 
@@ -56,29 +66,62 @@ def _inside(v, step):  # do the points lie in the box of the first four numbers?
     return all(abs(px - x) <= w / 2 + 0.01 and abs(py - y) <= h / 2 + 0.01 for px, py in points)
 
 # %% ../../nbs/data/01_yolo.ipynb #c9f43799
+def _may_be_pose(long, rows):  # `long` of `rows`: box and points inside it, or flags where poses have them?
+    n = len(long[0]) if long else 0
+    if {len(v) for v in long} != {n} or (len(long) < 3 and len(long) < len(rows)):
+        return False  # of different lengths, or one or two among boxes
+    three = (n - 4) % 3 < 2  # x, y and a third number of each point, and perhaps a confidence at the end
+    flags = three and n > 12 and all(set(v[6::3]) <= {0, 1, 2} for v in long)
+    within = all(_inside(v, 2) for v in long) or (three and all(_inside(v, 3) for v in long))
+    return n > 9 and (flags or within)
+
+
+def _six(rows):  # lines of six numbers -> 'box', 'polygon', or why neither is certain
+    six = [v for v in rows if len(v) == 6]
+    if any(v[5] > 1 and v[5] == int(v[5]) for v in six):
+        return 'box'
+    if not all(v[5] in (0, 1) for v in six) or any(len(v) > 6 for v in rows):
+        return 'polygon'
+    triangles = all(0 <= x <= 1 for v in six for x in v) and all(_twice_area(v) > 1e-6 for v in six)
+    if not triangles or any(len(v) == 5 for v in rows):
+        return 'box'
+    if not all(_fits_image(v) for v in six):
+        return 'polygon'
+    what = '6 numbers may be a box with confidence and track id or a triangle'
+    return f'{what}: leave out the last two, or repeat a corner'
+
+
+def _twice_area(v):  # of the triangle of three points
+    return abs((v[2] - v[0]) * (v[5] - v[1]) - (v[4] - v[0]) * (v[3] - v[1]))
+
+
+def _fits_image(v):  # are the first four numbers a box in the image?
+    return all(s > 0 and s / 2 - 0.01 <= c <= 1.01 - s / 2 for c, s in zip(v[:2], v[2:4]))
+
+# %% ../../nbs/data/01_yolo.ipynb #14c32010
 def yolo_kind(
     rows: list,  # numbers after the class, of all lines of a set
     kpt_shape=None,  # (points, numbers of each) in data.yaml
 ):  # function: numbers of one line -> 'box', 'polygon', or what is wrong with it
-    "Decide what the lines of a set mean"
-    long = [v for v in rows if len(v) >= 6]
-    counts = {len(v) for v in long}
-    tracked = any(len(v) == 6 and v[5] > 1 and v[5] == int(v[5]) for v in long)
-    alike = len(counts) == 1 and len(long) > 2
+    "Decide what the lines of a set mean; `kpt_shape` of no points says that there are no poses"
+    long, six = [v for v in rows if len(v) >= 6], _six(rows)
+    counts, unknown = {len(v) for v in long}, kpt_shape is None
+    alike = unknown and len(counts) == 1 and len(long) > 2
     visible = alike and (min(counts) - 4) % 3 == 0 and all(set(v[6::3]) <= {0, 1, 2} for v in long)
-    pose = alike and min(counts) > 9 and all(_inside(v, 2) for v in long)
-    pose_size = None if kpt_shape is None else kpt_shape[0] * kpt_shape[1]
+    pose = unknown and _may_be_pose(long, rows)
+    pose_size = None if unknown else kpt_shape[0] * kpt_shape[1]
 
     def kind(v):
         n = len(v)
-        if n < 6 or (pose_size is not None and n - 4 in (pose_size, pose_size + 1)):
+        if n < 6 or (pose_size and n - 4 in (pose_size, pose_size + 1)):
             return 'box'
-        if pose_size is not None:
+        if pose_size:
             return f'{n} numbers after the class, but kpt_shape means {4 + pose_size}'
-        if (n == 6 and tracked) or (visible and n > 6):
-            return 'box'
+        if n == 6 or visible:
+            return six if n == 6 else 'box'
         if pose:
-            return f'{n} numbers may be a pose or a polygon: write kpt_shape in data.yaml'
+            other, cure = (' or a polygon', ', [0, 2] for polygons') if n % 2 == 0 else ('', '')
+            return f'{n} numbers may be a pose{other}: write kpt_shape in data.yaml{cure}'
         return 'polygon' if n % 2 == 0 else f'{n} numbers are no box, polygon or pose'
 
     return kind
@@ -176,13 +219,13 @@ def _yolo_places(root, conf, entry):  # where a split may be
     return [*tries, folder_like(root, *plain_name(e).split('/')[:1]) / '/'.join(plain_name(e).split('/')[1:])]
 
 
-def _yolo_images(root, conf, split):  # -> image paths of one split
+def _yolo_images(root, conf, split):  # -> image paths of one split, what was found in reading its lists
     keys = ('val', 'valid', 'validation') if split == 'val' else (split,)
     entry = next((conf[k] for k in keys if conf.get(k) and conf[k] not in ('~', 'null')), None)
     if entry is None:
         there = ', '.join(k for k in conf if k in ('train', 'val', 'valid', 'test')) or 'none'
         raise DataError(f"{root}: data.yaml has no split '{split}'; found {there}")
-    out, entries = [], entry if isinstance(entry, list) else [entry]
+    out, faults, entries = [], [], entry if isinstance(entry, list) else [entry]
     if not all(isinstance(e, str) for e in entries):
         raise DataError(
             f"{root}: data.yaml: '{split}' is no path and no list of paths; write such as images/train"
@@ -198,23 +241,38 @@ def _yolo_images(root, conf, split):  # -> image paths of one split
         if place.is_dir():
             out += [place / f for f in images_under(place)]
         else:
-            out += [_listed_image(root, place, line) for line in read_lines(place)]
-    return out
+            files, found = _listed_images(root, place)
+            out, faults = out + files, faults + found
+    return out, faults
 
 
-def _listed_image(root, place, line):  # a line of a list: relative to the list or to the data set
-    plain = plain_name(line)
-    shorter = plain.partition('/')[2]
-    tries = [place.parent / line, root / line, place.parent / plain, root / plain, root / shorter]
-    return next((t for t in tries if os.path.isfile(t)), tries[0])
+def _listed_images(root, place):  # lines of a list: relative to the list or to the data set -> paths, faults
+    out, faults, new = [], [], {}
+    for line in read_lines(place):
+        exact = [f for f in (place.parent / line, root / line) if os.path.isfile(f)]
+        if exact:
+            out.append(exact[0])
+            continue
+        plain = plain_name(line)
+        tries = [place.parent / plain, root / plain, root / plain.partition('/')[2]]
+        fits = list({os.path.realpath(f): f for f in tries if os.path.isfile(f)}.values())
+        out.append(fits[0] if fits else place.parent / line)
+        if len(fits) > 1:
+            item = f'image {line!r} is not there; {fits[0]} and {fits[1]} fit'
+            faults.append(
+                Fault('error', 'ambiguous-image', str(place), item, 'write the path below the list')
+            )
+        elif fits:
+            new[line] = os.path.relpath(fits[0], root)
+    return out, faults + other_spelling(new, str(place))
 
 # %% ../../nbs/data/01_yolo.ipynb #8f034394
 def _yolo_faults(lines, anns_of, kind):  # what is wrong or unusual in the label files of a set
     cure = "write 'class cx cy w h' with numbers from 0 to 1"
     extra = 0
     for label, rows, wrong in lines:
-        for n, line in wrong:
-            yield Fault('error', 'bad-label-line', str(label), f'line {n}: {line[:60]!r}', cure)
+        for n, what in wrong:
+            yield Fault('error', 'bad-label-line', str(label), f'line {n}: {what}', cure)
         kinds = [(n, kind(v), len(v)) for n, _, v in rows]
         extra += sum(k == 'box' and size > 4 for _, k, size in kinds)
         for n, k, _ in kinds:
@@ -236,8 +294,9 @@ def read_yolo(
     "YOLO: lines `class cx cy w h` in fractions of the image, polygons or poses; no text file means no object"
     root = Path(root)
     path, conf, names = _yolo_config(root)
-    images, faults, lines = [], [], []
-    for f in _yolo_images(root, conf, split):
+    images, faults, lines, words = [], [], [], _label_words(names)
+    files, guesses = _yolo_images(root, conf, split)
+    for f in files:
         image_id = os.path.relpath(f, root).replace(os.sep, '/')
         try:
             h, w = read_size(f)
@@ -247,14 +306,14 @@ def read_yolo(
             continue
         images.append(dict(id=image_id, file_name=image_id, height=h, width=w))
         label = yolo_label(f)
-        lines.append((label, *_yolo_rows(label, list(names.values()))))
+        lines.append((label, *_yolo_rows(label, words)))
     shape = _kpt_shape(conf.get('kpt_shape'), path)
     kind, anns = yolo_kind([v for _, rows, _ in lines for _, _, v in rows], shape), []
     for im, (_, rows, _) in zip(images, lines):
         for _, c, v in rows:
             box = _yolo_box(v, kind(v), im['height'], im['width'])
             anns.append(dict(image_id=im['id'], category_id=c, bbox=box))
-    faults += _yolo_faults(lines, str(path), kind)
+    faults += guesses + list(_yolo_faults(lines, str(path), kind))
     faults += _orphans(root, lines)
     cats = [dict(id=k, name=v) for k, v in names.items()]
     data = dict(images=images, annotations=anns, categories=cats)

@@ -69,10 +69,20 @@ def as_area(
     value,  # as found in a file: 1504, '1504', '1504 px', None ...
 ):  # float, 0 if there is none, None if it cannot be read
     "Area of an object in pixels"
-    if isinstance(value, (int, float)) or value is None:
-        return float(value or 0)
+    if type(value) is int or type(value) is float:
+        return float(value) if abs(value) < 1e300 else None  # None for nan, too
+    if value is None or value == '':
+        return 0.0
     found = _AREA.match(value) if isinstance(value, str) else None
-    return float(found.group(1)) if found else None
+    return as_area(float(found.group(1))) if found else None
+
+
+def area_contradicts(
+    area,  # () or (N,) in pixels
+    size,  # () or (N,) (w + 1) * (h + 1) of the box
+):  # bool, () or (N,)
+    "Does the area contradict the box? A mask is smaller than its box, but not below one pixel in a large box"
+    return (area > size) | ((area < 1) & (size > 144))
 
 
 def as_number(
@@ -140,7 +150,9 @@ def tidy_values(
 # %%
 table = dict(images=[dict(id=1, width='60')], annotations=[dict(image_id='1', bbox=['1', '2', '3.5', '4'])])
 assert tidy_values(table) == ['width', 'image_id', 'bbox']
-assert as_area('1504 px') == 1504 and as_area('much') is None
+assert as_area('1504 px') == 1504
+assert all(as_area(v) is None for v in ('much', '1_5', [3], True, float('nan')))
+assert area_contradicts(40, 30) and not area_contradicts(20, 30)
 table
 
 # %%

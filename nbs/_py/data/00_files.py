@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from semidetr.core import DataError, printable, suggest
-from semidetr.data.entries import FLAGS, as_area, as_flag, coco_entries, is_id, tidy_values
+from semidetr.data.entries import FLAGS, area_contradicts, as_area, as_flag, coco_entries, is_id, tidy_values
 
 # %% [markdown]
 # ## Pixels in the orientation of the annotations
@@ -58,6 +58,7 @@ _NO_PICTURES = {
     'XPM',
 }  # or not photographs
 _ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
+_DEEP = {'I': '32 bits', 'F': 'float'}  # mode -> depth; grey ones of 16 bits begin with I;16
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -96,19 +97,27 @@ def image_orientation(
         return img.getexif().get(_ORIENTATION, 1)
 
 
+def upright_size(
+    img,  # PIL image
+) -> tuple[int, int]:  # (H, W)
+    "Size after the turn that the EXIF tag asks for"
+    return (img.width, img.height) if _turn(img, None) in _QUARTER_TURNS else (img.height, img.width)
+
+
 def read_size(
     path,  # image file
 ) -> tuple[int, int]:  # (H, W) of the upright image
     "Size of an image, read from the header alone"
     with open_image(path) as img:
-        return (img.width, img.height) if _turn(img, None) in _QUARTER_TURNS else (img.height, img.width)
+        return upright_size(img)
 
 
 # %% [markdown]
 # All other modes become RGB: grey, palette, CMYK, transparency. Images of 16 bits are scaled. Pillow's own
 # conversion would clip them at 255, and a microscope picture would come out white. The mode decides, never
 # the brightest pixel of one image, or two images of one camera would get two scales. Where the mode cannot
-# tell, as with floats, or with 12 bits in files of 16, `white` does.
+# tell, as with floats, or with 12 bits in files of 16, `white` does. Of colours with 16 bits Pillow keeps the
+# high byte, so that 65535 is white; another `white` is refused, since the low byte is lost.
 
 # %%
 #| export
@@ -128,16 +137,43 @@ def scale_pixels(
     return np.nan_to_num(scaled).clip(0, 255).astype(np.uint8)
 
 
+def image_depth(
+    img,  # PIL image, as it was opened
+) -> str:  # '8 bits', '16 bits', '32 bits', 'float'
+    "Depth of the pixels in the file; a decoded image is looked up there again, since Pillow forgets it"
+    if img.mode.startswith('I;16'):
+        return '16 bits'
+    tile = getattr(img, 'tile', None)
+    if not tile and img.format in ('PNG', 'TIFF') and os.path.isfile(getattr(img, 'filename', '')):
+        with open_image(img.filename) as again:
+            tile = again.tile
+    raw = tile[0][3] if tile else ''  # raw mode, alone or first of several values
+    raw = raw[0] if isinstance(raw, tuple) and raw else raw
+    return '16 bits' if ';16' in str(raw) else _DEEP.get(img.mode, '8 bits')
+
+
 def to_rgb(
     img,  # PIL image of any mode
     white: float = 0,  # as for `scale_pixels`
 ) -> Image.Image:  # RGB
-    "Any image in 8-bit colours"
+    "Any image in 8-bit colours; `PixelRange` for colours of 16 bits with another `white` than 65535"
     if img.mode.startswith('I;16'):
         img = Image.fromarray(scale_pixels(np.asarray(img).astype(np.uint16), white))
-    elif img.mode in ('I', 'F'):
+    elif img.mode in _DEEP:
         img = Image.fromarray(scale_pixels(np.asarray(img), white))
+    elif white not in (0, 65535) and image_depth(img) == '16 bits':
+        raise PixelRange(f'colours of 16 bits are read with 65535 as white, not {white:g}; scale them to it')
     return img.convert('RGB')
+
+
+def decode_image(
+    img,  # PIL image, as it was opened
+    size=None,  # as for `load_image`
+    white: float = 0,  # as for `scale_pixels`
+) -> Image.Image:  # RGB
+    "Pixels of an opened image; it is turned by its EXIF tag unless only the raw size agrees with `size`"
+    rgb, o = to_rgb(img, white), _turn(img, size)
+    return rgb.transpose(_UPRIGHT[o]) if o else rgb
 
 
 def load_image(
@@ -145,11 +181,9 @@ def load_image(
     size=None,  # (H, W) that the annotations were made for, if known
     white: float = 0,  # as for `scale_pixels`
 ) -> Image.Image:  # RGB
-    "Decode one image; it is turned by its EXIF tag unless only the raw size agrees with the annotations"
+    "Decode one image file, see `decode_image`"
     with open_image(path) as img:
-        img.load()
-        o = _turn(img, size)
-        return to_rgb(img.transpose(_UPRIGHT[o]) if o else img, white)
+        return decode_image(img, size, white)
 
 
 # %%
@@ -431,16 +465,11 @@ def _known(wrong, ids):  # a known id that resembles the wrong one, or the list 
     return 'known: ' + ', '.join(map(repr, ids[:12])) + (', ...' if len(ids) > 12 else '')
 
 
-def _area_fault(area, bbox):  # what is wrong with an area, or None; masks are smaller than their boxes
-    if not area:
-        return None
-    size = (bbox[2] + 1) * (bbox[3] + 1)
-    if isinstance(area, str) and as_area(area) is None:
+def _area_fault(area, bbox):  # what is wrong with an area, or None
+    value = as_area(area)
+    if value is None:
         return 'is no number'
-    area = as_area(area) if isinstance(area, str) else area
-    if not isinstance(area, (int, float)):
-        return 'is no number'
-    if area > size or (area < 1 and size > 144):
+    if value and area_contradicts(value, (bbox[2] + 1) * (bbox[3] + 1)):
         return 'contradicts the box'
 
 
@@ -472,7 +501,8 @@ def _annotation_faults(data):
             found.append(('unknown-class', what))
         if fault := _bbox_fault(a.get('bbox'), sizes.get(image)):
             found.append((fault[0], f"box {a.get('bbox')} {fault[1]}"))
-        elif 'area' in a and (what := _area_fault(a['area'], a['bbox'])):
+        kept = fault is None or fault[0] in ('overhang', 'tiny-box')
+        if kept and 'area' in a and (what := _area_fault(a['area'], a['bbox'])):
             found.append(('area', f"area {a['area']!r} {what} {a['bbox']}"))
         if a.get('iscrowd') or a.get('ignore') or a.get('difficult'):
             found += [('bad-flag', f'{k} is {a[k]!r}') for k in FLAGS if as_flag(a.get(k)) is None]
@@ -571,10 +601,12 @@ def images_under(
 
 def read_folder(
     root,  # folder; subfolders count
+    there=None,  # paths of its files from `files_under`, if they are known
 ) -> Source:
     "Images without annotations; the id is the path below `root`, suffix included"
     root, known = Path(root), image_suffixes()
-    there = files_under(root) if root.is_dir() else []
+    if there is None:
+        there = files_under(root) if root.is_dir() else []
     files = [f.as_posix() for f in there if f.suffix.lower() in known]
     skipped = Counter(f.suffix.lower() or 'no suffix' for f in there if f.suffix.lower() not in known)
     counts = ', '.join(f'{n} {suffix}' for suffix, n in skipped.most_common(8))

@@ -26,6 +26,7 @@
 # %%
 #| export
 import os
+import posixpath
 import re
 import unicodedata
 import xml.etree.ElementTree as ET
@@ -73,6 +74,18 @@ def _listed(folder, names):  # which of the names are files, with one listing of
     return out
 
 
+def other_spelling(
+    new: dict,  # {name as given: path that was taken}
+    where: str,  # annotation file, for the messages
+) -> list[Fault]:  # none or one
+    "The note about images that were found under another name"
+    if not new:
+        return []
+    first = next(iter(new))
+    item = f'{len(new)} images are found in another spelling, {first!r} as {new[first]}'
+    return [Fault('warning', 'image-name', where, item, 'check that these are the same images')]
+
+
 # %%
 #| export
 def resolve_names(
@@ -89,7 +102,7 @@ def resolve_names(
     for f in images_under(folder):
         for level, key in enumerate(_spellings(f)):
             index.setdefault((level, key), set()).add(f)
-    new, owner, faults = {}, {n: n for n in right}, []
+    new, owner, faults = {}, {posixpath.normpath(n): n for n in right}, []
     for name in lost:
         keys = [k for k in enumerate(_spellings(name)) if k in index]
         fits = sorted(index[keys[0]]) if keys else []
@@ -104,11 +117,7 @@ def resolve_names(
             )
             cure = 'write the path below the image folder'
             faults.append(Fault('error', 'ambiguous-image', where, item, cure))
-    if new:
-        first = next(iter(new))
-        item = f'{len(new)} images are found in another spelling, {first!r} as {new[first]}'
-        faults.append(Fault('warning', 'image-name', where, item, 'check that these are the same images'))
-    return new, faults
+    return new, faults + other_spelling(new, where)
 
 
 # %% [markdown]
@@ -348,23 +357,29 @@ def _voc_annotations(
 
 
 def _voc_files(folder, ids, content, where):  # -> {image id: file name}, faults
-    there = {f for f in os.listdir(folder) if os.path.splitext(f)[1].lower() in image_suffixes()}
-    by_stem, out, faults = {}, {}, []
+    known = image_suffixes()
+    there = {f for f in os.listdir(folder) if os.path.splitext(f)[1].lower() in known}
+    by_stem, out, faults, stale = {}, {}, [], {}
     for f in sorted(there):
         by_stem.setdefault(os.path.splitext(f)[0], []).append(f)
+    own = {f for i, (_, _, f) in content.items() if f in by_stem.get(i, ())}  # of records that agree
     for i in ids:
         declared, fits = content[i][2] if i in content else '', by_stem.get(i, [])
         out[i] = fits[0] if fits else declared if declared in there else f'{i}.jpg'
-        if len(fits) > 1 and declared in fits:
+        if declared in fits:
             out[i] = declared
-        elif len(fits) > 1:
+        elif fits and declared in there - own:
+            fits = [fits[0], declared]
+        elif fits and declared in own:
+            stale[declared] = fits[0]
+        if len(fits) > 1 and out[i] != declared:
             item = f'image {i!r}: {fits[0]} and {fits[1]} fit'
-            faults.append(
-                Fault('error', 'ambiguous-image', where, item, 'give its <filename>, or delete one')
-            )
+            cure = 'give its <filename>, or delete one'
+            faults.append(Fault('error', 'ambiguous-image', where, item, cure))
     lost = {i: f for i, f in out.items() if f not in there}
     new, found = resolve_names(folder, list(lost.values()), where)
-    return out | {i: new[f] for i, f in lost.items() if f in new}, faults + found
+    faults += other_spelling(stale, where) + found
+    return out | {i: new[f] for i, f in lost.items() if f in new}, faults
 
 
 # %%

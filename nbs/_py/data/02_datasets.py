@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from semidetr.core import DataError
-from semidetr.data.entries import as_area
+from semidetr.data.entries import area_contradicts, as_area
 from semidetr.data.files import (
     TILES,
     PixelRange,
@@ -224,19 +224,15 @@ squares, squares.coco_dict()['annotations'][2]
 # %%
 #| export
 def _areas(anns, xywh):  # areas of the file, 0 where there is none or where it contradicts the box
-    try:
-        area = np.array([a.get('area') or 0 for a in anns], dtype=np.float32)
-    except (TypeError, ValueError):
-        area = np.array([as_area(a.get('area')) or 0 for a in anns], dtype=np.float32)
+    area = np.array([as_area(a.get('area')) or 0 for a in anns], dtype=np.float64)
     size = (xywh[:, 2:] + 1).prod(1)
-    return np.where((area > size) | ((area < 1) & (size > 144)), np.float32(0), area)
+    return np.where(area_contradicts(area, size), 0, area).astype(np.float32)
 
 
 # %%
-assert _areas([dict(area='7 px'), dict(area=900)], np.array([[0, 0, 4, 4], [0, 0, 4, 4.0]])).tolist() == [
-    7,
-    0,
-]
+some_areas = [dict(area='7 px'), dict(area=900), dict(area='1_5'), dict(area=[3])]
+assert _areas(some_areas, np.array([[0, 0, 4, 4.0]] * 4)).tolist() == [7, 0, 0, 0]
+_areas(some_areas[:2], np.array([[0, 0, 4, 4.0]] * 2))
 
 
 # %%

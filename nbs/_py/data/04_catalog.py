@@ -173,9 +173,9 @@ def _is_voc(folder):  # is the first XML file one of VOC? CVAT's own format is r
 #| export
 def _plain_folder(root, split):  # images alone; annotations that lie there are never left out in silence
     part, known = root / split, image_suffixes()
-    noted = None
+    noted, there = None, files_under(root)
     if part.is_dir():
-        others = {f.parts[0] for f in files_under(root) if len(f.parts) > 1 and f.suffix.lower() in known}
+        others = {f.parts[0] for f in there if f.suffix.lower() in known}  # folders, and images beside them
         strange = sorted(d for d in others if d.lower() not in _SPLITS)
         if strange:
             item = f"{part.name}/ lies beside {', '.join(strange[:3])} and is not taken for a split"
@@ -183,13 +183,13 @@ def _plain_folder(root, split):  # images alone; annotations that lie there are 
                 'warning', 'folder-like-split', str(root), item, f'for this folder alone give {part}'
             )
         else:
-            root = part
+            root, there = part, files_under(part)
             if any(root.glob('*.xml')) and _is_voc(root):
                 return read_voc(root, 'train')
-    source = read_folder(root)
+    source = read_folder(root, there)
     source.faults += [noted] if noted else []
     stems = {os.path.splitext(im['file_name'])[0] for im in source.data['images']}
-    beside = [f for f in files_under(root) if f.suffix.lower() in ('.xml', '.json', '.txt')]
+    beside = [f for f in there if f.suffix.lower() in ('.xml', '.json', '.txt')]
     twins = [f for f in beside if f.with_suffix('').as_posix() in stems]
     if twins:
         item = f'{len(twins)} annotation files beside the images are not read, such as {twins[0]}'
