@@ -7,10 +7,10 @@ from test_situations_formats import BOXES, H, W, coco, picture, right, row, voc,
 from semidetr.core import DataError
 from semidetr.data import catalog, checks, files
 from semidetr.data.catalog import open_dataset
-from semidetr.data.checks import check_images, pixel_depth
+from semidetr.data.checks import check_images
 from semidetr.data.datasets import CocoDataset
 from semidetr.data.doctor import check_dataset
-from semidetr.data.files import load_image, read_folder, to_rgb
+from semidetr.data.files import load_image, pixel_depth, read_folder, to_rgb
 from semidetr.data.formats import resolve_names
 from semidetr.data.yolo import yolo_kind
 from semidetr.train.predict import as_sample

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'CURES', 'TILES', 'open_image', 'image_orientation', 'upright_size', 'read_size', 'PixelRange',
-           'scale_pixels', 'image_depth', 'to_rgb', 'decode_image', 'load_image', 'Fault', 'Source', 'faults_at',
-           'declared_size', 'is_ignored', 'label_order', 'coco_faults', 'image_suffixes', 'files_under', 'images_under',
-           'read_folder', 'reason']
+           'scale_pixels', 'image_depth', 'pixel_depth', 'to_rgb', 'decode_image', 'load_image', 'Fault', 'Source',
+           'faults_at', 'declared_size', 'is_ignored', 'label_order', 'coco_faults', 'image_suffixes', 'files_under',
+           'images_under', 'read_folder', 'reason']
 
 # %% ../../nbs/data/00_files.ipynb #c8629187
 import os
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from ..core import DataError, printable, suggest
-from .entries import FLAGS, area_contradicts, as_area, as_flag, coco_entries, is_id, tidy_values
+from .entries import FLAGS, area_fault, as_flag, bbox_fault, coco_entries, is_id, tidy_values
 
 # %% ../../nbs/data/00_files.ipynb #f8be2a4b
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm', '.gif', '.jfif')
@@ -116,6 +116,14 @@ def image_depth(
     raw = tile[0][3] if tile else ''  # raw mode, alone or first of several values
     raw = raw[0] if isinstance(raw, tuple) and raw else raw
     return '16 bits' if ';16' in str(raw) else _DEEP.get(img.mode, '8 bits')
+
+
+def pixel_depth(
+    path,  # image file
+) -> str:  # '8 bits', '16 bits', '32 bits', 'float'
+    "Depth of the pixels, read from the header alone"
+    with open_image(path) as img:
+        return image_depth(img)
 
 
 def to_rgb(
@@ -286,52 +294,18 @@ def _category_faults(categories):
         ids.add(str(c['id']))
         names[name] = c['id']
 
-# %% ../../nbs/data/00_files.ipynb #3a749303
-_NUMBERS = frozenset((int, float))
-
-
-def _bbox_fault(bbox, size):  # -> (kind, what is wrong) or None
-    if not isinstance(bbox, (list, tuple)) or len(bbox) != 4:
-        return 'bad-bbox', 'is not four numbers'
-    if not _NUMBERS.issuperset(map(type, bbox)):
-        return 'bad-bbox', 'is not four numbers'
-    x, y, w, h = bbox
-    if not (-1e9 < x < 1e9 and -1e9 < y < 1e9 and -1e9 < w < 1e9 and -1e9 < h < 1e9):
-        return 'not-finite', 'holds a number that is not finite, or has ten digits'
-    if w < 0 or h < 0:
-        return 'negative-box', 'has x2 < x1 or y2 < y1'
-    if w == 0 or h == 0:
-        return 'zero-area', 'has no area and is dropped'
-    if size is None:
-        return None
-    H, W = size
-    if x >= W or y >= H or x + w <= 0 or y + h <= 0:
-        return 'outside', f'lies outside the image of {W:g}x{H:g}'
-    if min(x, y) < -1 or x + w > W + 1 or y + h > H + 1:
-        return 'overhang', f'overhangs the image of {W:g}x{H:g} and is clipped'
-    if min(w, h) < 2:
-        return 'tiny-box', 'is under two pixels'
-
-# %% ../../nbs/data/00_files.ipynb #cba9fd0f
+# %% ../../nbs/data/00_files.ipynb #f90a1162
 def _known(wrong, ids):  # a known id that resembles the wrong one, or the list of the known ids
     if isinstance(wrong, str):
         return suggest(wrong, ids)
     return 'known: ' + ', '.join(map(repr, ids[:12])) + (', ...' if len(ids) > 12 else '')
 
 
-def _area_fault(area, bbox):  # what is wrong with an area, or None
-    value = as_area(area)
-    if value is None:
-        return 'is no number'
-    if value and area_contradicts(value, (bbox[2] + 1) * (bbox[3] + 1)):
-        return 'contradicts the box'
-
-
 def _same_id(key):  # 7 for 7 and '7'; a number takes no memory that it does not have already
     text = str(key)
     return int(text) if len(text) < 19 and text.isdecimal() and str(int(text)) == text else text
 
-# %% ../../nbs/data/00_files.ipynb #1efacf82
+# %% ../../nbs/data/00_files.ipynb #7d0f77af
 def _annotation_faults(data):
     sizes = {im['id']: declared_size(im) for im in coco_entries(data, 'images') if is_id(im.get('id'))}
     cats = [c['id'] for c in coco_entries(data, 'categories') if is_id(c.get('id'))]
@@ -351,10 +325,10 @@ def _annotation_faults(data):
         if cat not in known:
             what = f"class id {cat!r} is not among 'categories' ({_known(cat, cats)})"
             found.append(('unknown-class', what))
-        if fault := _bbox_fault(a.get('bbox'), sizes.get(image)):
+        if fault := bbox_fault(a.get('bbox'), sizes.get(image)):
             found.append((fault[0], f"box {a.get('bbox')} {fault[1]}"))
         kept = fault is None or fault[0] in ('overhang', 'tiny-box')
-        if kept and 'area' in a and (what := _area_fault(a['area'], a['bbox'])):
+        if kept and 'area' in a and (what := area_fault(a['area'], a['bbox'])):
             found.append(('area', f"area {a['area']!r} {what} {a['bbox']}"))
         if a.get('iscrowd') or a.get('ignore') or a.get('difficult'):
             found += [('bad-flag', f'{k} is {a[k]!r}') for k in FLAGS if as_flag(a.get(k)) is None]

@@ -12,8 +12,9 @@ import warnings
 import torch
 from ..core import ConfigError, DataError, tell
 from ..data.catalog import open_dataset
-from ..data.checks import constant_fault, image_files, pixel_depth, same_files
+from ..data.checks import constant_fault, image_files, same_files
 from ..data.datasets import DetectionDataset, Joined, Subset, Unlabelled
+from ..data.files import pixel_depth
 from ..data.splits import load_split, make_split
 from .config import DataConfig
 

@@ -174,6 +174,72 @@ ax.axis('off')
 plt.show()
 
 # %% [markdown]
+# ## Boxes and areas
+#
+# A box $[x, y, w, h]$ has $x_2 = x + w$ and $y_2 = y + h$. A negative size is refused, because nobody can
+# tell what was meant. A box of size zero is dropped and counted. A box that leaves the image a little is
+# clipped; one that lies outside altogether is refused, since it indicates a wrong scale or a wrong order of
+# the numbers.
+
+# %%
+#| export
+_NUMBERS = frozenset((int, float))
+
+
+def bbox_fault(
+    bbox,  # as found in a file
+    size,  # (H, W) of the image, None if unknown
+):  # (kind, what is wrong) or None
+    "What is wrong with a box"
+    if not isinstance(bbox, (list, tuple)) or len(bbox) != 4:
+        return 'bad-bbox', 'is not four numbers'
+    if not _NUMBERS.issuperset(map(type, bbox)):
+        return 'bad-bbox', 'is not four numbers'
+    x, y, w, h = bbox
+    if not (-1e9 < x < 1e9 and -1e9 < y < 1e9 and -1e9 < w < 1e9 and -1e9 < h < 1e9):
+        return 'not-finite', 'holds a number that is not finite, or has ten digits'
+    if w < 0 or h < 0:
+        return 'negative-box', 'has x2 < x1 or y2 < y1'
+    if w == 0 or h == 0:
+        return 'zero-area', 'has no area and is dropped'
+    if size is None:
+        return None
+    H, W = size
+    if x >= W or y >= H or x + w <= 0 or y + h <= 0:
+        return 'outside', f'lies outside the image of {W:g}x{H:g}'
+    if min(x, y) < -1 or x + w > W + 1 or y + h > H + 1:
+        return 'overhang', f'overhangs the image of {W:g}x{H:g} and is clipped'
+    if min(w, h) < 2:
+        return 'tiny-box', 'is under two pixels'
+
+
+def area_fault(
+    area,  # as found in a file
+    bbox,  # four numbers x, y, w, h
+):  # text, or None
+    "What is wrong with the area of an object"
+    value = as_area(area)
+    if value is None:
+        return 'is no number'
+    if value and area_contradicts(value, (bbox[2] + 1) * (bbox[3] + 1)):
+        return 'contradicts the box'
+
+
+# %%
+for bbox in (
+    [1, 2, 10, 20],
+    [9, 9, -3, 4],
+    [5, 5, 0, 8],
+    [-4, 0, 20, 20],
+    [700, 9, 5, 5],
+    [1, 2, float('nan'), 4],
+    '1 2 3 4',
+):
+    print(bbox, '->', *(bbox_fault(bbox, (40, 60)) or ['fine']))
+assert bbox_fault([1, 2, 10, 20], (40, 60)) is None
+assert bbox_fault([0, 0, 60.4, 40], (40, 60)) is None  # within a pixel: rounding, not a fault
+
+# %% [markdown]
 # ## Summary
 #
 # * `as_flag` and `as_area` read numbers and words; what they cannot read is None.

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from semidetr.core import DataError, printable, suggest
-from semidetr.data.entries import FLAGS, area_contradicts, as_area, as_flag, coco_entries, is_id, tidy_values
+from semidetr.data.entries import FLAGS, area_fault, as_flag, bbox_fault, coco_entries, is_id, tidy_values
 
 # %% [markdown]
 # ## Pixels in the orientation of the annotations
@@ -150,6 +150,14 @@ def image_depth(
     raw = tile[0][3] if tile else ''  # raw mode, alone or first of several values
     raw = raw[0] if isinstance(raw, tuple) and raw else raw
     return '16 bits' if ';16' in str(raw) else _DEEP.get(img.mode, '8 bits')
+
+
+def pixel_depth(
+    path,  # image file
+) -> str:  # '8 bits', '16 bits', '32 bits', 'float'
+    "Depth of the pixels, read from the header alone"
+    with open_image(path) as img:
+        return image_depth(img)
 
 
 def to_rgb(
@@ -408,54 +416,6 @@ found = list(faults_at('train.json', _image_faults(twice)))
 assert [f.kind for f in found] == ['duplicate-image-id', 'bad-image-entry']
 print(*found, sep='\n')
 
-# %% [markdown]
-# A box $[x, y, w, h]$ has $x_2 = x + w$ and $y_2 = y + h$. A negative size is refused, because nobody can
-# tell what was meant. A box of size zero is dropped and counted. A box that leaves the image a little is
-# clipped; one that lies outside altogether is refused, since it indicates a wrong scale or a wrong order of
-# the numbers.
-
-# %%
-#| export
-_NUMBERS = frozenset((int, float))
-
-
-def _bbox_fault(bbox, size):  # -> (kind, what is wrong) or None
-    if not isinstance(bbox, (list, tuple)) or len(bbox) != 4:
-        return 'bad-bbox', 'is not four numbers'
-    if not _NUMBERS.issuperset(map(type, bbox)):
-        return 'bad-bbox', 'is not four numbers'
-    x, y, w, h = bbox
-    if not (-1e9 < x < 1e9 and -1e9 < y < 1e9 and -1e9 < w < 1e9 and -1e9 < h < 1e9):
-        return 'not-finite', 'holds a number that is not finite, or has ten digits'
-    if w < 0 or h < 0:
-        return 'negative-box', 'has x2 < x1 or y2 < y1'
-    if w == 0 or h == 0:
-        return 'zero-area', 'has no area and is dropped'
-    if size is None:
-        return None
-    H, W = size
-    if x >= W or y >= H or x + w <= 0 or y + h <= 0:
-        return 'outside', f'lies outside the image of {W:g}x{H:g}'
-    if min(x, y) < -1 or x + w > W + 1 or y + h > H + 1:
-        return 'overhang', f'overhangs the image of {W:g}x{H:g} and is clipped'
-    if min(w, h) < 2:
-        return 'tiny-box', 'is under two pixels'
-
-
-# %%
-for bbox in (
-    [1, 2, 10, 20],
-    [9, 9, -3, 4],
-    [5, 5, 0, 8],
-    [-4, 0, 20, 20],
-    [700, 9, 5, 5],
-    [1, 2, float('nan'), 4],
-    '1 2 3 4',
-):
-    print(bbox, '->', *(_bbox_fault(bbox, (40, 60)) or ['fine']))
-assert _bbox_fault([1, 2, 10, 20], (40, 60)) is None
-assert _bbox_fault([0, 0, 60.4, 40], (40, 60)) is None  # within a pixel: rounding, not a fault
-
 
 # %%
 #| export
@@ -463,14 +423,6 @@ def _known(wrong, ids):  # a known id that resembles the wrong one, or the list 
     if isinstance(wrong, str):
         return suggest(wrong, ids)
     return 'known: ' + ', '.join(map(repr, ids[:12])) + (', ...' if len(ids) > 12 else '')
-
-
-def _area_fault(area, bbox):  # what is wrong with an area, or None
-    value = as_area(area)
-    if value is None:
-        return 'is no number'
-    if value and area_contradicts(value, (bbox[2] + 1) * (bbox[3] + 1)):
-        return 'contradicts the box'
 
 
 def _same_id(key):  # 7 for 7 and '7'; a number takes no memory that it does not have already
@@ -499,10 +451,10 @@ def _annotation_faults(data):
         if cat not in known:
             what = f"class id {cat!r} is not among 'categories' ({_known(cat, cats)})"
             found.append(('unknown-class', what))
-        if fault := _bbox_fault(a.get('bbox'), sizes.get(image)):
+        if fault := bbox_fault(a.get('bbox'), sizes.get(image)):
             found.append((fault[0], f"box {a.get('bbox')} {fault[1]}"))
         kept = fault is None or fault[0] in ('overhang', 'tiny-box')
-        if kept and 'area' in a and (what := _area_fault(a['area'], a['bbox'])):
+        if kept and 'area' in a and (what := area_fault(a['area'], a['bbox'])):
             found.append(('area', f"area {a['area']!r} {what} {a['bbox']}"))
         if a.get('iscrowd') or a.get('ignore') or a.get('difficult'):
             found += [('bad-flag', f'{k} is {a[k]!r}') for k in FLAGS if as_flag(a.get(k)) is None]

@@ -281,6 +281,8 @@ def _yolo_places(root, conf, entry):  # where a split may be
     return [*tries, folder_like(root, *plain_name(e).split('/')[:1]) / '/'.join(plain_name(e).split('/')[1:])]
 
 
+# %%
+#| export
 def _yolo_images(root, conf, split):  # -> image paths of one split, what was found in reading its lists
     keys = ('val', 'valid', 'validation') if split == 'val' else (split,)
     entry = next((conf[k] for k in keys if conf.get(k) and conf[k] not in ('~', 'null')), None)

@@ -49,6 +49,7 @@ from semidetr.data.files import (
     is_ignored,
     label_order,
     open_image,
+    pixel_depth,
     reason,
     upright_size,
 )
@@ -196,14 +197,6 @@ def image_key(
 ) -> str:  # 24 hex digits
     "Key of an image's content (@eq-doctor-key)"
     return hashlib.blake2b(img.tobytes(), digest_size=12, key=repr(img.size).encode()).hexdigest()
-
-
-def pixel_depth(
-    path,  # image file
-) -> str:  # '8 bits', '16 bits', '32 bits', 'float'
-    "Depth of the pixels, read from the header alone"
-    with open_image(path) as img:
-        return image_depth(img)
 
 
 def constant_fault(

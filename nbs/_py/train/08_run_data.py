@@ -26,8 +26,9 @@ import warnings
 import torch
 from semidetr.core import ConfigError, DataError, tell
 from semidetr.data.catalog import open_dataset
-from semidetr.data.checks import constant_fault, image_files, pixel_depth, same_files
+from semidetr.data.checks import constant_fault, image_files, same_files
 from semidetr.data.datasets import DetectionDataset, Joined, Subset, Unlabelled
+from semidetr.data.files import pixel_depth
 from semidetr.data.splits import load_split, make_split
 from semidetr.train.config import DataConfig
 
