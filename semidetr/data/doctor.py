@@ -119,12 +119,12 @@ def _dataset_source(ds):  # a data set as a Source again
     return Source(ds.name, ds.where, data, ds.folder)
 
 
-def _open_source(spec, split, data_root):  # path, name or data set -> Source
+def _open_source(spec, split, data_root, images=None):  # path, name or data set -> Source
     if isinstance(spec, DetectionDataset):
         return _dataset_source(spec)
     if str(spec).partition(':')[0] == 'digits' and not Path(str(spec)).exists():
-        return _dataset_source(open_dataset(spec, split))
-    source = read_source(spec, split, data_root)
+        return _dataset_source(open_dataset(spec, split, images=images))
+    source = read_source(spec, split, data_root, images)
     if Path(source.where).is_file() and lists_images(source) and 'annotations' not in source.data:
         item = "there is no list 'annotations'"  # left out on purpose, or lost in an export
         cure = 'fit as unlabelled data; to learn from it, export it with its boxes'
@@ -132,9 +132,9 @@ def _open_source(spec, split, data_root):  # path, name or data set -> Source
     return source
 
 
-def _as_source(spec, split, data_root):  # the same; what cannot be opened becomes a source with one fault
+def _as_source(spec, split, data_root, images=None):  # the same; an error becomes a fault
     try:
-        return spec if isinstance(spec, Source) else _open_source(spec, split, data_root)
+        return spec if isinstance(spec, Source) else _open_source(spec, split, data_root, images)
     except DataError as e:
         what, _, cure = str(e).rpartition('; ')
         item = (what or str(e)).removeprefix(f'{spec}: ')
@@ -142,11 +142,18 @@ def _as_source(spec, split, data_root):  # the same; what cannot be opened becom
         return Source(str(spec), str(spec), None, faults=[fault])
 
 # %% ../../nbs/data/09_doctor.ipynb #7d2126c5
-def _splits(spec, known, names, data_root):  # further splits of a data set on disk
+def _further_source(spec, split, data_root, images):  # usual places first, then the folder of the first one
+    source = _open_source(spec, split, data_root)
+    if images and any(f.kind == 'missing-image-folder' for f in source.faults):
+        return _open_source(spec, split, data_root, images)
+    return source
+
+
+def _splits(spec, known, names, data_root, images=None):  # further splits of a data set on disk
     out = []
     for s in names if isinstance(spec, str | Path) else ():
         try:
-            o = _open_source(spec, s, data_root)
+            o = _further_source(spec, s, data_root, images)
         except DataError:
             continue
         if (o.name, o.where) not in {(x.name, x.where) for x in (*known, *out)}:
@@ -154,10 +161,10 @@ def _splits(spec, known, names, data_root):  # further splits of a data set on d
     return out
 
 
-def _others(spec, other, source, split, data_root):  # (own splits, splits of the other sets)
+def _others(spec, other, source, split, data_root, images=None):  # (own splits, splits of the other sets)
     own, given = [], []
     if split == 'train' and source.data is not None:
-        own = _splits(spec, [source], ('val', 'test'), data_root)
+        own = _splits(spec, [source], ('val', 'test'), data_root, images)
         own = [o for o in own if o.name != source.name]
     for o in other if isinstance(other, list | tuple) else [other] if other is not None else []:
         first = _as_source(o, 'val', data_root)
@@ -192,12 +199,13 @@ def check_dataset(
     data_root=None,  # where names are looked up; None: $SEMIDETR_DATA
     threads: int = 4,  # image decoders
     progress: bool | None = None,  # bar; None: on a terminal
+    images=None,  # folder of the images of a COCO file; None: look in the usual places
 ) -> Report:
     "Examine a data set and do not stop at the first fault"
-    source = _as_source(spec, split, data_root)
+    source = _as_source(spec, split, data_root, images)
     report = Report(source.name, source.where)
     keys = _examine(source, report, quick, threads, progress)
-    own, given = _others(spec, other, source, split, data_root)
+    own, given = _others(spec, other, source, split, data_root, images)
     first = [(source, keys)]  # sets that the others must not overlap with
     for n, o in enumerate([*own, *given]):
         other_keys = _examine(o, report, quick, threads, progress)

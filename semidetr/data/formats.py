@@ -120,7 +120,7 @@ def _find_images(
         'missing-image-folder',
         str(json_path),
         f'image {probe[0]} was not found in {tried}',
-        'put the images there or name their folder (image_dir)',
+        'put the images there, or name their folder: --images FOLDER (setting data.images)',
     )
 
 
@@ -142,8 +142,13 @@ def read_coco(
     faults = [fault] if fault else []
     if fault is None:
         images = [im for im in coco_entries(data, 'images') if isinstance(im.get('file_name'), str)]
-        new, found = resolve_names(folder, [im['file_name'] for im in images], str(path))
+        names = [im['file_name'] for im in images]
+        new, found = resolve_names(folder, names, str(path))
         faults += found
+        if image_dir is not None and names and not new and not found and not _listed(folder, names):
+            item = f'none of its images, such as {names[0]}, is in {folder}'
+            cure = 'name the folder that holds the images'
+            faults.append(Fault('error', 'missing-image-folder', str(path), item, cure))
         for im in images if new else ():
             im['file_name'] = new.get(im['file_name'], im['file_name'])
     home = path.parent.parent if path.parent.name == 'annotations' else path.parent

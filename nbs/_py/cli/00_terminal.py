@@ -203,6 +203,7 @@ def _opt(kind, text, *names, **kwargs):
 Out = _opt(Path, 'folder for the results', '--out', '-o')
 Quiet = _opt(bool, 'no progress bars', '--quiet', '-q')
 Run = _opt(Path, 'folder of a run, or a checkpoint', '--run', '-r')
+Images = _opt(str, 'folder of the images of a COCO file; default: look in the usual places')
 Device = _opt(str, 'auto, cpu, cuda, cuda:N')
 Nms = _opt(float, 'IoU of per-class suppression; 0: none, as DETR is meant to be used')
 _HINT = (

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated
 import typer
 import semidetr
-from semidetr.cli.terminal import _HINT, _bad, _free, _opt, _say, command
+from semidetr.cli.terminal import _HINT, Images, _bad, _free, _opt, _say, command
 
 # %%
 #| hide
@@ -63,6 +63,7 @@ def doctor(
     ) = None,
     split_file: _opt(list[Path], 'split file to check (may be repeated)') = None,
     split: _opt(str, 'which split of DATA') = 'train',
+    images: Images = '',
     out: _opt(Path, 'write report.json and contact_sheet.png to this folder', '--out', '-o') = None,
     quick: _opt(bool, 'do not decode the images') = False,
     env: _opt(
@@ -89,7 +90,7 @@ def doctor(
 
     if out:
         _free(out)
-    report = check_dataset(data, other or None, split_file or [], split, quick)
+    report = check_dataset(data, other or None, split_file or [], split, quick, images=images)
     if report.of('error', 'cannot-open') and not report.counts:
         f = report.errors[0]
         raise _bad(f"{'' if data in f.item else f'{data}: '}{f.item}; {f.cure}")
@@ -97,7 +98,7 @@ def doctor(
     if out:
         atomic_write(out / 'report.json', report.to_json())
         if not report.errors:
-            contact_sheet(open_dataset(data, split)).save(out / 'contact_sheet.png')
+            contact_sheet(open_dataset(data, split, images=images)).save(out / 'contact_sheet.png')
         sheet = '' if report.errors else f" and {out / 'contact_sheet.png'}"
         _say(f"written: {out / 'report.json'}{sheet}")
     if report.errors:
@@ -163,6 +164,7 @@ def split(
     cover_classes: _opt(bool, 'each class has a labelled image') = False,
     from_file: _opt(Path, 'published list of indices or ids instead of a draw', '--from') = None,
     convention: _opt(str, 'what the numbers of --from are: auto, ids, positions') = 'auto',
+    images: Images = '',
 ):
     """Divide training images into labelled, unlabelled and development part; the same on every machine.
 
@@ -173,7 +175,7 @@ def split(
     from semidetr.train.run_data import drawn_positions
 
     _free(out, folder=False)
-    ds = open_dataset(data, 'train')
+    ds = open_dataset(data, 'train', images=images)
     tell(getattr(ds, 'notes', ()))
     if from_file:
         s, found = read_index_list(from_file, ds, percent, fold, convention, dev or 0, seed)

@@ -20,6 +20,7 @@
 
 # %%
 #| export
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -149,13 +150,19 @@ def _locate(spec, data_root=None):  # path of a data set given by path or name
     )
 
 
-def _read_file(path, split):  # a file that was given itself
+def _coco_alone(spec, images):  # only COCO files leave open where their images are
+    if images:
+        raise DataError(f'{spec}: no COCO file, and only those need --images (data.images); leave it out')
+
+
+def _read_file(path, split, images=None):  # a file that was given itself
     suffix = path.suffix.lower()
     if suffix in ('.yaml', '.yml'):
+        _coco_alone(path, images)
         return read_yolo(path.parent, split)
     if suffix in ('.xml', '.txt', '.csv') or suffix in image_suffixes():
         raise DataError(f'{path}: not an annotation file of COCO; give the folder of the data set')
-    return read_coco(path)
+    return read_coco(path, images)
 
 
 def _is_voc(folder):  # is the first XML file one of VOC? CVAT's own format is refused with its cure
@@ -204,23 +211,25 @@ def read_source(
     spec,  # path or name, as for `open_dataset`
     split: str = 'train',  # 'train', 'val', 'test', ...
     data_root=None,  # where names are looked up; None: $SEMIDETR_DATA
+    images=None,  # folder of the images of a COCO file; None or '': look in the usual places
 ) -> Source:
     "Detect the format and read the annotations; they may still hold faults"
     root = _locate(str(spec), data_root)
     if root.is_file():
-        return _read_file(root, split)
+        return _read_file(root, split, images or None)
     if f := _json_of(root, split):
-        return read_coco(f)
+        return read_coco(f, images or None)
     if there := _splits_in(root):
         cure = f'; give one of these files instead of the folder, such as {root / there[0]}'
         found = ', '.join(there[:6])
         raise DataError(f"{root}: no annotation file for the split '{split}'; found {found}{cure}")
+    _coco_alone(root, images)
     if f := yolo_file(root):
         if f.suffix in ('.yaml', '.yml') or any(
             g.suffix == '.txt' and g.name != f.name for g in files_under(root)
         ):
             return read_yolo(root, split)
-    xmls, images = voc_folders(root)
+    xmls = voc_folders(root)[0]
     if xmls.is_dir() and any(xmls.glob('*.xml')) and _is_voc(xmls):
         return read_voc(root, split)
     if (root / 'Annotations').is_dir() and (root / 'JPEGImages').is_dir():
@@ -232,11 +241,28 @@ def open_dataset(
     spec: str,  # 'digits', 'digits:n=2000,size=96', a folder, an annotation file, or a name in $SEMIDETR_DATA
     split: str = 'train',  # 'train', 'val', 'test', ...
     data_root=None,  # where names are looked up; None: $SEMIDETR_DATA
+    images=None,  # folder of the images of a COCO file; None or '': look in the usual places
 ) -> DetectionDataset:
     "Open a data set whatever its format; DataError says what was looked for, and where"
     if str(spec).partition(':')[0] == 'digits' and not Path(spec).exists():
+        _coco_alone(spec, images)
         return _digits(spec, split)
-    return FileDataset(read_source(spec, split, data_root))
+    return FileDataset(read_source(spec, split, data_root, images))
+
+
+def open_further(
+    spec: str,  # as for `open_dataset`
+    split: str = 'train',  # 'train', 'val', 'test', ...
+    images='',  # folder of the images of another COCO file
+) -> DetectionDataset:
+    "A data set that belongs to another one: its images are in the usual places, or else in the same folder"
+    try:
+        return open_dataset(spec, split)
+    except DataError:
+        with contextlib.suppress(DataError):
+            if images:
+                return open_dataset(spec, split, images=images)
+        raise
 
 
 # %% [markdown]
