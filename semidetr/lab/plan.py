@@ -11,7 +11,7 @@ import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from ..core import ConfigError, SemiDETRError, suggest
-from ..data.catalog import open_dataset
+from ..data.catalog import open_further
 from .study import branches, load_study
 from ..train.config import Config, override
 from ..train.run_folder import folder_state
@@ -59,7 +59,8 @@ def plan(
     if unknown := sorted(set(only) - set(s['groups'])):
         known = suggest(unknown[0], s['groups']) if any(s['groups']) else 'it has none at all'
         raise ConfigError(f"{path}: study {name} has no group '{unknown[0]}'; {known}")
-    own = [f'data.data={data}', 'data.val=', 'data.unlabelled=', 'data.split_file='] if data else []
+    places = ('val', 'unlabelled', 'split_file', 'images')
+    own = [f'data.data={data}', *(f'data.{k}=' for k in places)] if data else []
     place = lambda study: Path(study if s['home'] else f"{study}-{s['scale']}")
     groups = {g: base for g, base in s['groups'].items() if not only or g in only}
     for (group, base), seed in itertools.product(groups.items(), s['seeds'] if seeds is None else seeds):
@@ -103,10 +104,10 @@ def distinct(
 
 # %% ../../nbs/lab/01_plan.ipynb #b5f5adac
 @functools.cache
-def _opening_error(spec, split):
+def _opening_error(spec, split, images):
     "Why a data set cannot be opened, or ''"
     try:
-        open_dataset(spec, split)
+        open_further(spec, split, images)
     except SemiDETRError as e:
         return str(e)
     return ''
@@ -121,7 +122,7 @@ def open_all(
     needed = [(data.data, 'train'), (data.unlabelled, 'train')]
     if test:
         needed.insert(1, (data.val or data.data, 'val'))
-    errors = [_opening_error(spec, split) for spec, split in needed if spec]
+    errors = [_opening_error(spec, split, data.images) for spec, split in needed if spec]
     if any(errors):
         return None, tuple(filter(None, errors))
     try:

@@ -36,6 +36,7 @@ class DataConfig:
     data: str = 'digits'  # see `open_dataset`
     unlabelled: str = ''  # another data set or a folder of images, next to the unlabelled part of `data`
     val: str = ''  # test split; empty: the `val` split of `data`
+    images: str = ''  # folder of the images of a COCO file; empty: look in the usual places
     percent: float = 0.0  # percent of the training images that keep their labels; 0: use `count`
     count: int = 0  # number of labelled images; 0 with percent 0: all
     fold: int = 0  # which draw of the labelled images
@@ -341,6 +342,7 @@ LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value
     'data.background': lambda c: c.data.background == 'negatives',  # no record's data have background images
     'data.white': lambda c: c.data.white == 0,
     'data.skip_broken': lambda c: c.data.skip_broken == 0,
+    'data.images': lambda c: not c.data.images,
     'detector.suppressor': _no_suppressor,
     'criterion.w_mds': _no_suppressor,
     'criterion.mds_cost': _no_suppressor,

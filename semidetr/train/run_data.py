@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['RunData', 'test_split', 'drawn_positions', 'ByName', 'by_name', 'SkipBroken', 'outside', 'shared_with_test',
-           'with_white', 'build_data', 'resolve', 'queries_of', 'limits']
+           'with_white', 'build_data', 'images_of_roles', 'resolve', 'queries_of', 'limits']
 
 # %% ../../nbs/train/08_run_data.ipynb #90b77112
 import dataclasses
+import os
 import warnings
 import torch
 from ..core import ConfigError, DataError, tell
-from ..data.catalog import open_dataset
+from ..data.catalog import open_dataset, open_further
 from ..data.checks import constant_fault, image_files, same_files
 from ..data.datasets import DetectionDataset, Joined, Subset, Unlabelled
 from ..data.files import pixel_depth
 from ..data.splits import load_split, make_split
 from .config import DataConfig
+from .run_folder import pool_names
 
 # %% ../../nbs/train/08_run_data.ipynb #f92bafe4
 @dataclasses.dataclass
@@ -31,6 +33,9 @@ class RunData:
     split: object  # `Split` that divided the training images
     classes: list  # names, in the order of the labels
     notes: list = dataclasses.field(default_factory=list)  # what was left out or mapped, a line each
+    marks: dict = dataclasses.field(
+        default_factory=dict
+    )  # of further images: 'pool', 'test' -> 16 hex digits
 
 
 def test_split(
@@ -39,12 +44,12 @@ def test_split(
 ):  # (data set or None, why there is none)
     "Images for the reported numbers: `val`, or the val split of `data` if that is not the training set again"
     if cfg.val:
-        return open_dataset(cfg.val, 'val'), ''
+        return open_further(cfg.val, 'val', cfg.images), ''
     try:
-        val = open_dataset(cfg.data, 'val')
+        val = open_further(cfg.data, 'val', cfg.images)
     except DataError as e:
         return None, str(e)
-    train = open_dataset(cfg.data, 'train') if train is None else train
+    train = open_dataset(cfg.data, 'train', images=cfg.images) if train is None else train
     # the defaults differ, so data sets that lack `where` are never the same
     same_place = getattr(val, 'where', 0) == getattr(train, 'where', None)
     if same_place and list(val.ids) == list(train.ids):
@@ -218,13 +223,13 @@ def _dark(train, kept, most=8):
 
 
 def _pool(cfg, split, pick, roles):
-    "(Unlabelled images or None, lines about it)"
+    "(Unlabelled images or None, lines about it, `pool_names` of those of `data.unlabelled`)"
     own = Unlabelled(pick(split.unlabelled)) if split.unlabelled else None
-    more, pools, notes = None, [], []
+    more, pools, notes, names = None, [], [], ''
     if cfg.unlabelled:
-        photos = with_white(open_dataset(cfg.unlabelled, 'train'), cfg.white)
+        photos = with_white(open_further(cfg.unlabelled, 'train', cfg.images), cfg.white)
         notes += getattr(photos, 'notes', [])
-        more = Unlabelled(photos)
+        more, names = Unlabelled(photos), pool_names(photos)
     for pool, name in ((own, cfg.data), (more, cfg.unlabelled)):
         if pool is None or not len(pool):
             continue
@@ -236,7 +241,8 @@ def _pool(cfg, split, pick, roles):
     if (own or more) and not pools:
         raise DataError(f'{last}; no unlabelled image is left: give other images')
     pool = None if not pools else pools[0] if len(pools) == 1 else Joined(pools)
-    return (SkipBroken(pool, cfg.skip_broken) if pool is not None and cfg.skip_broken else pool), notes
+    pool = SkipBroken(pool, cfg.skip_broken) if pool is not None and cfg.skip_broken else pool
+    return pool, notes, names
 
 # %% ../../nbs/train/08_run_data.ipynb #bd141e76
 def build_data(
@@ -244,7 +250,7 @@ def build_data(
     detector=None,  # its settings: limits that the data exceed are said too
 ) -> RunData:
     "Open the data sets, divide the training images, and give each file one role; notes are told"
-    train = with_white(open_dataset(cfg.data, 'train'), cfg.white)
+    train = with_white(open_dataset(cfg.data, 'train', images=cfg.images), cfg.white)
     if cfg.split_file:
         split = load_split(cfg.split_file, train)
     else:
@@ -259,7 +265,8 @@ def build_data(
     kept, empty = drawn_positions(train, [train.index_of(i) for i in split.labelled], cfg.background)
     dev, val = pick(split.dev) if split.dev else None, with_white(test_split(cfg, train)[0], cfg.white)
     roles = dict(labelled=pick(split.labelled), development=dev)
-    unlabelled, notes = _pool(cfg, split, pick, roles | dict(test=val))
+    marks = {} if val is None else dict(test=val.fingerprint())
+    unlabelled, notes, names = _pool(cfg, split, pick, roles | dict(test=val))
     notes = [*getattr(train, 'notes', []), *getattr(val, 'notes', []), *notes]
     notes += shared_with_test(val, roles)
     if val is not None:
@@ -286,7 +293,31 @@ def build_data(
         split=split,
         classes=list(train.classes),
         notes=notes,
+        marks=marks | (dict(pool=names) if names else {}),
     )
+
+# %% ../../nbs/train/08_run_data.ipynb #476ceb3e
+def _file_size(path):
+    try:
+        return -1 if path is None else os.stat(path).st_size
+    except OSError:
+        return -1
+
+
+def images_of_roles(
+    data: RunData,
+    test: bool = True,  # is the test split measured?
+) -> dict:  # role -> dict(ids, bytes: size of each file, -1 where there is none, content: of the test split)
+    "Which images have which role, for `check_same_run`"
+    roles = dict(labelled=data.labelled, unlabelled=data.unlabelled, development=data.dev)
+    roles |= dict(test=data.val) if test and data.val is not None else {}
+    out = {}
+    for role, ds in roles.items():
+        files = image_files(ds) if ds is not None else []
+        ids = [] if ds is None else list(ds.ids)
+        content = ds.fingerprint() if role == 'test' else ''  # the training set has its own fingerprint
+        out[role] = dict(ids=ids, bytes=[_file_size(f) for f in files], content=content)
+    return out
 
 # %% ../../nbs/train/08_run_data.ipynb #94aad51e
 def resolve(

@@ -50,7 +50,7 @@ from .evaluation import evaluate_model, same_rng, to_device
 from . import health
 from .machine import choose_amp
 from .optim import average_gradients, build_optimizer, gradient_norm, lr_factor
-from .run_data import RunData, build_data, resolve
+from .run_data import RunData, build_data, images_of_roles, resolve
 from .run_folder import RESUME, check_same_run, keep_progress, stop_gently
 
 # %% ../../nbs/train/09_trainer.ipynb #f7166b92
@@ -97,6 +97,7 @@ class RunState(BuiltRun):
 
     def __init__(self, cfg: Config, run_dir, progress: bool = True, position: int = 0):
         super().__init__(cfg, run_dir, progress, position)
+        self.roles = images_of_roles(self.data, cfg.run.test)
         if (self.dir / 'last.pt').exists():
             self.load()
 
@@ -115,6 +116,7 @@ class RunState(BuiltRun):
         return dict(
             own | self.weights(),
             split=self.data.split.fingerprint,
+            roles=self.roles,
             history=self.history,
             spent=self.spent,
             parts=self.method.state_dict(),
@@ -139,7 +141,15 @@ class RunState(BuiltRun):
     def load(self):
         "Continue from the checkpoint; an error if it belongs to another run"
         saved = load_checkpoint(self.dir / 'last.pt')
-        check_same_run(saved['config'], self.cfg, saved['split'], self.data.split.fingerprint, self.dir)
+        check_same_run(
+            saved['config'],
+            self.cfg,
+            saved['split'],
+            self.data.split.fingerprint,
+            self.dir,
+            saved.get('roles'),
+            self.roles,
+        )
         load_weights(self.student, saved['student'], self.dir)
         load_weights(self.teacher, saved['teacher'], self.dir)
         self.method.load_state_dict(saved.get('parts', {}))
@@ -330,13 +340,14 @@ class Evaluation(Session):
         if d.val is not None and self.cfg.run.test:
             metrics['val'] = self.evaluate(d.val, both=True)
         counts = {role: len(getattr(d, role) or ()) for role in ('labelled', 'unlabelled', 'dev', 'val')}
+        marks = {k: v for k, v in d.marks.items() if k != 'test' or self.cfg.run.test}
         result = dict(
             name=self.dir.name,
             hash=config_hash(self.cfg),
             config=to_dict(self.cfg),
             **environment(),
             device=str(self.device) if cpu else torch.cuda.get_device_name(self.device),
-            data=dict(fingerprint=d.split.fingerprint, classes=d.classes, **counts),
+            data=dict(fingerprint=d.split.fingerprint, classes=d.classes, **counts, **marks),
             iterations=self.step,
             seconds=round(self.spent['seconds'], 1),
             cpu_seconds=round(self.spent['cpu'], 1),

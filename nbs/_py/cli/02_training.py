@@ -24,7 +24,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 import typer
-from semidetr.cli.terminal import _HINT, Device, Out, Quiet, _free, _no_nan, _opt, _say, command
+from semidetr.cli.terminal import _HINT, Device, Images, Out, Quiet, _free, _no_nan, _opt, _say, command
 
 # %%
 #| hide
@@ -91,6 +91,7 @@ def train(
     data: _opt(str, _HINT + '; default: digits', '--data', '-d') = '',
     unlabelled: _opt(str, 'more images without labels: a folder is enough') = '',
     val: _opt(str, 'test split; default: the val split of --data') = '',
+    images: Images = '',
     method: _opt(
         str, 'supervised, mean_teacher or semi_detr; default: mean_teacher with --unlabelled, else supervised'
     ) = '',

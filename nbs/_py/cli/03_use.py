@@ -26,6 +26,7 @@ from pathlib import Path
 import typer
 from semidetr.cli.terminal import (
     Device,
+    Images,
     Nms,
     Out,
     Quiet,
@@ -64,6 +65,7 @@ def evaluate(
     nms: Nms = 0.0,
     max_dets: _opt(int, 'detections per image that are counted; COCO: 100', min=1) = 100,
     out: _opt(Path, 'write all metrics to this JSON file', '--out', '-o') = None,
+    images: Images = '',
     device: Device = 'auto',
     quiet: Quiet = False,
 ):
@@ -76,7 +78,7 @@ def evaluate(
 
     if out:
         _free(out, folder=False)
-    ds, result = evaluate_run(run, data, part, nms, device, not quiet, max_dets)
+    ds, result = evaluate_run(run, data, part, nms, device, not quiet, max_dets, images)
     _say(f'{ds.name}: {len(ds)} images')
     for which, m in result.items():
         _say(_row(which, m))

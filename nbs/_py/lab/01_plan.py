@@ -18,7 +18,7 @@ import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from semidetr.core import ConfigError, SemiDETRError, suggest
-from semidetr.data.catalog import open_dataset
+from semidetr.data.catalog import open_further
 from semidetr.lab.study import branches, load_study
 from semidetr.train.config import Config, override
 from semidetr.train.run_folder import folder_state
@@ -79,7 +79,8 @@ def plan(
     if unknown := sorted(set(only) - set(s['groups'])):
         known = suggest(unknown[0], s['groups']) if any(s['groups']) else 'it has none at all'
         raise ConfigError(f"{path}: study {name} has no group '{unknown[0]}'; {known}")
-    own = [f'data.data={data}', 'data.val=', 'data.unlabelled=', 'data.split_file='] if data else []
+    places = ('val', 'unlabelled', 'split_file', 'images')
+    own = [f'data.data={data}', *(f'data.{k}=' for k in places)] if data else []
     place = lambda study: Path(study if s['home'] else f"{study}-{s['scale']}")
     groups = {g: base for g, base in s['groups'].items() if not only or g in only}
     for (group, base), seed in itertools.product(groups.items(), s['seeds'] if seeds is None else seeds):
@@ -150,10 +151,10 @@ assert {state(r) for r in toy} == {('new', '')}
 # %%
 #| export
 @functools.cache
-def _opening_error(spec, split):
+def _opening_error(spec, split, images):
     "Why a data set cannot be opened, or ''"
     try:
-        open_dataset(spec, split)
+        open_further(spec, split, images)
     except SemiDETRError as e:
         return str(e)
     return ''
@@ -168,7 +169,7 @@ def open_all(
     needed = [(data.data, 'train'), (data.unlabelled, 'train')]
     if test:
         needed.insert(1, (data.val or data.data, 'val'))
-    errors = [_opening_error(spec, split) for spec, split in needed if spec]
+    errors = [_opening_error(spec, split, data.images) for spec, split in needed if spec]
     if any(errors):
         return None, tuple(filter(None, errors))
     try:

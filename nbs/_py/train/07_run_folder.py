@@ -14,7 +14,8 @@
 # | `last.pt` | during training | all state, so a run can be resumed |
 #
 # Two runs are the same if their configurations have the same hash (@sec-config) and their data the same
-# fingerprint (@sec-splits). `last.pt` holds both, but a checkpoint of a large detector takes seconds to read,
+# fingerprint (@sec-splits). Where the data are does not matter: the same images under another path are the
+# same data. `last.pt` holds both, but a checkpoint of a large detector takes seconds to read,
 # so `folder_state` only looks whether it is there. The trainer, which has to read it anyway, compares its
 # contents with `check_same_run`.
 
@@ -26,10 +27,12 @@
 import contextlib
 import json
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from semidetr.core import ConfigError, DataError, world_size
-from semidetr.data.catalog import open_dataset
+from semidetr.core import ConfigError, DataError, tell, world_size
+from semidetr.data.catalog import open_dataset, open_further
+from semidetr.data.datasets import short_hash
+from semidetr.train.checkpoint import load_checkpoint
 from semidetr.train.config import config_hash, differences, from_saved, override, to_dict
 
 # %%
@@ -60,6 +63,19 @@ def changed_settings(
 ) -> list:  # 'group.field: old -> new'; empty if both have the same hash
     "Settings that make two configurations different runs"
     return [] if config_hash(old) == config_hash(new) else differences(to_dict(old), to_dict(new))
+
+
+PLACES = ('data', 'images')  # settings of `data` that say where the training images are
+
+
+def at_places(
+    cfg,  # Config
+    saved: dict,  # values of `data` in another configuration
+    names=PLACES,  # settings of `data`
+):  # Config
+    "The same configuration, with the same data looked for where another one has them"
+    places = {k: saved[k] for k in names if k in saved}
+    return replace(cfg, data=replace(cfg.data, **places))
 
 
 # %% [markdown]
@@ -104,6 +120,57 @@ def _has_hash(result, cfg):
 
 # %%
 #| export
+def _open_train(cfg):
+    return open_dataset(cfg.data.data, 'train', images=cfg.data.images)
+
+
+def _is_moved(result, cfg):
+    "Is this the result of `cfg`, with the training images in another place that can be opened?"
+    saved = result.get('config', {}).get('data', {})
+    if not _has_hash(result, at_places(cfg, saved)):
+        return False
+    try:
+        return bool(len(_open_train(cfg)))
+    except DataError:
+        return False
+
+
+def _changed_since(old, cfg, folder):
+    "`changed_settings`, without those that say where the same training images are"
+    changed = changed_settings(old, cfg)
+    if not changed or changed_settings(old, at_places(cfg, to_dict(old)['data'])):
+        return changed
+    try:
+        same = load_checkpoint(folder)['split'] == _open_train(cfg).fingerprint()
+    except DataError:
+        return changed
+    return [] if same else changed
+
+
+def _same_data(saved, cfg):
+    "Are these the data that a result names? Unlabelled and test images that are gone do not count"
+    d = cfg.data
+    if saved['fingerprint'] != _open_train(cfg).fingerprint():
+        return False
+    for key, spec, split, mark in (
+        ('pool', d.unlabelled, 'train', pool_names),
+        ('test', d.val or d.data, 'val', lambda ds: ds.fingerprint()),
+    ):
+        with contextlib.suppress(DataError):
+            if key in saved and saved[key] != mark(open_further(spec, split, d.images)):
+                return False
+    return True
+
+
+def pool_names(
+    ds,  # unlabelled images of a run, from `data.unlabelled`
+) -> str:  # 16 hex digits
+    "Changes if an unlabelled image is added or removed"
+    return short_hash(list(ds.ids))
+
+
+# %%
+#| export
 def folder_state(
     cfg,  # Config
     folder,  # of the run
@@ -115,12 +182,12 @@ def folder_state(
     except DataError as e:
         return FolderState('damaged', message=str(e))
     same = result is not None and _has_hash(result, cfg)
-    if same and result['data']['fingerprint'] == open_dataset(cfg.data.data, 'train').fingerprint():
+    if result is not None and (same or _is_moved(result, cfg)) and _same_data(result['data'], cfg):
         return FolderState('finished', result)
     if not (folder / 'last.pt').exists():
         return FolderState('new')
     written = folder / 'config.json'
-    changed = changed_settings(_read_config(written, cfg), cfg) if written.exists() else []
+    changed = _changed_since(_read_config(written, cfg), cfg, folder) if written.exists() else []
     if changed:
         more = f' and {len(changed) - 3} more' if len(changed) > 3 else ''
         message = (
@@ -191,7 +258,74 @@ plt.show()
 # ## The checkpoint itself
 #
 # A run resumes only with the settings and the data that it began with. Otherwise the first half of its curve
-# would belong to one experiment and the second half to another.
+# would belong to one experiment and the second half to another. A checkpoint lists the images of each role, so
+# the message can say what was added and removed. An image that has other bytes than before may have been
+# restored, so it is a note and not an error. Settings that say where the data are may differ, if the images
+# are the same.
+
+# %%
+#| export
+def changed_images(
+    old: dict,  # images of one role: dict(ids, bytes, content), from `images_of_roles`
+    new: dict,  # the same, today
+) -> tuple:  # (what was added, removed or moved; which images have other bytes), '' if nothing
+    "Compare the images of one role"
+    before, now = set(old['ids']), set(new['ids'])
+    parts = []
+    for ids, others, what in ((new['ids'], before, 'added'), (old['ids'], now, 'removed')):
+        if other := [i for i in ids if i not in others]:
+            parts.append(f'{len(other)} {what} (e.g. {other[0]})')
+    if not parts and list(old['ids']) != list(new['ids']):
+        parts = ['in another order']
+    if not parts and old['content'] != new['content']:
+        parts = ['other boxes or classes']
+    size = dict(zip(old['ids'], old['bytes']))
+    other = [i for i, n in zip(new['ids'], new['bytes']) if i in size and n != size[i]]
+    return ', '.join(parts), f'{len(other)} (e.g. {other[0]})' if other else ''
+
+
+def _check_roles(old, new, folder):
+    "DataError if the images of a role are others than before; a note if some have other bytes"
+    for role, images in old.items():
+        if role not in new:
+            continue
+        changed, rewritten = changed_images(images, new[role])
+        if changed:
+            raise DataError(
+                f'{folder}: the {role} images have changed since this run began: {changed}; restore them, '
+                f'or choose another folder (run.init={folder} starts from the weights of this run)'
+            )
+        if rewritten:
+            tell([f'{folder}: {role} images have other bytes than when this run began: {rewritten}'])
+
+
+def _found_again(old, cfg, same, then, now):
+    "`cfg` with the places of `old`, wherever these hold the same images"
+
+    def agree(*roles):
+        return all(r in then and then[r] == now.get(r) for r in roles)
+
+    names = list(PLACES) if same else []
+    if agree('test'):
+        names.append('val')
+    if old.data.unlabelled and cfg.data.unlabelled and agree('unlabelled'):
+        if -1 not in now['unlabelled']['bytes']:  # generated images have no files to compare
+            names.append('unlabelled')
+    if old.data.split_file and cfg.data.split_file and same:
+        if agree('labelled', 'development', 'unlabelled'):
+            names.append('split_file')
+    return at_places(cfg, to_dict(old)['data'], names)
+
+
+def _longer(old, cfg, folder):
+    "What to do instead of training a run for longer"
+    if cfg.optim.iters <= old.optim.iters:
+        return ''
+    return (
+        f'; to train for more than its {old.optim.iters} iterations, start from its weights in another '
+        f'folder: run.init={folder}'
+    )
+
 
 # %%
 #| export
@@ -201,15 +335,19 @@ def check_same_run(
     old_data: str,  # fingerprint of the split in the checkpoint
     data: str,  # fingerprint of the split of `cfg`
     folder,  # of the run, for the message
+    old_roles: dict | None = None,  # role -> images in the checkpoint; None: it is older than these lists
+    roles: dict | None = None,  # role -> images of `cfg`, from `images_of_roles`
 ):
     "ConfigError or DataError if a checkpoint belongs to another run than `cfg`"
-    if changed := changed_settings(from_saved(old, like=cfg), cfg):
+    saved, then, now = from_saved(old, like=cfg), old_roles or {}, roles or {}
+    if changed := changed_settings(saved, _found_again(saved, cfg, old_data == data, then, now)):
         raise ConfigError(
             f'{folder}: holds a run with other settings ({"; ".join(changed[:3])}); choose another folder, '
-            'or the same settings to go on with it'
+            f'or the same settings to go on with it{_longer(saved, cfg, folder)}'
         )
     if old_data != data:
         raise DataError(f'{folder}: {DATA_CHANGED}')
+    _check_roles(then, now, folder)
 
 
 # %%
@@ -221,6 +359,21 @@ for old, old_data in ((to_dict(toy), fingerprint), (other, fingerprint), (to_dic
         refusals.append(str(e))
 assert len(refusals) == 2
 refusals
+
+# %%
+three = dict(ids=['a.png', 'b.png', 'c.png'], bytes=[700, 800, 900], content='')
+two = dict(ids=['a.png', 'b.png'], bytes=[700, 800], content='')
+lines = []
+moved, longer = override(toy, ['data.data=elsewhere']), override(toy, ['optim.iters=9000'])
+for cfg, then, now in ((moved, two, two), (toy, three, two), (longer, two, two)):
+    try:
+        check_same_run(
+            to_dict(toy), cfg, '01', '01', 'runs/mine', dict(unlabelled=then), dict(unlabelled=now)
+        )
+    except (ConfigError, DataError) as e:
+        lines.append(str(e))
+assert len(lines) == 2 and '1 removed' in lines[0] and 'run.init=runs/mine' in lines[1]
+lines
 
 
 # %% [markdown]
@@ -297,7 +450,8 @@ broken
 # - `folder_state` compares a folder with a configuration: new, stopped, finished, other settings, other data,
 #   or damaged.
 # - A finished run is looked up by its hash and the fingerprint of its data; a checkpoint is not read for it.
-# - `check_same_run` compares the contents of a checkpoint, when the trainer has read it.
+# - `check_same_run` compares the contents of a checkpoint, when the trainer has read it: settings, training
+#   data, and the images of each role. Data in another place are the same if their content is.
 # - `stop_gently` ends a run after an iteration, `keep_progress` saves one that a broken file ends.
 #
 # ## Exercises

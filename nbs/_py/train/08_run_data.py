@@ -22,15 +22,17 @@
 # %%
 #| export
 import dataclasses
+import os
 import warnings
 import torch
 from semidetr.core import ConfigError, DataError, tell
-from semidetr.data.catalog import open_dataset
+from semidetr.data.catalog import open_dataset, open_further
 from semidetr.data.checks import constant_fault, image_files, same_files
 from semidetr.data.datasets import DetectionDataset, Joined, Subset, Unlabelled
 from semidetr.data.files import pixel_depth
 from semidetr.data.splits import load_split, make_split
 from semidetr.train.config import DataConfig
+from semidetr.train.run_folder import pool_names
 
 # %%
 from semidetr.draw import image_grid
@@ -51,6 +53,9 @@ class RunData:
     split: object  # `Split` that divided the training images
     classes: list  # names, in the order of the labels
     notes: list = dataclasses.field(default_factory=list)  # what was left out or mapped, a line each
+    marks: dict = dataclasses.field(
+        default_factory=dict
+    )  # of further images: 'pool', 'test' -> 16 hex digits
 
 
 def test_split(
@@ -59,12 +64,12 @@ def test_split(
 ):  # (data set or None, why there is none)
     "Images for the reported numbers: `val`, or the val split of `data` if that is not the training set again"
     if cfg.val:
-        return open_dataset(cfg.val, 'val'), ''
+        return open_further(cfg.val, 'val', cfg.images), ''
     try:
-        val = open_dataset(cfg.data, 'val')
+        val = open_further(cfg.data, 'val', cfg.images)
     except DataError as e:
         return None, str(e)
-    train = open_dataset(cfg.data, 'train') if train is None else train
+    train = open_dataset(cfg.data, 'train', images=cfg.images) if train is None else train
     # the defaults differ, so data sets that lack `where` are never the same
     same_place = getattr(val, 'where', 0) == getattr(train, 'where', None)
     if same_place and list(val.ids) == list(train.ids):
@@ -301,13 +306,13 @@ def _dark(train, kept, most=8):
 
 
 def _pool(cfg, split, pick, roles):
-    "(Unlabelled images or None, lines about it)"
+    "(Unlabelled images or None, lines about it, `pool_names` of those of `data.unlabelled`)"
     own = Unlabelled(pick(split.unlabelled)) if split.unlabelled else None
-    more, pools, notes = None, [], []
+    more, pools, notes, names = None, [], [], ''
     if cfg.unlabelled:
-        photos = with_white(open_dataset(cfg.unlabelled, 'train'), cfg.white)
+        photos = with_white(open_further(cfg.unlabelled, 'train', cfg.images), cfg.white)
         notes += getattr(photos, 'notes', [])
-        more = Unlabelled(photos)
+        more, names = Unlabelled(photos), pool_names(photos)
     for pool, name in ((own, cfg.data), (more, cfg.unlabelled)):
         if pool is None or not len(pool):
             continue
@@ -319,7 +324,8 @@ def _pool(cfg, split, pick, roles):
     if (own or more) and not pools:
         raise DataError(f'{last}; no unlabelled image is left: give other images')
     pool = None if not pools else pools[0] if len(pools) == 1 else Joined(pools)
-    return (SkipBroken(pool, cfg.skip_broken) if pool is not None and cfg.skip_broken else pool), notes
+    pool = SkipBroken(pool, cfg.skip_broken) if pool is not None and cfg.skip_broken else pool
+    return pool, notes, names
 
 
 # %%
@@ -329,7 +335,7 @@ def build_data(
     detector=None,  # its settings: limits that the data exceed are said too
 ) -> RunData:
     "Open the data sets, divide the training images, and give each file one role; notes are told"
-    train = with_white(open_dataset(cfg.data, 'train'), cfg.white)
+    train = with_white(open_dataset(cfg.data, 'train', images=cfg.images), cfg.white)
     if cfg.split_file:
         split = load_split(cfg.split_file, train)
     else:
@@ -344,7 +350,8 @@ def build_data(
     kept, empty = drawn_positions(train, [train.index_of(i) for i in split.labelled], cfg.background)
     dev, val = pick(split.dev) if split.dev else None, with_white(test_split(cfg, train)[0], cfg.white)
     roles = dict(labelled=pick(split.labelled), development=dev)
-    unlabelled, notes = _pool(cfg, split, pick, roles | dict(test=val))
+    marks = {} if val is None else dict(test=val.fingerprint())
+    unlabelled, notes, names = _pool(cfg, split, pick, roles | dict(test=val))
     notes = [*getattr(train, 'notes', []), *getattr(val, 'notes', []), *notes]
     notes += shared_with_test(val, roles)
     if val is not None:
@@ -371,6 +378,7 @@ def build_data(
         split=split,
         classes=list(train.classes),
         notes=notes,
+        marks=marks | (dict(pool=names) if names else {}),
     )
 
 
@@ -379,6 +387,44 @@ toy_data = build_data(DataConfig(data='digits:n=40', count=6, dev=4))
 assert (len(toy_data.labelled), len(toy_data.unlabelled), len(toy_data.dev)) == (6, 30, 4)
 assert len(toy_data.unlabelled[0].boxes) == 0
 toy_data.split
+
+
+# %% [markdown]
+# ## What must not change
+#
+# A checkpoint lists the images of each role: their ids, and the size of each file in bytes. Looking at the
+# sizes opens no file, so a pool of 100,000 images takes less than a second.
+
+# %%
+#| export
+def _file_size(path):
+    try:
+        return -1 if path is None else os.stat(path).st_size
+    except OSError:
+        return -1
+
+
+def images_of_roles(
+    data: RunData,
+    test: bool = True,  # is the test split measured?
+) -> dict:  # role -> dict(ids, bytes: size of each file, -1 where there is none, content: of the test split)
+    "Which images have which role, for `check_same_run`"
+    roles = dict(labelled=data.labelled, unlabelled=data.unlabelled, development=data.dev)
+    roles |= dict(test=data.val) if test and data.val is not None else {}
+    out = {}
+    for role, ds in roles.items():
+        files = image_files(ds) if ds is not None else []
+        ids = [] if ds is None else list(ds.ids)
+        content = ds.fingerprint() if role == 'test' else ''  # the training set has its own fingerprint
+        out[role] = dict(ids=ids, bytes=[_file_size(f) for f in files], content=content)
+    return out
+
+
+# %%
+listed = images_of_roles(toy_data)
+counts = {role: len(images['ids']) for role, images in listed.items()}
+assert counts == dict(labelled=6, unlabelled=30, development=4, test=40)
+listed['labelled']
 
 
 # %%
@@ -456,6 +502,7 @@ resolved.detector.num_classes
 # - `limits` compares the number of objects per image with what can be predicted and counted.
 # - Unlabelled images have no boxes; only the health monitor gets the data set that knows them.
 # - A `val` split that is the training set again does not count as a test split.
+# - `images_of_roles` lists what must not change until a run is finished.
 # - `resolve` takes the number of classes from the data.
 #
 # ## Exercises

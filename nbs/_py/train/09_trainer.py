@@ -59,7 +59,7 @@ from semidetr.train.evaluation import evaluate_model, same_rng, to_device
 from semidetr.train import health
 from semidetr.train.machine import choose_amp
 from semidetr.train.optim import average_gradients, build_optimizer, gradient_norm, lr_factor
-from semidetr.train.run_data import RunData, build_data, resolve
+from semidetr.train.run_data import RunData, build_data, images_of_roles, resolve
 from semidetr.train.run_folder import RESUME, check_same_run, keep_progress, stop_gently
 
 
@@ -117,6 +117,7 @@ class RunState(BuiltRun):
 
     def __init__(self, cfg: Config, run_dir, progress: bool = True, position: int = 0):
         super().__init__(cfg, run_dir, progress, position)
+        self.roles = images_of_roles(self.data, cfg.run.test)
         if (self.dir / 'last.pt').exists():
             self.load()
 
@@ -135,6 +136,7 @@ class RunState(BuiltRun):
         return dict(
             own | self.weights(),
             split=self.data.split.fingerprint,
+            roles=self.roles,
             history=self.history,
             spent=self.spent,
             parts=self.method.state_dict(),
@@ -159,7 +161,15 @@ class RunState(BuiltRun):
     def load(self):
         "Continue from the checkpoint; an error if it belongs to another run"
         saved = load_checkpoint(self.dir / 'last.pt')
-        check_same_run(saved['config'], self.cfg, saved['split'], self.data.split.fingerprint, self.dir)
+        check_same_run(
+            saved['config'],
+            self.cfg,
+            saved['split'],
+            self.data.split.fingerprint,
+            self.dir,
+            saved.get('roles'),
+            self.roles,
+        )
         load_weights(self.student, saved['student'], self.dir)
         load_weights(self.teacher, saved['teacher'], self.dir)
         self.method.load_state_dict(saved.get('parts', {}))
@@ -393,13 +403,14 @@ class Evaluation(Session):
         if d.val is not None and self.cfg.run.test:
             metrics['val'] = self.evaluate(d.val, both=True)
         counts = {role: len(getattr(d, role) or ()) for role in ('labelled', 'unlabelled', 'dev', 'val')}
+        marks = {k: v for k, v in d.marks.items() if k != 'test' or self.cfg.run.test}
         result = dict(
             name=self.dir.name,
             hash=config_hash(self.cfg),
             config=to_dict(self.cfg),
             **environment(),
             device=str(self.device) if cpu else torch.cuda.get_device_name(self.device),
-            data=dict(fingerprint=d.split.fingerprint, classes=d.classes, **counts),
+            data=dict(fingerprint=d.split.fingerprint, classes=d.classes, **counts, **marks),
             iterations=self.step,
             seconds=round(self.spent['seconds'], 1),
             cpu_seconds=round(self.spent['cpu'], 1),

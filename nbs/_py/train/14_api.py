@@ -35,7 +35,7 @@ import shutil
 import tomllib
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from semidetr.core import ConfigError, DataError, pick_device, tell
@@ -79,6 +79,7 @@ OPTIONS = dict(  # option of `train` -> setting
     data='data.data',
     unlabelled='data.unlabelled',
     val='data.val',
+    images='data.images',
     split_file='data.split_file',
     method='method.name',
     percent='data.percent',
@@ -183,7 +184,7 @@ def _settings(preset, config, items, detector):
 
 def _fit_to_data(cfg, given):
     "Overrides that these data need, each with a line about it for the user"
-    d, train = cfg.data, open_dataset(cfg.data.data, 'train')
+    d, train = cfg.data, open_dataset(cfg.data.data, 'train', images=cfg.data.images)
     if not train.has_boxes:
         raise DataError(f'{d.data}: no box to learn from; images without labels belong to --unlabelled')
     most = len(train) // 5
@@ -361,6 +362,7 @@ def train(
     data: str | Path = '',  # see `open_dataset`; '': that of preset and config, else 'digits'
     unlabelled: str | Path = '',  # more images without labels: a folder is enough
     val: str | Path = '',  # test split; '': the val split of `data`
+    images: str | Path = '',  # folder of the images of a COCO file; '': look in the usual places
     method: str = '',  # '': with unlabelled images a semi-supervised one, else supervised
     detector: str = '',  # a name of `DETECTORS`, e.g. 'deformable_detr_two_stage'; '': that of the preset
     preset: str = '',  # starting point; '': digits or small
@@ -478,15 +480,16 @@ sorted(found)
 
 # %%
 #| export
-def _part(cfg, data, part):
+def _part(cfg, data, part, images):
     "The data set to measure on"
+    cfg = replace(cfg, images=images or ('' if data else cfg.images))
     known = ('val', 'train', 'test') if data else ('val', 'dev', 'train')
     if part not in known:
         raise ConfigError(
             f"--part '{part}' is unknown{' with --data' if data else ''}; known: {', '.join(known)}"
         )
     if data or part == 'train':
-        return open_dataset(data or cfg.data, part)
+        return open_dataset(data or cfg.data, part, images=cfg.images)
     dev = 'the run held no development part out'
     ds, why = test_split(cfg) if part == 'val' else (build_data(cfg).dev, dev)
     if ds is None:
@@ -502,6 +505,7 @@ def evaluate_run(
     device: str = 'auto',  # auto, cpu, cuda, cuda:N
     progress: bool = False,  # bars
     max_dets: int = 100,  # detections per image that count
+    images: str | Path = '',  # folder of the images of a COCO file; '': that of the run, or the usual places
 ):  # (data set, {'teacher': metrics, 'student': metrics}; of a .safetensors file its one network, as teacher)
     "COCO metrics of both networks of a run, and the data set that they were measured on"
     result, ds = {}, None
@@ -511,7 +515,7 @@ def evaluate_run(
         )
     for which in ('teacher',) if str(run).endswith('.safetensors') else ('teacher', 'student'):
         p = open_predictor(run, device, nms=nms, which=which)
-        ds = ds or _part(p.cfg.data, str(data), part)
+        ds = ds or _part(p.cfg.data, str(data), part, str(images))
         if not ds.has_boxes:
             raise DataError(
                 f'{ds.name}: no box to measure against; to draw detections there is semidetr predict'
@@ -537,6 +541,7 @@ def evaluate(
     detections: dict | None = None,  # as for `semidetr.train.metrics.evaluate`
     brief: bool = False,  # of `detections`: AP and AP50 only
     max_dets: int = 100,  # detections per image that count
+    images: str | Path = '',  # folder of the images of a COCO file; '': that of the run, or the usual places
 ) -> dict:  # {'teacher': metrics, 'student': metrics}, in 0..100; for detections: metrics
     """COCO metrics of a run's two networks, as `semidetr eval` prints them.
 
@@ -548,7 +553,7 @@ def evaluate(
         return metrics.evaluate(run if ds is None else ds, detections, brief, max_dets)
     if run is None:
         raise ConfigError('give a run, or a data set and detections')
-    return evaluate_run(run, data, part, nms, device, progress, max_dets)[1]
+    return evaluate_run(run, data, part, nms, device, progress, max_dets, images)[1]
 
 
 # %%
