@@ -429,6 +429,7 @@ def test_contact_sheet(tmp_path):
     'name,expected',
     [
         ('coco_mini', ['class-never-seen', 'gaps-in-class-ids', 'images-without-boxes', 'tiny-box']),
+        ('fod12', []),
         ('txl_pbc', ['shared-ids']),
         ('voc07_mini', []),
     ],
@@ -439,3 +440,18 @@ def test_real(name, expected):
     r = check_dataset(name, data_root=REAL, quick=True)
     assert kinds(r) == expected and r.exit_code == 0
     assert contact_sheet(open_dataset(name, 'val', REAL), n=2).size == (440, 220)
+
+
+@pytest.mark.skipif(REAL is None, reason='SEMIDETR_DATA is not set')
+@pytest.mark.parametrize('split', ['train', 'val'])
+@pytest.mark.parametrize('name', ['coco_mini', 'fod12', 'txl_pbc', 'voc07_mini'])
+def test_real_pixels(name, split):
+    "Every pixel of twelve images: nothing but what a small sample of the classes and tiny boxes give"
+    if not (Path(REAL) / name).is_dir():
+        pytest.skip(f'no {name} in {REAL}')
+    ds = open_dataset(name, split, REAL)
+    part = Subset(ds, range(0, len(ds), len(ds) // 12)[:12])
+    boxes = sum(len(part.annotation(i)['boxes']) for i in range(12))
+    r = check_dataset(part, progress=False)
+    assert set(kinds(r)) <= {'class-never-seen', 'tiny-box'} and r.exit_code == 0
+    assert (r.counts['images'], r.counts['boxes']) == (12, boxes)
