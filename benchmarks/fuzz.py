@@ -8,6 +8,7 @@ format depends on n alone:
 
     python benchmarks/fuzz.py                      # 100,000 inputs, on all cores
     python benchmarks/fuzz.py --case coco:4711     # one of them, with its traceback
+    python benchmarks/fuzz.py --out record.json    # counts, findings, seconds and the first number, in a file
 """
 
 import argparse, json, math, os, random, re, shutil, signal, sys, tempfile, time, traceback, warnings
@@ -661,11 +662,21 @@ def all_cases(inputs, first=0):  # shares of the formats; the numbers of a forma
             yield kind, first + n
 
 
+def record(counts, findings, seconds, first):
+    "What a run of the fuzzer leaves: the inputs of each format number from `first`"
+    kinds = {}
+    for (kind, result), n in sorted(counts.items()):
+        kinds.setdefault(kind, {})[result] = n
+    about = dict(inputs=sum(counts.values()), first=first, seconds=seconds, python=sys.version.split()[0])
+    return dict(**about, formats=kinds, findings=dict(sorted(findings.items())))
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--inputs', type=int, default=100_000, help='how many')
     p.add_argument('--first', type=int, default=0, help='number of the first input of each format')
     p.add_argument('--case', help='one input, such as coco:4711')
+    p.add_argument('--out', type=Path, help='write a record of counts, findings and seconds, as JSON')
     p.add_argument('--jobs', type=int, default=os.cpu_count(), help='processes')
     a = p.parse_args()
     if a.case:
@@ -686,7 +697,10 @@ def main():
     for text, n in by_kind.most_common(40):
         case = next(c for c, f in findings.items() if re.sub(r'\d+', 'N', f)[:110] == text)
         print(f'{n:6} {case:14} {findings[case][:400]}')
-    print(f'{sum(counts.values())} inputs, {len(findings)} findings, {time.perf_counter() - start:.0f} s')
+    seconds = round(time.perf_counter() - start)
+    print(f'{sum(counts.values())} inputs, {len(findings)} findings, {seconds} s')
+    if a.out:
+        a.out.write_text(json.dumps(record(counts, findings, seconds, a.first), indent=1) + '\n')
     return bool(findings)
 
 
