@@ -1,5 +1,6 @@
-"Every detector with every method: both stages, images without pseudo labels, exact resume"
+"Every detector: with every method in both stages, exact resume, the constants and sizes of the releases"
 
+import dataclasses
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import signal
 
 import pytest
 import torch
+from semidetr.detectors.contract import build_detector
 from semidetr.detectors.from_detr import DETECTORS
 from semidetr.semi.methods import METHODS
 from semidetr.train.checkpoint import load_checkpoint
@@ -88,3 +90,77 @@ def test_a_stopped_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, name):
     torch.manual_seed(123)
     Trainer(cfg, tmp_path / 'r', progress=False).fit()
     assert same(load_checkpoint(tmp_path / 'r'), load_checkpoint(tmp_path / 'whole'))
+
+
+# --- presets: constants of the releases ----------------------------------------------------------
+def release(name):
+    return with_detector(preset('coco-10'), name)
+
+
+def test_constants_of_dino_with_five_scales():
+    four, five = release('dino'), release('dino_5scale')
+    t = five.detector.transformer
+    assert five.detector.backbone.out_strides == (4, 8, 16, 32) and t.n_levels == 5
+    sizes = (t.d_model, t.n_heads, t.n_points, t.enc_layers, t.dec_layers, t.ffn, t.num_queries, t.dropout)
+    assert sizes == (256, 8, 4, 6, 6, 2048, 900, 0.0)
+    assert dataclasses.replace(t, n_levels=4) == four.detector.transformer
+    assert (five.criterion, five.optim) == (four.criterion, four.optim)
+    o = five.optim
+    assert (o.lr, o.backbone_mult, o.points_mult, o.weight_decay, o.clip) == (1e-4, 0.1, 1.0, 1e-4, 0.1)
+
+
+def test_constants_of_detr():
+    cfg = release('detr')
+    d, c, o = cfg.detector, cfg.criterion, cfg.optim
+    sizes = (d.d_model, d.heads, d.layers, d.transformer.enc_layers, d.ffn, d.num_queries, d.dropout)
+    assert sizes == (256, 8, 6, 6, 2048, 100, 0.1)
+    assert d.backbone.name == 'resnet50' and d.backbone.out_strides == (32,)
+    assert (c.w_cls, c.loss_l1, c.w_giou, c.no_object) == (1.0, 5.0, 2.0, 0.1)
+    assert (c.cost['w_cls'], c.cost['w_l1'], c.cost['w_giou']) == (1.0, 5.0, 2.0)
+    assert c.class_cost == 'probability'
+    assert (o.lr, o.lr * o.backbone_mult, o.weight_decay, o.clip) == (1e-4, pytest.approx(1e-5), 1e-4, 0.1)
+
+
+@pytest.mark.parametrize('form', ['plain', 'refine', 'two_stage'])
+def test_constants_of_deformable_detr(form):
+    cfg = release('deformable_detr' + ('' if form == 'plain' else f'_{form}'))
+    d, c, o = cfg.detector, cfg.criterion, cfg.optim
+    sizes = (d.d_model, d.levels, d.heads, d.points, d.layers, d.ffn, d.num_queries, d.dropout)
+    assert d.form == form and sizes == (256, 4, 8, 4, 6, 1024, 300, 0.1)
+    assert d.backbone.name == 'resnet50' and d.backbone.out_strides == (8, 16, 32)
+    assert (c.w_cls, c.loss_l1, c.w_giou, c.enc_labels) == (2.0, 5.0, 2.0, 'zero')
+    rates = (o.lr, o.lr * o.backbone_mult, o.lr * o.points_mult)
+    assert rates == pytest.approx((2e-4, 2e-5, 2e-5)) and (o.weight_decay, o.clip) == (1e-4, 0.1)
+
+
+# Millions of parameters as published, with the 91 rows of COCO's ids
+PUBLISHED = dict(dino=47, dino_5scale=47, detr=41, deformable_detr=40)
+PUBLISHED |= dict(deformable_detr_refine=41, deformable_detr_two_stage=41)
+
+
+@pytest.fixture(scope='module')
+def parameters():
+    "name -> number of parameters in full size, built without memory for them"
+    sizes = {}
+    for name in DETECTORS:
+        settings = dataclasses.replace(release(name).detector, num_classes=91)
+        with torch.device('meta'):
+            model = build_detector(settings.untrained())
+        sizes[name] = sum(p.numel() for p in model.parameters())
+    return sizes
+
+
+def test_presets_have_as_many_parameters_as_published(parameters):
+    assert parameters.keys() == PUBLISHED.keys()
+    for name, n in parameters.items():
+        assert n / 1e6 == pytest.approx(PUBLISHED[name], abs=0.55), name
+    frozen = 9408 + 212_992  # first convolution and first stage of ResNet-50
+    assert parameters['detr'] - frozen == 41_302_368  # as the original prints at the start of training
+    assert parameters['deformable_detr'] - frozen == 39_847_265
+
+
+def test_the_fifth_scale_of_dino_adds_its_projection_and_its_points(parameters):
+    projection = 256 * 256 + 256 + 2 * 256  # 1 x 1 convolution, group norm
+    points = 8 * 4 * 3 * (256 + 1)  # heads, points; offset x and y, weight
+    added = projection + 256 + 12 * points  # the embedding of the level; six layers each
+    assert parameters['dino_5scale'] - parameters['dino'] == added
