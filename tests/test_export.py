@@ -21,6 +21,7 @@ from semidetr.detectors.deformable_detr import DeformableDETRConfig, deformable_
 from semidetr.detectors.denoising import DenoisingConfig
 from semidetr.detectors.detector import DetectorConfig, detector_small
 from semidetr.detectors.detr import DETRConfig, detr_small
+from semidetr.detectors.from_detr import DETECTORS
 from semidetr.detectors.transformer import TransformerConfig
 from semidetr.train.checkpoint import save_checkpoint
 from semidetr.train.config import preset, to_dict
@@ -81,11 +82,15 @@ def outputs(model, images, mask):
     return candidate_scores(found), found['pred_boxes']
 
 
-def onnx_outputs(path, images, mask):
+@functools.lru_cache(maxsize=8)
+def session_of(path):
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path)
-    found = session.run(['scores', 'boxes'], dict(images=images.numpy(), mask=mask.numpy()))
+    return onnxruntime.InferenceSession(path)
+
+
+def onnx_outputs(path, images, mask):
+    found = session_of(path).run(['scores', 'boxes'], dict(images=images.numpy(), mask=mask.numpy()))
     return [torch.from_numpy(f) for f in found]
 
 
@@ -100,6 +105,11 @@ for form in FORMS:
 SMALL['detr'] = dataclasses.replace(
     detr_small(4), backbone=dataclasses.replace(TINY, out_strides=(8,)), **FEW
 )
+FIVE = BackboneConfig('timm:test_resnet', 'none', (4, 8, 16, 32))
+MORE = SIZES | dict(
+    d_model=64, n_levels=5, dec_layers=1
+)  # 32 norms of one channel fail on a map of one pixel
+SMALL['dino_5scale'] = DetectorConfig(4, FIVE, TransformerConfig(**MORE, **WAYS), DenoisingConfig(num=8))
 
 
 def detr(name, stride):
@@ -281,6 +291,17 @@ def test_transformers_refuses_what_would_change(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------- ONNX
+
+
+def test_every_detector_is_written():
+    "One of each name, told apart by class, form and number of scales"
+
+    def kind(cfg):
+        five = len(cfg.backbone.out_strides) == 4
+        return type(cfg), getattr(cfg, 'form', None), five
+
+    assert {kind(cfg) for cfg in SMALL.values()} == {kind(d.small(4)) for d in DETECTORS.values()}
+    assert len(SMALL) == len(DETECTORS)
 
 
 def test_onnx_agrees_at_any_size_and_batch(small):
