@@ -220,6 +220,15 @@ def test_training_takes_the_backbone_and_keeps_its_own_rest(files, tmp_path):
     assert run.fit()['iterations'] == 6
 
 
+def test_a_backbone_alone_is_imported_once(files, tmp_path):
+    "Its detector is untrained: rows of classes would be moved for nothing"
+    import_weights(files / 'torchvision.pth', tmp_path / 'start')
+    for to in (None, ['a', 'b']):
+        with pytest.raises(DataError, match='only its backbone is trained; give the file') as e:
+            import_weights(tmp_path / 'start', tmp_path / 'again', to=to)
+        assert str(tmp_path / 'start') in str(e.value) and not (tmp_path / 'again').exists()
+
+
 def test_start_json_sets_what_a_preset_does_not(files, tmp_path):
     import_weights(files / 'torchvision.pth', tmp_path / 'start')
     cfg = load_config(tmp_path / 'start' / 'start.json', preset('digits'))

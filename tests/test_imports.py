@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from semidetr.core import DataError
+from semidetr.core import ConfigError, DataError
 from semidetr.detectors import weight_files as W
 from semidetr.detectors.backbone import BackboneConfig
 from semidetr.detectors.contract import build_detector
@@ -108,6 +108,19 @@ def test_training_goes_on_from_the_official_student_teacher_and_projector(T1, tm
     assert result['iterations'] == 2
 
 
+def test_a_pair_stays_a_pair_when_its_run_is_imported_for_other_classes(tmp_path):
+    "Student and teacher of the official code differ; training starts each from its own weights"
+    settings = small_dino(10, 12)
+    student, teacher, _ = official_file(tmp_path / 'x.pth', settings, 16, DIGITS)
+    import_weights(tmp_path / 'x.pth', tmp_path / 'run')
+    import_weights(tmp_path / 'run', tmp_path / 'turned', to=DIGITS[::-1])
+    saved = load_checkpoint(tmp_path / 'turned')
+    assert saved['imported']['pair'] and saved['classes'] == DIGITS[::-1]
+    with pytest.warns(UserWarning, match='10 of 10 rows by name'):
+        run = T.Trainer(run_of(settings, f'run.init={tmp_path / "turned"}'), tmp_path / 'new', progress=False)
+    assert equal(run.student, student.state_dict()) and equal(run.teacher, teacher.state_dict())
+
+
 def saved_settings(saved, like):
     assert saved['config']['detector']['transformer']['num_queries'] == like.transformer.num_queries
     assert saved['config']['detector']['denoising']['label_rows'] == like.denoising.label_rows
@@ -188,6 +201,24 @@ def test_import_of_a_run_for_other_classes(whole, tmp_path):
     assert text['classes'] == to and len(text['rows']) == len(old)
     with pytest.raises(DataError, match='holds a run already'):
         import_weights(whole, tmp_path / 'out')
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(classes=DIGITS),
+        dict(heads=4),
+        dict(dilated=True),
+        dict(detector='detr'),
+        dict(backbone='resnet18'),
+    ],
+    ids=lambda o: next(iter(o)),
+)
+def test_what_a_run_tells_itself_is_not_taken_from_options(options, whole, tmp_path):
+    with pytest.raises(ConfigError, match=f'a run tells its {next(iter(options))} itself') as e:
+        import_weights(whole, tmp_path / 'out', to=['7'], **options)
+    assert str(whole) in str(e.value) and '\n' not in str(e.value)
+    assert not (tmp_path / 'out').exists()
 
 
 def test_rows_of_coco_ids_become_those_of_eighty_classes(tmp_path):
