@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import math
-import os
-import signal
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from semidetr.semi.methods import METHODS
 from semidetr.train.checkpoint import load_checkpoint
 from semidetr.train.config import override, preset, with_detector
 from semidetr.train.trainer import Trainer
-from test_trainer import TINY, same
+from test_trainer import TINY, same, stop_after
 
 ALL = ['pseudo.threshold=0', 'pseudo.min_score=0', 'mining.init=all']
 EMPTY = ['pseudo.threshold=2', 'mining.init=score']  # no box has such a score
@@ -76,14 +74,7 @@ def test_a_stopped_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, name):
     cfg = small(name, 'semi_detr', *stages('semi_detr'), *ALL)
     Trainer(cfg, tmp_path / 'whole', progress=False).fit()
     run = Trainer(cfg, tmp_path / 'r', progress=False)
-    real = run.method.step
-
-    def step(*args):
-        if args[-1] == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(*args)
-
-    run.method.step = step
+    stop_after(run, 2)
     with pytest.raises(KeyboardInterrupt, match='same command'):
         run.fit()
     assert load_checkpoint(tmp_path / 'r')['step'] == 2

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ from semidetr.detectors.backbone import BackboneConfig
 from semidetr.detectors.contract import build_detector
 from semidetr.detectors.denoising import DenoisingConfig
 from semidetr.detectors.detector import DetectorConfig, dino_r50
+from semidetr.detectors.detr import DETRConfig
 from semidetr.detectors.transformer import TransformerConfig
 from semidetr.semi.consistency import Projector
 from semidetr.train import trainer as T
@@ -19,7 +21,8 @@ from semidetr.train.checkpoint import load_checkpoint
 from semidetr.train.config import override
 from semidetr.train.imports import import_weights
 from semidetr.train.predict import Predictor
-from test_trainer import tiny
+from test_cli import shell  # noqa: F401 (a fixture)
+from test_trainer import stop_after, tiny
 
 DIGITS = [str(i) for i in range(10)]
 COPIES = {'class_head.': 'fc_cls.{j}.', 'box_head.': 'fc_reg.{j}.'}
@@ -219,6 +222,42 @@ def test_what_a_run_tells_itself_is_not_taken_from_options(options, whole, tmp_p
         import_weights(whole, tmp_path / 'out', to=['7'], **options)
     assert str(whole) in str(e.value) and '\n' not in str(e.value)
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_dilated_backbone_is_taken_where_the_command_says_so(shell, tmp_path):  # noqa: F811
+    "No name or shape tells it (DC5); the weights are the same, the map is twice as large"
+    backbone = BackboneConfig('resnet50', 'none', (32,))
+    model = build_detector(DETRConfig(2, backbone, d_model=32, heads=4, layers=1, ffn=16, num_queries=5))
+    state = {k.replace('backbone.body.', 'backbone.0.body.'): v for k, v in model.state_dict().items()}
+    torch.save(dict(model=state), tmp_path / 'detr.pth')
+    found, line = {}, ['import', tmp_path / 'detr.pth', '--heads', 4, '--classes', 'a,b', '-o']
+    for name, more in dict(plain=[], dilated=['--dilated']).items():
+        code, out, err = shell(*line, tmp_path / name, *more)
+        assert code == 0, err
+        assert ('with one, give --dilated' in out) == (name == 'plain')
+        found[name] = Predictor(tmp_path / name, 'cpu').model.eval()
+    backbones = {name: m.cfg.backbone for name, m in found.items()}
+    assert (backbones['plain'].name, backbones['plain'].out_strides) == ('resnet50', (32,))
+    assert (backbones['dilated'].name, backbones['dilated'].out_strides) == ('resnet50_dc5', (16,))
+    assert equal(found['plain'], found['dilated'].state_dict()) and equal(found['plain'], model.state_dict())
+
+
+def test_a_run_goes_on_without_the_run_that_it_began_with(whole, tmp_path):
+    "Its own checkpoint holds all weights; nothing is said, and the end is that of an unbroken run"
+    source = shutil.copytree(whole, tmp_path / 'source')
+    cfg = tiny('run.test=false', 'optim.iters=4', f'run.init={source}')
+    T.Trainer(cfg, tmp_path / 'unbroken', progress=False).fit()
+    run = T.Trainer(cfg, tmp_path / 'run', progress=False)
+    stop_after(run, 2)
+    with pytest.raises(KeyboardInterrupt):
+        run.fit()
+    shutil.rmtree(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        again = T.Trainer(cfg, tmp_path / 'run', progress=False)
+    assert again.fit()['iterations'] == 4
+    wanted = load_checkpoint(tmp_path / 'unbroken')
+    assert equal(again.student, wanted['student']) and equal(again.teacher, wanted['teacher'])
 
 
 def test_rows_of_coco_ids_become_those_of_eighty_classes(tmp_path):

@@ -42,6 +42,18 @@ def tiny(*more, method='mean_teacher'):
     return override(preset('digits'), [f'method.name={method}', *TINY, *more])
 
 
+def stop_after(trainer, steps):
+    "Let the process get the signal of Ctrl-C in the last of so many steps, which is still completed"
+    real = trainer.method.step
+
+    def step(*args):
+        if args[-1] + 1 == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    trainer.method.step = step
+
+
 def run(cfg, folder):
     return T.Trainer(cfg, folder, progress=False).fit()
 
@@ -94,14 +106,7 @@ def test_exact_resume(whole, tmp_path, stop, workers):
     "Stopped in the burn-in, after it, with worker processes: weights, log and metrics of an unbroken run"
     folder = tmp_path / 'r'
     t = T.Trainer(tiny(f'loader.num_workers={workers}'), folder, progress=False)
-    real = t.method.step
-
-    def step(*args):
-        if args[-1] + 1 == stop:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(*args)
-
-    t.method.step = step
+    stop_after(t, stop)
     with pytest.raises(KeyboardInterrupt, match='same command'):
         t.fit()
     assert load_checkpoint(folder)['step'] == stop and not (folder / 'run.json').exists()

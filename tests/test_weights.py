@@ -263,6 +263,14 @@ def test_copies_of_heads_may_be_left_out_but_must_not_differ(form):
         W.convert(state | {copy: state[copy] + 1})
 
 
+def test_heads_that_do_not_divide_the_offsets_are_asked_for():
+    "Levels 2 and points 2 of 8 heads are 64 offsets: 4 heads have 4 points, 3 heads have none"
+    _, _, state = small_state('plain')
+    assert W.convert(state).settings.points == 2 and W.convert(state, heads=4).settings.points == 4
+    with pytest.raises(DataError, match='64 sampling offsets do not fit 3 heads; give heads=M'):
+        W.convert(state, heads=3)
+
+
 def test_head_zero_serves_all_layers_where_it_is_alone():
     _, wanted, state = small_state('refine')
     tied = {k: v for k, v in state.items() if not k.startswith(('class_embed.1', 'class_embed.2'))}
