@@ -204,7 +204,7 @@ def test_broken_json(tmp_path, content, words):
 def test_missing_image_folder(coco, tmp_path):
     path = coco()
     os.rename(tmp_path / 'images', tmp_path / 'elsewhere')
-    with pytest.raises(DataError, match='a.jpg was not found in .*images.*image_dir'):
+    with pytest.raises(DataError, match='a.jpg was not found in .*images.*--images FOLDER'):
         CocoDataset(path)
     with pytest.raises(DataError, match='no such image folder: .*nowhere'):
         CocoDataset(path, tmp_path / 'nowhere')
