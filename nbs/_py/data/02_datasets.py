@@ -224,9 +224,11 @@ squares, squares.coco_dict()['annotations'][2]
 # %%
 #| export
 def _areas(anns, xywh):  # areas of the file, 0 where there is none or where it contradicts the box
-    area = np.array([as_area(a.get('area')) or 0 for a in anns], dtype=np.float64)
-    size = (xywh[:, 2:] + 1).prod(1)
-    return np.where(area_contradicts(area, size), 0, area).astype(np.float32)
+    values = [a.get('area', 0) for a in anns]
+    if set(map(type, values)) != {float}:  # in most files all are
+        values = [as_area(v) or 0 for v in values]
+    area, size = np.array(values, dtype=np.float64), (xywh[:, 2:] + 1).prod(1)
+    return np.where(area_contradicts(area, size) | np.isnan(area), 0, area).astype(np.float32)
 
 
 # %%
