@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
+from ..boxes import box_iou, cxcywh_to_xyxy
 from ..core import at_least_float32, in_range, one_of
 from .self_attention import SelfAttention
 from .transformer import MLP, TransformerConfig
@@ -67,9 +68,10 @@ def sine_numbers(
 class PairBias(nn.Module):
     "A bias of the attention for each pair of boxes and each head, symmetric, zero at the start"
 
-    def __init__(self, frequencies: int, hidden: int, n_heads: int):
+    def __init__(self, frequencies: int, hidden: int, n_heads: int, overlap: bool = False):
         super().__init__()
-        self.frequencies, self.mlp = frequencies, MLP(8 * frequencies, hidden, n_heads, 2)
+        self.frequencies, self.overlap = frequencies, overlap
+        self.mlp = MLP(8 * frequencies + 2 * overlap, hidden, n_heads, 2)
         for p in self.mlp.layers[-1].parameters():
             nn.init.zeros_(p)
 
@@ -78,6 +80,10 @@ class PairBias(nn.Module):
         boxes: Tensor,  # (B,N,4) cxcywh
     ) -> Tensor:  # (B,M,N,N)
         code = sine_numbers(relative_boxes(boxes), self.frequencies)
+        if self.overlap:
+            corners = cxcywh_to_xyxy(boxes.detach())
+            iou = box_iou(corners, corners).to(code.dtype)
+            code = torch.cat([code, iou[..., None], iou[..., None] ** 4], -1)
         bias = self.mlp(code.to(self.mlp.layers[0].weight.dtype))
         return ((bias + bias.transpose(1, 2)) / 2).permute(0, 3, 1, 2)
 
@@ -93,6 +99,7 @@ class SuppressorConfig:
     tokens: int = 10  # T keys and values that all queries attend to
     frequencies: int = 4  # F, per number of a relative box (original code: 16)
     hidden: int = 16  # width between relative box and bias (original code: 128)
+    overlap: bool = False  # the bias reads the IoU of the two boxes, too
     detach: bool = False  # stop the gradient to the decoder: the layers before learn as without suppressor
 
     def __post_init__(self):
@@ -126,7 +133,7 @@ class Suppressor(nn.Module):
         self.keys = nn.Parameter(nn.init.xavier_uniform_(torch.empty(cfg.tokens, d)))
         self.values = nn.Parameter(nn.init.xavier_uniform_(torch.empty(cfg.tokens, d)))
         self.token_bias = nn.Parameter(torch.full((sizes.n_heads, cfg.tokens), -math.log(cfg.tokens)))
-        self.pair_bias = PairBias(cfg.frequencies, cfg.hidden, sizes.n_heads)
+        self.pair_bias = PairBias(cfg.frequencies, cfg.hidden, sizes.n_heads, cfg.overlap)
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
         self.linear1, self.linear2 = nn.Linear(d, sizes.ffn), nn.Linear(sizes.ffn, d)
         self.class_head = nn.Linear(d, num_classes)

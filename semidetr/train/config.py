@@ -81,6 +81,7 @@ class OptimConfig:
     points_mult: float = (
         1.0  # rate of sampling offsets and reference points relative to lr (Deformable-DETR: .1)
     )
+    suppressor_mult: float = 1.0  # rate of a learned suppressor relative to lr
     warmup: int = 0  # iterations of linear warm-up
     # batches averaged into one step; processes x accumulate = 8 gives the paper's 8 x 5 images
     accumulate: int = 1
@@ -93,6 +94,7 @@ class OptimConfig:
             iters=1,
             backbone_mult=0,
             points_mult=0,
+            suppressor_mult=0,
             weight_decay=0,
             clip=0,
             warmup=0,
@@ -346,6 +348,8 @@ LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value
     'detector.suppressor': _no_suppressor,
     'criterion.w_mds': _no_suppressor,
     'criterion.mds_cost': _no_suppressor,
+    'criterion.mds_target': _no_suppressor,
+    'optim.suppressor_mult': _no_suppressor,
     'method.mds_unsup': _no_suppressor,
     'method.mds_threshold': _no_suppressor,
 }

@@ -10,6 +10,7 @@ import math
 import torch
 import torch.distributed as dist
 from ..core import world_size
+from ..detectors.contract import has_suppressor
 
 # %% ../../nbs/train/01_optim.ipynb #07a104e2
 def build_optimizer(
@@ -20,10 +21,14 @@ def build_optimizer(
     "AdamW with a smaller rate for the backbone; frozen parameters are left out"
     groups = model.param_groups()
     others = [p for m in parts for p in m.parameters()]
+    apart = set()  # parameters of a learned suppressor with a rate of its own
+    if cfg.suppressor_mult != 1 and has_suppressor(model):
+        apart = set(model.suppressor.parameters())
     rates = [
-        ([*others, *groups['rest']], 1.0),
+        ([*others, *(p for p in groups['rest'] if p not in apart)], 1.0),
         (groups['backbone'], cfg.backbone_mult),
         (groups.get('points', []), cfg.points_mult),
+        ([p for p in groups['rest'] if p in apart], cfg.suppressor_mult),
     ]
     params = [dict(params=ps, lr=cfg.lr * mult, base_lr=cfg.lr * mult) for ps, mult in rates if ps]
     return torch.optim.AdamW(params, weight_decay=cfg.weight_decay, fused=True)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
+from semidetr.boxes import box_iou, cxcywh_to_xyxy
 from semidetr.core import at_least_float32, in_range, one_of
 from semidetr.detectors.self_attention import SelfAttention
 from semidetr.detectors.transformer import MLP, TransformerConfig
@@ -100,6 +101,9 @@ order
 # cosine of $e_{ijk}/10000^{m/F}$, $m=0,\dots,F-1$, go through two linear layers to one number per head; the
 # mean with the number of the pair $(j,i)$ is the bias $\beta_{ij}$ of the attention. It takes the place of the
 # position code: queries and keys are the content alone. The last linear layer starts at zero.
+#
+# What suppression asks is whether the *overlap* of two boxes is large, a steep function of all four numbers
+# that a small network learns slowly. With `overlap=True` it reads the IoU $u_{ij}$ and $u_{ij}^4$ as well.
 
 # %%
 #| export
@@ -128,9 +132,10 @@ def sine_numbers(
 class PairBias(nn.Module):
     "A bias of the attention for each pair of boxes and each head, symmetric, zero at the start"
 
-    def __init__(self, frequencies: int, hidden: int, n_heads: int):
+    def __init__(self, frequencies: int, hidden: int, n_heads: int, overlap: bool = False):
         super().__init__()
-        self.frequencies, self.mlp = frequencies, MLP(8 * frequencies, hidden, n_heads, 2)
+        self.frequencies, self.overlap = frequencies, overlap
+        self.mlp = MLP(8 * frequencies + 2 * overlap, hidden, n_heads, 2)
         for p in self.mlp.layers[-1].parameters():
             nn.init.zeros_(p)
 
@@ -139,6 +144,10 @@ class PairBias(nn.Module):
         boxes: Tensor,  # (B,N,4) cxcywh
     ) -> Tensor:  # (B,M,N,N)
         code = sine_numbers(relative_boxes(boxes), self.frequencies)
+        if self.overlap:
+            corners = cxcywh_to_xyxy(boxes.detach())
+            iou = box_iou(corners, corners).to(code.dtype)
+            code = torch.cat([code, iou[..., None], iou[..., None] ** 4], -1)
         bias = self.mlp(code.to(self.mlp.layers[0].weight.dtype))
         return ((bias + bias.transpose(1, 2)) / 2).permute(0, 3, 1, 2)
 
@@ -152,6 +161,8 @@ assert torch.allclose(e[0, 1], torch.tensor([0.048790, 0, 0, 0]), atol=1e-5)
 assert torch.allclose(e[0, 3], torch.tensor([0.559615, 0.559615, 1.386294, 1.386294]), atol=1e-5)
 assert torch.allclose(e[3, 0], torch.tensor([1.386294, 1.386294, -1.386294, -1.386294]), atol=1e-5)
 assert relative_boxes(torch.zeros(1, 2, 4)).isfinite().all()
+flat_bias = PairBias(4, 16, n_heads=2, overlap=True)(P[None])
+assert flat_bias.shape == (1, 2, 4, 4) and not flat_bias.any()
 e[0]
 
 
@@ -182,6 +193,7 @@ class SuppressorConfig:
     tokens: int = 10  # T keys and values that all queries attend to
     frequencies: int = 4  # F, per number of a relative box (original code: 16)
     hidden: int = 16  # width between relative box and bias (original code: 128)
+    overlap: bool = False  # the bias reads the IoU of the two boxes, too
     detach: bool = False  # stop the gradient to the decoder: the layers before learn as without suppressor
 
     def __post_init__(self):
@@ -230,7 +242,7 @@ class Suppressor(nn.Module):
         self.keys = nn.Parameter(nn.init.xavier_uniform_(torch.empty(cfg.tokens, d)))
         self.values = nn.Parameter(nn.init.xavier_uniform_(torch.empty(cfg.tokens, d)))
         self.token_bias = nn.Parameter(torch.full((sizes.n_heads, cfg.tokens), -math.log(cfg.tokens)))
-        self.pair_bias = PairBias(cfg.frequencies, cfg.hidden, sizes.n_heads)
+        self.pair_bias = PairBias(cfg.frequencies, cfg.hidden, sizes.n_heads, cfg.overlap)
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
         self.linear1, self.linear2 = nn.Linear(d, sizes.ffn), nn.Linear(sizes.ffn, d)
         self.class_head = nn.Linear(d, num_classes)
@@ -411,7 +423,8 @@ plt.show()
 # ## Paper vs. code
 # In MDS-DETR queries with equal logits do not see each other (`visible(z, strict=True)`), all queries are read, the
 # relative box is encoded at 16 frequencies with a hidden width of 128, and the head is `own`. The order by
-# number, the $n$ surest queries, the lighter encoding, `residual` and `detach` are additions of this project.
+# number, the $n$ surest queries, the lighter encoding, `overlap`, `residual` and `detach` are additions of this
+# project.
 # :::
 #
 # ## Summary

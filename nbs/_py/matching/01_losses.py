@@ -267,6 +267,9 @@ class CriterionConfig:
     no_object: float = 0.1  # detectors with softmax: weight of the no-object class (@eq-softmax-loss)
     w_mds: float = 1.0  # factor on the loss of a learned suppressor (@sec-rescoring)
     mds_cost: str = 'suppressor'  # scores in its matching cost: 'suppressor' (its own), or 'one_to_many'
+    mds_target: str = (
+        'match'  # its targets on labelled images: 'match'ed objects, what 'nms' keeps, or 'both'
+    )
 
     def __post_init__(self):
         one_of(
@@ -277,6 +280,7 @@ class CriterionConfig:
             o2m=('task_aligned', 'max_iou', 'atss', 'simota'),
             class_cost=('focal', 'probability'),
             mds_cost=('suppressor', 'one_to_many'),
+            mds_target=('match', 'nms', 'both'),
         )
         if not self.no_object > 0:
             raise ConfigError(f'criterion.no_object={self.no_object} must be above 0')

@@ -17,6 +17,8 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import batched_nms
+from semidetr.boxes import cxcywh_to_xyxy
 from semidetr.core import all_reduce_mean, at_least_float32
 from semidetr.matching.losses import CriterionConfig, box_losses
 from semidetr.matching.matching import assign_o2o, pad_targets, pairwise_overlap
@@ -187,6 +189,72 @@ change = quality_loss(torch.tensor([0.6, 0.6]).logit(), torch.tensor([0.9, 1.0])
 assert abs((whole - lowered).item() - change) < 1e-5 and (new_logits.grad > 0).all()
 lowered.item(), nothing.item()
 
+
+# %% [markdown]
+# ## Suppression as the teacher
+#
+# Twenty labelled images hold few pairs of duplicates and fewer pairs of neighbours. But which of its queries
+# are duplicates the detector can be told on *any* image, without a label: per-class suppression of its own
+# one-to-many output says so. Let $p_{ic}$ be the one-to-many probabilities and $k_{ic}=1$ for those that
+# suppression keeps. The new probabilities $\tilde p_{ic}$ learn to keep the score of these and to lower the rest,
+#
+# $$
+# L_{nms} = \frac{w_{mds}}{N} \sum_{i,c} p_{ic}\,\mathrm{BCE}(\tilde p_{ic},\, k_{ic}\,p_{ic}),
+# \qquad N = \sum_{i,c} k_{ic}\,p_{ic} ,
+# $$ {#eq-rescoring-nms}
+#
+# each entry with the weight that it has in a precision-recall curve: its score. Suppression is needed in
+# training alone. At test time one pass through the layer replaces it, and labelled images can correct it where
+# true neighbours overlap (`criterion.mds_target='both'`).
+
+# %%
+#| export
+def kept_by_nms(
+    logits: Tensor,  # (B,Q,C)
+    boxes: Tensor,  # (B,Q,4) cxcywh
+    iou: float = 0.6,  # above it, the less sure of two boxes of a class is removed
+    min_score: float = 0.01,  # entries below are not kept
+) -> Tensor:  # (B,Q,C) bool
+    "Entries of query and class that per-class suppression keeps"
+    scores = at_least_float32(logits.detach()).sigmoid()
+    corners, kept = (
+        cxcywh_to_xyxy(at_least_float32(boxes.detach())),
+        torch.zeros_like(scores, dtype=torch.bool),
+    )
+    for image, of_image in enumerate(scores):
+        query, label = (of_image > min_score).nonzero(as_tuple=True)
+        keep = batched_nms(corners[image, query], of_image[query, label], label, iou)
+        kept[image, query[keep], label[keep]] = True
+    return kept
+
+
+def suppression_loss(
+    outputs: dict,  # of a detector, with `suppressed`
+    cfg: CriterionConfig = CriterionConfig(),  # w_mds
+    kept: Tensor = None,  # (B,Q,C) bool; None: those of `kept_by_nms`
+) -> dict:  # loss_mds: scalar
+    "The new scores learn what suppression does to the old ones, without labels (@eq-rescoring-nms)"
+    if kept is None:
+        kept = kept_by_nms(outputs['pred_logits'], outputs['pred_boxes'])
+    new = outputs['suppressed']
+    index = new['index'][..., None].expand(-1, -1, kept.shape[-1])
+    score = at_least_float32(outputs['pred_logits'].detach()).sigmoid().gather(1, index)
+    target = score * kept.gather(1, index)
+    logits = at_least_float32(new['pred_logits'])
+    losses = score * F.binary_cross_entropy_with_logits(logits, target, reduction='none')
+    return dict(loss_mds=cfg.w_mds * losses.sum() / all_reduce_mean(target.sum()).clamp(min=1))
+
+
+# %%
+both = dict(toy, pred_logits=new_logits, pred_boxes=three_queries)
+kept = kept_by_nms(new_logits, three_queries)
+assert kept[0].tolist() == [[True, True], [False, False], [True, True]]
+distilled = suppression_loss(both)['loss_mds']
+p, k = new_logits.sigmoid().detach(), kept.float()
+by_hand = p * -(p * k * p.log() + (1 - p * k) * (1 - p).log())
+assert torch.allclose(distilled, by_hand.sum() / (p * k).sum(), atol=1e-5)
+kept[0], distilled.item()
+
 # %%
 #| label: fig-rescoring-loss
 #| fig-cap: "The loss of a matched query has its minimum at the quality of its box and the larger weight the better the box; that of the background grows steeply with the score, so sure duplicates dominate it."
@@ -208,7 +276,8 @@ plt.show()
 # - The suppressor has one loss, on its class logits: varifocal, towards the IoU of a Hungarian match.
 # - With the teacher's boxes, sure ones are targets, weighted by their score; near doubtful ones nothing is
 #   background of their class.
-# - By default only labelled images train it (`method.mds_unsup='none'`).
+# - Without any label, it learns what suppression would remove (@eq-rescoring-nms).
+# - By default only labelled images train it, by matching (`method.mds_unsup='none'`).
 #
 # ## Exercises
 #

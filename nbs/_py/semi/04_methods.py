@@ -23,7 +23,7 @@ from semidetr.core import ConfigError, one_of, suggest
 from semidetr.detectors.contract import add_suppressed, has_suppressor
 from semidetr.matching.losses import set_criterion
 from semidetr.matching.matching import stage_of
-from semidetr.matching.rescoring import sure_and_doubtful, suppressor_loss
+from semidetr.matching.rescoring import sure_and_doubtful, suppression_loss, suppressor_loss
 from semidetr.semi.consistency import (
     Projector,
     consistency_active,
@@ -140,11 +140,12 @@ class MethodConfig:
     unsup_weight: float = 4.0  # w_u (paper: 4 for COCO-Partial, 2 for COCO-Full)
     unsup_ramp: int = 0  # iterations over which w_u grows from 0 after the burn-in (official: 0)
     unsup_cdn: str = 'stage2'  # denoising queries made of pseudo labels: 'stage2' (code), 'always', 'never'
-    mds_unsup: str = 'none'  # teacher's boxes that train a learned suppressor: 'none', or 'sure': high scores
+    # what trains a learned suppressor on unlabelled images: 'none', the teacher's 'sure' boxes, or what 'nms' keeps
+    mds_unsup: str = 'none'
     mds_threshold: float = 0.4  # smallest score of a sure box
 
     def __post_init__(self):
-        one_of('method', self, unsup_cdn=('stage2', 'always', 'never'), mds_unsup=('none', 'sure'))
+        one_of('method', self, unsup_cdn=('stage2', 'always', 'never'), mds_unsup=('none', 'sure', 'nms'))
         self.implementation  # raises for an unknown name
 
     @property
@@ -231,7 +232,7 @@ class Supervised(Method):
     def step(self, student, teacher, batch, t):
         part = batch['labelled']
         outputs = student(part['images'], part['mask'], part['targets'])
-        losses = self.criterion(outputs, part['targets'], t) | self.rescoring(outputs, part['targets'])
+        losses = self.criterion(outputs, part['targets'], t) | self.sup_rescoring(outputs, part['targets'])
         boxes = sum(len(target['labels']) for target in part['targets'])
         return StepResult(losses, dict(labelled_boxes=boxes / max(1, len(part['targets']))), {})
 
@@ -240,20 +241,28 @@ class Supervised(Method):
         stage, cfg = stage_of(t, self.cfg.method.T1), self.cfg.criterion
         return set_criterion(outputs, targets, stage, cfg, denoising, stats, one_to_many_assigner(cfg))
 
-    def rescoring(self, outputs, targets, doubtful=None):
-        "The loss of a learned suppressor (@sec-rescoring), if the detector has one"
+    def sup_rescoring(self, outputs, targets):
+        "The loss of a learned suppressor on labelled images (@sec-rescoring), if the detector has one"
         if 'suppressed' not in outputs:
             return {}
-        return suppressor_loss(outputs, targets, self.cfg.criterion, doubtful)
+        cfg, loss = self.cfg.criterion, 0
+        if cfg.mds_target != 'nms':
+            loss = suppressor_loss(outputs, targets, cfg)['loss_mds']
+        if cfg.mds_target != 'match':
+            loss = loss + suppression_loss(outputs, cfg)['loss_mds']
+        return dict(loss_mds=loss)
 
     def unsup_rescoring(self, student, outputs, detections, weak, strong):
-        "The same on the teacher's detections in the weak view, if `method.mds_unsup` says so"
+        "The same on unlabelled images in the strong view, if `method.mds_unsup` says so"
         cfg = self.cfg
         if not has_suppressor(student) or cfg.method.mds_unsup == 'none':
             return {}
         outputs = add_suppressed(student, outputs)
+        if cfg.method.mds_unsup == 'nms':
+            return suppression_loss(outputs, cfg.criterion)
         moved = transport(detections, weak['targets'], strong['targets'], cfg.pseudo.min_side)
-        return self.rescoring(outputs, *sure_and_doubtful(moved, cfg.method.mds_threshold))
+        sure, doubtful = sure_and_doubtful(moved, cfg.method.mds_threshold)
+        return suppressor_loss(outputs, sure, cfg.criterion, doubtful)
 
     @classmethod
     def derived(cls, cfg):
