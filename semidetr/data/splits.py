@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from numbers import Integral
 from pathlib import Path
-from ..core import ConfigError, DataError, atomic_write, stable_hash
+from ..core import ConfigError, DataError, atomic_write, stable_hash, tell
 from ..text import read_text
 
 # %% ../../nbs/data/05_splits.ipynb #4655d589
@@ -47,6 +47,7 @@ class Split:
     seed: int = 0  # of all hashes
     fingerprint: str = ''  # of the data set
     dataset: str = ''  # its name
+    shots: int | None = None  # or this number of labelled images of each class
 
     def indices(
         self,
@@ -57,7 +58,9 @@ class Split:
         return [ds.index_of(i) for i in getattr(self, part)]
 
     def __repr__(self):
-        what = f'{self.percent:g} %' if self.percent is not None else f'{self.count} images'
+        what = f'{self.count} images' if self.shots is None else f'{self.shots} images per class'
+        if self.percent is not None:
+            what = f'{self.percent:g} %'
         return (
             f'Split({self.dataset!r}, {what}, fold {self.fold}: {len(self.labelled)} labelled, '
             f'{len(self.unlabelled)} unlabelled, {len(self.dev)} dev)'
@@ -95,6 +98,25 @@ def _cover_first(ds, order):
     return front + rest, len(front)
 
 # %% ../../nbs/data/05_splits.ipynb #55e8d758
+def _few_shots(ds, order, shots):
+    "The order with k images of each class first; -> (order, number of those images, classes with fewer)"
+    queues = {c: [] for c in range(len(ds.classes))}
+    labels = {i: _labels(ds, i) for i in order}
+    for i in order:
+        for c in labels[i]:
+            queues[c].append(i)
+    chosen, counts = {}, dict.fromkeys(queues, 0)
+    rarest_first = sorted(queues, key=lambda c: (len(queues[c]), c))
+    for k in range(1, shots + 1):
+        for c in rarest_first:
+            new = next((i for i in queues[c] if i not in chosen), None)
+            if counts[c] < k and new is not None:
+                chosen[new] = True
+                counts = {d: n + (d in labels[new]) for d, n in counts.items()}
+    short = [c for c in rarest_first if counts[c] < shots]
+    return [*chosen, *(i for i in order if i not in chosen)], len(chosen), short
+
+# %% ../../nbs/data/05_splits.ipynb #a713d6e9
 def make_split(
     ds,  # a data set with name, ids, classes, annotation(i), index_of(id), fingerprint()
     percent: float | None = None,  # labelled share of all images, in (0, 100]; 100 = all but dev
@@ -103,15 +125,30 @@ def make_split(
     dev: int = 100,  # development images, taken out first, the same for every fold and percentage
     seed: int = 0,  # of all hashes
     cover_classes: bool = False,  # put at least one image of every class first (reads hidden labels)
+    shots: int | None = None,  # or the number of labelled images of each class (reads hidden labels)
 ) -> Split:
     "Divide a data set by hashes of image ids (@eq-splits-rank); at least one image is labelled"
-    if (percent is None) == (count is None):
-        raise ConfigError('a split needs either percent or count, and not both')
+    if (percent, count, shots).count(None) != 2:
+        raise ConfigError('a split needs one of percent, count and shots')
+    if shots is not None and shots < 1:
+        raise ConfigError(f'shots={shots}: each class needs at least one labelled image')
     if percent is not None and not 0 < percent <= 100:
         raise ConfigError(f'percent={percent} is outside (0, 100]; 10 means ten percent')
     if count is not None and count < 1:
         raise ConfigError(f'count={count}: at least one image must be labelled')
     held, order = _pool(ds, dev, seed, fold)
+    if shots is not None:
+        order, n, short = _few_shots(ds, order, shots)
+        names = ', '.join(ds.classes[c] for c in short[:5])
+        tell(
+            [f'{ds.name}: fewer than {shots} images beside the development part show {names}']
+            if short
+            else []
+        )
+        if not n:
+            raise DataError(f'{ds.name}: no image has a box; shots needs images of each class')
+        settings = dict(fold=fold, seed=seed, fingerprint=ds.fingerprint(), dataset=ds.name, shots=shots)
+        return Split(order[:n], order[n:], held, **settings)
     n = count if count is not None else max(1, _share(percent, len(ds.ids)))
     if count is not None and count > len(order):
         raise DataError(

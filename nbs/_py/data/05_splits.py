@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from numbers import Integral
 from pathlib import Path
-from semidetr.core import ConfigError, DataError, atomic_write, stable_hash
+from semidetr.core import ConfigError, DataError, atomic_write, stable_hash, tell
 from semidetr.text import read_text
 
 
@@ -89,6 +89,7 @@ class Split:
     seed: int = 0  # of all hashes
     fingerprint: str = ''  # of the data set
     dataset: str = ''  # its name
+    shots: int | None = None  # or this number of labelled images of each class
 
     def indices(
         self,
@@ -99,7 +100,9 @@ class Split:
         return [ds.index_of(i) for i in getattr(self, part)]
 
     def __repr__(self):
-        what = f'{self.percent:g} %' if self.percent is not None else f'{self.count} images'
+        what = f'{self.count} images' if self.shots is None else f'{self.shots} images per class'
+        if self.percent is not None:
+            what = f'{self.percent:g} %'
         return (
             f'Split({self.dataset!r}, {what}, fold {self.fold}: {len(self.labelled)} labelled, '
             f'{len(self.unlabelled)} unlabelled, {len(self.dev)} dev)'
@@ -144,6 +147,50 @@ def _cover_first(ds, order):
 # `cover_classes=True` moves images that add a class to the front of the ranking. This *reads labels that are
 # supposed to be hidden*, so it is off by default, and a table that uses it should say so. The sets stay
 # nested.
+#
+# Few-shot studies label $k$ images of every class ($k=1$ is "one shot"). The classes take turns, the rarest
+# first; each takes its next image in rank order unless the images so far already show it often enough, since
+# an image counts for all its classes. After $k$ rounds each class has $k$ images, or all that there are. The
+# sets are nested in $k$. This, too, reads hidden labels.
+
+# %%
+#| export
+def _few_shots(ds, order, shots):
+    "The order with k images of each class first; -> (order, number of those images, classes with fewer)"
+    queues = {c: [] for c in range(len(ds.classes))}
+    labels = {i: _labels(ds, i) for i in order}
+    for i in order:
+        for c in labels[i]:
+            queues[c].append(i)
+    chosen, counts = {}, dict.fromkeys(queues, 0)
+    rarest_first = sorted(queues, key=lambda c: (len(queues[c]), c))
+    for k in range(1, shots + 1):
+        for c in rarest_first:
+            new = next((i for i in queues[c] if i not in chosen), None)
+            if counts[c] < k and new is not None:
+                chosen[new] = True
+                counts = {d: n + (d in labels[new]) for d, n in counts.items()}
+    short = [c for c in rarest_first if counts[c] < shots]
+    return [*chosen, *(i for i in order if i not in chosen)], len(chosen), short
+
+
+# %%
+class ThreeImages:
+    "Three images with the classes a and b, b, b and c"
+
+    name, classes, ids = 'three', ['a', 'b', 'c'], [1, 2, 3]
+
+    def annotation(self, i):
+        labels = [[0, 1], [1], [1, 2]][i]
+        return dict(labels=labels, ignore=[False] * len(labels))
+
+    def index_of(self, image_id):
+        return image_id - 1
+
+
+assert _few_shots(ThreeImages(), [1, 2, 3], 1) == ([1, 3, 2], 2, [])
+_few_shots(ThreeImages(), [1, 2, 3], 2)
+
 
 # %%
 #| export
@@ -155,15 +202,30 @@ def make_split(
     dev: int = 100,  # development images, taken out first, the same for every fold and percentage
     seed: int = 0,  # of all hashes
     cover_classes: bool = False,  # put at least one image of every class first (reads hidden labels)
+    shots: int | None = None,  # or the number of labelled images of each class (reads hidden labels)
 ) -> Split:
     "Divide a data set by hashes of image ids (@eq-splits-rank); at least one image is labelled"
-    if (percent is None) == (count is None):
-        raise ConfigError('a split needs either percent or count, and not both')
+    if (percent, count, shots).count(None) != 2:
+        raise ConfigError('a split needs one of percent, count and shots')
+    if shots is not None and shots < 1:
+        raise ConfigError(f'shots={shots}: each class needs at least one labelled image')
     if percent is not None and not 0 < percent <= 100:
         raise ConfigError(f'percent={percent} is outside (0, 100]; 10 means ten percent')
     if count is not None and count < 1:
         raise ConfigError(f'count={count}: at least one image must be labelled')
     held, order = _pool(ds, dev, seed, fold)
+    if shots is not None:
+        order, n, short = _few_shots(ds, order, shots)
+        names = ', '.join(ds.classes[c] for c in short[:5])
+        tell(
+            [f'{ds.name}: fewer than {shots} images beside the development part show {names}']
+            if short
+            else []
+        )
+        if not n:
+            raise DataError(f'{ds.name}: no image has a box; shots needs images of each class')
+        settings = dict(fold=fold, seed=seed, fingerprint=ds.fingerprint(), dataset=ds.name, shots=shots)
+        return Split(order[:n], order[n:], held, **settings)
     n = count if count is not None else max(1, _share(percent, len(ds.ids)))
     if count is not None and count > len(order):
         raise DataError(
@@ -201,6 +263,10 @@ class TwentyImages:
         return 'f00d'
 
 
+class Sixty(TwentyImages):
+    ids = list(range(100, 160))
+
+
 twenty = TwentyImages()
 small, large = (make_split(twenty, percent=p, dev=4) for p in (10, 50))
 assert (len(small.labelled), len(large.labelled)) == (2, 10) and set(small.labelled) < set(large.labelled)
@@ -212,6 +278,13 @@ small, large
 covered = make_split(twenty, count=4, dev=4, cover_classes=True)
 assert {c for i in covered.labelled for c in _labels(twenty, i)} == {0, 1, 2}
 [(i, _labels(twenty, i)) for i in covered.labelled]
+
+# %%
+one_shot, two_shots = (make_split(Sixty(), shots=k, dev=6) for k in (1, 2))
+shown = [c for i in two_shots.labelled for c in _labels(twenty, i)]
+assert [shown.count(c) for c in range(3)] == [2, 2, 2]
+assert set(one_shot.labelled) < set(two_shots.labelled)
+two_shots
 
 # %% [markdown]
 # For COCO the counts are those of the literature: 1,182 / 5,914 / 11,828 of 118,287 images. In
@@ -226,11 +299,6 @@ import numpy as np
 #| label: fig-splits-strip
 #| fig-cap: "A larger percentage only adds labels, and the development images (grey) are the same in every row. Rows: 10, 25 and 50 % of sixty images in two folds; dark: labelled, light: unlabelled."
 #| fig-alt: "Six rows of sixty cells; dark labelled cells of a row are contained in the row below within each fold; grey cells are in the same columns everywhere."
-
-
-class Sixty(TwentyImages):
-    ids = list(range(100, 160))
-
 
 rows = [(f, p, make_split(Sixty(), percent=p, fold=f, dev=6)) for f in (0, 1) for p in (10, 25, 50)]
 strip = np.array([[0 if i in s.labelled else 1 if i in s.dev else 2 for i in Sixty.ids] for _, _, s in rows])
