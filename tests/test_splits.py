@@ -113,8 +113,8 @@ def test_cover_classes():
 @pytest.mark.parametrize(
     'kw, error, words',
     [
-        (dict(), ConfigError, 'either percent or count'),
-        (dict(percent=1, count=1), ConfigError, 'not both'),
+        (dict(), ConfigError, 'one of percent, count and shots'),
+        (dict(percent=1, count=1), ConfigError, 'one of percent, count and shots'),
         (dict(percent=0), ConfigError, r'\(0, 100\]'),
         (dict(percent=101), ConfigError, 'ten percent'),
         (dict(count=0), ConfigError, 'at least one'),

@@ -91,6 +91,7 @@ def split(
     out: _opt(Path, 'JSON file to write', '--out', '-o'),
     percent: _opt(float, 'percent of the images that keep their labels') = None,
     count: _opt(int, 'or: number of labelled images') = None,
+    shots: _opt(int, 'or: number of labelled images of each class') = None,
     fold: _opt(int, 'which draw') = 0,
     dev: _opt(
         int, 'images held out to choose settings on; default: 100, at most a fifth; with --from 0'
@@ -104,6 +105,8 @@ def split(
     """Divide training images into labelled, unlabelled and development part; the same on every machine.
 
     Example: semidetr split --data path/to/coco --percent 5 --fold 0 -o split.json
+
+    Example: semidetr split --data path/to/coco --shots 10 -o ten_shots.json
     """
     from semidetr import make_split, open_dataset, read_index_list, save_split
     from semidetr.core import tell
@@ -117,7 +120,7 @@ def split(
         _say(f'{from_file}: read as {found}')
     else:
         dev = min(100, len(ds) // 5) if dev is None else dev
-        s = make_split(ds, percent, count, fold, dev, seed, cover_classes)
+        s = make_split(ds, percent, count, fold, dev, seed, cover_classes, shots)
     labelled, empty, kept = [ds.index_of(i) for i in s.labelled], 0, None
     if ds.has_boxes:
         kept, empty = drawn_positions(ds, labelled)

@@ -39,6 +39,7 @@ class DataConfig:
     images: str = ''  # folder of the images of a COCO file; empty: look in the usual places
     percent: float = 0.0  # percent of the training images that keep their labels; 0: use `count`
     count: int = 0  # number of labelled images; 0 with percent 0: all
+    shots: int = 0  # number of labelled images of each class, instead of percent and count
     fold: int = 0  # which draw of the labelled images
     split_seed: int = 0
     split_file: str = ''  # a split written by `semidetr split`, instead of percent, count and fold
@@ -50,7 +51,7 @@ class DataConfig:
 
     def __post_init__(self):
         one_of('data', self, background=('negatives', 'left_out'))
-        in_range('data', self, percent=(0, 100), count=0, fold=0, dev=0, white=0, skip_broken=0)
+        in_range('data', self, percent=(0, 100), count=0, shots=0, fold=0, dev=0, white=0, skip_broken=0)
 
 
 @dataclass(frozen=True)
@@ -342,6 +343,7 @@ LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value
     'mining.rate_window': lambda c: 'class_rate' not in (c.mining.sup_filter, c.mining.con_filter),
     'ema.start': lambda c: c.ema.start == 0 or (c.ema.start < 0 and not c.run.init),
     'data.background': lambda c: c.data.background == 'negatives',  # no record's data have background images
+    'data.shots': lambda c: c.data.shots == 0,
     'data.white': lambda c: c.data.white == 0,
     'data.skip_broken': lambda c: c.data.skip_broken == 0,
     'data.images': lambda c: not c.data.images,

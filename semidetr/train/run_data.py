@@ -254,10 +254,12 @@ def build_data(
     if cfg.split_file:
         split = load_split(cfg.split_file, train)
     else:
-        percent, count = cfg.percent or None, cfg.count or None
-        if percent is None and count is None:
-            percent = 100.0
-        split = make_split(train, percent, count, cfg.fold, cfg.dev, cfg.split_seed, cfg.cover_classes)
+        wanted = dict(percent=cfg.percent or None, count=cfg.count or None, shots=cfg.shots or None)
+        if not any(wanted.values()):
+            wanted['percent'] = 100.0
+        split = make_split(
+            train, fold=cfg.fold, dev=cfg.dev, seed=cfg.split_seed, cover_classes=cfg.cover_classes, **wanted
+        )
 
     def pick(ids):
         return Subset(train, [train.index_of(i) for i in ids])

@@ -107,6 +107,7 @@ def train(
     config: _opt(Path, 'TOML or JSON file with the settings that differ from the preset') = None,
     percent: _opt(float, 'percent of the training images that keep their labels; default: all') = None,
     count: _opt(int, 'or: number of images that keep their labels') = None,
+    shots: _opt(int, 'or: number of labelled images of each class') = None,
     split_file: _opt(str, 'or: file of semidetr split') = '',
     iters: _opt(int, 'iterations') = None,
     seed: _opt(int, 'seed') = None,

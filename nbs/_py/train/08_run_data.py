@@ -343,12 +343,7 @@ def build_data(
         if not any(wanted.values()):
             wanted['percent'] = 100.0
         split = make_split(
-            train,
-            fold=cfg.fold,
-            dev=cfg.dev,
-            seed=cfg.split_seed,
-            cover_classes=cfg.cover_classes,
-            **wanted,
+            train, fold=cfg.fold, dev=cfg.dev, seed=cfg.split_seed, cover_classes=cfg.cover_classes, **wanted
         )
 
     def pick(ids):

@@ -84,6 +84,7 @@ OPTIONS = dict(  # option of `train` -> setting
     method='method.name',
     percent='data.percent',
     count='data.count',
+    shots='data.shots',
     iters='optim.iters',
     seed='run.seed',
     device='run.device',
@@ -102,13 +103,13 @@ def options_to_settings(
     percent = given.get('percent')
     if percent is not None and not 0 < percent <= 100:
         raise ConfigError(f"--percent {percent:g} is outside (0, 100]; 10 means ten percent")
-    for k in ('count', 'iters'):
+    for k in ('count', 'shots', 'iters'):
         if k in given and given[k] < 1:
             raise ConfigError(f'--{k} {given[k]} must be at least 1')
-    divided = [k for k in ('percent', 'count', 'split_file') if k in given]
+    divided = [k for k in ('percent', 'count', 'shots', 'split_file') if k in given]
     if len(divided) > 1:
-        raise ConfigError('give one of --percent, --count and --split-file')
-    reset = ['data.percent=0', 'data.count=0'] if divided else []
+        raise ConfigError('give one of --percent, --count, --shots and --split-file')
+    reset = [f'data.{k}=0' for k in ('percent', 'count', 'shots')] if divided else []
     return reset + [f'{name}={given[k]}' for k, name in OPTIONS.items() if k in given]
 
 
@@ -126,6 +127,7 @@ def settings_list(
 assert options_to_settings(dict(data='a', percent=5, seed=None)) == [
     'data.percent=0',
     'data.count=0',
+    'data.shots=0',
     'data.data=a',
     'data.percent=5',
 ]
@@ -219,14 +221,14 @@ def _fit_to_method(cfg, given):
 def check_method(cfg: Config):  # iterator of lines
     "Lines about settings that do not go together; `ConfigError` if the run cannot work"
     d, m, n = cfg.data, cfg.method, cfg.optim.iters
-    partly = d.unlabelled or d.split_file or d.count or d.percent not in (0, 100)
+    partly = d.unlabelled or d.split_file or d.count or d.shots or d.percent not in (0, 100)
     if not m.needs_unlabelled and partly:
         others = ' or '.join(name for name in METHODS if MethodConfig(name).needs_unlabelled)
         yield f'method {m.name}: unlabelled images are not used (--method {others} learns from them)'
     if m.needs_unlabelled and not partly:
         raise ConfigError(
             f'method {m.name} needs unlabelled images: --unlabelled FOLDER, or keep the labels of a part '
-            'with --percent or --count'
+            'with --percent, --count or --shots'
         )
     if m.needs_unlabelled and m.burn_in_iters >= n:
         yield (
@@ -369,6 +371,7 @@ def train(
     config: str | Path | dict | None = None,  # TOML or JSON file, or nested dict, with what differs from it
     percent: float | None = None,  # percent of the training images that keep their labels; None: all
     count: int | None = None,  # or: number of images that keep their labels
+    shots: int | None = None,  # or: number of labelled images of each class
     split_file: str | Path = '',  # or: file of `save_split`
     iters: int | None = None,  # iterations; None: as the preset says
     seed: int | None = None,  # None: as the preset says
