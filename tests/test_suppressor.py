@@ -6,6 +6,7 @@ import math
 import warnings
 import pytest
 import torch
+from semidetr.boxes import box_iou, cxcywh_to_xyxy
 from semidetr.core import ConfigError
 from semidetr.detectors.contract import add_suppressed, build_detector, has_suppressor, post_process, reported
 from semidetr.detectors.deformable_detr import deformable_detr_small
@@ -21,10 +22,18 @@ from semidetr.detectors.suppressor import (
 from semidetr.detectors.transformer import TransformerConfig
 from semidetr.lab.plan import plan
 from semidetr.matching.losses import CriterionConfig
-from semidetr.matching.rescoring import doubtful_entries, quality_loss, sure_and_doubtful, suppressor_loss
+from semidetr.matching.rescoring import (
+    doubtful_entries,
+    kept_by_nms,
+    quality_loss,
+    suppression_loss,
+    sure_and_doubtful,
+    suppressor_loss,
+)
 from semidetr.semi.methods import MethodConfig, suppressor_advice
 from semidetr.semi.teacher import teacher_detections
 from semidetr.train.config import config_hash, from_saved, override, preset, to_dict
+from semidetr.train.optim import build_optimizer
 from semidetr.train.predict import Predictor, load_model
 from semidetr.train.trainer import Trainer
 from test_contract import check_contract, check_extra_queries, check_gradients, check_outputs, padded_batch
@@ -449,3 +458,107 @@ def test_study_arms():
     for arm in ('residual', 'own'):
         assert runs[arm].method.T1 == runs[arm].optim.iters and runs[arm].method.mds_unsup == 'none'
     assert runs['residual'].run.init == runs['own'].run.init
+
+
+# --- what suppression keeps ---------------------------------------------------------------------
+def slow_nms(scores, boxes, iou, min_score):
+    "Per-class suppression of one image by its definition"
+    corners = cxcywh_to_xyxy(boxes)
+    overlap, kept = box_iou(corners, corners), torch.zeros_like(scores, dtype=torch.bool)
+    for c in range(scores.shape[1]):
+        for q in sorted(range(len(scores)), key=lambda q: -scores[q, c]):
+            rivals = kept[:, c] & (overlap[q] > iou)
+            kept[q, c] = bool(scores[q, c] > min_score) and not rivals.any()
+    return kept
+
+
+@pytest.mark.parametrize('iou', [0.3, 0.6])
+def test_kept_by_nms_is_suppression(iou):
+    g = torch.Generator().manual_seed(0)
+    logits, boxes = torch.randn(3, 40, 4, generator=g) * 3 - 2, torch.rand(3, 40, 4, generator=g) * 0.4 + 0.3
+    kept = kept_by_nms(logits, boxes, iou)
+    wanted = torch.stack([slow_nms(s, b, iou, 0.01) for s, b in zip(logits.sigmoid(), boxes)])
+    assert torch.equal(kept, wanted) and 0 < kept.sum() < (logits.sigmoid() > 0.01).sum()
+    assert not kept_by_nms(torch.full((2, 5, 3), -9.0), boxes[:2, :5]).any()
+
+
+def distillation(seed=0, head='residual', **settings):
+    model = some_suppressor(head, seed, overlap=True, **settings)
+    hs, logits, boxes = some_queries()
+    hs.requires_grad_()
+    return model, dict(pred_logits=logits, pred_boxes=boxes, suppressed=model(hs, logits, boxes)), hs
+
+
+def test_suppression_loss_by_hand():
+    model, out, hs = distillation()
+    loss = suppression_loss(out, CriterionConfig(w_mds=2.0))['loss_mds']
+    kept = kept_by_nms(out['pred_logits'], out['pred_boxes'])
+    total, objects = 0, 0
+    for b in range(2):
+        for place, q in enumerate(out['suppressed']['index'][b].tolist()):
+            p = out['pred_logits'][b, q].sigmoid()
+            y = p * kept[b, q]
+            new = out['suppressed']['pred_logits'][b, place].sigmoid()
+            total = total - (p * (y * new.log() + (1 - y) * (1 - new).log())).sum()
+            objects = objects + y.sum()
+    assert torch.allclose(loss, 2 * total / objects.clamp(min=1), rtol=1e-5)
+    loss.backward()
+    assert hs.grad.abs().sum() > 0 and model.pair_bias.mlp.layers[0].weight.grad.abs().sum() > 0
+
+
+def test_suppression_loss_has_its_minimum_at_what_suppression_keeps():
+    _, out, _ = distillation()
+    kept = kept_by_nms(out['pred_logits'], out['pred_boxes'])
+    index = out['suppressed']['index'][..., None].expand(-1, -1, 3)
+    target = (out['pred_logits'].sigmoid() * kept).gather(1, index).clamp(1e-6)
+    best = dict(out, suppressed=dict(out['suppressed'], pred_logits=target.logit()))
+    for shift in (-0.3, 0.3):
+        other = dict(best, suppressed=dict(best['suppressed'], pred_logits=target.logit() + shift))
+        assert suppression_loss(best)['loss_mds'] < suppression_loss(other)['loss_mds']
+
+
+def test_nothing_above_the_least_score_is_a_zero_loss():
+    model, out, _ = distillation()
+    low = dict(out, pred_logits=torch.full((2, 9, 3), -20.0))
+    loss = suppression_loss(low)['loss_mds']
+    loss.backward()
+    assert 0 <= loss < 1e-4
+
+
+def test_overlap_is_a_function_of_the_boxes_alone():
+    model, (hs, logits, boxes) = some_suppressor(overlap=True), some_queries()
+    boxes.requires_grad_()
+    bias = model.pair_bias(boxes)
+    assert torch.allclose(bias, bias.transpose(2, 3), atol=1e-6)
+    bias.sum().backward()
+    assert boxes.grad is None
+    plain = sum(p.numel() for p in some_suppressor().parameters())
+    assert sum(p.numel() for p in model.parameters()) == plain + 2 * SuppressorConfig().hidden
+
+
+@pytest.mark.parametrize('target,unsup', [('nms', 'nms'), ('both', 'nms'), ('both', 'sure')])
+def test_methods_train_by_suppression(target, unsup, tmp_path):
+    items = [*TINY, *ON, 'method.name=semi_detr', 'detector.suppressor.overlap=true', 'optim.suppressor_mult=10']
+    items += [f'criterion.mds_target={target}', f'method.mds_unsup={unsup}', 'optim.iters=4', 'run.test=false']
+    trainer = Trainer(override(preset('digits'), items), tmp_path / 'run', progress=False)
+    rates = [g['base_lr'] for g in trainer.optimizer.param_groups]
+    assert rates[-1] == 10 * rates[0]
+    before = trainer.student.suppressor.class_head.weight.clone()
+    trainer.fit()
+    assert not torch.equal(before, trainer.student.suppressor.class_head.weight)
+    logged = json.loads((tmp_path / 'run' / 'log.jsonl').read_text().splitlines()[-1])
+    assert logged['loss_mds'] > 0 and logged['loss_unsup_mds'] > 0
+
+
+def test_rate_of_the_suppressor_leaves_others_alone():
+    "With the factor 1, or without suppressor, the groups are those of before"
+    cfg = override(preset('digits'), ['detector.backbone.weights=none', 'detector.suppressor.head=residual'])
+    model = build_detector(dataclasses.replace(cfg.detector, num_classes=3))
+    count = lambda groups: [len(g['params']) for g in groups]
+    usual = count(build_optimizer(model, cfg.optim).param_groups)
+    apart = dataclasses.replace(cfg.optim, suppressor_mult=3.0)
+    groups = build_optimizer(model, apart).param_groups
+    assert len(groups) == len(usual) + 1 and sum(count(groups)) == sum(usual)
+    assert {id(p) for p in groups[-1]['params']} == {id(p) for p in model.suppressor.parameters()}
+    off = build_detector(dataclasses.replace(preset('digits').detector, num_classes=3))
+    assert count(build_optimizer(off, apart).param_groups) == count(build_optimizer(off, cfg.optim).param_groups)
