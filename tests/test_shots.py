@@ -98,7 +98,8 @@ def test_settings_options_and_run_data():
     assert config_hash(override(cfg, ['data.shots=0'])) == config_hash(cfg)
     few = override(cfg, ['data.data=digits:n=80,size=64', 'data.dev=10', 'data.count=0', 'data.shots=2'])
     data = build_data(few.data)
-    shown = [c for i in range(len(data.labelled)) for c in set(data.labelled.annotation(i)['labels'].tolist())]
+    labels = [data.labelled.annotation(i)['labels'].tolist() for i in range(len(data.labelled))]
+    shown = [c for of_image in labels for c in set(of_image)]
     assert all(shown.count(c) >= 2 for c in range(10))
     assert len(data.labelled) + len(data.unlabelled) == 70
 

@@ -102,7 +102,7 @@ class MethodConfig:
     unsup_weight: float = 4.0  # w_u (paper: 4 for COCO-Partial, 2 for COCO-Full)
     unsup_ramp: int = 0  # iterations over which w_u grows from 0 after the burn-in (official: 0)
     unsup_cdn: str = 'stage2'  # denoising queries made of pseudo labels: 'stage2' (code), 'always', 'never'
-    # what trains a learned suppressor on unlabelled images: 'none', the teacher's 'sure' boxes, or what 'nms' keeps
+    # of a learned suppressor on unlabelled images: 'none', the teacher's 'sure' boxes, or what 'nms' keeps
     mds_unsup: str = 'none'
     mds_threshold: float = 0.4  # smallest score of a sure box
 

@@ -21,16 +21,18 @@ def build_optimizer(
     "AdamW with a smaller rate for the backbone; frozen parameters are left out"
     groups = model.param_groups()
     others = [p for m in parts for p in m.parameters()]
-    apart = set()  # parameters of a learned suppressor with a rate of its own
-    if cfg.suppressor_mult != 1 and has_suppressor(model):
-        apart = set(model.suppressor.parameters())
+    apart = {}  # parameters of a learned suppressor with a rate of its own
+    if cfg.suppressor_mult and has_suppressor(model):
+        apart = dict.fromkeys(p for p in model.suppressor.parameters() if p.requires_grad)
     rates = [
         ([*others, *(p for p in groups['rest'] if p not in apart)], 1.0),
         (groups['backbone'], cfg.backbone_mult),
         (groups.get('points', []), cfg.points_mult),
-        ([p for p in groups['rest'] if p in apart], cfg.suppressor_mult),
     ]
     params = [dict(params=ps, lr=cfg.lr * mult, base_lr=cfg.lr * mult) for ps, mult in rates if ps]
+    if apart:
+        lr = cfg.lr * cfg.suppressor_mult
+        params.append(dict(params=list(apart), lr=lr, base_lr=lr, apart=True))
     return torch.optim.AdamW(params, weight_decay=cfg.weight_decay, fused=True)
 
 # %% ../../nbs/train/01_optim.ipynb #264b0502

@@ -212,20 +212,21 @@ def clip_and_step(
     scaler,  # torch.amp.GradScaler
     clip: float,  # largest L2 norm of the gradient; 0: any
     factor: float,  # of the learning rates, from `lr_factor`
-) -> float:  # norm of the gradient before clipping
-    "Average over processes, clip, update"
-    params = [p for g in optimizer.param_groups for p in g['params']]
-    average_gradients(params)
+) -> float:  # norm of the gradient before clipping, without groups that are `apart`
+    "Average over processes, clip (groups that are `apart` each by itself), update"
+    apart = [g['params'] for g in optimizer.param_groups if g.get('apart')]
+    together = [p for g in optimizer.param_groups if not g.get('apart') for p in g['params']]
+    average_gradients([*together, *(p for params in apart for p in params)])
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(params, clip or math.inf).item()
-    if not math.isfinite(norm) and not scaler.is_enabled():
+    norms = [torch.nn.utils.clip_grad_norm_(params, clip or math.inf).item() for params in (together, *apart)]
+    if not all(map(math.isfinite, norms)) and not scaler.is_enabled():
         raise NonFiniteError('the gradient is not finite')
     for g in optimizer.param_groups:
         g['lr'] = g['base_lr'] * factor
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norms[0]
 
 # %% ../../nbs/train/09_trainer.ipynb #d66eaebe
 def mean_scalars(

@@ -94,7 +94,7 @@ class OptimConfig:
     points_mult: float = (
         1.0  # rate of sampling offsets and reference points relative to lr (Deformable-DETR: .1)
     )
-    suppressor_mult: float = 1.0  # rate of a learned suppressor relative to lr
+    suppressor_mult: float = 0.0  # rate of a learned suppressor relative to lr, clipped alone; 0: as the rest
     warmup: int = 0  # iterations of linear warm-up
     # batches averaged into one step; processes x accumulate = 8 gives the paper's 8 x 5 images
     accumulate: int = 1

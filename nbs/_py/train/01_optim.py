@@ -35,6 +35,11 @@ import matplotlib.pyplot as plt
 # Modules that a method trains beside the detector, such as the projector of the cross-view queries
 # (@sec-consistency), join the group with $m=1$.
 
+# %% [markdown]
+# A learned suppressor (@sec-suppressor) is a small network on top of a large one. Clipped together, its gradient
+# is scaled by whatever the detector's losses are in that step, and it learns slowly.
+# `suppressor_mult` gives it a group of its own, with its own rate and its own clipping.
+
 # %%
 #| export
 def build_optimizer(
@@ -45,16 +50,18 @@ def build_optimizer(
     "AdamW with a smaller rate for the backbone; frozen parameters are left out"
     groups = model.param_groups()
     others = [p for m in parts for p in m.parameters()]
-    apart = set()  # parameters of a learned suppressor with a rate of its own
-    if cfg.suppressor_mult != 1 and has_suppressor(model):
-        apart = set(model.suppressor.parameters())
+    apart = {}  # parameters of a learned suppressor with a rate of its own
+    if cfg.suppressor_mult and has_suppressor(model):
+        apart = dict.fromkeys(p for p in model.suppressor.parameters() if p.requires_grad)
     rates = [
         ([*others, *(p for p in groups['rest'] if p not in apart)], 1.0),
         (groups['backbone'], cfg.backbone_mult),
         (groups.get('points', []), cfg.points_mult),
-        ([p for p in groups['rest'] if p in apart], cfg.suppressor_mult),
     ]
     params = [dict(params=ps, lr=cfg.lr * mult, base_lr=cfg.lr * mult) for ps, mult in rates if ps]
+    if apart:
+        lr = cfg.lr * cfg.suppressor_mult
+        params.append(dict(params=list(apart), lr=lr, base_lr=lr, apart=True))
     return torch.optim.AdamW(params, weight_decay=cfg.weight_decay, fused=True)
 
 
@@ -62,7 +69,7 @@ def build_optimizer(
 backbone, head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
 toy_groups = dict(backbone=list(backbone.parameters()), rest=list(head.parameters()))
 toy = SimpleNamespace(param_groups=lambda: toy_groups)
-toy_cfg = SimpleNamespace(lr=1e-3, backbone_mult=0.1, points_mult=1.0, suppressor_mult=1.0, weight_decay=1e-4)
+toy_cfg = SimpleNamespace(lr=1e-3, backbone_mult=0.1, points_mult=1.0, suppressor_mult=0, weight_decay=1e-4)
 optimizer = build_optimizer(toy, toy_cfg, [torch.nn.Linear(3, 3)])
 assert [len(g['params']) for g in optimizer.param_groups] == [4, 2]
 assert optimizer.param_groups[1]['lr'] == 1e-4
