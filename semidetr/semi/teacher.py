@@ -13,7 +13,7 @@ import torch
 from torch import nn, Tensor
 from torchvision.ops import nms
 from ..boxes import normalize_boxes, transform_boxes
-from ..core import in_range, one_of
+from ..core import in_range
 from ..detectors.contract import post_process
 
 # %% ../../nbs/semi/00_teacher.ipynb #032e10d7
@@ -24,16 +24,9 @@ class EmaConfig:
     decay: float = 0.999  # ceiling m of the decay
     warmup: int = 0  # w; with a larger one the decay rises more slowly
     start: int = -1  # t_0: updates that the first teacher stands for; -1: 0, but no ramp after run.init
-    suppressor: str = 'average'  # a learned suppressor is an 'average', too, or a 'copy' of the student's
 
     def __post_init__(self):
         in_range('ema', self, decay=(0, 1), warmup=0, start=-1)
-        one_of('ema', self, suppressor=('average', 'copy'))
-
-    @property
-    def copied(self) -> str:
-        "Name of the part that `update_teacher` copies"
-        return 'suppressor' if self.suppressor == 'copy' else ''
 
 
 def ema_decay(
@@ -60,17 +53,11 @@ def update_teacher(
     teacher: nn.Module,  # changed in place
     student: nn.Module,  # of the same structure
     decay: float,  # m_t
-    copied: str = '',  # name of a part that is not averaged, such as 'suppressor'
 ):
     "One update of all trainable parameters (@eq-teacher-ema); buffers (frozen statistics) are copied"
-    pairs = []
-    for t, (name, s) in zip(teacher.parameters(), student.named_parameters()):
-        if copied and name.startswith(f'{copied}.'):
-            t.copy_(s)
-        elif s.requires_grad:
-            pairs.append((t, s.detach()))
+    pairs = [(t, s) for t, s in zip(teacher.parameters(), student.parameters()) if s.requires_grad]
     if pairs:
-        torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 1 - decay)
+        torch._foreach_lerp_([t for t, _ in pairs], [s.detach() for _, s in pairs], 1 - decay)
     for t, s in zip(teacher.buffers(), student.buffers()):
         t.copy_(s)
 

@@ -353,7 +353,6 @@ LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value
     'criterion.mds_target': _no_suppressor,
     'optim.suppressor_mult': _no_suppressor,
     'method.mds_unsup': _no_suppressor,
-    'ema.suppressor': _no_suppressor,
     'method.mds_threshold': _no_suppressor,
 }
 UNHASHED = (  # settings that cannot change a number

@@ -20,7 +20,7 @@ import torch
 from torch import nn, Tensor
 from torchvision.ops import nms
 from semidetr.boxes import normalize_boxes, transform_boxes
-from semidetr.core import in_range, one_of
+from semidetr.core import in_range
 from semidetr.detectors.contract import post_process
 
 # %%
@@ -49,16 +49,9 @@ class EmaConfig:
     decay: float = 0.999  # ceiling m of the decay
     warmup: int = 0  # w; with a larger one the decay rises more slowly
     start: int = -1  # t_0: updates that the first teacher stands for; -1: 0, but no ramp after run.init
-    suppressor: str = 'average'  # a learned suppressor is an 'average', too, or a 'copy' of the student's
 
     def __post_init__(self):
         in_range('ema', self, decay=(0, 1), warmup=0, start=-1)
-        one_of('ema', self, suppressor=('average', 'copy'))
-
-    @property
-    def copied(self) -> str:
-        "Name of the part that `update_teacher` copies"
-        return 'suppressor' if self.suppressor == 'copy' else ''
 
 
 def ema_decay(
@@ -106,26 +99,16 @@ def update_teacher(
     teacher: nn.Module,  # changed in place
     student: nn.Module,  # of the same structure
     decay: float,  # m_t
-    copied: str = '',  # name of a part that is not averaged, such as 'suppressor'
 ):
     "One update of all trainable parameters (@eq-teacher-ema); buffers (frozen statistics) are copied"
-    pairs = []
-    for t, (name, s) in zip(teacher.parameters(), student.named_parameters()):
-        if copied and name.startswith(f'{copied}.'):
-            t.copy_(s)
-        elif s.requires_grad:
-            pairs.append((t, s.detach()))
+    pairs = [(t, s) for t, s in zip(teacher.parameters(), student.parameters()) if s.requires_grad]
     if pairs:
-        torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 1 - decay)
+        torch._foreach_lerp_([t for t, _ in pairs], [s.detach() for _, s in pairs], 1 - decay)
     for t, s in zip(teacher.buffers(), student.buffers()):
         t.copy_(s)
 
 
 # %% [markdown]
-# A learned suppressor (@sec-suppressor) with a large rate of its own changes fast, and the average of several
-# such networks suppresses less well than the last one. `ema.suppressor='copy'` leaves it out of the average; pseudo
-# labels do not change, since they come from the layers before it.
-#
 # During the first 999 updates the teacher is the mean of the students:
 
 # %%

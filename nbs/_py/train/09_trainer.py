@@ -479,8 +479,7 @@ class Trainer(Evaluation):
                 self.evaluate_dev(progress.log)  # an image of the part was broken when the run was saved
             for accumulated in batches:
                 before = pack_rng(rng_state())
-                decay = ema_decay(self.step, self.cfg.ema, bool(cfg.init))
-                update_teacher(self.teacher, self.student, decay, self.cfg.ema.copied)
+                update_teacher(self.teacher, self.student, ema_decay(self.step, self.cfg.ema, bool(cfg.init)))
                 self.student.train()
                 try:
                     for batch in accumulated:
