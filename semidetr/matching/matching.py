@@ -36,15 +36,17 @@ class PaddedTargets:
     valid: Tensor  # (B,N) bool, True for objects, False for padding
     counts: list  # number of objects of each image
     ids: list  # image ids, for messages
+    scores: Tensor  # (B,N) float32 at least: the teacher's, 1 for labelled objects; 0 in unused places
 
 # %% ../../nbs/matching/00_matching.ipynb #a1b77382
 def pad_targets(
-    targets: list,  # dicts with `labels` (n,), `boxes` (n,4) cxcywh normalised and perhaps `image_id`
+    targets: list,  # dicts with `labels` (n,), `boxes` (n,4) cxcywh normalised; perhaps `image_id`, `scores` (n,)
     num_classes: int | None = None,  # C; None = labels are not checked
 ) -> PaddedTargets:
     "Stack the targets of a batch; n may be 0. DataError where a label is not in 0..C-1"
     labels = [t['labels'].reshape(-1).long() for t in targets]
     boxes = [at_least_float32(t['boxes'].detach()).reshape(-1, 4) for t in targets]
+    scores = [at_least_float32(t.get('scores', b.new_ones(len(b))).detach()) for t, b in zip(targets, boxes)]
     counts = [len(x) for x in labels]
     ids = [t.get('image_id', b) for b, t in enumerate(targets)]
     padded = pad_sequence(labels, batch_first=True)
@@ -58,7 +60,8 @@ def pad_targets(
                 'run `semidetr doctor` on the data set'
             )
     padded_boxes = pad_sequence(boxes, batch_first=True, padding_value=0.5)
-    return PaddedTargets(padded, padded_boxes, valid.to(padded.device), counts, ids)
+    padded_scores = pad_sequence(scores, batch_first=True)
+    return PaddedTargets(padded, padded_boxes, valid.to(padded.device), counts, ids, padded_scores)
 
 # %% ../../nbs/matching/00_matching.ipynb #71fb5ece
 # `losses.box_losses` (matched pairs) and `boxes.box_iou` have formulas of their own: they round and floor

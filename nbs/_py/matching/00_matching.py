@@ -73,17 +73,19 @@ class PaddedTargets:
     valid: Tensor  # (B,N) bool, True for objects, False for padding
     counts: list  # number of objects of each image
     ids: list  # image ids, for messages
+    scores: Tensor  # (B,N) float32 at least: the teacher's, 1 for labelled objects; 0 in unused places
 
 
 # %%
 #| export
 def pad_targets(
-    targets: list,  # dicts with `labels` (n,), `boxes` (n,4) cxcywh normalised and perhaps `image_id`
+    targets: list,  # dicts with `labels` (n,), `boxes` (n,4) cxcywh normalised; perhaps `image_id`, `scores` (n,)
     num_classes: int | None = None,  # C; None = labels are not checked
 ) -> PaddedTargets:
     "Stack the targets of a batch; n may be 0. DataError where a label is not in 0..C-1"
     labels = [t['labels'].reshape(-1).long() for t in targets]
     boxes = [at_least_float32(t['boxes'].detach()).reshape(-1, 4) for t in targets]
+    scores = [at_least_float32(t.get('scores', b.new_ones(len(b))).detach()) for t, b in zip(targets, boxes)]
     counts = [len(x) for x in labels]
     ids = [t.get('image_id', b) for b, t in enumerate(targets)]
     padded = pad_sequence(labels, batch_first=True)
@@ -97,7 +99,8 @@ def pad_targets(
                 'run `semidetr doctor` on the data set'
             )
     padded_boxes = pad_sequence(boxes, batch_first=True, padding_value=0.5)
-    return PaddedTargets(padded, padded_boxes, valid.to(padded.device), counts, ids)
+    padded_scores = pad_sequence(scores, batch_first=True)
+    return PaddedTargets(padded, padded_boxes, valid.to(padded.device), counts, ids, padded_scores)
 
 
 # %%
@@ -105,11 +108,13 @@ padded_toy = pad_targets(
     [
         dict(labels=torch.tensor([2, 0]), boxes=torch.rand(2, 4)),
         dict(labels=torch.zeros(0), boxes=torch.zeros(0, 4)),
+        dict(labels=torch.tensor([1]), boxes=torch.rand(1, 4), scores=torch.tensor([0.6])),  # a pseudo label
     ],
     num_classes=3,
 )
-assert padded_toy.counts == [2, 0] and padded_toy.boxes.shape == (2, 2, 4)
-padded_toy.valid
+assert padded_toy.counts == [2, 0, 1] and padded_toy.boxes.shape == (3, 2, 4)
+assert torch.equal(padded_toy.scores, torch.tensor([[1, 1], [0, 0], [0.6, 0]]))
+padded_toy.valid, padded_toy.scores
 
 # %% [markdown]
 # A label outside of the classes would index memory out of bounds, which a GPU reports as an assertion

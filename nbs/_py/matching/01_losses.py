@@ -85,6 +85,16 @@ def varifocal_loss(
     return torch.where(target > 0, target, alpha * logits.sigmoid() ** gamma) * bce
 
 
+def soft_focal_loss(
+    logits: Tensor,  # (...) raw scores z
+    target: Tensor,  # (...) soft target in [0,1]; 0 = background
+    alpha: float = 0.25,  # weight of the positives; the negatives have 1-alpha
+    gamma: float = 2.0,  # focusing power
+) -> Tensor:  # (...) loss of each entry
+    "Focal loss for soft targets (@eq-losses-soft-focal); for hard ones that of @eq-losses-focal"
+    return torch.where(target > 0, alpha, 1 - alpha) * task_aligned_focal(logits, target, gamma)
+
+
 # %%
 p = torch.tensor([[0.3, 0.2], [0.6, 0.1]])  # two queries, two classes
 y = torch.tensor([[0.8, 0.0], [0.0, 0.0]])  # query 0: soft target .8 for class 0; query 1: background
@@ -237,6 +247,34 @@ ax.plot([0.1], [100 / 10.9], 'o')
 ax.set(xlabel='weight of the no-object class', ylabel='share of the object in %')
 plt.show()
 
+# %% [markdown]
+# ## Targets that know how sure they are {#sec-soft-targets}
+#
+# A pseudo label is an object with the probability that the teacher gives it, its score $s$. With
+# `criterion.soft_targets` the score multiplies the class target: $y_{jc}=\hat m_j\,s$ with one-to-many
+# assignment, $u_j\,s$ in the one-to-one stage with a loss towards the IoU $u_j$, and $s$ with the focal loss,
+# which for targets between 0 and 1 becomes
+#
+# $$
+# \mathrm{SFL}(p,y) = \alpha_y\,|y-p|^{\gamma}\,\mathrm{BCE}(p,y), \qquad \alpha_y=.25\text{ for } y>0,\;.75\text{ for } y=0.
+# $$ {#eq-losses-soft-focal}
+#
+# The student is asked for the score of its teacher and not for certainty. Labelled objects have $s=1$.
+# Box losses and normalisers stay as they are: the score says whether there is an object, not where. RT-DETR-SSOD
+# (PaddleDetection) trains with such targets. Since they are at most as large as the scores that made them,
+# scores fall from round to round; labelled images must hold them up.
+
+# %%
+soft_entry = torch.tensor([0.6]).logit()
+soft_values = [
+    varifocal_loss(soft_entry, torch.tensor([0.7 * 0.8])).item(),  # score .7, IoU .8
+    soft_focal_loss(soft_entry, torch.tensor([0.7])).item(),
+    soft_focal_loss(soft_entry, torch.tensor([1.0])).item(),
+]
+assert abs(soft_values[0] - 0.385969) < 1e-6
+assert abs(soft_values[2] - sigmoid_focal_loss(soft_entry, torch.ones(1)).item()) < 1e-7
+soft_values
+
 
 # %% [markdown]
 # ## Weights and switches
@@ -265,6 +303,7 @@ class CriterionConfig:
     cost_cls: float = 0.0  # class term of the matching cost; 0: w_cls
     class_cost: str = 'focal'  # class term of the matching cost: 'focal', or 'probability' (DETR)
     no_object: float = 0.1  # detectors with softmax: weight of the no-object class (@eq-softmax-loss)
+    soft_targets: bool = False  # the scores of pseudo labels multiply their class targets (@sec-soft-targets)
     w_mds: float = 1.0  # factor on the loss of a learned suppressor (@sec-rescoring)
     mds_cost: str = 'suppressor'  # scores in its matching cost: 'suppressor' (its own), or 'one_to_many'
     mds_target: str = (
@@ -340,11 +379,13 @@ answer
 # %%
 #| export
 def _class_loss(logits, y, cfg, stage):
-    "Loss of every entry; the focal loss has hard targets, the other two have soft ones"
+    "Loss of every entry; the focal loss has hard targets unless they carry scores, the others have soft ones"
     if stage == 'o2m' or cfg.cls_loss == 'task_aligned':
         return task_aligned_focal(logits, y, cfg.gamma)
     if cfg.cls_loss == 'varifocal':
         return varifocal_loss(logits, y, gamma=cfg.gamma)
+    if cfg.soft_targets:
+        return soft_focal_loss(logits, y, cfg.focal_alpha, cfg.gamma)
     return sigmoid_focal_loss(logits, y, cfg.focal_alpha, cfg.gamma)
 
 
@@ -365,7 +406,10 @@ def layer_losses(
     l1, giou, iou = box_losses(boxes[m.layer, m.image, m.query], truth)
     y = torch.zeros_like(logits[..., :-1] if softmax else logits)
     y_matched = iou if stage == 'o2o' and cfg.cls_loss != 'focal' else m.weight
-    y[m.layer, m.image, m.query, labels[m.layer, m.image, m.target]] = y_matched.to(y.dtype)
+    at = m.layer, m.image, m.query, labels[m.layer, m.image, m.target]
+    y[at] = y_matched.to(y.dtype)
+    if cfg.soft_targets:
+        y[at] = y[at] * padded.scores[m.image, m.target].to(y.dtype)
     if softmax:
         cls, z_cls = softmax_losses(logits, y, cfg.no_object)
     else:

@@ -390,6 +390,7 @@ LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value
     'data.skip_broken': lambda c: c.data.skip_broken == 0,
     'data.images': lambda c: not c.data.images,
     'detector.suppressor': _no_suppressor,
+    'criterion.soft_targets': lambda c: not c.criterion.soft_targets,
     'criterion.w_mds': _no_suppressor,
     'criterion.mds_cost': _no_suppressor,
     'criterion.mds_target': _no_suppressor,
