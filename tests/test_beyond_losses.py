@@ -7,14 +7,26 @@ from semidetr.core import ConfigError
 from semidetr.matching.losses import (
     CriterionConfig,
     layer_losses,
+    position_targets,
     set_criterion,
     sigmoid_focal_loss,
     soft_focal_loss,
     varifocal_loss,
 )
-from semidetr.matching.matching import Matches, assign_o2m, assign_o2o, pad_targets
-from semidetr.semi.methods import keep_boxes
-from semidetr.semi.teacher import transport
+from semidetr.matching.matching import (
+    Matches,
+    NonFiniteError,
+    assign_o2m,
+    assign_o2o,
+    hungarian,
+    pad_targets,
+    pair_cost,
+    pairwise_overlap,
+    placement,
+)
+from semidetr.semi.mining import matched_costs
+from semidetr.semi.teacher import keep_boxes, transport
+from semidetr.train.config import config_hash, override, preset
 
 A = torch.tensor([[0.5, 0.5, 0.4, 0.4]])
 P = torch.tensor(
@@ -148,7 +160,9 @@ def test_transport_gives_the_scores_and_filters_keep_them():
 
 
 def test_scores_get_no_gradient_and_half_precision_is_computed_in_float32():
-    t = dict(labels=torch.tensor([0]), boxes=A.bfloat16(), scores=torch.tensor([0.3]).bfloat16().requires_grad_())
+    t = dict(
+        labels=torch.tensor([0]), boxes=A.bfloat16(), scores=torch.tensor([0.3]).bfloat16().requires_grad_()
+    )
     padded = pad_targets([t])
     assert padded.scores.dtype == torch.float32 and not padded.scores.requires_grad
 
@@ -169,3 +183,176 @@ def test_denoising_queries_of_pseudo_labels_learn_the_score_too():
     )
     assert all(full[f'loss_cls_dn_{i}'] != half[f'loss_cls_dn_{i}'] for i in range(3))
     assert all(full[f'loss_l1_dn_{i}'] == half[f'loss_l1_dn_{i}'] for i in range(3))
+
+
+# --- the place in the loss -----------------------------------------------------------------------
+def two_pairs(*u):
+    "One image with a query for each object of class 0, shifted so that their IoUs are u"
+    n = len(u)
+    gt = torch.tensor([[0.5, 0.5, 0.4, 0.4]], dtype=torch.float64).repeat(n, 1)
+    shift = torch.tensor([0.4 * (1 - x) / (1 + x) for x in u], dtype=torch.float64)
+    boxes = gt + torch.stack([shift, *torch.zeros(3, n, dtype=torch.float64)], 1)
+    padded = pad_targets([dict(labels=torch.zeros(n, dtype=torch.long), boxes=gt)])
+    each, zero = torch.arange(n), torch.zeros(n, dtype=torch.long)
+    return boxes[None, None], padded, Matches(zero, zero, each, each, torch.ones(n))
+
+
+def class_sum(boxes, padded, m, p, cfg, stage='o2o'):
+    logits = torch.full((1, 1, boxes.shape[2], 1), p, dtype=torch.float64).logit()
+    return layer_losses(logits, boxes, padded, padded.labels[None], m, cfg, stage)['cls'].item()
+
+
+def test_position_supervised_loss_of_the_specification():
+    "IoU .904762 and .6: targets 1 and .439778, losses .020433 and .004736 at p=.6, weight 6"
+    cfg = CriterionConfig(cls_loss='position')
+    got = class_sum(*two_pairs(0.904762, 0.6), 0.6, cfg)
+    assert got == pytest.approx(6 * (0.020433 + 0.004736), abs=1e-5)
+    lone = class_sum(*two_pairs(0.3), 0.6, cfg)  # a lone bad match still learns 1
+    assert lone == pytest.approx(6 * 0.020433, abs=1e-5)
+    assert class_sum(*two_pairs(0.3), 0.6, CriterionConfig(cls_loss='position', w_position=2.0)) == (
+        pytest.approx(lone / 3)
+    )
+
+
+def test_position_target_times_score():
+    "After the rescaling: the best pair of score .5 learns .5"
+    boxes, padded, m = two_pairs(0.904762, 0.6)
+    scored_too = dataclasses.replace(padded, scores=torch.tensor([[0.5, 0.8]]))
+    cfg = CriterionConfig(cls_loss='position', soft_targets=True)
+    got = class_sum(boxes, scored_too, m, 0.6, cfg)
+    y, p = torch.tensor([0.5, 0.8 * 0.439778]), torch.tensor(0.6)
+    want = (0.25 * (y - p) ** 2 * -(y * p.log() + (1 - y) * (1 - p).log())).sum()
+    assert got == pytest.approx(6 * want.item(), abs=1e-6)
+
+
+def test_position_targets_of_each_layer_and_image():
+    g = torch.Generator().manual_seed(0)
+    u = torch.rand(3, 2, 5, 4, generator=g) * (torch.rand(3, 2, 5, 4, generator=g) < 0.3)
+    u[1, 1] = 0  # an image without a pair that overlaps
+    t = position_targets(u)
+    for l in range(3):
+        for b in range(2):
+            largest = float(u[l, b].max()) ** 2
+            want = u[l, b] ** 2 * (max(1, 1 / largest) if largest else 1)
+            assert torch.allclose(t[l, b], want, rtol=1e-6)
+    assert t.isfinite().all() and (t[1, 1] == 0).all() and t[0, 0].max() == 1
+
+
+def test_position_acts_in_the_one_to_one_stage_alone():
+    outputs, targets = predictions()
+    plain, place = CriterionConfig(cls_loss='varifocal'), CriterionConfig(cls_loss='position')
+    assert same(set_criterion(outputs, targets, 'o2m', plain), set_criterion(outputs, targets, 'o2m', place))
+    a, b = (set_criterion(outputs, targets, 'o2o', c) for c in (plain, place))
+    assert {k for k in a if a[k] != b[k]} == {k for k in a if k.startswith('loss_cls')}
+
+
+def test_class_weight_of_denoising_queries():
+    outputs, targets = predictions()
+    g = torch.Generator().manual_seed(5)
+    dn = dict(
+        pred_logits=torch.randn(3, 2, 4, 3, generator=g),
+        pred_boxes=torch.rand(3, 2, 4, 4, generator=g) * 0.3 + 0.3,
+        meta=dict(target=torch.tensor([[0, 1, -1, -1], [0, -2, -1, -2]])),
+    )
+    outputs['extra'] = dict(denoising=dn)
+    one, two = (
+        set_criterion(outputs, targets, 'o2o', CriterionConfig(cls_loss='position', w_position_dn=w))
+        for w in (1.0, 2.0)
+    )
+    ratio = {k: (two[k] / one[k]).item() for k in one}
+    assert all(v == pytest.approx(2 if 'cls_dn' in k else 1) for k, v in ratio.items())
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_position_loss_without_objects_and_with_gradients(stage):
+    outputs, targets = predictions()
+    free = {k: v.clone().requires_grad_() for k, v in outputs.items() if k.startswith('pred')}
+    empty = [dict(labels=torch.zeros(0), boxes=torch.zeros(0, 4))] * 2
+    cfg = CriterionConfig(cls_loss='position', class_cost='modulated', soft_targets=True)
+    for t in (empty, targets, [targets[0], empty[0]]):
+        total = sum(set_criterion(free, t, stage, cfg).values())
+        total.backward()
+        assert total.isfinite() and all(v.grad.isfinite().all() for v in free.values())
+
+
+# --- the place in the cost -----------------------------------------------------------------------
+AB, LABELS = torch.tensor([[0.50, 0.5, 0.4, 0.4], [0.54, 0.5, 0.4, 0.4]]), torch.tensor([0, 1])
+LOGITS = torch.tensor([[0.2, 0.1], [0.9, 0.1], [0.9, 0.1], [0.9, 0.1]]).logit()
+
+
+def test_modulated_cost_of_the_specification():
+    "p .2, .878310, .804984, .477078 for A; costs of A, plain and modulated"
+    plain, moved = (pair_cost(LOGITS, P, LABELS, AB, kind=k)[:, 0] for k in ('focal', 'modulated'))
+    assert torch.allclose(plain, torch.tensor([-1.498368, -4.506638, -3.497114, 4.078919]), atol=1e-5)
+    assert torch.allclose(moved, torch.tensor([-1.498368, -4.145829, -2.284780, 6.755878]), atol=1e-5)
+    p = LOGITS.sigmoid()[:, :1] * placement(pairwise_overlap(P, AB)[1])[:, :1]
+    assert torch.allclose(p[:, 0], torch.tensor([0.2, 0.878310, 0.804984, 0.477078]), atol=1e-6)
+
+
+def test_modulated_cost_is_its_definition():
+    "Against a loop over pairs; objects of one class each have their own factor; no pair near: rescaled"
+    g = torch.Generator().manual_seed(1)
+    boxes = torch.rand(5, 4, generator=g, dtype=torch.float64) * 0.2 + 0.05
+    gt = torch.rand(3, 4, generator=g, dtype=torch.float64) * 0.2 + 0.6
+    logits, labels = torch.randn(5, 2, generator=g, dtype=torch.float64), torch.tensor([0, 0, 1])
+    giou = pairwise_overlap(boxes, gt)[1]
+    v = (giou + 1) / 2
+    assert v.max() < 1
+    got = pair_cost(logits, boxes, labels, gt, kind='modulated', w_l1=0, w_giou=0)
+    for j in range(5):
+        for i in range(3):
+            p = logits[j, labels[i]].sigmoid() * (v[j, i] * max(1, 1 / v.max())) ** 0.5
+            pos, neg = -0.25 * (1 - p) ** 2 * p.log(), -0.75 * p**2 * (1 - p).log()
+            assert abs(got[j, i] - 2 * (pos - neg)) < 1e-9
+
+
+def test_modulated_matching_of_a_batch_is_that_of_its_images():
+    "Padding does not enter the largest value; large batches are matched image by image"
+    g = torch.Generator().manual_seed(2)
+    B, Q, counts = 3, 40, (1, 12, 0)
+    logits = torch.randn(2, B, Q, 3, generator=g)
+    boxes = torch.rand(2, B, Q, 4, generator=g) * 0.1 + 0.05
+    targets = [
+        dict(labels=torch.randint(0, 3, (n,), generator=g), boxes=torch.rand(n, 4, generator=g) * 0.1 + 0.6)
+        for n in counts
+    ]
+    targets[0]['boxes'][:, :2] = 0.9  # far from all predictions, which the padded boxes are not
+    m = assign_o2o(logits, boxes, pad_targets(targets), kind='modulated')
+    big = torch.cat([logits] * 60, 1), torch.cat([boxes] * 60, 1)  # above the limit for one tensor
+    many = assign_o2o(*big, pad_targets(targets * 60), kind='modulated')
+    for b, t in enumerate(targets):
+        one = assign_o2o(logits[:, b : b + 1], boxes[:, b : b + 1], pad_targets([t]), kind='modulated')
+        for got, image in ((m, b), (many, b), (many, b + 3)):
+            mine = got.image == image
+            assert got.query[mine].equal(one.query) and got.target[mine].equal(one.target)
+            assert torch.allclose(got.cost[mine], one.cost, atol=1e-5)
+
+
+def test_mining_keeps_the_plain_cost():
+    outputs = dict(pred_logits=LOGITS[None], pred_boxes=P[None])
+    targets = [dict(labels=LABELS, boxes=AB)]
+    plain, moved = (CriterionConfig(class_cost=k) for k in ('focal', 'modulated'))
+    assert matched_costs(outputs, targets, plain)[0].equal(matched_costs(outputs, targets, moved)[0])
+    assert moved.cost['kind'] == 'modulated' and plain.mining_cost == plain.cost
+    probability = CriterionConfig(class_cost='probability')
+    assert probability.mining_cost == probability.cost
+
+
+@pytest.mark.parametrize('key,term', [('pred_logits', 'cls'), ('pred_boxes', 'l1')])
+def test_a_nan_is_named_by_its_origin(key, term):
+    outputs = dict(pred_logits=LOGITS[None].clone(), pred_boxes=P[None].clone())
+    outputs[key][0, 2, 1] = float('nan')
+    with pytest.raises(NonFiniteError, match=f"image 7 .*the term '{term}'"):
+        hungarian(outputs, [dict(labels=LABELS, boxes=AB, image_id=7)], kind='modulated')
+
+
+def test_names_and_hashes():
+    with pytest.raises(ConfigError, match='position'):
+        CriterionConfig(cls_loss='positions')
+    base = preset('digits')
+    new = ['criterion.cls_loss=position', 'criterion.class_cost=modulated', 'criterion.soft_targets=true']
+    hashes = {config_hash(override(base, [item])) for item in ('optim.iters=800', *new)}
+    assert len(hashes) == 4
+    place = override(base, new[:1])
+    assert config_hash(override(place, ['criterion.w_position=2'])) != config_hash(place)
+    assert config_hash(override(base, ['criterion.w_position=2'])) == config_hash(base)

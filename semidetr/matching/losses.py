@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['sigmoid_focal_loss', 'task_aligned_focal', 'varifocal_loss', 'soft_focal_loss', 'box_losses', 'softmax_losses',
-           'CriterionConfig', 'layer_losses', 'denoising_matches', 'assign', 'set_criterion', 'match_stats']
+           'position_targets', 'CriterionConfig', 'layer_losses', 'denoising_matches', 'assign', 'set_criterion',
+           'match_stats']
 
 # %% ../../nbs/matching/01_losses.ipynb #8fb0b54a
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -84,6 +85,15 @@ def softmax_losses(
     losses = -(y * log_p[..., :-1]).sum(-1) - rest * log_p[..., -1]
     return losses.flatten(1).sum(1), (y.sum(-1) + rest).flatten(1).sum(1)
 
+# %% ../../nbs/matching/01_losses.ipynb #0c216054
+def position_targets(
+    iou: Tensor,  # (L,B,Q,C) IoU of the matched pairs, 0 elsewhere
+) -> Tensor:  # (L,B,Q,C) in [0,1]
+    "Squared IoU, rescaled so that the best pair of each layer and image has the target 1 (@eq-losses-position)"
+    t = iou**2
+    largest = t.flatten(2).amax(-1)[..., None, None]
+    return t / torch.where(largest == 0, 1, largest)
+
 # %% ../../nbs/matching/01_losses.ipynb #9ea0369f
 @dataclass(frozen=True)
 class CriterionConfig:
@@ -94,7 +104,7 @@ class CriterionConfig:
     w_giou: float = 2.0  # GIoU term, in matching cost and loss
     loss_l1: float = 10.0  # L1 term of the loss (effective weight of the code: 10; paper: 5)
     enc_labels: str = 'zero'  # labels of the encoder output: 'zero' = object or not (code), 'true' (DINO)
-    # one-to-one stage: 'focal' (paper), or 'task_aligned' or 'varifocal', both towards the IoU
+    # one-to-one stage: 'focal' (paper); 'task_aligned', 'varifocal' (to the IoU), 'position' (@eq-losses-position)
     cls_loss: str = 'focal'
     o2m: str = 'task_aligned'  # one-to-many assignment; for comparison 'max_iou', 'atss', 'simota'
     k: int = 13  # task_aligned: maximum number of positives per object
@@ -105,9 +115,12 @@ class CriterionConfig:
     w_enc: float = 1.0  # factor on the losses of the encoder output
     w_dn: float = 1.0  # factor on the losses of the denoising queries
     cost_cls: float = 0.0  # class term of the matching cost; 0: w_cls
-    class_cost: str = 'focal'  # class term of the matching cost: 'focal', or 'probability' (DETR)
+    # class term of the matching cost: 'focal', 'probability' (DETR), 'modulated' (@eq-matching-modulated)
+    class_cost: str = 'focal'
     no_object: float = 0.1  # detectors with softmax: weight of the no-object class (@eq-softmax-loss)
     soft_targets: bool = False  # the scores of pseudo labels multiply their class targets (@sec-soft-targets)
+    w_position: float = 6.0  # class weight of the loss 'position' instead of w_cls (Stable-DINO)
+    w_position_dn: float = 1.0  # the same of denoising queries
     w_mds: float = 1.0  # factor on the loss of a learned suppressor (@sec-rescoring)
     mds_cost: str = 'suppressor'  # scores in its matching cost: 'suppressor' (its own), or 'one_to_many'
     mds_target: str = (
@@ -119,9 +132,9 @@ class CriterionConfig:
             'criterion',
             self,
             enc_labels=('zero', 'true'),
-            cls_loss=('focal', 'task_aligned', 'varifocal'),
+            cls_loss=('focal', 'task_aligned', 'varifocal', 'position'),
             o2m=('task_aligned', 'max_iou', 'atss', 'simota'),
-            class_cost=('focal', 'probability'),
+            class_cost=('focal', 'probability', 'modulated'),
             mds_cost=('suppressor', 'one_to_many'),
             mds_target=('match', 'nms', 'both'),
         )
@@ -136,6 +149,11 @@ class CriterionConfig:
         w_cls = self.cost_cls or self.w_cls
         return dict(w_cls=w_cls, w_l1=self.cost_l1, w_giou=self.w_giou, kind=self.class_cost)
 
+    @property
+    def mining_cost(self) -> dict:
+        "The same for mining (@sec-mining), whose costs are compared between images: never modulated"
+        return self.cost | (dict(kind='focal') if self.class_cost == 'modulated' else {})
+
 # %% ../../nbs/matching/01_losses.ipynb #2f060a68
 def _class_loss(logits, y, cfg, stage):
     "Loss of every entry; the focal loss has hard targets unless they carry scores, the others have soft ones"
@@ -143,7 +161,7 @@ def _class_loss(logits, y, cfg, stage):
         return task_aligned_focal(logits, y, cfg.gamma)
     if cfg.cls_loss == 'varifocal':
         return varifocal_loss(logits, y, gamma=cfg.gamma)
-    if cfg.soft_targets:
+    if cfg.soft_targets or cfg.cls_loss == 'position':
         return soft_focal_loss(logits, y, cfg.focal_alpha, cfg.gamma)
     return sigmoid_focal_loss(logits, y, cfg.focal_alpha, cfg.gamma)
 
@@ -167,6 +185,9 @@ def layer_losses(
     y_matched = iou if stage == 'o2o' and cfg.cls_loss != 'focal' else m.weight
     at = m.layer, m.image, m.query, labels[m.layer, m.image, m.target]
     y[at] = y_matched.to(y.dtype)
+    by_place = stage == 'o2o' and cfg.cls_loss == 'position'
+    if by_place:
+        y = position_targets(y)
     if cfg.soft_targets:
         y[at] = y[at] * padded.scores[m.image, m.target].to(y.dtype)
     if softmax:
@@ -182,7 +203,8 @@ def layer_losses(
     box_terms = dict(l1=cfg.loss_l1 * by_layer(l1), giou=cfg.w_giou * by_layer(giou))
     if softmax:
         return dict(cls=cfg.w_cls * cls, **box_terms, z_cls=z_cls)
-    return dict(cls=cfg.w_cls * cls.flatten(1).sum(1), **box_terms)
+    w_cls = cfg.w_position if by_place else cfg.w_cls
+    return dict(cls=w_cls * cls.flatten(1).sum(1), **box_terms)
 
 # %% ../../nbs/matching/01_losses.ipynb #f9c2f0dc
 def denoising_matches(
@@ -312,6 +334,7 @@ def _denoising_losses(dn, padded, cfg, z_cls, z_box):
     target, n = dn['meta']['target'], len(logits)
     labels, m = padded.labels.expand(n, -1, -1), denoising_matches(target, n)
     slot_weight = (target != -3).to(logits.dtype)
+    cfg = replace(cfg, w_position=cfg.w_position_dn)
     sums = layer_losses(logits, boxes, padded, labels, m, cfg, 'o2o', slot_weight)
     return _named(sums, [f'_dn_{i}' for i in range(n)], z_cls, z_box, cfg.w_dn)
 

@@ -73,8 +73,8 @@ def matched_costs(
     criterion: CriterionConfig = CriterionConfig(),  # weights of the cost
 ) -> list:  # per image (K,) float32; inf where there were fewer queries than boxes
     "Cost c_b of each box in the best assignment to the student's predictions (@eq-matching-cost)"
-    costs = []
-    for t, (_, box, cost) in zip(targets, hungarian(outputs, targets, with_cost=True, **criterion.cost)):
+    costs, pairs = [], hungarian(outputs, targets, with_cost=True, **criterion.mining_cost)
+    for t, (_, box, cost) in zip(targets, pairs):
         costs.append(cost.new_full((len(t['labels']),), math.inf).scatter(0, box, cost))
     return costs
 

@@ -349,6 +349,8 @@ LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value
     'data.images': lambda c: not c.data.images,
     'detector.suppressor': _no_suppressor,
     'criterion.soft_targets': lambda c: not c.criterion.soft_targets,
+    'criterion.w_position': lambda c: c.criterion.cls_loss != 'position',
+    'criterion.w_position_dn': lambda c: c.criterion.cls_loss != 'position',
     'criterion.w_mds': _no_suppressor,
     'criterion.mds_cost': _no_suppressor,
     'criterion.mds_target': _no_suppressor,

@@ -204,9 +204,11 @@ def class_cost(
     labels: Tensor,  # (...,N) classes of the objects
     alpha: float = 0.25,  # weight of the positive focal term
     gamma: float = 2.0,  # focusing power
+    factor: Tensor | None = None,  # (...,Q,N) multiplies the probabilities (@eq-matching-modulated)
 ) -> Tensor:  # (...,Q,N): negative where the class is predicted
     "Focal loss of a query as the object minus its focal loss as background (@eq-matching-focal)"
     p = label_logits(logits, labels).sigmoid()
+    p = p if factor is None else p * factor
     pos = -alpha * (1 - p) ** gamma * (p + 1e-12).log()
     neg = -(1 - alpha) * p**gamma * (1 - p + 1e-12).log()
     return pos - neg
@@ -216,6 +218,42 @@ def class_cost(
 two = class_cost(torch.tensor([[0.2], [0.9]]).logit(), torch.tensor([0]))[:, 0]
 assert torch.allclose(2 * two, torch.tensor([0.50163, -2.79711]), atol=1e-5)
 2 * two
+
+
+# %% [markdown]
+# ### Probabilities that know the place
+#
+# A query with a high score far from an object is cheap for that object because of its class term. The
+# *position-modulated* cost of Stable-DINO (S. Liu et al. 2023; `criterion.class_cost='modulated'`) replaces the
+# probability in the class term by
+#
+# $$
+# p'_{ji} = p_{j,c_i}\,\sqrt{\lambda\,v_{ji}}, \qquad v_{ji} = \tfrac12\left(1+\mathrm{GIoU}(b_j,\hat b_i)\right), \qquad \lambda = \max\left(1,\;\frac{1}{\max_{j,i} v_{ji}}\right)
+# $$ {#eq-matching-modulated}
+#
+# with the maximum over all pairs of an image. The published code stores $v$ by class, so that of two objects of
+# a class one overwrites the other; here every pair has its own.
+
+# %%
+#| export
+def placement(
+    giou: Tensor,  # (...,Q,N) generalised IoU of all pairs
+    valid: Tensor | None = None,  # (...,N) bool: objects, not padding; None: all
+) -> Tensor:  # (...,Q,N) in [0,1]
+    "Factor of the probabilities of a modulated cost: the root of lambda times v (@eq-matching-modulated)"
+    v = (giou + 1) / 2
+    if not v.numel():
+        return v
+    if valid is not None:
+        v = v * valid[..., None, :]
+    largest = v.amax((-2, -1), keepdim=True)
+    return (v / torch.where(largest == 0, 1, largest)).clamp(min=0).sqrt()
+
+
+# %%
+placed = torch.tensor([[0.2], [0.9], [0.9], [0.9]]) * placement(giou)
+assert torch.allclose(placed[:, 0], torch.tensor([0.2, 0.878310, 0.804984, 0.477078]), atol=1e-6)
+placed[:, 0]
 
 
 # %%
@@ -228,14 +266,19 @@ def pair_cost(
     w_cls: float = 2.0,  # weight of the class term
     w_l1: float = 5.0,  # weight of the L1 term
     w_giou: float = 2.0,  # weight of the GIoU term
-    kind: str = 'focal',  # class term: 'focal', or 'probability' (minus the score, @eq-softmax-cost)
+    kind: str = 'focal',  # class term: 'focal', 'modulated', or 'probability' (minus the score, @eq-softmax-cost)
     parts: bool = False,  # return the weighted terms instead of their sum
+    valid: Tensor | None = None,  # (...,N) bool: objects, not padding; only 'modulated' needs it
 ):  # (...,Q,N) cost of every pair, detached, float32; or a dict of three such tensors
     "Cost C_ji of each query and each object of its image (@eq-matching-cost); layers and images are batched"
     logits, boxes, gt = (at_least_float32(x.detach()) for x in (logits, boxes, gt))
     l1 = sum((boxes[..., :, None, i] - gt[..., None, :, i]).abs() for i in range(4))
-    cls = class_cost(logits, labels) if kind == 'focal' else -label_logits(logits, labels).sigmoid()
-    terms = dict(cls=w_cls * cls, l1=w_l1 * l1, giou=-w_giou * pairwise_overlap(boxes, gt)[1])
+    giou = pairwise_overlap(boxes, gt)[1]
+    if kind == 'probability':
+        cls = -label_logits(logits, labels).sigmoid()
+    else:
+        cls = class_cost(logits, labels, factor=placement(giou, valid) if kind == 'modulated' else None)
+    terms = dict(cls=w_cls * cls, l1=w_l1 * l1, giou=-w_giou * giou)
     return terms if parts else terms['cls'] + terms['l1'] + terms['giou']
 
 
@@ -251,6 +294,16 @@ expected = torch.tensor([[-1.4984, -0.5054], [-4.5066, -0.7786], [-3.4971, -0.24
 assert torch.allclose(cost[:3], expected, atol=1e-4)
 assert cost.argmin(0).tolist() == [1, 1]
 cost
+
+# %% [markdown]
+# With the modulated cost the third and the fourth prediction, which have the same score but lie farther away,
+# cost more than before:
+
+# %%
+modulated = pair_cost(logits, P, labels, AB, kind='modulated')
+expected_A = torch.tensor([-1.498368, -4.145829, -2.284780, 6.755878])
+assert torch.allclose(modulated[:, 0], expected_A, atol=1e-5)
+modulated[:, 0] - cost[:, 0]
 
 
 # %% [markdown]
@@ -319,7 +372,7 @@ def _host_costs(logits, boxes, padded, labels, weights):
                 for b, n in enumerate(padded.counts)
             ]
         return
-    C = pair_cost(logits, boxes, labels, padded.boxes, **weights).cpu().numpy()
+    C = pair_cost(logits, boxes, labels, padded.boxes, **weights, valid=padded.valid).cpu().numpy()
     for layer in C:
         yield [c[:, :n] for c, n in zip(layer, padded.counts)]
 
@@ -337,7 +390,8 @@ def assign_o2o(
     for l, layer in enumerate(_host_costs(logits, boxes, padded, labels, weights)):
         for b, C in enumerate(layer):
             if not np.isfinite(C).all():
-                terms = pair_cost(logits, boxes, labels, padded.boxes, parts=True, **weights)
+                plain = weights | dict(kind='focal', parts=True)  # its class term depends on no box
+                terms = pair_cost(logits, boxes, labels, padded.boxes, **plain)
                 raise_non_finite(terms, padded.ids)
             q, t = linear_sum_assignment(C)
             rows.append(np.stack([np.full_like(q, l), np.full_like(q, b), q, t]))

@@ -15,7 +15,7 @@
 
 # %%
 #| export
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -128,7 +128,8 @@ plt.show()
 # `varifocal_loss` is not part of Semi-DETR. It is here because small detectors that are trained for minutes
 # profit from scores that reflect the quality of the box. The setting is `criterion.cls_loss`: `focal` (the
 # paper, the default), `task_aligned` or `varifocal`; the latter two take the IoU of the matched pair as
-# target in the one-to-one stage. The one-to-many stage always uses @eq-losses-tal.
+# target in the one-to-one stage. `position` is in @sec-position-loss. The one-to-many stage always uses
+# @eq-losses-tal.
 # :::
 #
 # ## Box losses
@@ -277,6 +278,47 @@ soft_values
 
 
 # %% [markdown]
+# ## Targets from the place {#sec-position-loss}
+#
+# In the one-to-one stage with the focal loss, the matched query learns a score of 1 wherever its box is; in the
+# next layer or iteration another query may be the better one and learns 1 as well. The *position-supervised*
+# loss of Stable-DINO (S. Liu et al. 2023; `criterion.cls_loss='position'`) lets the place alone decide how high
+# the score should be. With the IoU $u_j$ of a matched pair,
+#
+# $$
+# t_j = u_j^2\,\max\left(1,\;\frac{1}{\max_{j'} u_{j'}^2}\right)
+# $$ {#eq-losses-position}
+#
+# where the maximum is over the pairs of the same image and layer, and the class loss is @eq-losses-soft-focal
+# with $y=t_j$, without gradient through $t_j$. Its entries are small, since they vanish at the target, so the
+# class weight is 6 instead of 2 (`criterion.w_position`; denoising queries 1, `criterion.w_position_dn`). The
+# score of a pseudo label, if it counts, multiplies $t_j$ afterwards. The best pair of an image always has the
+# target 1, even if it is a bad one.
+
+# %%
+#| export
+def position_targets(
+    iou: Tensor,  # (L,B,Q,C) IoU of the matched pairs, 0 elsewhere
+) -> Tensor:  # (L,B,Q,C) in [0,1]
+    "Squared IoU, rescaled so that the best pair of each layer and image has the target 1 (@eq-losses-position)"
+    t = iou**2
+    largest = t.flatten(2).amax(-1)[..., None, None]
+    return t / torch.where(largest == 0, 1, largest)
+
+
+# %%
+overlaps = torch.zeros(1, 2, 4, 1)
+overlaps[0, :, 1, 0] = torch.tensor([0.904762, 0.3])  # the second image has one pair, a bad one
+overlaps[0, 0, 2, 0] = 0.6
+t_place = position_targets(overlaps)
+assert torch.allclose(t_place[0, 0, :, 0], torch.tensor([0, 1, 0.439778, 0]), atol=1e-6)
+assert t_place[0, 1, 1, 0] == 1
+place_losses = soft_focal_loss(torch.full((2,), 0.6).logit(), t_place[0, 0, 1:3, 0])
+assert torch.allclose(place_losses, torch.tensor([0.020433, 0.004736]), atol=1e-6)
+t_place[0, :, :, 0], place_losses
+
+
+# %% [markdown]
 # ## Weights and switches
 
 # %%
@@ -290,7 +332,7 @@ class CriterionConfig:
     w_giou: float = 2.0  # GIoU term, in matching cost and loss
     loss_l1: float = 10.0  # L1 term of the loss (effective weight of the code: 10; paper: 5)
     enc_labels: str = 'zero'  # labels of the encoder output: 'zero' = object or not (code), 'true' (DINO)
-    # one-to-one stage: 'focal' (paper), or 'task_aligned' or 'varifocal', both towards the IoU
+    # one-to-one stage: 'focal' (paper); 'task_aligned', 'varifocal' (to the IoU), 'position' (@eq-losses-position)
     cls_loss: str = 'focal'
     o2m: str = 'task_aligned'  # one-to-many assignment; for comparison 'max_iou', 'atss', 'simota'
     k: int = 13  # task_aligned: maximum number of positives per object
@@ -301,9 +343,12 @@ class CriterionConfig:
     w_enc: float = 1.0  # factor on the losses of the encoder output
     w_dn: float = 1.0  # factor on the losses of the denoising queries
     cost_cls: float = 0.0  # class term of the matching cost; 0: w_cls
-    class_cost: str = 'focal'  # class term of the matching cost: 'focal', or 'probability' (DETR)
+    # class term of the matching cost: 'focal', 'probability' (DETR), 'modulated' (@eq-matching-modulated)
+    class_cost: str = 'focal'
     no_object: float = 0.1  # detectors with softmax: weight of the no-object class (@eq-softmax-loss)
     soft_targets: bool = False  # the scores of pseudo labels multiply their class targets (@sec-soft-targets)
+    w_position: float = 6.0  # class weight of the loss 'position' instead of w_cls (Stable-DINO)
+    w_position_dn: float = 1.0  # the same of denoising queries
     w_mds: float = 1.0  # factor on the loss of a learned suppressor (@sec-rescoring)
     mds_cost: str = 'suppressor'  # scores in its matching cost: 'suppressor' (its own), or 'one_to_many'
     mds_target: str = (
@@ -315,9 +360,9 @@ class CriterionConfig:
             'criterion',
             self,
             enc_labels=('zero', 'true'),
-            cls_loss=('focal', 'task_aligned', 'varifocal'),
+            cls_loss=('focal', 'task_aligned', 'varifocal', 'position'),
             o2m=('task_aligned', 'max_iou', 'atss', 'simota'),
-            class_cost=('focal', 'probability'),
+            class_cost=('focal', 'probability', 'modulated'),
             mds_cost=('suppressor', 'one_to_many'),
             mds_target=('match', 'nms', 'both'),
         )
@@ -331,6 +376,11 @@ class CriterionConfig:
         "Weights of the matching cost, for `pair_cost`"
         w_cls = self.cost_cls or self.w_cls
         return dict(w_cls=w_cls, w_l1=self.cost_l1, w_giou=self.w_giou, kind=self.class_cost)
+
+    @property
+    def mining_cost(self) -> dict:
+        "The same for mining (@sec-mining), whose costs are compared between images: never modulated"
+        return self.cost | (dict(kind='focal') if self.class_cost == 'modulated' else {})
 
 
 # %% [markdown]
@@ -384,7 +434,7 @@ def _class_loss(logits, y, cfg, stage):
         return task_aligned_focal(logits, y, cfg.gamma)
     if cfg.cls_loss == 'varifocal':
         return varifocal_loss(logits, y, gamma=cfg.gamma)
-    if cfg.soft_targets:
+    if cfg.soft_targets or cfg.cls_loss == 'position':
         return soft_focal_loss(logits, y, cfg.focal_alpha, cfg.gamma)
     return sigmoid_focal_loss(logits, y, cfg.focal_alpha, cfg.gamma)
 
@@ -408,6 +458,9 @@ def layer_losses(
     y_matched = iou if stage == 'o2o' and cfg.cls_loss != 'focal' else m.weight
     at = m.layer, m.image, m.query, labels[m.layer, m.image, m.target]
     y[at] = y_matched.to(y.dtype)
+    by_place = stage == 'o2o' and cfg.cls_loss == 'position'
+    if by_place:
+        y = position_targets(y)
     if cfg.soft_targets:
         y[at] = y[at] * padded.scores[m.image, m.target].to(y.dtype)
     if softmax:
@@ -423,7 +476,8 @@ def layer_losses(
     box_terms = dict(l1=cfg.loss_l1 * by_layer(l1), giou=cfg.w_giou * by_layer(giou))
     if softmax:
         return dict(cls=cfg.w_cls * cls, **box_terms, z_cls=z_cls)
-    return dict(cls=cfg.w_cls * cls.flatten(1).sum(1), **box_terms)
+    w_cls = cfg.w_position if by_place else cfg.w_cls
+    return dict(cls=w_cls * cls.flatten(1).sum(1), **box_terms)
 
 
 # %%
@@ -617,6 +671,7 @@ def _denoising_losses(dn, padded, cfg, z_cls, z_box):
     target, n = dn['meta']['target'], len(logits)
     labels, m = padded.labels.expand(n, -1, -1), denoising_matches(target, n)
     slot_weight = (target != -3).to(logits.dtype)
+    cfg = replace(cfg, w_position=cfg.w_position_dn)
     sums = layer_losses(logits, boxes, padded, labels, m, cfg, 'o2o', slot_weight)
     return _named(sums, [f'_dn_{i}' for i in range(n)], z_cls, z_box, cfg.w_dn)
 
