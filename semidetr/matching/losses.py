@@ -79,10 +79,14 @@ def softmax_losses(
     logits: Tensor,  # (L,B,Q,C+1) raw class scores, the no-object class at the end
     y: Tensor,  # (L,B,Q,C) targets in [0,1], at most one positive per query
     no_object: float = 0.1,  # weight of the no-object class
+    background: Tensor
+    | None = None,  # (B,) factor on the loss, not on the weight, of queries without a target
 ) -> tuple:  # (sum (L,) over the queries, sum of their weights (L,))
     "Numerator and denominator of the class loss (@eq-softmax-loss) of each layer"
     log_p, rest = logits.log_softmax(-1), no_object * (1 - y.sum(-1))
     losses = -(y * log_p[..., :-1]).sum(-1) - rest * log_p[..., -1]
+    if background is not None:
+        losses = torch.where(y.sum(-1) > 0, losses, losses * background[:, None])
     return losses.flatten(1).sum(1), (y.sum(-1) + rest).flatten(1).sum(1)
 
 # %% ../../nbs/matching/01_losses.ipynb #0c216054
@@ -176,6 +180,7 @@ def layer_losses(
     stage: str,  # 'o2m' or 'o2o'
     slot_weight: Tensor | None = None,  # (B,Q) weight of each query in the class loss
     softmax: bool = False,  # do the logits (L,B,Q,C+1) end with a no-object class?
+    background: Tensor | None = None,  # (B,) weight of the entries without a target in the class loss
 ):  # dict of cls, l1, giou, each (L,): weighted sums over the batch, not yet normalised; softmax: z_cls too
     "Sums of the three losses of all layers (@eq-losses-o2m); without pairs 0, still connected to the graph"
     n_layers = logits.shape[0]
@@ -191,9 +196,10 @@ def layer_losses(
     if cfg.soft_targets:
         y[at] = y[at] * padded.scores[m.image, m.target].to(y.dtype)
     if softmax:
-        cls, z_cls = softmax_losses(logits, y, cfg.no_object)
+        cls, z_cls = softmax_losses(logits, y, cfg.no_object, background)
     else:
         cls = _class_loss(logits, y, cfg, stage)
+        cls = cls if background is None else torch.where(y > 0, cls, cls * background[:, None, None])
     if slot_weight is not None:
         cls = cls * slot_weight[..., None]
 
@@ -287,11 +293,10 @@ class _Group:
         m, zeros = self.matches, self.logits.new_zeros(len(self.names))
         return zeros.index_add(0, m.layer, m.weight.to(zeros.dtype))
 
-    def losses(self, cfg, stage, z_cls, z_box):
+    def losses(self, cfg, stage, z_cls, z_box, background):
         "Named losses, divided by the normalisers"
-        sums = layer_losses(
-            self.logits, self.boxes, self.padded, self.labels, self.matches, cfg, stage, softmax=self.softmax
-        )
+        args = self.logits, self.boxes, self.padded, self.labels, self.matches, cfg, stage
+        sums = layer_losses(*args, softmax=self.softmax, background=background)
         factor = self.logits.new_tensor([cfg.w_enc if n == '_enc' else 1.0 for n in self.names])
         return _named(sums, self.names, sums.pop('z_cls', z_cls), z_box, factor)
 
@@ -304,6 +309,7 @@ def set_criterion(
     denoising: bool = True,  # False: denoising queries get no loss (unlabelled images of stage 1)
     stats: dict = None,  # gets positives_per_object of the last decoder layer, where there is an object
     o2m=assign_o2m,  # one-to-many assignment, see `assign`
+    background: Tensor = None,  # (B,) weight of the background, not of denoising queries (@eq-thresholds-guard)
 ) -> dict:  # scalars loss_cls, loss_l1, loss_giou with suffixes _0, ..., _enc, _dn_0, ...; minimise their sum
     """All losses of a batch (@eq-losses-o2m). NonFiniteError where a matching cost is NaN (an image without
     objects has none: there the loss becomes NaN), DataError where a label is not a class"""
@@ -321,7 +327,7 @@ def set_criterion(
     z_cls, losses, at = here if stage == 'o2o' else mean, {}, 0
     for g in groups:
         own = slice(at, at + len(g.names))
-        losses |= g.losses(cfg, stage, z_cls[own], mean[own])
+        losses |= g.losses(cfg, stage, z_cls[own], mean[own], background)
         at = own.stop
     if dn:
         losses |= _denoising_losses(dn, padded, cfg, here[-1], mean[-1])

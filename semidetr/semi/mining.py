@@ -11,20 +11,20 @@ import math
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from ..core import all_gather_cat, in_range, one_of
+from ..core import ConfigError, all_gather_cat, in_range, one_of
 from ..matching.losses import CriterionConfig
 from ..matching.matching import hungarian
 from .teacher import fixed_threshold
 
 # %% ../../nbs/semi/01_mining.ipynb #ce99d3a4
-_FILTERS = ('score', 'mean_std', 'top_k', 'per_class', 'class_rate', 'all', 'cpm')
+_FILTERS = ('score', 'mean_std', 'top_k', 'per_class', 'class_rate', 'class_mixture', 'all', 'cpm')
 
 
 @dataclass(frozen=True)
 class MiningConfig:
     "Settings of mining; the defaults are those of the published code, other filters are in @sec-variants"
 
-    # filters: 'score', 'mean_std', 'top_k', 'per_class', 'class_rate', 'all', 'cpm'
+    # filters: 'score', 'mean_std', 'top_k', 'per_class', 'class_rate', 'class_mixture', 'all', 'cpm'
     con_filter: str = 'cpm'  # B^con: 'cpm' (mined), 'score' (the same as B^sup), or another filter
     sup_filter: str = 'score'  # B^sup: 'score' (pseudo.threshold), 'cpm' (worse in the paper), or another
     init: str = 'mean_std'  # B^0: 'mean_std' (code), 'score' (paper), 'all'
@@ -46,6 +46,11 @@ class MiningConfig:
             solver=('torch', 'sklearn'),
         )
         in_range('mining', self, memory=0, top_k=1, rate_window=1, quantile=(0, 1))
+        if {self.sup_filter, self.con_filter} == {'class_rate', 'class_mixture'}:
+            raise ConfigError(
+                f'mining.sup_filter={self.sup_filter} and mining.con_filter={self.con_filter}: use one of '
+                'class_rate and class_mixture for both'
+            )
 
 # %% ../../nbs/semi/01_mining.ipynb #a87fa709
 def mean_std(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['one_to_many_assigner', 'initial_filter', 'fit_mixture_sklearn', 'mixture_solver', 'top_k', 'per_class',
-           'label_filters', 'class_rates', 'ClassRates', 'CostMemory', 'grid_boxes', 'random_boxes', 'jittered_boxes',
-           'box_picker', 'match_views', 'hungarian_consistency']
+           'label_filters', 'class_rates', 'ClassRates', 'class_memory', 'density_guard', 'CostMemory', 'grid_boxes',
+           'random_boxes', 'jittered_boxes', 'box_picker', 'match_views', 'hungarian_consistency']
 
 # %% ../../nbs/semi/03_variants.ipynb #9e9b58f6
 import math
@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import nn, Tensor
 from ..boxes import denormalize_boxes, normalize_boxes, xyxy_to_cxcywh
-from ..core import all_gather_cat
+from ..core import ConfigError, all_gather_cat
 from ..detectors.contract import class_scores
 from ..detectors.denoising import noise_boxes
 from ..matching.assigners import ASSIGNERS
@@ -23,6 +23,7 @@ from ..matching.matching import assign_o2m, hungarian
 from .consistency import ConsistencyConfig, con_boxes, consistency_loss
 from .mining import MiningConfig, Mixture, confident_boxes, fit_mixture, mean_std, mined_boxes
 from .teacher import fixed_threshold, transport
+from .thresholds import ClassMixtures, background_weights
 
 # %% ../../nbs/semi/03_variants.ipynb #81be2e39
 def one_to_many_assigner(
@@ -108,7 +109,7 @@ def per_class(
 
 def label_filters(
     cfg: MiningConfig = MiningConfig(),  # `sup_filter`, `con_filter` and their numbers
-    min_scores: Tensor = None,  # (C,) of `ClassRates`, for 'class_rate'
+    min_scores: Tensor = None,  # (C,) of `ClassRates` or `ClassMixtures`, for 'class_rate', 'class_mixture'
 ):  # (filter of B^sup, filter of B^con), each (detection, costs, tau, threshold) -> (K,) bool
     "The filters that `mining.sup_filter` and `mining.con_filter` name; B^con by 'score' is the same as B^sup"
 
@@ -128,7 +129,8 @@ def label_filters(
         return detection['scores'] >= min_scores[detection['labels']]
 
     filters = dict(score=confident_boxes, cpm=mined_boxes, all=all_boxes, top_k=by_rank, per_class=by_class)
-    filters |= dict(class_rate=by_rate, mean_std=all_boxes if cfg.init == 'mean_std' else by_mean_std)
+    filters |= dict(class_rate=by_rate, class_mixture=by_rate)
+    filters |= dict(mean_std=all_boxes if cfg.init == 'mean_std' else by_mean_std)
     sup = filters[cfg.sup_filter]
     return sup, sup if cfg.con_filter == 'score' else filters[cfg.con_filter]
 
@@ -179,6 +181,34 @@ class ClassRates(nn.Module):
         ranked = self.scores.transpose(0, 1).flatten(1).sort(1, descending=True).values
         n = (self.rates * self.images.sum()).round().long().clamp(1, ranked.shape[1])
         return torch.where(self.rates > 0, ranked.gather(1, n[:, None] - 1)[:, 0], math.inf)
+
+
+def class_memory(
+    cfg: MiningConfig,  # `sup_filter`, `con_filter` and their numbers
+    labelled,  # data set; only 'class_rate' reads it
+    num_classes: int,  # C
+) -> nn.Module | None:  # `ClassRates`, `ClassMixtures` (@sec-thresholds), or None for the other filters
+    "What remembers scores to find a threshold for each class"
+    filters = cfg.sup_filter, cfg.con_filter
+    if 'class_rate' in filters:
+        return ClassRates(class_rates(labelled, num_classes), cfg.rate_window)
+    return ClassMixtures(num_classes, fit=mixture_solver(cfg)) if 'class_mixture' in filters else None
+
+
+def density_guard(
+    share: float,  # `method.density_guard`
+    labelled,  # data set; 0 does not read it
+    num_classes: int,  # C
+):  # pseudo labels of the images of a batch -> (B,) weights of their background, or None
+    "The rule that `method.density_guard` sets (@eq-thresholds-guard); ConfigError without a data set"
+    if not share:
+        return lambda targets: None
+    if labelled is None:
+        raise ConfigError(
+            'method.density_guard counts labelled boxes: pass the data set to `Method.__init__`'
+        )
+    per_image = float(class_rates(labelled, num_classes).sum())
+    return partial(background_weights, per_image=per_image, share=share)
 
 # %% ../../nbs/semi/03_variants.ipynb #79395c09
 class CostMemory(nn.Module):

@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from semidetr.core import all_gather_cat, in_range, one_of
+from semidetr.core import ConfigError, all_gather_cat, in_range, one_of
 from semidetr.matching.losses import CriterionConfig
 from semidetr.matching.matching import hungarian
 from semidetr.semi.teacher import fixed_threshold
@@ -51,14 +51,14 @@ from semidetr.draw import COLORS, curve, draw_mixture
 
 # %%
 #| export
-_FILTERS = ('score', 'mean_std', 'top_k', 'per_class', 'class_rate', 'all', 'cpm')
+_FILTERS = ('score', 'mean_std', 'top_k', 'per_class', 'class_rate', 'class_mixture', 'all', 'cpm')
 
 
 @dataclass(frozen=True)
 class MiningConfig:
     "Settings of mining; the defaults are those of the published code, other filters are in @sec-variants"
 
-    # filters: 'score', 'mean_std', 'top_k', 'per_class', 'class_rate', 'all', 'cpm'
+    # filters: 'score', 'mean_std', 'top_k', 'per_class', 'class_rate', 'class_mixture', 'all', 'cpm'
     con_filter: str = 'cpm'  # B^con: 'cpm' (mined), 'score' (the same as B^sup), or another filter
     sup_filter: str = 'score'  # B^sup: 'score' (pseudo.threshold), 'cpm' (worse in the paper), or another
     init: str = 'mean_std'  # B^0: 'mean_std' (code), 'score' (paper), 'all'
@@ -80,6 +80,11 @@ class MiningConfig:
             solver=('torch', 'sklearn'),
         )
         in_range('mining', self, memory=0, top_k=1, rate_window=1, quantile=(0, 1))
+        if {self.sup_filter, self.con_filter} == {'class_rate', 'class_mixture'}:
+            raise ConfigError(
+                f'mining.sup_filter={self.sup_filter} and mining.con_filter={self.con_filter}: use one of '
+                'class_rate and class_mixture for both'
+            )
 
 
 # %% [markdown]
@@ -563,7 +568,7 @@ n_sup, n_con, len(pool)
 # * The threshold needs no tuning and follows the training; about half of the correct boxes lie above it.
 # * $B^{sup}$ trains classes, boxes and denoising, $B^{con}\supseteq B^{sup}$ the consistency only.
 # * Mining fails where both networks make the same error, and where the costs have one mode.
-# * Other filters: @sec-variants; their effect on a training, and that of mining labels too: @sec-abl-filters.
+# * Other filters: @sec-variants, @sec-thresholds; their effect on a training, and that of mining labels too: @sec-abl-filters.
 #
 # ## Exercises
 #

@@ -15,6 +15,7 @@
 # | `mining.init` | `mean_std` | `initial_filter` | `initial_boxes` (@sec-mining) |
 # | `mining.solver` | `torch` | `mixture_solver` | `mining_threshold` (@sec-mining) |
 # | `mining.sup_filter`, `mining.con_filter` | `score`, `cpm` | `label_filters` | `mine` (@sec-mining) |
+# | `method.density_guard` | 0 | `density_guard` | `set_criterion` (@sec-thresholds) |
 # | `consistency.boxes`, `consistency.density` | `mined`, `sparse` | `box_picker` | `pair_boxes` (@sec-consistency) |
 
 # %%
@@ -28,7 +29,7 @@ from functools import partial
 import torch
 from torch import nn, Tensor
 from semidetr.boxes import denormalize_boxes, normalize_boxes, xyxy_to_cxcywh
-from semidetr.core import all_gather_cat
+from semidetr.core import ConfigError, all_gather_cat
 from semidetr.detectors.contract import class_scores
 from semidetr.detectors.denoising import noise_boxes
 from semidetr.matching.assigners import ASSIGNERS
@@ -37,6 +38,7 @@ from semidetr.matching.matching import assign_o2m, hungarian
 from semidetr.semi.consistency import ConsistencyConfig, con_boxes, consistency_loss
 from semidetr.semi.mining import MiningConfig, Mixture, confident_boxes, fit_mixture, mean_std, mined_boxes
 from semidetr.semi.teacher import fixed_threshold, transport
+from semidetr.semi.thresholds import ClassMixtures, background_weights
 
 # %%
 #| hide
@@ -164,7 +166,8 @@ by_sklearn, gap
 #
 # A filter returns which boxes of $B^0$ to keep; to compare filters on all detections of the teacher, set
 # `mining.init=all`. Besides the two of @sec-mining there are: all boxes, mean + std of the scores, the $k$ best
-# of an image, a share or a threshold per class, and class rates (next section).
+# of an image, a share or a threshold per class, class rates (next section), and mixtures of the scores of each
+# class (@sec-thresholds).
 
 # %%
 #| export
@@ -194,7 +197,7 @@ def per_class(
 
 def label_filters(
     cfg: MiningConfig = MiningConfig(),  # `sup_filter`, `con_filter` and their numbers
-    min_scores: Tensor = None,  # (C,) of `ClassRates`, for 'class_rate'
+    min_scores: Tensor = None,  # (C,) of `ClassRates` or `ClassMixtures`, for 'class_rate', 'class_mixture'
 ):  # (filter of B^sup, filter of B^con), each (detection, costs, tau, threshold) -> (K,) bool
     "The filters that `mining.sup_filter` and `mining.con_filter` name; B^con by 'score' is the same as B^sup"
 
@@ -214,7 +217,8 @@ def label_filters(
         return detection['scores'] >= min_scores[detection['labels']]
 
     filters = dict(score=confident_boxes, cpm=mined_boxes, all=all_boxes, top_k=by_rank, per_class=by_class)
-    filters |= dict(class_rate=by_rate, mean_std=all_boxes if cfg.init == 'mean_std' else by_mean_std)
+    filters |= dict(class_rate=by_rate, class_mixture=by_rate)
+    filters |= dict(mean_std=all_boxes if cfg.init == 'mean_std' else by_mean_std)
     sup = filters[cfg.sup_filter]
     return sup, sup if cfg.con_filter == 'score' else filters[cfg.con_filter]
 
@@ -309,6 +313,34 @@ class ClassRates(nn.Module):
         ranked = self.scores.transpose(0, 1).flatten(1).sort(1, descending=True).values
         n = (self.rates * self.images.sum()).round().long().clamp(1, ranked.shape[1])
         return torch.where(self.rates > 0, ranked.gather(1, n[:, None] - 1)[:, 0], math.inf)
+
+
+def class_memory(
+    cfg: MiningConfig,  # `sup_filter`, `con_filter` and their numbers
+    labelled,  # data set; only 'class_rate' reads it
+    num_classes: int,  # C
+) -> nn.Module | None:  # `ClassRates`, `ClassMixtures` (@sec-thresholds), or None for the other filters
+    "What remembers scores to find a threshold for each class"
+    filters = cfg.sup_filter, cfg.con_filter
+    if 'class_rate' in filters:
+        return ClassRates(class_rates(labelled, num_classes), cfg.rate_window)
+    return ClassMixtures(num_classes, fit=mixture_solver(cfg)) if 'class_mixture' in filters else None
+
+
+def density_guard(
+    share: float,  # `method.density_guard`
+    labelled,  # data set; 0 does not read it
+    num_classes: int,  # C
+):  # pseudo labels of the images of a batch -> (B,) weights of their background, or None
+    "The rule that `method.density_guard` sets (@eq-thresholds-guard); ConfigError without a data set"
+    if not share:
+        return lambda targets: None
+    if labelled is None:
+        raise ConfigError(
+            'method.density_guard counts labelled boxes: pass the data set to `Method.__init__`'
+        )
+    per_image = float(class_rates(labelled, num_classes).sum())
+    return partial(background_weights, per_image=per_image, share=share)
 
 
 # %% [markdown]

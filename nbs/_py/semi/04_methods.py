@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from semidetr.boxes import transform_boxes
-from semidetr.core import ConfigError, one_of, suggest
+from semidetr.core import ConfigError, in_range, one_of, suggest
 from semidetr.detectors.contract import add_suppressed, has_suppressor
 from semidetr.matching.losses import set_criterion
 from semidetr.matching.matching import stage_of
@@ -41,10 +41,10 @@ from semidetr.semi.teacher import (
     transport,
 )
 from semidetr.semi.variants import (
-    ClassRates,
     CostMemory,
     box_picker,
-    class_rates,
+    class_memory,
+    density_guard,
     hungarian_consistency,
     initial_filter,
     label_filters,
@@ -88,7 +88,10 @@ class StepResult(NamedTuple):
 
 
 class Method(nn.Module):
-    "Base class: settings in `cfg`, learnt or remembered state in its submodules and buffers, one `step`"
+    """Base class: settings in `cfg`, learnt or remembered state in its submodules and buffers, one `step`
+
+    `guard(targets)` gives the weights of the background of unlabelled images for `set_criterion`, or None.
+    """
 
     views = ('labelled',)  # parts of a batch that `step` reads; of unlabelled images 'weak' and 'strong'
     shown = {}  # scalar -> its name on the progress bar
@@ -102,6 +105,7 @@ class Method(nn.Module):
     ):
         super().__init__()
         self.cfg = cfg
+        self.guard = density_guard(cfg.method.density_guard, labelled, cfg.detector.num_classes)
 
     def step(
         self,
@@ -143,9 +147,13 @@ class MethodConfig:
     # of a learned suppressor on unlabelled images: 'none', the teacher's 'sure' boxes, or what 'nms' keeps
     mds_unsup: str = 'none'
     mds_threshold: float = 0.4  # smallest score of a sure box
+    density_guard: float = (
+        0.0  # less background in images with fewer pseudo labels than this share of the usual
+    )
 
     def __post_init__(self):
         one_of('method', self, unsup_cdn=('stage2', 'always', 'never'), mds_unsup=('none', 'sure', 'nms'))
+        in_range('method', self, density_guard=0)
         self.implementation  # raises for an unknown name
 
     @property
@@ -236,10 +244,12 @@ class Supervised(Method):
         boxes = sum(len(target['labels']) for target in part['targets'])
         return StepResult(losses, dict(labelled_boxes=boxes / max(1, len(part['targets']))), {})
 
-    def criterion(self, outputs, targets, t, denoising=True, stats=None):
+    def criterion(self, outputs, targets, t, denoising=True, stats=None, background=None):
         "`set_criterion` in the stage of iteration t, with the one-to-many assignment of the settings"
         stage, cfg = stage_of(t, self.cfg.method.T1), self.cfg.criterion
-        return set_criterion(outputs, targets, stage, cfg, denoising, stats, one_to_many_assigner(cfg))
+        return set_criterion(
+            outputs, targets, stage, cfg, denoising, stats, one_to_many_assigner(cfg), background
+        )
 
     def sup_rescoring(self, outputs, targets):
         "The loss of a learned suppressor on labelled images (@sec-rescoring), if the detector has one"
@@ -366,7 +376,7 @@ class MeanTeacher(Supervised):
         targets = transport(pseudo, weak['targets'], strong['targets'], cfg.pseudo.min_side)
         denoising = has_denoising(stage_of(t, cfg.method.T1), cfg.method)
         outputs = student(strong['images'], strong['mask'], targets if denoising else None)
-        unsup = self.criterion(outputs, targets, t, denoising)
+        unsup = self.criterion(outputs, targets, t, denoising, None, self.guard(targets))
         unsup |= self.unsup_rescoring(student, outputs, detections, weak, strong)
         losses |= weighted(unsup, weight, 'unsup')
         scalars |= pseudo_stats(detections, pseudo, targets)
@@ -432,7 +442,7 @@ def mine_pseudo_labels(
     strong: list,  # targets of the strong views
     cfg,  # Config: `pseudo`, `mining`, `criterion`
     memory: CostMemory | None = None,  # costs of past iterations that join the fit
-    rates: ClassRates | None = None,  # score per class for the filter 'class_rate'
+    rates: nn.Module | None = None,  # of `class_memory`: score per class
 ) -> dict:  # detections; weak, strong: B^0 in both views; sup, con: masks of B^0; costs, tau, mixture
     "From the teacher's detections to B^sup and B^con (@sec-mining)"
     detections = teacher_detections(teacher_out, weak, cfg.pseudo)
@@ -489,11 +499,10 @@ class CrossViewConsistency(Supervised):
     "What Semi-DETR remembers and trains beside the networks, and the consistency of its cross-view queries"
 
     def __init__(self, cfg, labelled=None):
-        super().__init__(cfg)
+        super().__init__(cfg, labelled)
         mining, consistency = cfg.mining, cfg.consistency
-        self.rates = self.memory = self.projector = None
-        if 'class_rate' in (mining.sup_filter, mining.con_filter):
-            self.rates = ClassRates(class_rates(labelled, cfg.detector.num_classes), mining.rate_window)
+        self.memory = self.projector = None
+        self.rates = class_memory(mining, labelled, cfg.detector.num_classes)
         if mining.memory:
             self.memory = CostMemory(mining.memory)
         if consistency.needs_queries:
@@ -568,7 +577,7 @@ class SemiDETR(CrossViewConsistency):
         denoising = has_denoising(stage_of(t, cfg.method.T1), cfg.method)
         extras = student.denoise(targets) if denoising else []
         outputs, con = self.consistency(student, teacher, student_view, teacher_view, mined, extras, batch, t)
-        unsup = self.criterion(outputs, targets, t, denoising, scalars)
+        unsup = self.criterion(outputs, targets, t, denoising, scalars, self.guard(targets))
         unsup |= self.unsup_rescoring(student, outputs, mined['detections'], weak, strong)
         losses |= weighted(unsup | con, weight, 'unsup')
         if con:

@@ -393,6 +393,7 @@ LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value
     'criterion.soft_targets': lambda c: not c.criterion.soft_targets,
     'criterion.w_position': lambda c: c.criterion.cls_loss != 'position',
     'criterion.w_position_dn': lambda c: c.criterion.cls_loss != 'position',
+    'method.density_guard': lambda c: c.method.density_guard == 0,
     'criterion.w_mds': _no_suppressor,
     'criterion.mds_cost': _no_suppressor,
     'criterion.mds_target': _no_suppressor,
