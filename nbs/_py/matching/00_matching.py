@@ -79,7 +79,7 @@ class PaddedTargets:
 # %%
 #| export
 def pad_targets(
-    targets: list,  # dicts with `labels` (n,), `boxes` (n,4) cxcywh normalised; perhaps `image_id`, `scores` (n,)
+    targets: list,  # dicts with `labels` (n,), `boxes` (n,4) cxcywh; perhaps `image_id`, `scores` (n,)
     num_classes: int | None = None,  # C; None = labels are not checked
 ) -> PaddedTargets:
     "Stack the targets of a batch; n may be 0. DataError where a label is not in 0..C-1"
@@ -266,7 +266,7 @@ def pair_cost(
     w_cls: float = 2.0,  # weight of the class term
     w_l1: float = 5.0,  # weight of the L1 term
     w_giou: float = 2.0,  # weight of the GIoU term
-    kind: str = 'focal',  # class term: 'focal', 'modulated', or 'probability' (minus the score, @eq-softmax-cost)
+    kind: str = 'focal',  # class term: 'focal', 'modulated', 'probability' (@eq-softmax-cost)
     parts: bool = False,  # return the weighted terms instead of their sum
     valid: Tensor | None = None,  # (...,N) bool: objects, not padding; only 'modulated' needs it
 ):  # (...,Q,N) cost of every pair, detached, float32; or a dict of three such tensors
