@@ -79,8 +79,7 @@ def softmax_losses(
     logits: Tensor,  # (L,B,Q,C+1) raw class scores, the no-object class at the end
     y: Tensor,  # (L,B,Q,C) targets in [0,1], at most one positive per query
     no_object: float = 0.1,  # weight of the no-object class
-    background: Tensor
-    | None = None,  # (B,) factor on the loss, not on the weight, of queries without a target
+    background: Tensor | None = None,  # (B,) factor on the losses of queries without a target
 ) -> tuple:  # (sum (L,) over the queries, sum of their weights (L,))
     "Numerator and denominator of the class loss (@eq-softmax-loss) of each layer"
     log_p, rest = logits.log_softmax(-1), no_object * (1 - y.sum(-1))
@@ -108,7 +107,7 @@ class CriterionConfig:
     w_giou: float = 2.0  # GIoU term, in matching cost and loss
     loss_l1: float = 10.0  # L1 term of the loss (effective weight of the code: 10; paper: 5)
     enc_labels: str = 'zero'  # labels of the encoder output: 'zero' = object or not (code), 'true' (DINO)
-    # one-to-one stage: 'focal' (paper); 'task_aligned', 'varifocal' (to the IoU), 'position' (@eq-losses-position)
+    # one-to-one stage: 'focal' (paper); 'task_aligned', 'varifocal' (to the IoU); 'position'
     cls_loss: str = 'focal'
     o2m: str = 'task_aligned'  # one-to-many assignment; for comparison 'max_iou', 'atss', 'simota'
     k: int = 13  # task_aligned: maximum number of positives per object
@@ -309,7 +308,7 @@ def set_criterion(
     denoising: bool = True,  # False: denoising queries get no loss (unlabelled images of stage 1)
     stats: dict = None,  # gets positives_per_object of the last decoder layer, where there is an object
     o2m=assign_o2m,  # one-to-many assignment, see `assign`
-    background: Tensor = None,  # (B,) weight of the background, not of denoising queries (@eq-thresholds-guard)
+    background: Tensor = None,  # (B,) weight of the background of each image (@eq-thresholds-guard)
 ) -> dict:  # scalars loss_cls, loss_l1, loss_giou with suffixes _0, ..., _enc, _dn_0, ...; minimise their sum
     """All losses of a batch (@eq-losses-o2m). NonFiniteError where a matching cost is NaN (an image without
     objects has none: there the loss becomes NaN), DataError where a label is not a class"""

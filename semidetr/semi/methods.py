@@ -109,9 +109,7 @@ class MethodConfig:
     # of a learned suppressor on unlabelled images: 'none', the teacher's 'sure' boxes, or what 'nms' keeps
     mds_unsup: str = 'none'
     mds_threshold: float = 0.4  # smallest score of a sure box
-    density_guard: float = (
-        0.0  # less background in images with fewer pseudo labels than this share of the usual
-    )
+    density_guard: float = 0.0  # less background below this share of the boxes per labelled image; 0: off
 
     def __post_init__(self):
         one_of('method', self, unsup_cdn=('stage2', 'always', 'never'), mds_unsup=('none', 'sure', 'nms'))

@@ -568,7 +568,8 @@ n_sup, n_con, len(pool)
 # * The threshold needs no tuning and follows the training; about half of the correct boxes lie above it.
 # * $B^{sup}$ trains classes, boxes and denoising, $B^{con}\supseteq B^{sup}$ the consistency only.
 # * Mining fails where both networks make the same error, and where the costs have one mode.
-# * Other filters: @sec-variants, @sec-thresholds; their effect on a training, and that of mining labels too: @sec-abl-filters.
+# * Other filters: @sec-variants, @sec-thresholds; their effect on a training, and that of mining labels too:
+#   @sec-abl-filters.
 #
 # ## Exercises
 #

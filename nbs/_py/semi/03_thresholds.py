@@ -62,8 +62,8 @@ counted
 # $$ {#eq-thresholds-mixture}
 #
 # the likeliest score of the upper component; with fewer than four scores it is 0. The fit starts with variances
-# of 1. Raw scores have a standard deviation of .3 or so: to them both components look alike at the start, and
-# the fit stops there. Standardised scores have a standard deviation of 1.
+# of 1. Scores between 0 and 1 vary less: both components are alike for them at the start, and the fit stops
+# nearby. Standardised scores have a standard deviation of 1.
 
 # %%
 #| export
@@ -176,8 +176,8 @@ t_c, kept_share
 # $$ {#eq-thresholds-guard}
 #
 # in the class losses of decoder layers and encoder output; normalisers do not change. Entries with a target keep
-# the weight 1, and so do denoising queries, which lie at pseudo labels. An image without any pseudo label teaches nothing. $\rho=.5$
-# leaves images alone that have half as many boxes as usual. The rule is ours; Consistent-Teacher multiplies
+# the weight 1, and so do denoising queries, which lie at pseudo labels. An image without any pseudo label has no
+# class loss. $\rho=.5$ leaves images alone that have half as many boxes as usual. The rule is ours; Consistent-Teacher multiplies
 # the whole loss of a batch by .01 if fewer than half of its images have a box.
 
 # %%
@@ -202,7 +202,7 @@ guarded
 
 # %%
 #| label: fig-thresholds-two
-#| fig-cap: "Left: the scores of two classes and their thresholds (dashed), which no single score could replace. Right: the weight of the background grows with the number of pseudo labels, up to half the number of boxes of labelled images."
+#| fig-cap: "Left: the scores of two classes and their thresholds (dashed); no single score would fit both. Right: the weight of the background grows with the number of pseudo labels, up to half the number of boxes of labelled images."
 #| fig-alt: "Left: two histograms with two groups each and a dashed line in the upper group of each. Right: a line from 0 to 1 at 8.8 boxes, then level."
 fig, axes = plt.subplots(1, 2, figsize=(6, 2.6), dpi=80, layout='constrained')
 for c, color in enumerate(('#1f77b4', '#ff7f0e')):
