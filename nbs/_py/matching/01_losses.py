@@ -303,7 +303,7 @@ soft_values
 def position_targets(
     iou: Tensor,  # (L,B,Q,C) IoU of the matched pairs, 0 elsewhere
 ) -> Tensor:  # (L,B,Q,C) in [0,1]
-    "Squared IoU, rescaled so that the best pair of each layer and image has the target 1 (@eq-losses-position)"
+    "Squared IoU, rescaled so that the best pair of a layer and image has the target 1 (@eq-losses-position)"
     t = iou**2
     largest = t.flatten(2).amax(-1)[..., None, None]
     return t / torch.where(largest == 0, 1, largest)
