@@ -251,8 +251,8 @@ kept = kept_by_nms(new_logits, three_queries)
 assert kept[0].tolist() == [[True, True], [False, False], [True, True]]
 distilled = suppression_loss(both)['loss_mds']
 p, k = new_logits.sigmoid().detach(), kept.float()
-by_hand = p * -(p * k * p.log() + (1 - p * k) * (1 - p).log())
-assert torch.allclose(distilled, by_hand.sum() / (p * k).sum(), atol=1e-5)
+entries = p * -(p * k * p.log() + (1 - p * k) * (1 - p).log())
+assert torch.allclose(distilled, entries.sum() / (p * k).sum(), atol=1e-5)
 kept[0], distilled.item()
 
 # %%
