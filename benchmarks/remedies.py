@@ -68,8 +68,7 @@ if __name__ == '__main__':
     found = measure(args.arms, args.folder, args.rounds)
     for r in found:
         low, middle, high = r['cost']
-        print(
-            f"{r['name']}: {middle:.2f} of a {r['stage']} step of Semi-DETR (quartiles {low:.2f} to {high:.2f})"
-        )
+        name, stage = r['name'], r['stage']
+        print(f'{name}: {middle:.2f} of a {stage} step of Semi-DETR (quartiles {low:.2f} to {high:.2f})')
     if args.out:
         atomic_write(args.out, json.dumps(dict(machine=machine(), load=load, rows=found), indent=1) + '\n')
