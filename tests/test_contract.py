@@ -10,6 +10,7 @@ from semidetr.detectors.backbone import BackboneConfig
 from semidetr.detectors.contract import DetectionTransformer, build_detector, class_scores, post_process
 from semidetr.detectors.denoising import DenoisingConfig, ExtraQueries, group_mask
 from semidetr.detectors.detector import Detector, DetectorConfig
+from semidetr.detectors.group import parallel_outputs
 from semidetr.detectors.transformer import TransformerConfig
 
 CLOSE = dict(rtol=1e-6, atol=1e-8)
@@ -54,6 +55,8 @@ def all_predictions(outputs):
     "Every pair of logits and boxes that training may use"
     others = [*outputs.get('aux_outputs', []), *outputs.get('extra', {}).values()]
     named = [outputs[k] for k in ('enc_outputs', 'suppressed') if k in outputs]
+    for o in parallel_outputs(outputs).values():
+        named += [o, *o['aux_outputs'], *([o['enc_outputs']] if 'enc_outputs' in o else [])]
     return [outputs, *others, *named]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn, Tensor
 from torch.nn.utils.rnn import pad_sequence
 from ..boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
-from ..core import ConfigError
+from ..core import ConfigError, one_of
 
 # %% ../../nbs/detectors/06_denoising.ipynb #f559c642
 @dataclass
@@ -24,13 +24,17 @@ class ExtraQueries:
     mask: Tensor  # (P,P) bool, True: row may not attend to column
     name: str  # key of `outputs['extra']`
     meta: dict = field(default_factory=dict)  # passed on to the outputs
+    sees: str = 'all'  # beside itself: 'all' matching queries, or only it'self'
+
+    def __post_init__(self):
+        one_of('ExtraQueries', self, sees=('all', 'self'))
 
 
 def combine_extras(
     extras,  # list of `ExtraQueries`, in the order of the decoder's input
     num_queries: int,  # Q matching queries, which come last
 ) -> tuple:  # (content (B,P,d), boxes (B,P,4) logits, blocked (P+Q,P+Q) bool, {name: slice}), or Nones and {}
-    "One decoder input of several sets: all attend to the matching queries, no set to another, these to none"
+    "One decoder input of several sets: no set attends to another, matching queries to none; see `sees`"
     if not extras:
         return None, None, None, {}
     if len({e.name for e in extras}) < len(extras):
@@ -45,6 +49,8 @@ def combine_extras(
         end = start + e.content.shape[1]
         slices[e.name] = slice(start, end)
         blocked[start:end, start:end] = e.mask
+        if e.sees == 'self':
+            blocked[start:end, total:] = True
         start = end
     return content, boxes, blocked, slices
 

@@ -161,7 +161,8 @@ def read_weights(
 
 # %% ../../nbs/detectors/13_weight_files.ipynb #971718b7
 CLASS_ROWS = (
-    r'((suppressor\.)?class_head|enc_class_head|class_embed(\.\d+)?)\.(weight|bias)$|label_enc\.weight$'
+    r'(((suppressor|group)\.)?class_head|enc_class_head|(class_embed|second_head)(\.\d+)?)\.(weight|bias)$'
+    r'|label_enc\.weight$'
 )
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sigmoid_focal_loss', 'task_aligned_focal', 'varifocal_loss', 'soft_focal_loss', 'box_losses', 'softmax_losses',
            'position_targets', 'CriterionConfig', 'layer_losses', 'denoising_matches', 'assign', 'set_criterion',
-           'match_stats']
+           'scored', 'parallel_losses', 'match_stats']
 
 # %% ../../nbs/matching/01_losses.ipynb #8fb0b54a
 from dataclasses import dataclass, replace
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..boxes import cxcywh_to_xyxy
 from ..core import ConfigError, all_reduce_mean, at_least_float32, one_of
 from ..detectors.contract import has_no_object, sigmoid_logits
+from ..detectors.group import parallel_outputs
 from .matching import Matches, PaddedTargets, assign_o2m, assign_o2o, pad_targets
 
 # %% ../../nbs/matching/01_losses.ipynb #a8c87110
@@ -125,6 +126,7 @@ class CriterionConfig:
     w_position: float = 6.0  # class weight of the loss 'position' instead of w_cls (Stable-DINO)
     w_position_dn: float = 1.0  # the same of denoising queries
     w_mds: float = 1.0  # factor on the loss of a learned suppressor (@sec-rescoring)
+    w_group: float = 1.0  # factor on the losses of a parallel group or second class head (@sec-group)
     mds_cost: str = 'suppressor'  # scores in its matching cost: 'suppressor' (its own), or 'one_to_many'
     mds_target: str = (
         'match'  # its targets on labelled images: 'match'ed objects, what 'nms' keeps, or 'both'
@@ -342,6 +344,36 @@ def _denoising_losses(dn, padded, cfg, z_cls, z_box):
     cfg = replace(cfg, w_position=cfg.w_position_dn)
     sums = layer_losses(logits, boxes, padded, labels, m, cfg, 'o2o', slot_weight)
     return _named(sums, [f'_dn_{i}' for i in range(n)], z_cls, z_box, cfg.w_dn)
+
+# %% ../../nbs/matching/01_losses.ipynb #4e50d099
+def scored(
+    o2m,  # one-to-many assignment as in `assign`
+):  # an assignment
+    "The same pairs; the weights of an object's positives are multiplied by its score (@eq-losses-scored)"
+
+    def assignment(logits, boxes, padded, *args):
+        m = o2m(logits, boxes, padded, *args)
+        return replace(m, weight=m.weight * padded.scores[m.image, m.target].to(m.weight))
+
+    return assignment
+
+
+def parallel_losses(
+    outputs: dict,  # of the detector
+    targets: list,  # as for `set_criterion`, perhaps with `scores`
+    cfg: CriterionConfig = CriterionConfig(),  # `w_group` and the settings of the first stage
+    o2m=assign_o2m,  # one-to-many assignment, see `assign`
+) -> dict:  # loss_group_cls, ..., loss_second_cls, ...; {} where the detector has neither
+    """One-to-many losses of a parallel group and of a second class head; errors as `set_criterion`
+
+    Scores count once, with or without `criterion.soft_targets`. The background has its full weight: a density
+    guard (@eq-thresholds-guard) acts on the losses of `set_criterion` only.
+    """
+    losses, cfg = {}, replace(cfg, soft_targets=False)  # the weights of the pairs hold the scores
+    for name, own in parallel_outputs(outputs).items():
+        found = set_criterion(own, targets, 'o2m', cfg, o2m=scored(o2m))
+        losses |= {k.replace('loss_', f'loss_{name}_', 1): cfg.w_group * v for k, v in found.items()}
+    return losses
 
 # %% ../../nbs/matching/01_losses.ipynb #9bfc5474
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import nn
 from ..boxes import transform_boxes
 from ..core import ConfigError, in_range, one_of, suggest
 from ..detectors.contract import add_suppressed, has_suppressor
+from ..detectors.group import parallel_group, parallel_parts
 from ..matching.losses import set_criterion
 from ..matching.matching import stage_of
 from ..matching.rescoring import sure_and_doubtful, suppression_loss, suppressor_loss
@@ -46,6 +47,10 @@ from semidetr.semi.variants import (
     label_filters,
     mixture_solver,
     one_to_many_assigner,
+    parallel_advice,
+    parallel_stages,
+    sup_parallel,
+    unsup_parallel,
 )
 
 # %% ../../nbs/semi/04_methods.ipynb #487811b1
@@ -106,10 +111,11 @@ class MethodConfig:
     unsup_weight: float = 4.0  # w_u (paper: 4 for COCO-Partial, 2 for COCO-Full)
     unsup_ramp: int = 0  # iterations over which w_u grows from 0 after the burn-in (official: 0)
     unsup_cdn: str = 'stage2'  # denoising queries made of pseudo labels: 'stage2' (code), 'always', 'never'
-    # of a learned suppressor on unlabelled images: 'none', the teacher's 'sure' boxes, or what 'nms' keeps
+    # what trains a suppressor on unlabelled images: 'none', the teacher's 'sure' boxes, or what 'nms' keeps
     mds_unsup: str = 'none'
     mds_threshold: float = 0.4  # smallest score of a sure box
     density_guard: float = 0.0  # less background below this share of the boxes per labelled image; 0: off
+    group_threshold: float = 0.2  # smallest score of a box for a parallel group or second class head
 
     def __post_init__(self):
         one_of('method', self, unsup_cdn=('stage2', 'always', 'never'), mds_unsup=('none', 'sure', 'nms'))
@@ -151,8 +157,8 @@ class MethodConfig:
         cfg,  # Config of the run
         labelled=None,  # data set of the labelled images
     ) -> Method:
-        "The method, with fresh state; a warning where a learned suppressor is not used as intended"
-        if advice := suppressor_advice(cfg):
+        "The method, with fresh state; a warning where a part of the detector is not used as intended"
+        if advice := suppressor_advice(cfg) or parallel_advice(cfg):
             warnings.warn(advice, stacklevel=2)
         return self.implementation(cfg, labelled)
 
@@ -181,7 +187,11 @@ class Supervised(Method):
     def step(self, student, teacher, batch, t):
         part = batch['labelled']
         outputs = student(part['images'], part['mask'], part['targets'])
-        losses = self.criterion(outputs, part['targets'], t) | self.sup_rescoring(outputs, part['targets'])
+        losses = (
+            self.criterion(outputs, part['targets'], t)
+            | self.sup_rescoring(outputs, part['targets'])
+            | sup_parallel(outputs, part['targets'], self.cfg)
+        )
         boxes = sum(len(target['labels']) for target in part['targets'])
         return StepResult(losses, dict(labelled_boxes=boxes / max(1, len(part['targets']))), {})
 
@@ -217,9 +227,9 @@ class Supervised(Method):
 
     @classmethod
     def derived(cls, cfg):
-        "One-to-many matching to the end with a learned suppressor"
+        "One-to-many matching to the end with a learned suppressor, none beside a part that is one-to-many"
         if not suppressor_advice(cfg):
-            return {}
+            return parallel_stages(cfg)
         return {'method.T1': (cfg.optim.iters, 'one-to-many matching to the end, for the learned suppressor')}
 
 # %% ../../nbs/semi/04_methods.ipynb #13d4eaa2
@@ -295,7 +305,9 @@ class MeanTeacher(Supervised):
         denoising = has_denoising(stage_of(t, cfg.method.T1), cfg.method)
         outputs = student(strong['images'], strong['mask'], targets if denoising else None)
         unsup = self.criterion(outputs, targets, t, denoising, None, self.guard(targets))
-        unsup |= self.unsup_rescoring(student, outputs, detections, weak, strong)
+        unsup |= self.unsup_rescoring(student, outputs, detections, weak, strong) | unsup_parallel(
+            outputs, detections, weak['targets'], strong['targets'], cfg
+        )
         losses |= weighted(unsup, weight, 'unsup')
         scalars |= pseudo_stats(detections, pseudo, targets)
         return StepResult(losses, scalars, dict(pseudo=to_original(pseudo, weak['targets'])))
@@ -446,10 +458,14 @@ class SemiDETR(CrossViewConsistency):
         )
         targets = keep_boxes(mined['strong'], mined['sup'])
         denoising = has_denoising(stage_of(t, cfg.method.T1), cfg.method)
-        extras = student.denoise(targets) if denoising else []
+        extras = parallel_group(student, student_view.encoded) + (
+            student.denoise(targets) if denoising else []
+        )
         outputs, con = self.consistency(student, teacher, student_view, teacher_view, mined, extras, batch, t)
         unsup = self.criterion(outputs, targets, t, denoising, scalars, self.guard(targets))
-        unsup |= self.unsup_rescoring(student, outputs, mined['detections'], weak, strong)
+        unsup |= self.unsup_rescoring(student, outputs, mined['detections'], weak, strong) | unsup_parallel(
+            outputs, mined['detections'], weak['targets'], strong['targets'], cfg
+        )
         losses |= weighted(unsup | con, weight, 'unsup')
         if con:
             scalars['loss_con'] = sum(v.item() for v in con.values())
@@ -460,7 +476,7 @@ class SemiDETR(CrossViewConsistency):
     def derived(cls, cfg):
         "One-to-many matching for the first half of the iterations with unlabelled images"
         m, n = cfg.method, cfg.optim.iters
-        if _suppressor_of(cfg) is not None:
+        if _suppressor_of(cfg) is not None or parallel_parts(cfg.detector):
             return super().derived(cfg)
         if not m.T1 <= m.burn_in_iters < n:
             return {}

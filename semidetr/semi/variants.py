@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['one_to_many_assigner', 'initial_filter', 'fit_mixture_sklearn', 'mixture_solver', 'top_k', 'per_class',
-           'label_filters', 'class_rates', 'ClassRates', 'class_memory', 'density_guard', 'CostMemory', 'grid_boxes',
-           'random_boxes', 'jittered_boxes', 'box_picker', 'match_views', 'hungarian_consistency']
+           'label_filters', 'class_rates', 'ClassRates', 'class_memory', 'density_guard', 'sup_parallel',
+           'unsup_parallel', 'parallel_advice', 'parallel_stages', 'CostMemory', 'grid_boxes', 'random_boxes',
+           'jittered_boxes', 'box_picker', 'match_views', 'hungarian_consistency']
 
 # %% ../../nbs/semi/03_variants.ipynb #9e9b58f6
 import math
@@ -17,12 +18,13 @@ from ..boxes import denormalize_boxes, normalize_boxes, xyxy_to_cxcywh
 from ..core import ConfigError, all_gather_cat
 from ..detectors.contract import class_scores
 from ..detectors.denoising import noise_boxes
+from ..detectors.group import parallel_parts
 from ..matching.assigners import ASSIGNERS
-from ..matching.losses import CriterionConfig
+from ..matching.losses import CriterionConfig, parallel_losses
 from ..matching.matching import assign_o2m, hungarian
 from .consistency import ConsistencyConfig, con_boxes, consistency_loss
 from .mining import MiningConfig, Mixture, confident_boxes, fit_mixture, mean_std, mined_boxes
-from .teacher import fixed_threshold, transport
+from .teacher import fixed_threshold, keep_boxes, transport
 from .thresholds import ClassMixtures, background_weights
 
 # %% ../../nbs/semi/03_variants.ipynb #81be2e39
@@ -200,7 +202,8 @@ def density_guard(
     labelled,  # data set; 0 does not read it
     num_classes: int,  # C
 ):  # pseudo labels of the images of a batch -> (B,) weights of their background, or None
-    "The rule that `method.density_guard` sets (@eq-thresholds-guard); ConfigError without a data set"
+    """The rule that `method.density_guard` sets (@eq-thresholds-guard); ConfigError without a data set.
+    For the main losses: those of a parallel group or second class head (@sec-losses-parallel) keep the weight 1"""
     if not share:
         return lambda targets: None
     if labelled is None:
@@ -209,6 +212,58 @@ def density_guard(
         )
     per_image = float(class_rates(labelled, num_classes).sum())
     return partial(background_weights, per_image=per_image, share=share)
+
+# %% ../../nbs/semi/03_variants.ipynb #24b11f90
+def sup_parallel(
+    outputs: dict,  # of the student
+    targets: list,  # labelled boxes
+    cfg,  # Config: `detector`, `criterion`
+) -> dict:  # of `parallel_losses`; {} where the detector has nothing beside its matching queries
+    "One-to-many losses of the parallel parts on labelled images"
+    if not parallel_parts(cfg.detector):
+        return {}
+    return parallel_losses(outputs, targets, cfg.criterion, one_to_many_assigner(cfg.criterion))
+
+
+def unsup_parallel(
+    outputs: dict,  # of the student in the strong view
+    detections: list,  # of the teacher, in pixels of the weak views
+    weak: list,  # targets of the weak views
+    strong: list,  # targets of the strong views
+    cfg,  # Config: `detector`, `criterion`, `method.group_threshold`, `pseudo.min_side`
+) -> dict:  # of `parallel_losses`; {} where the detector has nothing beside its matching queries
+    "One-to-many losses of the parallel parts on the wide set (@eq-variants-wide)"
+    if not parallel_parts(cfg.detector):
+        return {}
+    masks = [fixed_threshold(d['scores'], cfg.method.group_threshold) for d in detections]
+    wide = transport(keep_boxes(detections, masks), weak, strong, cfg.pseudo.min_side)
+    return sup_parallel(outputs, wide, cfg)
+
+
+def parallel_advice(
+    cfg,  # Config of the run
+) -> str:  # one line; '' where all is well
+    "What to change where a part is trained one-to-many beside queries that are one-to-many as well"
+    parts = parallel_parts(cfg.detector)
+    suppressor = getattr(cfg.detector, 'suppressor', None)
+    if not parts or cfg.method.T1 <= 0 or (suppressor is not None and suppressor.on):
+        return ''
+    return (
+        f'method.T1={cfg.method.T1}: the matching queries are one-to-many until then, but '
+        f'detector.{parts[0]} is meant to be one-to-many beside one-to-one queries; set method.T1=0'
+    )
+
+
+def parallel_stages(
+    cfg,  # Config of the run
+) -> dict:  # 'group.field' -> (value, reason) as in `Method.derived`; {} without such parts
+    "One-to-one matching throughout for the matching queries, and consistency to the end"
+    out = {}
+    if parallel_advice(cfg):
+        out['method.T1'] = (0, 'one-to-one matching throughout, beside a part that is one-to-many throughout')
+    if parallel_parts(cfg.detector) and cfg.method.name == 'semi_detr' and cfg.consistency.until == 'T1':
+        out['consistency.until'] = ('end', 'there is no first stage for it to end with')
+    return out
 
 # %% ../../nbs/semi/03_variants.ipynb #79395c09
 class CostMemory(nn.Module):

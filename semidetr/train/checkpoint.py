@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 import torch
 from ..core import DataError, atomic_write, is_main, world_size
+from ..detectors.group import start_parallel
 from ..detectors.weight_files import map_class_rows
 
 # %% ../../nbs/train/02_checkpoint.ipynb #e00f2646
@@ -114,10 +115,11 @@ def start_from(
     fresh = {k: v.clone() for k, v in fresh.items()} if list(saved['classes']) != classes else fresh
     for name in ('student', 'teacher'):
         source = name if is_pair else run.cfg.run.init_from
-        state = _without_suppressor(saved[source], fresh)
+        state = _without_parts(saved[source], fresh)
         state, notes = map_class_rows(state, saved['classes'], classes, fresh)
-        load_weights(getattr(run, name), _with_suppressor(state, fresh), path)
-    notes = notes + _about_suppressor(saved[source], fresh)
+        load_weights(getattr(run, name), _with_parts(state, fresh), path)
+        start_parallel(getattr(run, name), [p for p in _new_parts(state, fresh) if p != 'suppressor'])
+    notes = notes + _about_parts(saved[source], fresh)
     if is_pair:
         notes += _start_projector(run.method, saved['parts'], path)
     for note in notes if is_main() else []:
@@ -145,24 +147,35 @@ def _start_backbone(run, state, path):
         warnings.warn(f'{path}: {what}', stacklevel=4)
 
 # %% ../../nbs/train/02_checkpoint.ipynb #8fbf835f
-def _without_suppressor(state, fresh):
-    "Weights without a learned suppressor that the network `fresh` does not have"
-    if any(k.startswith('suppressor.') for k in fresh):
-        return state
-    return {k: v for k, v in state.items() if not k.startswith('suppressor.')}
+_PARTS = dict(suppressor='suppressor', group='parallel group', second_head='second class head')
 
 
-def _with_suppressor(state, fresh):
-    "Weights with the untrained suppressor of the network `fresh`, if they have none"
-    return {k: v.detach().clone() for k, v in fresh.items() if k.startswith('suppressor.')} | state
+def _new_parts(state, fresh):
+    "Names of the parts in `_PARTS` that the network `fresh` has, but not the weights"
+    has = [{p for p in _PARTS if any(k.startswith(f'{p}.') for k in w)} for w in (state, fresh)]
+    return [p for p in _PARTS if p in has[1] - has[0]]
 
 
-def _about_suppressor(state, fresh):
-    "A sentence where one of the two has a learned suppressor and the other has not"
-    old, new = (any(k.startswith('suppressor.') for k in weights) for weights in (state, fresh))
-    if new and not old:
-        return ['these weights have no suppressor; that of this run starts untrained']
-    return ['this run has no suppressor; that of the weights is not used'] if old and not new else []
+def _without_parts(state, fresh):
+    "Weights without the parts in `_PARTS` that the network `fresh` does not have"
+    old = tuple(f'{p}.' for p in _new_parts(fresh, state))
+    return {k: v for k, v in state.items() if not k.startswith(old)} if old else state
+
+
+def _with_parts(state, fresh):
+    "Weights with those parts of the network `fresh`, untrained, that they do not have"
+    new = tuple(f'{p}.' for p in _new_parts(state, fresh))
+    return {k: v.detach().clone() for k, v in fresh.items() if new and k.startswith(new)} | state
+
+
+def _about_parts(state, fresh):
+    "A sentence for each part in `_PARTS` that only one of the two has"
+    start = dict.fromkeys(_PARTS, 'starts from copies of the trained heads') | dict(
+        suppressor='starts untrained'
+    )
+    new, old = _new_parts(state, fresh), _new_parts(fresh, state)
+    notes = [f'these weights have no {_PARTS[p]}; that of this run {start[p]}' for p in new]
+    return notes + [f'this run has no {_PARTS[p]}; that of the weights is not used' for p in old]
 
 # %% ../../nbs/train/02_checkpoint.ipynb #d1dd4f4d
 def _start_projector(method, parts, path):

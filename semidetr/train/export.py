@@ -9,11 +9,13 @@ __all__ = ['OTHER_FORMATS', 'output_path', 'to_safetensors', 'resnet_name', 'def
 # %% ../../nbs/train/12_export.ipynb #777a974a
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 import torch
 from ..core import ConfigError, DataError, atomic_write, need
 from ..detectors.deformable_detr import DeformableDETRConfig
 from ..detectors.detr import DETRConfig
+from ..detectors.group import for_inference
 from ..detectors.weight_names import COUNTER, foreign_name, rules_of
 from .exported import SAFE_FORMAT, description
 from .predict import load_model
@@ -51,8 +53,10 @@ def to_safetensors(
     path = output_path(run, 'model.safetensors', out, overwrite)
     write = need('safetensors.torch', 'semidetr export', 'export').save
     model, cfg, classes = load_model(run, which, 'cpu', like)
+    detector, state = for_inference(cfg.detector, model.state_dict())
+    cfg = replace(cfg, detector=detector)
     about = dict(description(cfg, classes), semidetr=SAFE_FORMAT, network=which, format='pt')
-    atomic_write(path, write(_plain_tensors(model.state_dict()), about))
+    atomic_write(path, write(_plain_tensors(state), about))
     return path
 
 # %% ../../nbs/train/12_export.ipynb #ca3f563e
@@ -295,7 +299,7 @@ def preprocessing(
 # %% ../../nbs/train/12_export.ipynb #f42bd3fd
 def _translated(model, detector, view, classes):
     "(config.json, preprocessor_config.json, weights) of a network that transformers can run"
-    state = model.state_dict()
+    detector, state = for_inference(detector, model.state_dict())
     if isinstance(detector, DETRConfig):
         weights = detr_names(state, _is_dilated(detector.backbone))
         return detr_settings(detector, classes), preprocessing(view, 'Detr'), weights

@@ -27,7 +27,7 @@ import torch
 from torch import nn, Tensor
 from torch.nn.utils.rnn import pad_sequence
 from semidetr.boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
-from semidetr.core import ConfigError
+from semidetr.core import ConfigError, one_of
 
 # %%
 import matplotlib.pyplot as plt
@@ -43,7 +43,7 @@ from semidetr.draw import draw_boxes, show_image
 # Semi-DETR is another. All kinds share one class and one rule: the $Q$ matching queries attend to no extra
 # query, sets of extra queries do not attend to each other, and every extra query attends to all matching
 # queries. Inside a set its own mask decides. In the attention the extras come first, the matching queries
-# last.
+# last. A set with `sees='self'` does without the matching queries: the parallel group of @sec-group.
 
 # %%
 #| export
@@ -56,13 +56,17 @@ class ExtraQueries:
     mask: Tensor  # (P,P) bool, True: row may not attend to column
     name: str  # key of `outputs['extra']`
     meta: dict = field(default_factory=dict)  # passed on to the outputs
+    sees: str = 'all'  # beside itself: 'all' matching queries, or only it'self'
+
+    def __post_init__(self):
+        one_of('ExtraQueries', self, sees=('all', 'self'))
 
 
 def combine_extras(
     extras,  # list of `ExtraQueries`, in the order of the decoder's input
     num_queries: int,  # Q matching queries, which come last
 ) -> tuple:  # (content (B,P,d), boxes (B,P,4) logits, blocked (P+Q,P+Q) bool, {name: slice}), or Nones and {}
-    "One decoder input of several sets: all attend to the matching queries, no set to another, these to none"
+    "One decoder input of several sets: no set attends to another, matching queries to none; see `sees`"
     if not extras:
         return None, None, None, {}
     if len({e.name for e in extras}) < len(extras):
@@ -77,6 +81,8 @@ def combine_extras(
         end = start + e.content.shape[1]
         slices[e.name] = slice(start, end)
         blocked[start:end, start:end] = e.mask
+        if e.sees == 'self':
+            blocked[start:end, total:] = True
         start = end
     return content, boxes, blocked, slices
 
@@ -86,8 +92,9 @@ def combine_extras(
 # may not attend to:
 
 # %%
-def free_set(n, name):
-    return ExtraQueries(torch.zeros(1, n, 4), torch.zeros(1, n, 4), torch.zeros(n, n, dtype=torch.bool), name)
+def free_set(n, name, sees='all'):
+    no_mask = torch.zeros(n, n, dtype=torch.bool)
+    return ExtraQueries(torch.zeros(1, n, 4), torch.zeros(1, n, 4), no_mask, name, sees=sees)
 
 
 _, _, small_mask, where = combine_extras([free_set(2, 'a'), free_set(1, 'b')], num_queries=2)
@@ -99,6 +106,14 @@ assert small_mask.int().tolist() == [
     [1, 1, 1, 0, 0],
 ]
 where, small_mask.int()
+
+# %% [markdown]
+# If the second set sees itself only, its row is blocked for the matching queries, too:
+
+# %%
+_, _, apart, _ = combine_extras([free_set(2, 'a'), free_set(1, 'b', 'self')], num_queries=2)
+assert apart.int().tolist()[2] == [1, 1, 0, 1, 1] and (apart != small_mask).sum() == 2
+apart.int()[2]
 
 
 # %% [markdown]
@@ -331,7 +346,8 @@ plt.show()
 # %% [markdown]
 # ## Summary
 #
-# - Extra queries attend to the matching queries and their own group; only their group attends to them.
+# - Extra queries attend to their own group and, but for `sees='self'`, to the matching queries; only their
+#   group attends to them.
 # - As many groups as fit into the slots; each has a positive and a negative copy of every box.
 # - Targets of positives are the clean box and label, of negatives and unused slots background.
 # - Images without boxes get a fake box of weight zero; a batch without boxes has no denoising at all.

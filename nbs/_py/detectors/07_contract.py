@@ -67,6 +67,7 @@ class Outputs(TypedDict, total=False):
     hs: Tensor  # (layers,B,Q,d) outputs of the decoder layers, normalised; absent without queries
     extra: dict[str, ExtraPrediction]  # name of a set of extra queries -> its outputs; {} without sets
     suppressed: Prediction  # of `forward`: queries with new logits, copied boxes; absent without suppressor
+    second: 'Outputs'  # in training: the same boxes with one-to-many logits (@sec-group); absent without
     states: list  # what `decode` needs to add extra queries later; absent where it needs nothing
 
 

@@ -29,6 +29,7 @@ from semidetr.core import ConfigError
 from semidetr.detectors.backbone import BackboneConfig, InputProj, build_backbone, resize_mask
 from semidetr.detectors.contract import Outputs, add_suppressed, split_parameters
 from semidetr.detectors.denoising import DenoisingConfig, combine_extras, denoising_queries
+from semidetr.detectors.group import GroupConfig, add_second, build_group, parallel_group, parallel_parts
 from semidetr.detectors.suppressor import SuppressorConfig, build_suppressor
 from semidetr.detectors.transformer import MLP, Encoded, Transformer, TransformerConfig, predict_boxes
 
@@ -59,6 +60,8 @@ class DetectorConfig:
     look_forward_twice: bool = True  # the loss of a layer also trains the layer before (DINO)
     prior: float = 0.01  # probability that an untrained class head gives to every class
     suppressor: SuppressorConfig = SuppressorConfig()  # of duplicates; off by default
+    group: GroupConfig = GroupConfig()  # one-to-many queries beside the matching ones; off by default
+    second_head: bool = False  # a second class head for one-to-many targets, in training (@sec-group)
 
     def __post_init__(self):
         if self.num_classes < 0:
@@ -70,6 +73,11 @@ class DetectorConfig:
     def d_model(self) -> int:
         "Width of feature maps and queries"
         return self.transformer.d_model
+
+    @property
+    def parallel(self) -> tuple:  # of 'group', 'second_head'
+        "Parts that are trained one-to-many beside the matching queries (@sec-group)"
+        return parallel_parts(self)
 
     def build(self) -> nn.Module:  # Detector
         "The network of these settings"
@@ -217,6 +225,8 @@ class Detector(nn.Module):
         self.enc_class_head, self.enc_box_head = copy.deepcopy(self.class_head), copy.deepcopy(self.box_head)
         self.label_enc = nn.Embedding(max(cfg.denoising.label_rows, cfg.num_classes), d)
         self.suppressor = build_suppressor(cfg.suppressor, t, cfg.num_classes, cfg.prior)
+        self.group = build_group(cfg.group, t, *self.selection_heads())
+        self.second_head = copy.deepcopy(self.class_head) if cfg.second_head else None
 
     def encode(
         self,
@@ -254,7 +264,8 @@ class Detector(nn.Module):
         box = predict_boxes(references, self.box_head(hs), self.cfg.look_forward_twice)
         if self.training and 'denoising' not in slices:
             cls = cls + 0 * self.label_enc.weight.sum()  # every parameter gets a gradient
-        return collect_outputs(encoded, hs, cls, box, extras, slices, states, cached)
+        outputs = collect_outputs(encoded, hs, cls, box, extras, slices, states, cached)
+        return add_second(self, outputs, [self.second_head] * len(hs))
 
     def forward(
         self,
@@ -262,9 +273,11 @@ class Detector(nn.Module):
         mask: Tensor = None,  # (B,H,W) bool, True=padding
         targets: list = None,  # per image dict(labels (N,), boxes (N,4) cxcywh in [0,1])
     ) -> Outputs:
-        "Encode, decode and `add_suppressed`; in training with `targets`, denoising queries are added"
+        """Encode, decode and `add_suppressed`; in training a parallel group is added, if there is one, and
+        with `targets` denoising queries"""
         encoded = self.encode(images, mask)
         extras = self.denoise(targets) if self.training and targets is not None else []
+        extras = [*parallel_group(self, encoded), *extras]
         return add_suppressed(self, self.decode(encoded, extras))
 
     def denoise(
@@ -274,6 +287,15 @@ class Detector(nn.Module):
         "Denoising queries made of boxes, for `decode`"
         dn = denoising_queries(targets, self.label_enc, self.cfg.num_classes, self.cfg.denoising)
         return [] if dn is None else [dn]
+
+    def selection_heads(self) -> tuple:  # (layers between token and heads, class head, box head)
+        "What selects the matching queries, to copy it for a group"
+        embed = nn.Sequential(self.transformer.enc_output, self.transformer.enc_output_norm)
+        return embed, self.enc_class_head, self.enc_box_head
+
+    def main_class_head(self) -> nn.Module:
+        "What a second class head starts as"
+        return self.class_head
 
     def param_groups(self) -> dict:  # 'backbone', 'rest' -> trainable parameters
         "Parameters for the optimiser: the pretrained backbone usually gets a smaller learning rate"

@@ -42,6 +42,7 @@ from semidetr.detectors.backbone import BackboneConfig, InputProj, build_backbon
 from semidetr.detectors.contract import Outputs, add_suppressed, build_detector, split_parameters
 from semidetr.detectors.denoising import combine_extras
 from semidetr.detectors.detector import collect_outputs, level_masks, make_heads
+from semidetr.detectors.group import GroupConfig, add_second, build_group, parallel_group, parallel_parts
 from semidetr.detectors.suppressor import SuppressorConfig, build_suppressor
 from semidetr.detectors.transformer import DecoderLayer, Encoder, TransformerConfig
 from semidetr.detectors.transformer import (
@@ -93,6 +94,8 @@ class DeformableDETRConfig:
     kind: str = 'deformable_detr'  # tells these settings from others in a file
     enc_tokens: str = 'selected'  # in `enc_outputs` while training: 'selected'; 'all' tokens (two_stage only)
     suppressor: SuppressorConfig = SuppressorConfig()  # of duplicates; off by default
+    group: GroupConfig = GroupConfig()  # one-to-many queries beside the matching ones (two_stage only)
+    second_head: bool = False  # second class heads for one-to-many targets, in training (@sec-group)
 
     def __post_init__(self):
         one_of(
@@ -102,8 +105,9 @@ class DeformableDETRConfig:
             kind=('deformable_detr',),
             enc_tokens=('selected', 'all'),
         )
-        if self.enc_tokens == 'all' and self.form != 'two_stage':
-            raise ConfigError(f"detector.enc_tokens='all' needs form='two_stage', not '{self.form}'")
+        for name, on in (("enc_tokens='all'", self.enc_tokens == 'all'), ('group.queries', self.group.on)):
+            if on and self.form != 'two_stage':
+                raise ConfigError(f"detector.{name} needs form='two_stage', not '{self.form}'")
         if self.num_classes < 0:
             raise ConfigError(f'num_classes={self.num_classes} must not be negative')
         if self.d_model % 8:
@@ -126,6 +130,11 @@ class DeformableDETRConfig:
             select_score='class0',
             select_invalid=True,
         )
+
+    @property
+    def parallel(self) -> tuple:  # of 'group', 'second_head'
+        "Parts that are trained one-to-many beside the matching queries (@sec-group)"
+        return parallel_parts(self)
 
     def build(self) -> nn.Module:  # DeformableDETR
         "The network of these settings"
@@ -617,6 +626,8 @@ class DeformableDETR(nn.Module):
             self.query_embed = nn.Embedding(cfg.num_queries, 2 * d)
         self.class_embed, self.bbox_embed = layer_heads(d, cfg.num_classes, cfg.layers, cfg.form)
         self.suppressor = build_suppressor(cfg.suppressor, cfg.transformer, cfg.num_classes)
+        self.group = build_group(cfg.group, cfg.transformer, *self.selection_heads())
+        self.second_head = copy.deepcopy(self.main_class_head()) if cfg.second_head else None
 
     def encode(
         self,
@@ -663,7 +674,8 @@ class DeformableDETR(nn.Module):
             None if cached is None else cached['states'],
         )
         logits = torch.stack([head(h) for head, h in zip([*self.class_embed] * repeat, hs)])
-        return collect_outputs(encoded, hs, logits, boxes, extras, slices, states, cached)
+        outputs = collect_outputs(encoded, hs, logits, boxes, extras, slices, states, cached)
+        return add_second(self, outputs, [*(self.second_head or ())] * repeat)
 
     def forward(
         self,
@@ -671,8 +683,9 @@ class DeformableDETR(nn.Module):
         mask: Tensor = None,  # (B,H,W) bool, True=padding
         targets: list = None,  # not used: there is no denoising
     ) -> Outputs:
-        "Encode, decode and `add_suppressed`"
-        return add_suppressed(self, self.decode(self.encode(images, mask)))
+        "Encode, decode and `add_suppressed`; in training a parallel group is added, if there is one"
+        encoded = self.encode(images, mask)
+        return add_suppressed(self, self.decode(encoded, parallel_group(self, encoded)))
 
     def denoise(
         self,
@@ -680,6 +693,19 @@ class DeformableDETR(nn.Module):
     ) -> list:  # empty
         "No denoising queries"
         return []
+
+    def selection_heads(
+        self,
+    ) -> tuple:  # (layers between token and heads, class head, box head); () one-stage
+        "What selects the matching queries, to copy it for a group"
+        if self.cfg.form != 'two_stage':
+            return ()
+        embed = nn.Sequential(self.transformer.enc_output, self.transformer.enc_output_norm)
+        return embed, self.class_embed[-1], self.bbox_embed[-1]
+
+    def main_class_head(self) -> nn.Module:
+        "What second class heads start as: those of the decoder layers"
+        return self.class_embed[: self.cfg.layers]
 
     def param_groups(self) -> dict:  # 'backbone', 'rest', 'points' -> trainable parameters
         "Parameters for the optimiser; sampling offsets and reference points are a group of their own"

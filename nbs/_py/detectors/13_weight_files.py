@@ -233,7 +233,8 @@ refusal
 # %%
 #| export
 CLASS_ROWS = (
-    r'((suppressor\.)?class_head|enc_class_head|class_embed(\.\d+)?)\.(weight|bias)$|label_enc\.weight$'
+    r'(((suppressor|group)\.)?class_head|enc_class_head|(class_embed|second_head)(\.\d+)?)\.(weight|bias)$'
+    r'|label_enc\.weight$'
 )
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from semidetr.boxes import cxcywh_to_xyxy
 from semidetr.core import ConfigError, all_reduce_mean, at_least_float32, one_of
 from semidetr.detectors.contract import has_no_object, sigmoid_logits
+from semidetr.detectors.group import parallel_outputs
 from semidetr.matching.matching import Matches, PaddedTargets, assign_o2m, assign_o2o, pad_targets
 
 # %%
@@ -353,6 +354,7 @@ class CriterionConfig:
     w_position: float = 6.0  # class weight of the loss 'position' instead of w_cls (Stable-DINO)
     w_position_dn: float = 1.0  # the same of denoising queries
     w_mds: float = 1.0  # factor on the loss of a learned suppressor (@sec-rescoring)
+    w_group: float = 1.0  # factor on the losses of a parallel group or second class head (@sec-group)
     mds_cost: str = 'suppressor'  # scores in its matching cost: 'suppressor' (its own), or 'one_to_many'
     mds_target: str = (
         'match'  # its targets on labelled images: 'match'ed objects, what 'nms' keeps, or 'both'
@@ -737,6 +739,68 @@ sum(nothing.values()).backward()
 assert nothing['loss_l1'] == 0
 assert (free['pred_boxes'].grad == 0).all() and (free['pred_logits'].grad > 0).all()
 {k: round(v.item(), 4) for k, v in nothing.items()}
+
+
+# %% [markdown]
+# ## One-to-many beside one-to-one {#sec-losses-parallel}
+#
+# The queries of a parallel group, and the second class head (@sec-group), have the losses of the first stage at
+# every iteration, whatever the stage of the matching queries. Where targets are pseudo boxes with a score
+# $\hat s_i$, it multiplies the soft target of a positive of object $i$,
+#
+# $$
+# \hat m_j' = \hat s_i\,\hat m_j,
+# $$ {#eq-losses-scored}
+#
+# so a box that the teacher is unsure of counts less, for its class as for its place. Labelled boxes have
+# $\hat s_i=1$. With `criterion.soft_targets` (@sec-soft-targets) the score is not multiplied a second time.
+
+# %%
+#| export
+def scored(
+    o2m,  # one-to-many assignment as in `assign`
+):  # an assignment
+    "The same pairs; the weights of an object's positives are multiplied by its score (@eq-losses-scored)"
+
+    def assignment(logits, boxes, padded, *args):
+        m = o2m(logits, boxes, padded, *args)
+        return replace(m, weight=m.weight * padded.scores[m.image, m.target].to(m.weight))
+
+    return assignment
+
+
+def parallel_losses(
+    outputs: dict,  # of the detector
+    targets: list,  # as for `set_criterion`, perhaps with `scores`
+    cfg: CriterionConfig = CriterionConfig(),  # `w_group` and the settings of the first stage
+    o2m=assign_o2m,  # one-to-many assignment, see `assign`
+) -> dict:  # loss_group_cls, ..., loss_second_cls, ...; {} where the detector has neither
+    """One-to-many losses of a parallel group and of a second class head; errors as `set_criterion`
+
+    Scores count once, with or without `criterion.soft_targets`. The background has its full weight: a density
+    guard (@eq-thresholds-guard) acts on the losses of `set_criterion` only.
+    """
+    losses, cfg = {}, replace(cfg, soft_targets=False)  # the weights of the pairs hold the scores
+    for name, own in parallel_outputs(outputs).items():
+        found = set_criterion(own, targets, 'o2m', cfg, o2m=scored(o2m))
+        losses |= {k.replace('loss_', f'loss_{name}_', 1): cfg.w_group * v for k, v in found.items()}
+    return losses
+
+
+# %% [markdown]
+# With these predictions in the place of a second class head, its losses are those of the first stage. A score of
+# one half halves the soft targets:
+
+# %%
+sure, unsure = ([dict(batch[0], scores=torch.full((2,), s)), batch[1]] for s in (1.0, 0.5))
+beside = dict(outputs, second=dict(layers[2], aux_outputs=layers[:2]))
+of_sure = parallel_losses(beside, sure)
+of_group = {k.replace('second_', ''): v for k, v in of_sure.items()}
+assert all(torch.equal(losses[k], v) for k, v in of_group.items()) and parallel_losses(outputs, sure) == {}
+stacked = [torch.stack([o[k] for o in layers[:3]]) for k in ('pred_logits', 'pred_boxes')]
+plain, halved = (scored(assign_o2m)(*stacked, pad_targets(t)) for t in (sure, unsure))
+assert torch.equal(halved.weight, plain.weight / 2) and torch.equal(halved.query, plain.query)
+sorted(of_sure)
 
 
 # %% [markdown]

@@ -176,9 +176,11 @@ t_c, kept_share
 # $$ {#eq-thresholds-guard}
 #
 # in the class losses of decoder layers and encoder output; normalisers do not change. Entries with a target keep
-# the weight 1, and so do denoising queries, which lie at pseudo labels. An image without any pseudo label has no
-# class loss. $\rho=.5$ leaves images alone that have half as many boxes as usual. The rule is ours; Consistent-Teacher multiplies
-# the whole loss of a batch by .01 if fewer than half of its images have a box.
+# the weight 1, and so do denoising queries, which lie at pseudo labels. A parallel group and a second class head
+# (@sec-group) learn from a wider set of boxes (@eq-variants-wide); their losses do not change. An image without
+# any pseudo label has no class loss of the matching queries. $\rho=.5$ leaves images alone that have half as many
+# boxes as usual. The rule is ours; Consistent-Teacher multiplies the whole loss of a batch by .01 if fewer than
+# half of its images have a box.
 
 # %%
 #| export

@@ -32,12 +32,13 @@ from semidetr.boxes import denormalize_boxes, normalize_boxes, xyxy_to_cxcywh
 from semidetr.core import ConfigError, all_gather_cat
 from semidetr.detectors.contract import class_scores
 from semidetr.detectors.denoising import noise_boxes
+from semidetr.detectors.group import parallel_parts
 from semidetr.matching.assigners import ASSIGNERS
-from semidetr.matching.losses import CriterionConfig
+from semidetr.matching.losses import CriterionConfig, parallel_losses
 from semidetr.matching.matching import assign_o2m, hungarian
 from semidetr.semi.consistency import ConsistencyConfig, con_boxes, consistency_loss
 from semidetr.semi.mining import MiningConfig, Mixture, confident_boxes, fit_mixture, mean_std, mined_boxes
-from semidetr.semi.teacher import fixed_threshold, transport
+from semidetr.semi.teacher import fixed_threshold, keep_boxes, transport
 from semidetr.semi.thresholds import ClassMixtures, background_weights
 
 # %%
@@ -45,6 +46,7 @@ from semidetr.semi.thresholds import ClassMixtures, background_weights
 warnings.filterwarnings('ignore', message='IProgress')
 
 # %%
+from types import SimpleNamespace
 import matplotlib.pyplot as plt
 from semidetr.boxes import box_iou, transform_boxes
 from semidetr.data.augment import ViewConfig, strong_view, weak_view
@@ -332,7 +334,8 @@ def density_guard(
     labelled,  # data set; 0 does not read it
     num_classes: int,  # C
 ):  # pseudo labels of the images of a batch -> (B,) weights of their background, or None
-    "The rule that `method.density_guard` sets (@eq-thresholds-guard); ConfigError without a data set"
+    """The rule that `method.density_guard` sets (@eq-thresholds-guard); ConfigError without a data set.
+    For the main losses: those of a parallel group or second class head (@sec-losses-parallel) keep the weight 1"""
     if not share:
         return lambda targets: None
     if labelled is None:
@@ -384,6 +387,82 @@ ax.set(xlabel='mean score', ylabel='boxes per image', ylim=(0, 12))
 ax.legend(fontsize=7)
 assert torch.tensor(per_image['class rate']).mean(1).allclose(torch.tensor(3.0))
 plt.show()
+
+
+# %% [markdown]
+# ## One-to-many beside one-to-one
+#
+# A parallel group or a second class head (@sec-group) takes the part of the first stage, and `method.T1` is 0. What
+# is trained one-to-many can learn from a wider set of boxes than the one-to-one queries do: all detections of
+# the teacher above `method.group_threshold`, each weighted by its score (@eq-losses-scored),
+#
+# $$
+# B^{wide} = \{\, i : \hat s_i \ge .2 \,\}.
+# $$ {#eq-variants-wide}
+
+# %%
+#| export
+def sup_parallel(
+    outputs: dict,  # of the student
+    targets: list,  # labelled boxes
+    cfg,  # Config: `detector`, `criterion`
+) -> dict:  # of `parallel_losses`; {} where the detector has nothing beside its matching queries
+    "One-to-many losses of the parallel parts on labelled images"
+    if not parallel_parts(cfg.detector):
+        return {}
+    return parallel_losses(outputs, targets, cfg.criterion, one_to_many_assigner(cfg.criterion))
+
+
+def unsup_parallel(
+    outputs: dict,  # of the student in the strong view
+    detections: list,  # of the teacher, in pixels of the weak views
+    weak: list,  # targets of the weak views
+    strong: list,  # targets of the strong views
+    cfg,  # Config: `detector`, `criterion`, `method.group_threshold`, `pseudo.min_side`
+) -> dict:  # of `parallel_losses`; {} where the detector has nothing beside its matching queries
+    "One-to-many losses of the parallel parts on the wide set (@eq-variants-wide)"
+    if not parallel_parts(cfg.detector):
+        return {}
+    masks = [fixed_threshold(d['scores'], cfg.method.group_threshold) for d in detections]
+    wide = transport(keep_boxes(detections, masks), weak, strong, cfg.pseudo.min_side)
+    return sup_parallel(outputs, wide, cfg)
+
+
+def parallel_advice(
+    cfg,  # Config of the run
+) -> str:  # one line; '' where all is well
+    "What to change where a part is trained one-to-many beside queries that are one-to-many as well"
+    parts = parallel_parts(cfg.detector)
+    suppressor = getattr(cfg.detector, 'suppressor', None)
+    if not parts or cfg.method.T1 <= 0 or (suppressor is not None and suppressor.on):
+        return ''
+    return (
+        f'method.T1={cfg.method.T1}: the matching queries are one-to-many until then, but '
+        f'detector.{parts[0]} is meant to be one-to-many beside one-to-one queries; set method.T1=0'
+    )
+
+
+def parallel_stages(
+    cfg,  # Config of the run
+) -> dict:  # 'group.field' -> (value, reason) as in `Method.derived`; {} without such parts
+    "One-to-one matching throughout for the matching queries, and consistency to the end"
+    out = {}
+    if parallel_advice(cfg):
+        out['method.T1'] = (0, 'one-to-one matching throughout, beside a part that is one-to-many throughout')
+    if parallel_parts(cfg.detector) and cfg.method.name == 'semi_detr' and cfg.consistency.until == 'T1':
+        out['consistency.until'] = ('end', 'there is no first stage for it to end with')
+    return out
+
+
+# %%
+beside_cfg = SimpleNamespace(
+    method=SimpleNamespace(T1=100, name='semi_detr'),
+    detector=DetectorConfig(3, second_head=True),
+    consistency=ConsistencyConfig(),
+)
+derived = parallel_stages(beside_cfg)
+assert derived['method.T1'][0] == 0 and derived['consistency.until'][0] == 'end'
+parallel_advice(beside_cfg)
 
 
 # %% [markdown]

@@ -400,6 +400,10 @@ LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value
     'optim.suppressor_mult': _no_suppressor,
     'method.mds_unsup': _no_suppressor,
     'method.mds_threshold': _no_suppressor,
+    'detector.group': lambda c: 'group' not in getattr(c.detector, 'parallel', ()),
+    'detector.second_head': lambda c: 'second_head' not in getattr(c.detector, 'parallel', ()),
+    'criterion.w_group': lambda c: not getattr(c.detector, 'parallel', ()),
+    'method.group_threshold': lambda c: not getattr(c.detector, 'parallel', ()),
 }
 UNHASHED = (  # settings that cannot change a number
     'run.device',

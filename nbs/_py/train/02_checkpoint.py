@@ -23,6 +23,7 @@ import warnings
 from pathlib import Path
 import torch
 from semidetr.core import DataError, atomic_write, is_main, world_size
+from semidetr.detectors.group import start_parallel
 from semidetr.detectors.weight_files import map_class_rows
 
 # %%
@@ -117,7 +118,7 @@ def load_weights(
 # With `run.init` a new run starts from the weights of another one: both networks from one of its two, and
 # classes by name (@eq-weights-rows), since the data may have others, or the same in another order. Optimiser
 # and random state stay those of a new run. A learned suppressor (@sec-suppressor) that the other run did not
-# have starts untrained. An import of the official Semi-DETR (@sec-imports) starts student, teacher and projector
+# have starts untrained, a parallel group or second class head (@sec-group) with copies of the trained heads. An import of the official Semi-DETR (@sec-imports) starts student, teacher and projector
 # each from its own weights. From an import of a backbone they take the backbone alone; the rest is what the seed
 # of the run makes it.
 
@@ -136,10 +137,11 @@ def start_from(
     fresh = {k: v.clone() for k, v in fresh.items()} if list(saved['classes']) != classes else fresh
     for name in ('student', 'teacher'):
         source = name if is_pair else run.cfg.run.init_from
-        state = _without_suppressor(saved[source], fresh)
+        state = _without_parts(saved[source], fresh)
         state, notes = map_class_rows(state, saved['classes'], classes, fresh)
-        load_weights(getattr(run, name), _with_suppressor(state, fresh), path)
-    notes = notes + _about_suppressor(saved[source], fresh)
+        load_weights(getattr(run, name), _with_parts(state, fresh), path)
+        start_parallel(getattr(run, name), [p for p in _new_parts(state, fresh) if p != 'suppressor'])
+    notes = notes + _about_parts(saved[source], fresh)
     if is_pair:
         notes += _start_projector(run.method, saved['parts'], path)
     for note in notes if is_main() else []:
@@ -169,32 +171,44 @@ def _start_backbone(run, state, path):
 
 # %%
 #| export
-def _without_suppressor(state, fresh):
-    "Weights without a learned suppressor that the network `fresh` does not have"
-    if any(k.startswith('suppressor.') for k in fresh):
-        return state
-    return {k: v for k, v in state.items() if not k.startswith('suppressor.')}
+_PARTS = dict(suppressor='suppressor', group='parallel group', second_head='second class head')
 
 
-def _with_suppressor(state, fresh):
-    "Weights with the untrained suppressor of the network `fresh`, if they have none"
-    return {k: v.detach().clone() for k, v in fresh.items() if k.startswith('suppressor.')} | state
+def _new_parts(state, fresh):
+    "Names of the parts in `_PARTS` that the network `fresh` has, but not the weights"
+    has = [{p for p in _PARTS if any(k.startswith(f'{p}.') for k in w)} for w in (state, fresh)]
+    return [p for p in _PARTS if p in has[1] - has[0]]
 
 
-def _about_suppressor(state, fresh):
-    "A sentence where one of the two has a learned suppressor and the other has not"
-    old, new = (any(k.startswith('suppressor.') for k in weights) for weights in (state, fresh))
-    if new and not old:
-        return ['these weights have no suppressor; that of this run starts untrained']
-    return ['this run has no suppressor; that of the weights is not used'] if old and not new else []
+def _without_parts(state, fresh):
+    "Weights without the parts in `_PARTS` that the network `fresh` does not have"
+    old = tuple(f'{p}.' for p in _new_parts(fresh, state))
+    return {k: v for k, v in state.items() if not k.startswith(old)} if old else state
+
+
+def _with_parts(state, fresh):
+    "Weights with those parts of the network `fresh`, untrained, that they do not have"
+    new = tuple(f'{p}.' for p in _new_parts(state, fresh))
+    return {k: v.detach().clone() for k, v in fresh.items() if new and k.startswith(new)} | state
+
+
+def _about_parts(state, fresh):
+    "A sentence for each part in `_PARTS` that only one of the two has"
+    start = dict.fromkeys(_PARTS, 'starts from copies of the trained heads') | dict(
+        suppressor='starts untrained'
+    )
+    new, old = _new_parts(state, fresh), _new_parts(fresh, state)
+    notes = [f'these weights have no {_PARTS[p]}; that of this run {start[p]}' for p in new]
+    return notes + [f'this run has no {_PARTS[p]}; that of the weights is not used' for p in old]
 
 
 # %%
 with_one = {'layer.weight': torch.ones(1), 'suppressor.weight': torch.zeros(1)}
 without = {'layer.weight': torch.full((1,), 2.0)}
-assert _with_suppressor(without, with_one) == with_one | without
-assert _without_suppressor(with_one, without).keys() == without.keys()
-_about_suppressor(without, with_one), _about_suppressor(with_one, without)
+assert _with_parts(without, with_one) == with_one | without
+assert _without_parts(with_one, without).keys() == without.keys()
+assert _with_parts(with_one, with_one) == _without_parts(with_one, with_one) == with_one
+_about_parts(without, with_one), _about_parts(with_one, without)
 
 
 # %%

@@ -29,11 +29,13 @@ warnings.filterwarnings('ignore', message='IProgress')
 #| export
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 import torch
 from semidetr.core import ConfigError, DataError, atomic_write, need
 from semidetr.detectors.deformable_detr import DeformableDETRConfig
 from semidetr.detectors.detr import DETRConfig
+from semidetr.detectors.group import for_inference
 from semidetr.detectors.weight_names import COUNTER, foreign_name, rules_of
 from semidetr.train.exported import SAFE_FORMAT, description
 from semidetr.train.predict import load_model
@@ -109,7 +111,8 @@ default.name, chosen.name
 # ## One safe file
 #
 # The format *safetensors* stores a header in JSON, then the bytes of all tensors. Its metadata are pairs of
-# texts, and there the description goes (@sec-exported). Reading it back gives the same bits.
+# texts, and there the description goes (@sec-exported). Reading it back gives the same bits. What serves training
+# only, a parallel group or a second class head (@sec-group), is left out.
 
 # %%
 #| export
@@ -124,8 +127,10 @@ def to_safetensors(
     path = output_path(run, 'model.safetensors', out, overwrite)
     write = need('safetensors.torch', 'semidetr export', 'export').save
     model, cfg, classes = load_model(run, which, 'cpu', like)
+    detector, state = for_inference(cfg.detector, model.state_dict())
+    cfg = replace(cfg, detector=detector)
     about = dict(description(cfg, classes), semidetr=SAFE_FORMAT, network=which, format='pt')
-    atomic_write(path, write(_plain_tensors(model.state_dict()), about))
+    atomic_write(path, write(_plain_tensors(state), about))
     return path
 
 
@@ -460,7 +465,7 @@ preprocessing(mine.view)['size']
 #| export
 def _translated(model, detector, view, classes):
     "(config.json, preprocessor_config.json, weights) of a network that transformers can run"
-    state = model.state_dict()
+    detector, state = for_inference(detector, model.state_dict())
     if isinstance(detector, DETRConfig):
         weights = detr_names(state, _is_dilated(detector.backbone))
         return detr_settings(detector, classes), preprocessing(view, 'Detr'), weights
