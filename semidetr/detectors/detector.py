@@ -147,7 +147,20 @@ def _with_extras(encoded, extras, alone=False):
     return queries, references.sigmoid(), blocked, slices
 
 # %% ../../nbs/detectors/08_detector.ipynb #cb3272f8
-class Detector(nn.Module):
+class _Heads(nn.Module):
+    "The heads of a detector that further parts start from"
+
+    def selection_heads(self) -> tuple:  # (layers between token and heads, class head, box head)
+        "What selects the matching queries, to copy it for a group"
+        embed = nn.Sequential(self.transformer.enc_output, self.transformer.enc_output_norm)
+        return embed, self.enc_class_head, self.enc_box_head
+
+    def main_class_head(self) -> nn.Module:
+        "What a second class head starts as"
+        return self.class_head
+
+# %% ../../nbs/detectors/08_detector.ipynb #bb7ef222
+class Detector(_Heads):
     "A detection transformer with query selection, box refinement and room for extra queries (DINO)"
 
     def __init__(self, cfg: DetectorConfig):
@@ -222,15 +235,6 @@ class Detector(nn.Module):
         "Denoising queries made of boxes, for `decode`"
         dn = denoising_queries(targets, self.label_enc, self.cfg.num_classes, self.cfg.denoising)
         return [] if dn is None else [dn]
-
-    def selection_heads(self) -> tuple:  # (layers between token and heads, class head, box head)
-        "What selects the matching queries, to copy it for a group"
-        embed = nn.Sequential(self.transformer.enc_output, self.transformer.enc_output_norm)
-        return embed, self.enc_class_head, self.enc_box_head
-
-    def main_class_head(self) -> nn.Module:
-        "What a second class head starts as"
-        return self.class_head
 
     def param_groups(self) -> dict:  # 'backbone', 'rest' -> trainable parameters
         "Parameters for the optimiser: the pretrained backbone usually gets a smaller learning rate"

@@ -477,7 +477,7 @@ class SemiDETR(CrossViewConsistency):
         "One-to-many matching for the first half of the iterations with unlabelled images"
         m, n = cfg.method, cfg.optim.iters
         if _suppressor_of(cfg) is not None or parallel_parts(cfg.detector):
-            return super().derived(cfg)
+            return super().derived(cfg) | parallel_stages(cfg, consistency=_suppressor_of(cfg) is None)
         if not m.T1 <= m.burn_in_iters < n:
             return {}
         T1 = (m.burn_in_iters + n) // 2

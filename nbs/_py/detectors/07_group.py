@@ -139,6 +139,13 @@ def token_anchors(
     return Geometry(encoded.shapes, None, None, anchors, valid & ~padding)
 
 
+def _as_extra(content, logits, meta):
+    "The set 'group', which sees itself only"
+    n = content.shape[1]
+    mask = torch.zeros(n, n, dtype=torch.bool, device=content.device)
+    return ExtraQueries(content, logits, mask, 'group', meta, 'self')
+
+
 # %%
 #| export
 class Group(nn.Module):
@@ -169,8 +176,8 @@ class Group(nn.Module):
     def copy_heads(self, embed: nn.Module, class_head: nn.Module, box_head: nn.Module):
         "Take the weights of the main selection, trained elsewhere, as a new start"
         pairs = [(self.embed, embed), (self.class_head, class_head), (self.box_head, box_head)]
-        for mine, theirs in pairs if self.own else []:
-            mine.load_state_dict(theirs.state_dict())
+        for own, main in pairs if self.own else []:
+            own.load_state_dict(main.state_dict())
 
     def forward(
         self,
@@ -200,13 +207,6 @@ class Group(nn.Module):
             content = self.table[: index.shape[1]].expand(len(h), -1, -1)
         meta = dict(slots=0, proposals=dict(pred_logits=scores, pred_boxes=boxes))
         return _as_extra(content, inverse_sigmoid(boxes.detach()), meta)
-
-
-def _as_extra(content, logits, meta):
-    "The set 'group', which sees itself only"
-    n = content.shape[1]
-    mask = torch.zeros(n, n, dtype=torch.bool, device=content.device)
-    return ExtraQueries(content, logits, mask, 'group', meta, 'self')
 
 
 # %% [markdown]

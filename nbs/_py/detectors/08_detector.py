@@ -210,9 +210,27 @@ def _with_extras(encoded, extras, alone=False):
     return queries, references.sigmoid(), blocked, slices
 
 
+# %% [markdown]
+# Parts that are trained beside the matching queries (@sec-group) start as copies of heads that are there:
+
 # %%
 #| export
-class Detector(nn.Module):
+class _Heads(nn.Module):
+    "The heads of a detector that further parts start from"
+
+    def selection_heads(self) -> tuple:  # (layers between token and heads, class head, box head)
+        "What selects the matching queries, to copy it for a group"
+        embed = nn.Sequential(self.transformer.enc_output, self.transformer.enc_output_norm)
+        return embed, self.enc_class_head, self.enc_box_head
+
+    def main_class_head(self) -> nn.Module:
+        "What a second class head starts as"
+        return self.class_head
+
+
+# %%
+#| export
+class Detector(_Heads):
     "A detection transformer with query selection, box refinement and room for extra queries (DINO)"
 
     def __init__(self, cfg: DetectorConfig):
@@ -287,15 +305,6 @@ class Detector(nn.Module):
         "Denoising queries made of boxes, for `decode`"
         dn = denoising_queries(targets, self.label_enc, self.cfg.num_classes, self.cfg.denoising)
         return [] if dn is None else [dn]
-
-    def selection_heads(self) -> tuple:  # (layers between token and heads, class head, box head)
-        "What selects the matching queries, to copy it for a group"
-        embed = nn.Sequential(self.transformer.enc_output, self.transformer.enc_output_norm)
-        return embed, self.enc_class_head, self.enc_box_head
-
-    def main_class_head(self) -> nn.Module:
-        "What a second class head starts as"
-        return self.class_head
 
     def param_groups(self) -> dict:  # 'backbone', 'rest' -> trainable parameters
         "Parameters for the optimiser: the pretrained backbone usually gets a smaller learning rate"

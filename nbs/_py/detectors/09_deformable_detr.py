@@ -611,9 +611,43 @@ def _with_extras(encoded, extras, transformer, alone):
     return QueryStart(*(torch.cat([a.to(o.dtype), o], 1) for a, o in pairs)), blocked, slices
 
 
+# %% [markdown]
+# First the methods that read no image. Parts that are trained beside the matching queries (@sec-group) start as
+# copies of heads that are there.
+
 # %%
 #| export
-class DeformableDETR(nn.Module):
+class _Parts(nn.Module):
+    "What methods and optimiser ask of a Deformable-DETR, apart from its forward pass"
+
+    def denoise(
+        self,
+        targets: list,  # per image dict(labels (N,), boxes (N,4) cxcywh in [0,1])
+    ) -> list:  # empty
+        "No denoising queries"
+        return []
+
+    def selection_heads(
+        self,
+    ) -> tuple:  # (layers between token and heads, class head, box head); () one-stage
+        "What selects the matching queries, to copy it for a group"
+        if self.cfg.form != 'two_stage':
+            return ()
+        embed = nn.Sequential(self.transformer.enc_output, self.transformer.enc_output_norm)
+        return embed, self.class_embed[-1], self.bbox_embed[-1]
+
+    def main_class_head(self) -> nn.Module:
+        "What second class heads start as: those of the decoder layers"
+        return self.class_embed[: self.cfg.layers]
+
+    def param_groups(self) -> dict:  # 'backbone', 'rest', 'points' -> trainable parameters
+        "Parameters for the optimiser; sampling offsets and reference points are a group of their own"
+        return split_points(self)
+
+
+# %%
+#| export
+class DeformableDETR(_Parts):
     "Deformable-DETR in one of its three forms, with room for extra queries"
 
     def __init__(self, cfg: DeformableDETRConfig):
@@ -686,30 +720,6 @@ class DeformableDETR(nn.Module):
         "Encode, decode and `add_suppressed`; in training a parallel group is added, if there is one"
         encoded = self.encode(images, mask)
         return add_suppressed(self, self.decode(encoded, parallel_group(self, encoded)))
-
-    def denoise(
-        self,
-        targets: list,  # per image dict(labels (N,), boxes (N,4) cxcywh in [0,1])
-    ) -> list:  # empty
-        "No denoising queries"
-        return []
-
-    def selection_heads(
-        self,
-    ) -> tuple:  # (layers between token and heads, class head, box head); () one-stage
-        "What selects the matching queries, to copy it for a group"
-        if self.cfg.form != 'two_stage':
-            return ()
-        embed = nn.Sequential(self.transformer.enc_output, self.transformer.enc_output_norm)
-        return embed, self.class_embed[-1], self.bbox_embed[-1]
-
-    def main_class_head(self) -> nn.Module:
-        "What second class heads start as: those of the decoder layers"
-        return self.class_embed[: self.cfg.layers]
-
-    def param_groups(self) -> dict:  # 'backbone', 'rest', 'points' -> trainable parameters
-        "Parameters for the optimiser; sampling offsets and reference points are a group of their own"
-        return split_points(self)
 
 
 # %% [markdown]

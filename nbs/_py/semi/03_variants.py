@@ -444,23 +444,24 @@ def parallel_advice(
 
 def parallel_stages(
     cfg,  # Config of the run
+    consistency: bool = False,  # does the method have cross-view queries?
 ) -> dict:  # 'group.field' -> (value, reason) as in `Method.derived`; {} without such parts
     "One-to-one matching throughout for the matching queries, and consistency to the end"
     out = {}
     if parallel_advice(cfg):
         out['method.T1'] = (0, 'one-to-one matching throughout, beside a part that is one-to-many throughout')
-    if parallel_parts(cfg.detector) and cfg.method.name == 'semi_detr' and cfg.consistency.until == 'T1':
+    if parallel_parts(cfg.detector) and consistency and cfg.consistency.until == 'T1':
         out['consistency.until'] = ('end', 'there is no first stage for it to end with')
     return out
 
 
 # %%
 beside_cfg = SimpleNamespace(
-    method=SimpleNamespace(T1=100, name='semi_detr'),
+    method=SimpleNamespace(T1=100),
     detector=DetectorConfig(3, second_head=True),
     consistency=ConsistencyConfig(),
 )
-derived = parallel_stages(beside_cfg)
+derived = parallel_stages(beside_cfg, consistency=True)
 assert derived['method.T1'][0] == 0 and derived['consistency.until'][0] == 'end'
 parallel_advice(beside_cfg)
 
