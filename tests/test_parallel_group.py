@@ -4,7 +4,11 @@ import copy
 import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 import pytest
 import torch
 from semidetr.core import ConfigError
@@ -33,7 +37,7 @@ from semidetr.train.trainer import Trainer
 from test_contract import check_extra_queries, check_gradients, check_outputs, check_parameters
 from test_contract import all_predictions, padded_batch, some_targets
 from test_study import BOOK
-from test_trainer import TINY
+from test_trainer import TINY, WORKER
 
 ON = ['detector.group.queries=12', 'method.T1=0']
 KINDS = {
@@ -485,6 +489,20 @@ def test_resuming_is_exact_and_the_checkpoint_predicts(detector, tmp_path):
     pixels = torch.rand(3, 64, 64)
     a, b = (Predictor(p, 'cpu', 0.0)(pixels) for p in (tmp_path / 'whole', path))
     assert torch.equal(a['scores'], b['scores']) and torch.equal(a['boxes'], b['boxes'])
+
+
+def test_two_processes_stay_equal(tmp_path):
+    script, more = tmp_path / 'w.py', [*ON, 'detector.second_head=true', 'optim.iters=3']
+    tests = str(Path(__file__).parent)
+    script.write_text(WORKER.format(tests=tests, more=', '.join(map(repr, more))))
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    folder, env = tmp_path / 'r', {**os.environ, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(
+        [*command, str(script), str(folder)], env=env, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    a, b = (torch.load(folder / f'rank{i}.pt') for i in (0, 1))
+    assert len(a) > 0 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_a_burn_in_without_the_parts(tmp_path):
