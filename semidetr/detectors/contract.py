@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Prediction', 'ExtraPrediction', 'Outputs', 'DetectionTransformer', 'split_parameters', 'DetectorSettings',
            'build_detector', 'class_scores', 'has_no_object', 'candidate_scores', 'sigmoid_logits', 'reported',
-           'has_suppressor', 'add_suppressed', 'post_process']
+           'has_suppressor', 'suppressor_on', 'add_suppressed', 'post_process']
 
 # %% ../../nbs/detectors/07_contract.ipynb #ce7977ff
 from typing import NotRequired, Protocol, TypedDict, runtime_checkable
@@ -174,6 +174,13 @@ def has_suppressor(
 ) -> bool:
     "Does the detector score its queries anew (@sec-suppressor)? Then its attribute `suppressor` does it"
     return getattr(model, 'suppressor', None) is not None
+
+
+def suppressor_on(
+    settings,  # of a detector
+) -> bool:
+    "The same, asked of its settings; a detector whose settings do not mention one has none"
+    return getattr(getattr(settings, 'suppressor', None), 'on', False)
 
 
 def add_suppressed(

@@ -16,7 +16,7 @@ import torch
 from torch import nn, Tensor
 from ..boxes import denormalize_boxes, normalize_boxes, xyxy_to_cxcywh
 from ..core import ConfigError, all_gather_cat
-from ..detectors.contract import class_scores
+from ..detectors.contract import class_scores, suppressor_on
 from ..detectors.denoising import noise_boxes
 from ..detectors.group import parallel_parts
 from ..matching.assigners import ASSIGNERS
@@ -245,8 +245,7 @@ def parallel_advice(
 ) -> str:  # one line; '' where all is well
     "What to change where a part is trained one-to-many beside queries that are one-to-many as well"
     parts = parallel_parts(cfg.detector)
-    suppressor = getattr(cfg.detector, 'suppressor', None)
-    if not parts or cfg.method.T1 <= 0 or (suppressor is not None and suppressor.on):
+    if not parts or cfg.method.T1 <= 0 or suppressor_on(cfg.detector):
         return ''
     return (
         f'method.T1={cfg.method.T1}: the matching queries are one-to-many until then, but '

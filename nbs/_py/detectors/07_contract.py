@@ -307,6 +307,13 @@ def has_suppressor(
     return getattr(model, 'suppressor', None) is not None
 
 
+def suppressor_on(
+    settings,  # of a detector
+) -> bool:
+    "The same, asked of its settings; a detector whose settings do not mention one has none"
+    return getattr(getattr(settings, 'suppressor', None), 'on', False)
+
+
 def add_suppressed(
     model: nn.Module,  # a detector
     outputs: Outputs,  # of its `decode`

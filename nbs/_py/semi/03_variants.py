@@ -30,7 +30,7 @@ import torch
 from torch import nn, Tensor
 from semidetr.boxes import denormalize_boxes, normalize_boxes, xyxy_to_cxcywh
 from semidetr.core import ConfigError, all_gather_cat
-from semidetr.detectors.contract import class_scores
+from semidetr.detectors.contract import class_scores, suppressor_on
 from semidetr.detectors.denoising import noise_boxes
 from semidetr.detectors.group import parallel_parts
 from semidetr.matching.assigners import ASSIGNERS
@@ -433,8 +433,7 @@ def parallel_advice(
 ) -> str:  # one line; '' where all is well
     "What to change where a part is trained one-to-many beside queries that are one-to-many as well"
     parts = parallel_parts(cfg.detector)
-    suppressor = getattr(cfg.detector, 'suppressor', None)
-    if not parts or cfg.method.T1 <= 0 or (suppressor is not None and suppressor.on):
+    if not parts or cfg.method.T1 <= 0 or suppressor_on(cfg.detector):
         return ''
     return (
         f'method.T1={cfg.method.T1}: the matching queries are one-to-many until then, but '

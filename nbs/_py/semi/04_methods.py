@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from semidetr.boxes import transform_boxes
 from semidetr.core import ConfigError, in_range, one_of, suggest
-from semidetr.detectors.contract import add_suppressed, has_suppressor
+from semidetr.detectors.contract import add_suppressed, has_suppressor, suppressor_on
 from semidetr.detectors.group import parallel_group, parallel_parts
 from semidetr.matching.losses import set_criterion
 from semidetr.matching.matching import stage_of
@@ -207,17 +207,11 @@ class MethodConfig:
 
 # %%
 #| export
-def _suppressor_of(cfg):
-    "Settings of the suppressor of a configuration; None where there is none"
-    settings = getattr(cfg.detector, 'suppressor', None)
-    return settings if settings is not None and settings.on else None
-
-
 def suppressor_advice(
     cfg,  # Config of the run
 ) -> str:  # one line; '' where all is well
     "What to change in a configuration with a learned suppressor"
-    if _suppressor_of(cfg) is None or cfg.method.T1 >= cfg.optim.iters:
+    if not suppressor_on(cfg.detector) or cfg.method.T1 >= cfg.optim.iters:
         return ''
     return (
         f'method.T1={cfg.method.T1} ends one-to-many matching before optim.iters={cfg.optim.iters}, but the '
@@ -603,8 +597,9 @@ class SemiDETR(CrossViewConsistency):
     def derived(cls, cfg):
         "One-to-many matching for the first half of the iterations with unlabelled images"
         m, n = cfg.method, cfg.optim.iters
-        if _suppressor_of(cfg) is not None or parallel_parts(cfg.detector):
-            return super().derived(cfg) | parallel_stages(cfg, consistency=_suppressor_of(cfg) is None)
+        suppressed = suppressor_on(cfg.detector)
+        if suppressed or parallel_parts(cfg.detector):
+            return super().derived(cfg) | parallel_stages(cfg, consistency=not suppressed)
         if not m.T1 <= m.burn_in_iters < n:
             return {}
         T1 = (m.burn_in_iters + n) // 2

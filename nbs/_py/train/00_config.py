@@ -26,8 +26,10 @@ from semidetr.data.augment import ViewConfig
 from semidetr.semi.consistency import ConsistencyConfig
 from semidetr.core import ConfigError, in_range, one_of, suggest
 from semidetr.text import read_text
+from semidetr.detectors.contract import suppressor_on
 from semidetr.detectors.detector import DetectorConfig, detector_small, dino_r50
 from semidetr.detectors.from_detr import named_detector, settings_of_kind
+from semidetr.detectors.group import parallel_parts
 from semidetr.matching.losses import CriterionConfig
 from semidetr.semi.methods import MethodConfig
 from semidetr.semi.mining import MiningConfig
@@ -372,10 +374,6 @@ def differences(
 
 # %%
 #| export
-def _no_suppressor(c):
-    return not (hasattr(c.detector, 'suppressor') and c.detector.suppressor.on)
-
-
 LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value leave a run as it was?
     'optim.points_mult': lambda c: c.optim.points_mult == 1,
     'criterion.cost_cls': lambda c: c.criterion.cost_cls == 0,
@@ -389,21 +387,26 @@ LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value
     'data.white': lambda c: c.data.white == 0,
     'data.skip_broken': lambda c: c.data.skip_broken == 0,
     'data.images': lambda c: not c.data.images,
-    'detector.suppressor': _no_suppressor,
     'criterion.soft_targets': lambda c: not c.criterion.soft_targets,
     'criterion.w_position': lambda c: c.criterion.cls_loss != 'position',
     'criterion.w_position_dn': lambda c: c.criterion.cls_loss != 'position',
     'method.density_guard': lambda c: c.method.density_guard == 0,
-    'criterion.w_mds': _no_suppressor,
-    'criterion.mds_cost': _no_suppressor,
-    'criterion.mds_target': _no_suppressor,
-    'optim.suppressor_mult': _no_suppressor,
-    'method.mds_unsup': _no_suppressor,
-    'method.mds_threshold': _no_suppressor,
-    'detector.group': lambda c: 'group' not in getattr(c.detector, 'parallel', ()),
-    'detector.second_head': lambda c: 'second_head' not in getattr(c.detector, 'parallel', ()),
-    'criterion.w_group': lambda c: not getattr(c.detector, 'parallel', ()),
-    'method.group_threshold': lambda c: not getattr(c.detector, 'parallel', ()),
+    'detector.group': lambda c: 'group' not in parallel_parts(c.detector),
+    'detector.second_head': lambda c: 'second_head' not in parallel_parts(c.detector),
+    'criterion.w_group': lambda c: not parallel_parts(c.detector),
+    'method.group_threshold': lambda c: not parallel_parts(c.detector),
+    **dict.fromkeys(
+        (
+            'detector.suppressor',
+            'criterion.w_mds',
+            'criterion.mds_cost',
+            'criterion.mds_target',
+            'optim.suppressor_mult',
+            'method.mds_unsup',
+            'method.mds_threshold',
+        ),
+        lambda c: not suppressor_on(c.detector),
+    ),
 }
 UNHASHED = (  # settings that cannot change a number
     'run.device',
