@@ -202,8 +202,10 @@ def density_guard(
     labelled,  # data set; 0 does not read it
     num_classes: int,  # C
 ):  # pseudo labels of the images of a batch -> (B,) weights of their background, or None
-    """The rule that `method.density_guard` sets (@eq-thresholds-guard); ConfigError without a data set.
-    For the main losses: those of a parallel group or second class head (@sec-losses-parallel) keep the weight 1"""
+    """The rule that `method.density_guard` sets (@eq-thresholds-guard); ConfigError without a data set
+
+    For the main losses; those of parallel parts (@sec-losses-parallel) keep the weight 1.
+    """
     if not share:
         return lambda targets: None
     if labelled is None:
