@@ -16,7 +16,7 @@
 import itertools
 import multiprocessing
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 import numpy as np
 import torch
@@ -30,7 +30,29 @@ from semidetr.data.augment import (
     weak_view,
 )
 from semidetr.boxes import normalize_boxes
-from semidetr.core import ConfigError, DataError, SemiDETRError, stable_hash
+from semidetr.core import ConfigError, DataError, SemiDETRError, in_range, one_of, stable_hash
+from semidetr.data.repeat import Repeats, labels_of, repeat_factors
+
+
+# %% [markdown]
+# ## The settings
+
+# %%
+#| export
+@dataclass(frozen=True)
+class LoaderConfig:
+    "How many images of each kind make one batch on one process"
+
+    n_labelled: int = 1  # paper: 5 images on a GPU, 1 : 4
+    n_unlabelled: int = 4
+    ratio: str = 'binomial'  # 'binomial' (code: the numbers vary around the ratio) or 'fixed'
+    num_workers: int = 2
+    two_views: bool = False  # labelled images in a weak and a strong view instead of one labelled view
+    repeat_threshold: float = 0.0  # t of @eq-repeat-factor: rare classes are drawn more often; 0: never
+
+    def __post_init__(self):
+        one_of('loader', self, ratio=('binomial', 'fixed'))
+        in_range('loader', self, n_labelled=1, n_unlabelled=0, num_workers=0, repeat_threshold=0)
 
 
 # %% [markdown]
@@ -299,6 +321,14 @@ def _next(it):
 # and drops images below 32 pixels. Here batches mix orientations, and small images are enlarged by the resize
 # rule (@sec-augment). Labelled images without any box are left out in both, unless `keep_empty` says that all
 # images are to be drawn: a run has chosen them before (@sec-run-data).
+#
+# With `two_views` the labelled part holds $2n$ views of $n$ images,
+#
+# $$ (x^w_1,\dots,x^w_n,\;x^s_1,\dots,x^s_n), $$ {#eq-loader-two-views}
+#
+# weak and strong as those of unlabelled images, all with boxes. RT-DETR-SSOD trains so. Without it the student
+# knows strong views only with pseudo labels as targets, and errors of the teacher and errors caused by the
+# view cannot be told apart. Both views draw sizes of their own, and the step costs $n$ more images.
 
 # %%
 #| export
@@ -315,15 +345,24 @@ def _without_truth(sample):
 class _Batches:
     "Batch number -> views; everything that a worker needs, and picklable"
 
-    def __init__(self, labelled, unlabelled, kept, plan, view, seed):
+    def __init__(self, labelled, unlabelled, kept, plan, view, seed, two_views=False, repeats=None):
         self.labelled, self.unlabelled, self.kept = labelled, unlabelled, kept
         self.plan, self.view, self.seed = plan, view, seed
+        self.two_views, self.repeats = two_views, repeats
+
+    def _labelled(self, k):
+        "Position of labelled draw number `k`"
+        if self.repeats is None:
+            return self.kept[draw_index(self.seed, 'labelled', len(self.kept), k)]
+        epoch, start, positions = self.repeats.epoch_of(k)
+        order = _permutation(self.seed, 'labelled', len(positions), epoch)
+        return self.kept[positions[order[k - start]]]
 
     def draws(self, t):
         "(draw number, position in the data set) of both pools"
         first, second = plan_draws(t, **self.plan)
         return (
-            [(k, self.kept[draw_index(self.seed, 'labelled', len(self.kept), k)]) for k in first],
+            [(k, self._labelled(k)) for k in first],
             [(k, draw_index(self.seed, 'unlabelled', len(self.unlabelled), k)) for k in second],
         )
 
@@ -331,11 +370,19 @@ class _Batches:
         "Views of one kind, seeded by (seed, kind, draw number)"
         return [make(s, self.view, stable_hash(self.seed, kind, k), raw=True) for k, s in samples]
 
+    def _labelled_views(self, draws):
+        "One view of each labelled image, or all weak views and then all strong ones"
+        samples = ((k, self.labelled[i]) for k, i in draws)  # decoded one at a time
+        if not self.two_views:
+            return self._views('labelled', labelled_view, samples)
+        samples = list(samples)  # decoded once for both
+        weak = self._views('labelled weak', weak_view, samples)
+        return weak + self._views('labelled strong', strong_view, samples)
+
     def __call__(self, t):
         first, second = self.draws(t)
         multiple = self.view.pad_multiple
-        samples = ((k, self.labelled[i]) for k, i in first)  # decoded one at a time
-        out = dict(labelled=(self._views('labelled', labelled_view, samples), multiple, True))
+        out = dict(labelled=(self._labelled_views(first), multiple, True))
         if second:
             samples = [(k, _without_truth(self.unlabelled[i])) for k, i in second]  # decoded once for both
             out['weak'] = self._views('weak', weak_view, samples), multiple, False
@@ -444,6 +491,8 @@ class SemiLoader(_Stream):
         world: int = 1,  # how many train together
         start: int = 0,  # first step
         keep_empty: bool = False,  # also draw labelled images without a box
+        two_views: bool = False,  # labelled images in a weak and a strong view: twice `n_labelled` images
+        repeat_threshold: float = 0.0,  # t of @eq-repeat-factor; 0: each image once per epoch
     ):
         _check(labelled, unlabelled, n_labelled, n_unlabelled, ratio, num_workers)
         kept = list(range(len(labelled))) if keep_empty else _with_boxes(labelled)
@@ -454,7 +503,11 @@ class SemiLoader(_Stream):
         plan = dict(
             n_labelled=n_labelled, n_unlabelled=n_unlabelled, ratio=ratio, seed=seed, rank=rank, world=world
         )
-        super().__init__(_Batches(labelled, unlabelled, kept, plan, view, seed), view, num_workers, start)
+        repeats = None
+        if repeat_threshold:
+            repeats = Repeats(repeat_factors(labels_of(labelled, kept), repeat_threshold), seed)
+        make = _Batches(labelled, unlabelled, kept, plan, view, seed, two_views, repeats)
+        super().__init__(make, view, num_workers, start)
 
     def draws(self, t: int):
         "(draw number, position in the data set) of step `t`, for the labelled and the unlabelled pool"
@@ -547,6 +600,26 @@ for row, (kind, p) in zip(axes, whole[1].items()):
 plt.tight_layout(pad=0.3)
 plt.show()
 
+# %% [markdown]
+# Labelled images in two views: row 2 has the same images as row 1, each with its boxes.
+
+# %%
+#| label: fig-loader-two-views
+#| fig-cap: "With two views each labelled image is learnt from twice in a step; the boxes follow the geometry of each view, and a box that leaves the strong view is dropped."
+#| fig-alt: "Two rows of the same four scenes; the lower row is shifted, rotated or sheared and has erased patches; green boxes on the digits in both rows."
+twice = SemiLoader(digits, None, 4, 0, sizes, num_workers=0, two_views=True).batch(0)['labelled']
+names = [t['image_id'] for t in twice['targets']]
+assert len(names) == 8 and names[:4] == names[4:]
+fig, axes = plt.subplots(2, 4, figsize=(4.4, 2.3), dpi=80)
+for ax, x, t in zip(axes.flat, twice['images'], twice['targets']):
+    h, w = t['size']
+    show_image(ax, to_pil(x[:, :h, :w], sizes.mean, sizes.std))
+    draw_boxes(ax, denormalize_boxes(t['boxes'], t['size']))
+axes[0, 0].set_title('weak', fontsize=8, loc='left')
+axes[1, 0].set_title('strong', fontsize=8, loc='left')
+plt.tight_layout(pad=0.3)
+plt.show()
+
 
 # %% [markdown]
 # Worker processes change only the speed, and an unreadable image reaches the training process as an error of
@@ -581,6 +654,8 @@ line
 #   uses the given numbers.
 # * The annotations of unlabelled images are removed before the views are made, and their keys do not exist in
 #   the targets.
+# * `two_views` gives the student each labelled image weak and strong; `repeat_threshold` draws images of rare
+#   classes more often (@sec-repeat). Both are off by default.
 # * Workers send bytes, not floats; their errors are raised in the training process.
 #
 # ## Exercises

@@ -23,6 +23,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from semidetr.data.augment import ViewConfig
+from semidetr.data.loader import LoaderConfig
 from semidetr.semi.consistency import ConsistencyConfig
 from semidetr.core import ConfigError, in_range, one_of, suggest
 from semidetr.text import read_text
@@ -64,20 +65,6 @@ class DataConfig:
     def __post_init__(self):
         one_of('data', self, background=('negatives', 'left_out'))
         in_range('data', self, percent=(0, 100), count=0, shots=0, fold=0, dev=0, white=0, skip_broken=0)
-
-
-@dataclass(frozen=True)
-class LoaderConfig:
-    "How many images of each kind make one batch on one process"
-
-    n_labelled: int = 1  # paper: 5 images on a GPU, 1 : 4
-    n_unlabelled: int = 4
-    ratio: str = 'binomial'  # 'binomial' (code: the numbers vary around the ratio) or 'fixed'
-    num_workers: int = 2
-
-    def __post_init__(self):
-        one_of('loader', self, ratio=('binomial', 'fixed'))
-        in_range('loader', self, n_labelled=1, n_unlabelled=0, num_workers=0)
 
 
 # %%
@@ -407,6 +394,8 @@ LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value
         ),
         lambda c: not suppressor_on(c.detector),
     ),
+    'loader.two_views': lambda c: not c.loader.two_views,
+    'loader.repeat_threshold': lambda c: c.loader.repeat_threshold == 0,
 }
 UNHASHED = (  # settings that cannot change a number
     'run.device',

@@ -221,6 +221,8 @@ def make_loader(
         start=step * cfg.optim.accumulate,
         keep_empty=True,  # `build_data` has chosen
         ratio=c.ratio,
+        two_views=c.two_views,
+        repeat_threshold=c.repeat_threshold,
     )
 
 
