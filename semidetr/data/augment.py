@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOR_OPS', 'GEOMETRIC_OPS', 'VIEW_KINDS', 'ViewConfig', 'scaled_views', 'color_value', 'draw_ops', 'resize_to',
-           'op_matrix', 'apply_op', 'View', 'normalize_image', 'render', 'labelled_view', 'weak_view', 'strong_view',
-           'eval_view', 'between_views']
+           'op_matrix', 'apply_op', 'View', 'normalize_image', 'image_bytes', 'render', 'labelled_view', 'weak_view',
+           'strong_view', 'eval_view', 'between_views']
 
 # %% ../../nbs/data/06_augment.ipynb #96274a85
 import math
@@ -259,6 +259,16 @@ def normalize_image(
     std = torch.tensor(cfg.std, dtype=torch.float32, device=image.device)[:, None, None]
     x = image.to(torch.float32, memory_format=torch.contiguous_format)
     return x.mul_(1 / (255 * std)).sub_(mean / std)
+
+
+def image_bytes(
+    image: Tensor,  # (..., 3, H, W) float32, from `normalize_image`
+    cfg: ViewConfig,
+) -> Tensor:  # uint8, the same shape
+    "Back to 8-bit pixels; exact for what `normalize_image` made of 8-bit pixels"
+    mean, std = (torch.tensor(v, dtype=torch.float32, device=image.device) for v in (cfg.mean, cfg.std))
+    x = (image.float() * std[:, None, None] + mean[:, None, None]) * 255
+    return x.round().clamp(0, 255).to(torch.uint8)
 
 # %% ../../nbs/data/06_augment.ipynb #33ed919a
 def render(

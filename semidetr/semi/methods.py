@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'WITH_UNLABELLED', 'StepResult', 'Method', 'MethodConfig', 'suppressor_advice', 'Supervised',
-           'unsup_weight', 'to_original', 'weighted', 'teacher_predict', 'has_denoising', 'MeanTeacher', 'pseudo_stats',
-           'mine_pseudo_labels', 'View', 'encode_decode', 'CrossViewConsistency', 'SemiDETR', 'mining_stats',
-           'monitored_boxes']
+           'unsup_weight', 'weighted', 'has_denoising', 'MeanTeacher', 'mine_pseudo_labels', 'View', 'encode_decode',
+           'CrossViewConsistency', 'SemiDETR', 'mining_stats', 'monitored_boxes']
 
 # %% ../../nbs/semi/04_methods.ipynb #7ae8c397
 import warnings
@@ -14,7 +13,6 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 import torch
 from torch import nn
-from ..boxes import transform_boxes
 from ..core import ConfigError, in_range, one_of, suggest
 from ..detectors.contract import add_suppressed, has_suppressor, suppressor_on
 from ..detectors.group import parallel_group, parallel_parts
@@ -29,12 +27,16 @@ from semidetr.semi.consistency import (
     pair_boxes,
 )
 from .mining import gather_costs, initial_boxes, matched_costs, mine, mining_threshold
+from .mixing import build_mixing, mixing_needs
 from semidetr.semi.teacher import (
     PseudoConfig,
     fixed_threshold,
     in_both_views,
     keep_boxes,
+    pseudo_stats,
     teacher_detections,
+    teacher_predict,
+    to_original,
     transport,
 )
 from semidetr.semi.variants import (
@@ -42,6 +44,7 @@ from semidetr.semi.variants import (
     box_picker,
     class_memory,
     density_guard,
+    earlier_filter,
     hungarian_consistency,
     initial_filter,
     label_filters,
@@ -79,7 +82,7 @@ class Method(nn.Module):
         labelled=None,  # data set of the labelled images
     ):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.mixing = cfg, build_mixing(cfg, 'weak' in self.views)
         self.guard = density_guard(cfg.method.density_guard, labelled, cfg.detector.num_classes)
 
     def step(
@@ -179,13 +182,15 @@ class Supervised(Method):
     "Losses of the labelled images alone (@eq-methods-sup)"
 
     def step(self, student, teacher, batch, t):
-        part = batch['labelled']
+        part = self.mixing.labelled(batch['labelled'])
         outputs = student(part['images'], part['mask'], part['targets'])
         losses = (
             self.criterion(outputs, part['targets'], t)
             | self.sup_rescoring(outputs, part['targets'])
             | sup_parallel(outputs, part['targets'], self.cfg)
         )
+        if 'weak' not in self.views:
+            losses |= self.mixing.losses(student, self.criterion, t)
         boxes = sum(len(target['labels']) for target in part['targets'])
         return StepResult(losses, dict(labelled_boxes=boxes / max(1, len(part['targets']))), {})
 
@@ -216,15 +221,18 @@ class Supervised(Method):
         if cfg.method.mds_unsup == 'nms':
             return suppression_loss(outputs, cfg.criterion)
         moved = transport(detections, weak['targets'], strong['targets'], cfg.pseudo.min_side)
+        moved = self.mixing.complete(moved)
         sure, doubtful = sure_and_doubtful(moved, cfg.method.mds_threshold)
         return suppressor_loss(outputs, sure, cfg.criterion, doubtful)
 
     @classmethod
     def derived(cls, cfg):
-        "One-to-many matching to the end with a learned suppressor, none beside a part that is one-to-many"
+        "One-to-many to the end with a learned suppressor, never beside a parallel part; what mixing needs"
+        needs = mixing_needs(cfg, 'weak' in cls.views)
         if not suppressor_advice(cfg):
-            return parallel_stages(cfg)
-        return {'method.T1': (cfg.optim.iters, 'one-to-many matching to the end, for the learned suppressor')}
+            return needs | parallel_stages(cfg)
+        text = 'one-to-many matching to the end, for the learned suppressor'
+        return needs | {'method.T1': (cfg.optim.iters, text)}
 
 # %% ../../nbs/semi/04_methods.ipynb #13d4eaa2
 def unsup_weight(
@@ -237,20 +245,6 @@ def unsup_weight(
         return 0.0
     return cfg.unsup_weight * min(1.0, (since + 1) / (cfg.unsup_ramp + 1))
 
-
-def to_original(
-    detections: list,  # per image, pixels of a view
-    targets: list,  # of that view
-) -> list:  # per image: image_id, boxes (K,4) xyxy in pixels of the file, labels, scores
-    "Take boxes back to the pixels of the image file, where the hidden truth is known"
-    out = []
-    for d, t in zip(detections, targets):
-        to_file = torch.linalg.inv(t['matrix'].double())
-        boxes, _ = transform_boxes(d['boxes'], to_file, t['orig_size'], 0.0)
-        row = dict(image_id=t['image_id'], boxes=boxes.cpu())
-        out.append(row | dict(labels=d['labels'].cpu(), scores=d['scores'].cpu()))
-    return out
-
 # %% ../../nbs/semi/04_methods.ipynb #301fc7b4
 def weighted(
     losses: dict,  # name -> scalar
@@ -259,16 +253,6 @@ def weighted(
 ) -> dict:  # renamed and scaled
     "`loss_cls` becomes `loss_<prefix>_cls`, times `weight`"
     return {f"loss_{prefix}_{k.removeprefix('loss_')}": v * weight for k, v in losses.items()}
-
-
-@torch.no_grad()
-def teacher_predict(
-    teacher,  # detector in eval mode
-    part: dict,  # the weak views
-    cfg: PseudoConfig,
-) -> list:  # per image detections of `teacher_detections`
-    "The teacher's detections in the weak views"
-    return teacher_detections(teacher(part['images'], part['mask']), part['targets'], cfg)
 
 
 def has_denoising(
@@ -291,38 +275,26 @@ class MeanTeacher(Supervised):
         cfg, weight = self.cfg, unsup_weight(t, self.cfg.method)
         if 'weak' not in batch or weight == 0:
             return StepResult(losses, scalars, {})
-        weak, strong = batch['weak'], batch['strong']
+        weak, strong = batch['weak'], self.mixing.strong(batch['strong'])
         detections = teacher_predict(teacher, weak, cfg.pseudo)
-        confident = [fixed_threshold(d['scores'], cfg.pseudo.threshold) for d in detections]
-        pseudo = keep_boxes(detections, confident)
+        pseudo = keep_boxes(detections, [self.confident(d) for d in detections])
         targets = transport(pseudo, weak['targets'], strong['targets'], cfg.pseudo.min_side)
+        targets = self.mixing.complete(targets, self.confident)
         denoising = has_denoising(stage_of(t, cfg.method.T1), cfg.method)
         outputs = student(strong['images'], strong['mask'], targets if denoising else None)
         unsup = self.criterion(outputs, targets, t, denoising, None, self.guard(targets))
         unsup |= self.unsup_rescoring(student, outputs, detections, weak, strong) | unsup_parallel(
             outputs, detections, weak['targets'], strong['targets'], cfg
         )
+        self.mixing.remember(batch['strong'], detections, weak['targets'], cfg.pseudo.min_side)
+        unsup |= self.mixing.losses(student, self.criterion, t, denoising, self.confident)
         losses |= weighted(unsup, weight, 'unsup')
         scalars |= pseudo_stats(detections, pseudo, targets)
         return StepResult(losses, scalars, dict(pseudo=to_original(pseudo, weak['targets'])))
 
-# %% ../../nbs/semi/04_methods.ipynb #137cc6c5
-def pseudo_stats(
-    detections: list,  # of the teacher, per image
-    pseudo: list,  # those that passed the filter; in `SemiDETR` also inside the strong view
-    targets: list,  # those that are left in the strong view
-) -> dict:  # plain numbers
-    "Number and scores of the pseudo labels, per image"
-    n = max(1, len(detections))
-    scores = torch.cat([p['scores'] for p in pseudo]) if pseudo else torch.zeros(0)
-    best = [float(d['scores'].max()) for d in detections if len(d['scores'])]
-    return dict(
-        pseudo_boxes=sum(len(p['scores']) for p in pseudo) / n,
-        strong_boxes=sum(len(t['labels']) for t in targets) / n,
-        pseudo_score=float(scores.mean()) if len(scores) else 0.0,
-        empty_images=sum(len(p['scores']) == 0 for p in pseudo) / n,
-        top_score=sum(best) / n,
-    )
+    def confident(self, detection):
+        "Which boxes of one image are pseudo labels"
+        return fixed_threshold(detection['scores'], self.cfg.pseudo.threshold)
 
 # %% ../../nbs/semi/04_methods.ipynb #ceb9e2b4
 @torch.no_grad()
@@ -358,6 +330,7 @@ def mine_pseudo_labels(
         costs=costs,
         tau=tau,
         mixture=mixture,
+        min_scores=min_scores,
     )
 
 # %% ../../nbs/semi/04_methods.ipynb #f0a9c84a
@@ -398,11 +371,11 @@ class CrossViewConsistency(Supervised):
         teacher_view: View,  # of the weak views
         mined: dict,  # of `mine_pseudo_labels`
         extras: list,  # denoising queries of the student
-        batch: dict,  # parts 'weak' and 'strong'
+        views: dict,  # parts 'weak' and 'strong'
         t: int,  # iteration, counted from 0
     ) -> tuple:  # (outputs of the student, losses loss_con_0, ...; none if the consistency is not active)
         "The student's outputs with all extra queries, and the consistency losses (@eq-consistency-loss)"
-        c, weak, strong = self.cfg.consistency, batch['weak'], batch['strong']
+        c, weak, strong = self.cfg.consistency, views['weak'], views['strong']
         outputs, teacher_out = student_view.outputs, teacher_view.outputs
         active = consistency_active(t, self.cfg.method.T1, c)
         if not active or self.projector is None:
@@ -437,7 +410,7 @@ class SemiDETR(CrossViewConsistency):
         cfg, weight = self.cfg, unsup_weight(t, self.cfg.method)
         if 'weak' not in batch or weight == 0:
             return StepResult(losses, scalars, {})
-        weak, strong = batch['weak'], batch['strong']
+        weak, strong = batch['weak'], self.mixing.strong(batch['strong'])
         with torch.no_grad():
             teacher_view = encode_decode(teacher, weak)
         student_view = encode_decode(student, strong)
@@ -450,16 +423,20 @@ class SemiDETR(CrossViewConsistency):
             self.memory,
             self.rates,
         )
-        targets = keep_boxes(mined['strong'], mined['sup'])
+        keep = earlier_filter(cfg.mining, cfg.pseudo.threshold, mined['min_scores'])
+        targets = self.mixing.complete(keep_boxes(mined['strong'], mined['sup']), keep)
         denoising = has_denoising(stage_of(t, cfg.method.T1), cfg.method)
         extras = parallel_group(student, student_view.encoded) + (
             student.denoise(targets) if denoising else []
         )
-        outputs, con = self.consistency(student, teacher, student_view, teacher_view, mined, extras, batch, t)
+        views = dict(weak=weak, strong=strong)
+        outputs, con = self.consistency(student, teacher, student_view, teacher_view, mined, extras, views, t)
         unsup = self.criterion(outputs, targets, t, denoising, scalars, self.guard(targets))
         unsup |= self.unsup_rescoring(student, outputs, mined['detections'], weak, strong) | unsup_parallel(
             outputs, mined['detections'], weak['targets'], strong['targets'], cfg
         )
+        self.mixing.remember(batch['strong'], mined['detections'], weak['targets'], cfg.pseudo.min_side)
+        unsup |= self.mixing.losses(student, self.criterion, t, denoising, keep)
         losses |= weighted(unsup | con, weight, 'unsup')
         if con:
             scalars['loss_con'] = sum(v.item() for v in con.values())
@@ -474,13 +451,13 @@ class SemiDETR(CrossViewConsistency):
         if suppressed or parallel_parts(cfg.detector):
             return super().derived(cfg) | parallel_stages(cfg, consistency=not suppressed)
         if not m.T1 <= m.burn_in_iters < n:
-            return {}
+            return super().derived(cfg)
         T1 = (m.burn_in_iters + n) // 2
         text = (
             f'one-to-many matching for the first half of the {n - m.burn_in_iters} iterations that see '
             'unlabelled images, one-to-one from there on'
         )
-        return {'method.T1': (T1, text)}
+        return {'method.T1': (T1, text), **super().derived(cfg)}
 
 # %% ../../nbs/semi/04_methods.ipynb #a3b45ce6
 @torch.no_grad()

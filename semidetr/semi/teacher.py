@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EmaConfig', 'ema_decay', 'make_teacher', 'update_teacher', 'PseudoConfig', 'keep_boxes', 'teacher_detections',
-           'fixed_threshold', 'transport', 'in_both_views']
+           'fixed_threshold', 'transport', 'in_both_views', 'teacher_predict', 'to_original', 'pseudo_stats']
 
 # %% ../../nbs/semi/00_teacher.ipynb #a747d3fb
 import copy
@@ -142,3 +142,45 @@ def in_both_views(
     "The detections that `transport` has kept, together with their boxes in the strong view"
     kept = keep_boxes(detections, [t['source'] for t in moved])
     return [{**d, 'boxes_strong': t['boxes']} for d, t in zip(kept, moved)]
+
+# %% ../../nbs/semi/00_teacher.ipynb #5ab66da9
+@torch.no_grad()
+def teacher_predict(
+    teacher,  # detector in eval mode
+    part: dict,  # the weak views
+    cfg: PseudoConfig,
+) -> list:  # per image detections of `teacher_detections`
+    "The teacher's detections in the weak views"
+    return teacher_detections(teacher(part['images'], part['mask']), part['targets'], cfg)
+
+
+def to_original(
+    detections: list,  # per image, pixels of a view
+    targets: list,  # of that view
+) -> list:  # per image: image_id, boxes (K,4) xyxy in pixels of the file, labels, scores
+    "Take boxes back to the pixels of the image file, where the hidden truth is known"
+    out = []
+    for d, t in zip(detections, targets):
+        to_file = torch.linalg.inv(t['matrix'].double())
+        boxes, _ = transform_boxes(d['boxes'], to_file, t['orig_size'], 0.0)
+        row = dict(image_id=t['image_id'], boxes=boxes.cpu())
+        out.append(row | dict(labels=d['labels'].cpu(), scores=d['scores'].cpu()))
+    return out
+
+
+def pseudo_stats(
+    detections: list,  # of the teacher, per image
+    pseudo: list,  # those that passed the filter; in `SemiDETR` also inside the strong view
+    targets: list,  # those that are left in the strong view
+) -> dict:  # plain numbers
+    "Number and scores of the pseudo labels, per image"
+    n = max(1, len(detections))
+    scores = torch.cat([p['scores'] for p in pseudo]) if pseudo else torch.zeros(0)
+    best = [float(d['scores'].max()) for d in detections if len(d['scores'])]
+    return dict(
+        pseudo_boxes=sum(len(p['scores']) for p in pseudo) / n,
+        strong_boxes=sum(len(t['labels']) for t in targets) / n,
+        pseudo_score=float(scores.mean()) if len(scores) else 0.0,
+        empty_images=sum(len(p['scores']) == 0 for p in pseudo) / n,
+        top_score=sum(best) / n,
+    )

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['one_to_many_assigner', 'initial_filter', 'fit_mixture_sklearn', 'mixture_solver', 'top_k', 'per_class',
-           'label_filters', 'class_rates', 'ClassRates', 'class_memory', 'density_guard', 'sup_parallel',
-           'unsup_parallel', 'parallel_advice', 'parallel_stages', 'CostMemory', 'grid_boxes', 'random_boxes',
-           'jittered_boxes', 'box_picker', 'match_views', 'hungarian_consistency']
+           'label_filters', 'earlier_filter', 'class_rates', 'ClassRates', 'class_memory', 'density_guard',
+           'sup_parallel', 'unsup_parallel', 'parallel_advice', 'parallel_stages', 'CostMemory', 'grid_boxes',
+           'random_boxes', 'jittered_boxes', 'box_picker', 'match_views', 'hungarian_consistency']
 
 # %% ../../nbs/semi/03_variants.ipynb #9e9b58f6
 import math
@@ -135,6 +135,21 @@ def label_filters(
     filters |= dict(mean_std=all_boxes if cfg.init == 'mean_std' else by_mean_std)
     sup = filters[cfg.sup_filter]
     return sup, sup if cfg.con_filter == 'score' else filters[cfg.con_filter]
+
+
+def earlier_filter(
+    cfg: MiningConfig,  # `init`, `sup_filter` and their numbers
+    threshold: float,  # tau_s
+    min_scores: Tensor = None,  # (C,) of `ClassRates`, for 'class_rate'
+):  # dict(scores (K,), labels (K,)) of one image -> (K,) bool
+    "B^sup of an earlier view (@sec-mixing), by the same filters; 'cpm' needs costs and cannot be used"
+
+    def keep(detection):
+        scores = None if min_scores is None else min_scores.to(detection['labels'].device)
+        first, (second, _) = initial_filter(cfg, threshold), label_filters(cfg, scores)
+        return first(detection['scores']) & second(detection, None, None, threshold)
+
+    return keep
 
 # %% ../../nbs/semi/03_variants.ipynb #1257f398
 def class_rates(

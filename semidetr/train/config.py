@@ -29,6 +29,7 @@ from ..detectors.group import parallel_parts
 from ..matching.losses import CriterionConfig
 from ..semi.methods import MethodConfig
 from ..semi.mining import MiningConfig
+from ..semi.mixing import MixingConfig
 from ..semi.teacher import EmaConfig, PseudoConfig
 
 # %% ../../nbs/train/00_config.ipynb #d6e44e7b
@@ -139,6 +140,7 @@ class Config:
     pseudo: PseudoConfig = PseudoConfig()
     mining: MiningConfig = MiningConfig()
     consistency: ConsistencyConfig = ConsistencyConfig()
+    mixing: MixingConfig = MixingConfig()
     ema: EmaConfig = EmaConfig()
     optim: OptimConfig = OptimConfig()
     run: RunConfig = RunConfig()
@@ -319,6 +321,10 @@ def differences(
     return out
 
 # %% ../../nbs/train/00_config.ipynb #3a2dc640
+def _no_mixing(c):
+    return not c.mixing.on
+
+
 LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value leave a run as it was?
     'optim.points_mult': lambda c: c.optim.points_mult == 1,
     'criterion.cost_cls': lambda c: c.criterion.cost_cls == 0,
@@ -354,6 +360,7 @@ LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value
     ),
     'loader.two_views': lambda c: not c.loader.two_views,
     'loader.repeat_threshold': lambda c: c.loader.repeat_threshold == 0,
+    **{f'mixing.{f.name}': _no_mixing for f in dataclasses.fields(MixingConfig)},
 }
 UNHASHED = (  # settings that cannot change a number
     'run.device',
@@ -378,6 +385,7 @@ def config_hash(
     for name in left_out:
         group, key = name.split('.')
         values.get(group, {}).pop(key, None)
+    values = {group: v for group, v in values.items() if v}  # groups newer than the first records
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 # %% ../../nbs/train/00_config.ipynb #698dcff9

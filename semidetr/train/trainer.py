@@ -111,15 +111,16 @@ class RunState(BuiltRun):
         own = dict(
             step=self.step, rng=pack_rng(rng_state()), health=self.health.state_dict(), recent=self.recent
         )
+        parts = self.method.state_dict()
         if not is_main():
-            return own
+            return own | dict(parts={k: v for k, v in parts.items() if k.endswith('_extra_state')})
         return dict(
             own | self.weights(),
             split=self.data.split.fingerprint,
             roles=self.roles,
             history=self.history,
             spent=self.spent,
-            parts=self.method.state_dict(),
+            parts=parts,
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
         )
@@ -158,6 +159,7 @@ class RunState(BuiltRun):
         self.history, self.spent, self.step = saved['history'], saved['spent'], saved['step']
         if not is_main() and self.own_file.exists():
             saved = load_checkpoint(self.own_file)
+            self.method.load_state_dict(saved.get('parts', {}), strict=False)  # caches of views
         self.recent = saved['recent']
         self.health.load_state_dict(saved['health'])
         set_rng_state(unpack_rng(saved['rng']))

@@ -359,6 +359,22 @@ def normalize_image(
     return x.mul_(1 / (255 * std)).sub_(mean / std)
 
 
+def image_bytes(
+    image: Tensor,  # (..., 3, H, W) float32, from `normalize_image`
+    cfg: ViewConfig,
+) -> Tensor:  # uint8, the same shape
+    "Back to 8-bit pixels; exact for what `normalize_image` made of 8-bit pixels"
+    mean, std = (torch.tensor(v, dtype=torch.float32, device=image.device) for v in (cfg.mean, cfg.std))
+    x = (image.float() * std[:, None, None] + mean[:, None, None]) * 255
+    return x.round().clamp(0, 255).to(torch.uint8)
+
+
+# %%
+levels = torch.arange(256, dtype=torch.uint8).repeat(3, 1)[:, :, None]
+assert torch.equal(image_bytes(normalize_image(levels, ViewConfig()), ViewConfig()), levels)
+normalize_image(levels, ViewConfig())[:, [0, 255], 0]
+
+
 # %%
 #| export
 def render(

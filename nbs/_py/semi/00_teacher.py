@@ -283,6 +283,70 @@ assert torch.allclose(flipped[0]['boxes'], torch.tensor([[0.8, 0.3, 0.2, 0.2]]))
 assert len(shifted[0]['boxes']) == 0
 in_both_views(det, flipped), in_both_views(det, shifted)
 
+
+# %% [markdown]
+# ## Back to the file, and into the log
+#
+# The health monitor (@sec-health) compares pseudo labels with hidden truth, which is in pixels of the file. And
+# the log keeps how many pseudo labels there are and how high their scores are.
+
+# %%
+#| export
+@torch.no_grad()
+def teacher_predict(
+    teacher,  # detector in eval mode
+    part: dict,  # the weak views
+    cfg: PseudoConfig,
+) -> list:  # per image detections of `teacher_detections`
+    "The teacher's detections in the weak views"
+    return teacher_detections(teacher(part['images'], part['mask']), part['targets'], cfg)
+
+
+def to_original(
+    detections: list,  # per image, pixels of a view
+    targets: list,  # of that view
+) -> list:  # per image: image_id, boxes (K,4) xyxy in pixels of the file, labels, scores
+    "Take boxes back to the pixels of the image file, where the hidden truth is known"
+    out = []
+    for d, t in zip(detections, targets):
+        to_file = torch.linalg.inv(t['matrix'].double())
+        boxes, _ = transform_boxes(d['boxes'], to_file, t['orig_size'], 0.0)
+        row = dict(image_id=t['image_id'], boxes=boxes.cpu())
+        out.append(row | dict(labels=d['labels'].cpu(), scores=d['scores'].cpu()))
+    return out
+
+
+def pseudo_stats(
+    detections: list,  # of the teacher, per image
+    pseudo: list,  # those that passed the filter; in `SemiDETR` also inside the strong view
+    targets: list,  # those that are left in the strong view
+) -> dict:  # plain numbers
+    "Number and scores of the pseudo labels, per image"
+    n = max(1, len(detections))
+    scores = torch.cat([p['scores'] for p in pseudo]) if pseudo else torch.zeros(0)
+    best = [float(d['scores'].max()) for d in detections if len(d['scores'])]
+    return dict(
+        pseudo_boxes=sum(len(p['scores']) for p in pseudo) / n,
+        strong_boxes=sum(len(t['labels']) for t in targets) / n,
+        pseudo_score=float(scores.mean()) if len(scores) else 0.0,
+        empty_images=sum(len(p['scores']) == 0 for p in pseudo) / n,
+        top_score=sum(best) / n,
+    )
+
+
+# %%
+two_images = [dict(scores=torch.tensor([0.9, 0.5, 0.2])), dict(scores=torch.tensor([0.1]))]
+confident = keep_boxes(two_images, [d['scores'] >= 0.4 for d in two_images])
+left = [dict(labels=torch.zeros(1)), dict(labels=torch.zeros(0))]  # one box left the strong view
+toy_stats = pseudo_stats(two_images, confident, left)
+assert toy_stats['pseudo_boxes'] == 1.0 and toy_stats['empty_images'] == 0.5
+{k: round(v, 3) for k, v in toy_stats.items()}
+
+# %%
+on_file = to_original(det, [here[0] | dict(image_id=7, orig_size=(100, 100))])
+assert torch.allclose(on_file[0]['boxes'], det[0]['boxes']) and on_file[0]['image_id'] == 7
+on_file[0]['boxes']
+
 # %% [markdown]
 # ## Summary
 #

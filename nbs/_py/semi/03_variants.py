@@ -225,6 +225,21 @@ def label_filters(
     return sup, sup if cfg.con_filter == 'score' else filters[cfg.con_filter]
 
 
+def earlier_filter(
+    cfg: MiningConfig,  # `init`, `sup_filter` and their numbers
+    threshold: float,  # tau_s
+    min_scores: Tensor = None,  # (C,) of `ClassRates`, for 'class_rate'
+):  # dict(scores (K,), labels (K,)) of one image -> (K,) bool
+    "B^sup of an earlier view (@sec-mixing), by the same filters; 'cpm' needs costs and cannot be used"
+
+    def keep(detection):
+        scores = None if min_scores is None else min_scores.to(detection['labels'].device)
+        first, (second, _) = initial_filter(cfg, threshold), label_filters(cfg, scores)
+        return first(detection['scores']) & second(detection, None, None, threshold)
+
+    return keep
+
+
 # %%
 assert label_filters() == (confident_boxes, mined_boxes)
 image = dict(
@@ -240,9 +255,10 @@ def kept_by(name, **kw):  # indices of the boxes that become labels
 
 kept = {name: kept_by(name) for name in ('score', 'mean_std', 'per_class', 'all')}
 kept['top_3'] = kept_by('top_k', top_k=3)
+kept['earlier'] = earlier_filter(MiningConfig(), 0.4)(image).nonzero().flatten().tolist()
 kept['class_thresholds'] = kept_by('per_class', class_thresholds=(0.75, 0.05))
 assert kept['per_class'] == [0, 1, 4, 5] and kept['top_3'] == [0, 1, 2]
-assert kept['class_thresholds'] == [0, 1, 4, 5, 6]
+assert kept['class_thresholds'] == [0, 1, 4, 5, 6] and kept['earlier'] == kept['mean_std']
 kept
 
 

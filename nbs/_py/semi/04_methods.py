@@ -18,7 +18,6 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 import torch
 from torch import nn
-from semidetr.boxes import transform_boxes
 from semidetr.core import ConfigError, in_range, one_of, suggest
 from semidetr.detectors.contract import add_suppressed, has_suppressor, suppressor_on
 from semidetr.detectors.group import parallel_group, parallel_parts
@@ -33,12 +32,16 @@ from semidetr.semi.consistency import (
     pair_boxes,
 )
 from semidetr.semi.mining import gather_costs, initial_boxes, matched_costs, mine, mining_threshold
+from semidetr.semi.mixing import build_mixing, mixing_needs
 from semidetr.semi.teacher import (
     PseudoConfig,
     fixed_threshold,
     in_both_views,
     keep_boxes,
+    pseudo_stats,
     teacher_detections,
+    teacher_predict,
+    to_original,
     transport,
 )
 from semidetr.semi.variants import (
@@ -46,6 +49,7 @@ from semidetr.semi.variants import (
     box_picker,
     class_memory,
     density_guard,
+    earlier_filter,
     hungarian_consistency,
     initial_filter,
     label_filters,
@@ -62,7 +66,7 @@ from semidetr.semi.variants import (
 import dataclasses
 from types import SimpleNamespace
 import matplotlib.pyplot as plt
-from semidetr.boxes import denormalize_boxes
+from semidetr.boxes import denormalize_boxes, transform_boxes
 from semidetr.data.augment import ViewConfig
 from semidetr.data.catalog import open_dataset
 from semidetr.data.datasets import Subset, Unlabelled
@@ -109,7 +113,7 @@ class Method(nn.Module):
         labelled=None,  # data set of the labelled images
     ):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.mixing = cfg, build_mixing(cfg, 'weak' in self.views)
         self.guard = density_guard(cfg.method.density_guard, labelled, cfg.detector.num_classes)
 
     def step(
@@ -236,13 +240,15 @@ class Supervised(Method):
     "Losses of the labelled images alone (@eq-methods-sup)"
 
     def step(self, student, teacher, batch, t):
-        part = batch['labelled']
+        part = self.mixing.labelled(batch['labelled'])
         outputs = student(part['images'], part['mask'], part['targets'])
         losses = (
             self.criterion(outputs, part['targets'], t)
             | self.sup_rescoring(outputs, part['targets'])
             | sup_parallel(outputs, part['targets'], self.cfg)
         )
+        if 'weak' not in self.views:
+            losses |= self.mixing.losses(student, self.criterion, t)
         boxes = sum(len(target['labels']) for target in part['targets'])
         return StepResult(losses, dict(labelled_boxes=boxes / max(1, len(part['targets']))), {})
 
@@ -273,15 +279,18 @@ class Supervised(Method):
         if cfg.method.mds_unsup == 'nms':
             return suppression_loss(outputs, cfg.criterion)
         moved = transport(detections, weak['targets'], strong['targets'], cfg.pseudo.min_side)
+        moved = self.mixing.complete(moved)
         sure, doubtful = sure_and_doubtful(moved, cfg.method.mds_threshold)
         return suppressor_loss(outputs, sure, cfg.criterion, doubtful)
 
     @classmethod
     def derived(cls, cfg):
-        "One-to-many matching to the end with a learned suppressor, none beside a part that is one-to-many"
+        "One-to-many to the end with a learned suppressor, never beside a parallel part; what mixing needs"
+        needs = mixing_needs(cfg, 'weak' in cls.views)
         if not suppressor_advice(cfg):
-            return parallel_stages(cfg)
-        return {'method.T1': (cfg.optim.iters, 'one-to-many matching to the end, for the learned suppressor')}
+            return needs | parallel_stages(cfg)
+        text = 'one-to-many matching to the end, for the learned suppressor'
+        return needs | {'method.T1': (cfg.optim.iters, text)}
 
 
 # %% [markdown]
@@ -308,20 +317,6 @@ def unsup_weight(
     return cfg.unsup_weight * min(1.0, (since + 1) / (cfg.unsup_ramp + 1))
 
 
-def to_original(
-    detections: list,  # per image, pixels of a view
-    targets: list,  # of that view
-) -> list:  # per image: image_id, boxes (K,4) xyxy in pixels of the file, labels, scores
-    "Take boxes back to the pixels of the image file, where the hidden truth is known"
-    out = []
-    for d, t in zip(detections, targets):
-        to_file = torch.linalg.inv(t['matrix'].double())
-        boxes, _ = transform_boxes(d['boxes'], to_file, t['orig_size'], 0.0)
-        row = dict(image_id=t['image_id'], boxes=boxes.cpu())
-        out.append(row | dict(labels=d['labels'].cpu(), scores=d['scores'].cpu()))
-    return out
-
-
 # %%
 #| export
 def weighted(
@@ -331,16 +326,6 @@ def weighted(
 ) -> dict:  # renamed and scaled
     "`loss_cls` becomes `loss_<prefix>_cls`, times `weight`"
     return {f"loss_{prefix}_{k.removeprefix('loss_')}": v * weight for k, v in losses.items()}
-
-
-@torch.no_grad()
-def teacher_predict(
-    teacher,  # detector in eval mode
-    part: dict,  # the weak views
-    cfg: PseudoConfig,
-) -> list:  # per image detections of `teacher_detections`
-    "The teacher's detections in the weak views"
-    return teacher_detections(teacher(part['images'], part['mask']), part['targets'], cfg)
 
 
 def has_denoising(
@@ -371,49 +356,26 @@ class MeanTeacher(Supervised):
         cfg, weight = self.cfg, unsup_weight(t, self.cfg.method)
         if 'weak' not in batch or weight == 0:
             return StepResult(losses, scalars, {})
-        weak, strong = batch['weak'], batch['strong']
+        weak, strong = batch['weak'], self.mixing.strong(batch['strong'])
         detections = teacher_predict(teacher, weak, cfg.pseudo)
-        confident = [fixed_threshold(d['scores'], cfg.pseudo.threshold) for d in detections]
-        pseudo = keep_boxes(detections, confident)
+        pseudo = keep_boxes(detections, [self.confident(d) for d in detections])
         targets = transport(pseudo, weak['targets'], strong['targets'], cfg.pseudo.min_side)
+        targets = self.mixing.complete(targets, self.confident)
         denoising = has_denoising(stage_of(t, cfg.method.T1), cfg.method)
         outputs = student(strong['images'], strong['mask'], targets if denoising else None)
         unsup = self.criterion(outputs, targets, t, denoising, None, self.guard(targets))
         unsup |= self.unsup_rescoring(student, outputs, detections, weak, strong) | unsup_parallel(
             outputs, detections, weak['targets'], strong['targets'], cfg
         )
+        self.mixing.remember(batch['strong'], detections, weak['targets'], cfg.pseudo.min_side)
+        unsup |= self.mixing.losses(student, self.criterion, t, denoising, self.confident)
         losses |= weighted(unsup, weight, 'unsup')
         scalars |= pseudo_stats(detections, pseudo, targets)
         return StepResult(losses, scalars, dict(pseudo=to_original(pseudo, weak['targets'])))
 
-
-# %%
-#| export
-def pseudo_stats(
-    detections: list,  # of the teacher, per image
-    pseudo: list,  # those that passed the filter; in `SemiDETR` also inside the strong view
-    targets: list,  # those that are left in the strong view
-) -> dict:  # plain numbers
-    "Number and scores of the pseudo labels, per image"
-    n = max(1, len(detections))
-    scores = torch.cat([p['scores'] for p in pseudo]) if pseudo else torch.zeros(0)
-    best = [float(d['scores'].max()) for d in detections if len(d['scores'])]
-    return dict(
-        pseudo_boxes=sum(len(p['scores']) for p in pseudo) / n,
-        strong_boxes=sum(len(t['labels']) for t in targets) / n,
-        pseudo_score=float(scores.mean()) if len(scores) else 0.0,
-        empty_images=sum(len(p['scores']) == 0 for p in pseudo) / n,
-        top_score=sum(best) / n,
-    )
-
-
-# %%
-two_images = [dict(scores=torch.tensor([0.9, 0.5, 0.2])), dict(scores=torch.tensor([0.1]))]
-confident = keep_boxes(two_images, [d['scores'] >= 0.4 for d in two_images])
-left = [dict(labels=torch.zeros(1)), dict(labels=torch.zeros(0))]  # one box left the strong view
-toy_stats = pseudo_stats(two_images, confident, left)
-assert toy_stats['pseudo_boxes'] == 1.0 and toy_stats['empty_images'] == 0.5
-{k: round(v, 3) for k, v in toy_stats.items()}
+    def confident(self, detection):
+        "Which boxes of one image are pseudo labels"
+        return fixed_threshold(detection['scores'], self.cfg.pseudo.threshold)
 
 
 # %% [markdown]
@@ -471,6 +433,7 @@ def mine_pseudo_labels(
         costs=costs,
         tau=tau,
         mixture=mixture,
+        min_scores=min_scores,
     )
 
 
@@ -520,11 +483,11 @@ class CrossViewConsistency(Supervised):
         teacher_view: View,  # of the weak views
         mined: dict,  # of `mine_pseudo_labels`
         extras: list,  # denoising queries of the student
-        batch: dict,  # parts 'weak' and 'strong'
+        views: dict,  # parts 'weak' and 'strong'
         t: int,  # iteration, counted from 0
     ) -> tuple:  # (outputs of the student, losses loss_con_0, ...; none if the consistency is not active)
         "The student's outputs with all extra queries, and the consistency losses (@eq-consistency-loss)"
-        c, weak, strong = self.cfg.consistency, batch['weak'], batch['strong']
+        c, weak, strong = self.cfg.consistency, views['weak'], views['strong']
         outputs, teacher_out = student_view.outputs, teacher_view.outputs
         active = consistency_active(t, self.cfg.method.T1, c)
         if not active or self.projector is None:
@@ -547,7 +510,9 @@ class CrossViewConsistency(Supervised):
 
 
 # %% [markdown]
-# A step puts the parts together, in the order that is described above.
+# A step puts the parts together, in the order that is described above. `self.mixing` (@sec-mixing) changes the
+# strong views, adds boxes of earlier views to the targets and has a loss of its own; it is off by default, and
+# then changes nothing. $B^{con}$ holds boxes of this step's images alone.
 
 # %%
 #| export
@@ -564,7 +529,7 @@ class SemiDETR(CrossViewConsistency):
         cfg, weight = self.cfg, unsup_weight(t, self.cfg.method)
         if 'weak' not in batch or weight == 0:
             return StepResult(losses, scalars, {})
-        weak, strong = batch['weak'], batch['strong']
+        weak, strong = batch['weak'], self.mixing.strong(batch['strong'])
         with torch.no_grad():
             teacher_view = encode_decode(teacher, weak)
         student_view = encode_decode(student, strong)
@@ -577,16 +542,20 @@ class SemiDETR(CrossViewConsistency):
             self.memory,
             self.rates,
         )
-        targets = keep_boxes(mined['strong'], mined['sup'])
+        keep = earlier_filter(cfg.mining, cfg.pseudo.threshold, mined['min_scores'])
+        targets = self.mixing.complete(keep_boxes(mined['strong'], mined['sup']), keep)
         denoising = has_denoising(stage_of(t, cfg.method.T1), cfg.method)
         extras = parallel_group(student, student_view.encoded) + (
             student.denoise(targets) if denoising else []
         )
-        outputs, con = self.consistency(student, teacher, student_view, teacher_view, mined, extras, batch, t)
+        views = dict(weak=weak, strong=strong)
+        outputs, con = self.consistency(student, teacher, student_view, teacher_view, mined, extras, views, t)
         unsup = self.criterion(outputs, targets, t, denoising, scalars, self.guard(targets))
         unsup |= self.unsup_rescoring(student, outputs, mined['detections'], weak, strong) | unsup_parallel(
             outputs, mined['detections'], weak['targets'], strong['targets'], cfg
         )
+        self.mixing.remember(batch['strong'], mined['detections'], weak['targets'], cfg.pseudo.min_side)
+        unsup |= self.mixing.losses(student, self.criterion, t, denoising, keep)
         losses |= weighted(unsup | con, weight, 'unsup')
         if con:
             scalars['loss_con'] = sum(v.item() for v in con.values())
@@ -601,13 +570,13 @@ class SemiDETR(CrossViewConsistency):
         if suppressed or parallel_parts(cfg.detector):
             return super().derived(cfg) | parallel_stages(cfg, consistency=not suppressed)
         if not m.T1 <= m.burn_in_iters < n:
-            return {}
+            return super().derived(cfg)
         T1 = (m.burn_in_iters + n) // 2
         text = (
             f'one-to-many matching for the first half of the {n - m.burn_in_iters} iterations that see '
             'unlabelled images, one-to-one from there on'
         )
-        return {'method.T1': (T1, text)}
+        return {'method.T1': (T1, text), **super().derived(cfg)}
 
 
 # %% [markdown]

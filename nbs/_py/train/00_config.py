@@ -34,6 +34,7 @@ from semidetr.detectors.group import parallel_parts
 from semidetr.matching.losses import CriterionConfig
 from semidetr.semi.methods import MethodConfig
 from semidetr.semi.mining import MiningConfig
+from semidetr.semi.mixing import MixingConfig
 from semidetr.semi.teacher import EmaConfig, PseudoConfig
 
 
@@ -153,6 +154,7 @@ class Config:
     pseudo: PseudoConfig = PseudoConfig()
     mining: MiningConfig = MiningConfig()
     consistency: ConsistencyConfig = ConsistencyConfig()
+    mixing: MixingConfig = MixingConfig()
     ema: EmaConfig = EmaConfig()
     optim: OptimConfig = OptimConfig()
     run: RunConfig = RunConfig()
@@ -361,6 +363,10 @@ def differences(
 
 # %%
 #| export
+def _no_mixing(c):
+    return not c.mixing.on
+
+
 LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value leave a run as it was?
     'optim.points_mult': lambda c: c.optim.points_mult == 1,
     'criterion.cost_cls': lambda c: c.criterion.cost_cls == 0,
@@ -396,6 +402,7 @@ LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value
     ),
     'loader.two_views': lambda c: not c.loader.two_views,
     'loader.repeat_threshold': lambda c: c.loader.repeat_threshold == 0,
+    **{f'mixing.{f.name}': _no_mixing for f in dataclasses.fields(MixingConfig)},
 }
 UNHASHED = (  # settings that cannot change a number
     'run.device',
@@ -420,6 +427,7 @@ def config_hash(
     for name in left_out:
         group, key = name.split('.')
         values.get(group, {}).pop(key, None)
+    values = {group: v for group, v in values.items() if v}  # groups newer than the first records
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 

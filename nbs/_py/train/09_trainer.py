@@ -68,7 +68,7 @@ from semidetr.train.run_folder import RESUME, check_same_run, keep_progress, sto
 #
 # Weights, moments, random state, position in the data, health window, history: all of it is saved, and
 # loading compares the configuration first. Processes other than the first save only what is theirs alone: the
-# random state, the window, the numbers since the last log line.
+# random state, the window, the numbers since the last log line, the cache of mixed views (@sec-mixing).
 
 # %%
 #| export
@@ -131,15 +131,16 @@ class RunState(BuiltRun):
         own = dict(
             step=self.step, rng=pack_rng(rng_state()), health=self.health.state_dict(), recent=self.recent
         )
+        parts = self.method.state_dict()
         if not is_main():
-            return own
+            return own | dict(parts={k: v for k, v in parts.items() if k.endswith('_extra_state')})
         return dict(
             own | self.weights(),
             split=self.data.split.fingerprint,
             roles=self.roles,
             history=self.history,
             spent=self.spent,
-            parts=self.method.state_dict(),
+            parts=parts,
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
         )
@@ -178,6 +179,7 @@ class RunState(BuiltRun):
         self.history, self.spent, self.step = saved['history'], saved['spent'], saved['step']
         if not is_main() and self.own_file.exists():
             saved = load_checkpoint(self.own_file)
+            self.method.load_state_dict(saved.get('parts', {}), strict=False)  # caches of views
         self.recent = saved['recent']
         self.health.load_state_dict(saved['health'])
         set_rng_state(unpack_rng(saved['rng']))
