@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MixingConfig', 'fit_into', 'mosaic_layout', 'blend_layout', 'paste', 'placing', 'erased_share', 'draw_patches',
-           'erase', 'complete', 'ViewCache', 'grey', 'blend', 'four_in_one', 'mixed_views', 'mosaic_view', 'Mixing',
-           'Unmixed', 'build_mixing', 'mixing_needs']
+           'erase', 'complete', 'ViewCache', 'grey', 'blend', 'four_in_one', 'on_every_process', 'mixed_views',
+           'mosaic_view', 'Mixing', 'Unmixed', 'build_mixing', 'mixing_needs']
 
 # %% ../../nbs/semi/03_mixing.ipynb #1cfb4611
 import random
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 from ..boxes import denormalize_boxes, normalize_boxes, transform_boxes
-from ..core import ConfigError, in_range, one_of, rank, stable_hash
+from ..core import ConfigError, all_reduce_mean, in_range, one_of, rank, stable_hash
 from ..data.augment import View, ViewConfig, image_bytes, normalize_image
 from ..data.loader import collate
 from .teacher import keep_boxes, transport
@@ -278,6 +278,14 @@ def four_in_one(
         kept += keep_boxes([dict(boxes=boxes, labels=entry['labels'])], [used])
     return image, torch.cat([d['boxes'] for d in kept]), torch.cat([d['labels'] for d in kept])
 
+# %% ../../nbs/semi/03_mixing.ipynb #d2969fa8
+def on_every_process(
+    flag: bool,
+    device,  # of the run
+) -> bool:
+    "Is the flag set on every process? Each of them must ask"
+    return bool(all_reduce_mean(torch.tensor(float(flag), device=device)) > 0.999)
+
 # %% ../../nbs/semi/03_mixing.ipynb #e673a3f3
 def _view(image, target):
     "A view of a batch without its padding and its boxes"
@@ -412,10 +420,10 @@ class Mixing(ViewCache):
         t: int,  # iteration
         denoising: bool = True,  # do the boxes make denoising queries?
         keep=None,  # which boxes of earlier views are used
-    ) -> dict:  # loss_mosaic_...; none if there is no mosaic
+    ) -> dict:  # loss_mosaic_...; none if a process has no mosaic
         "The losses of a mosaic, times `weight`"
         part = self.mosaic(keep)
-        if part is None:
+        if not on_every_process(part is not None, self.device):
             return {}
         outputs = student(part['images'], part['mask'], part['targets'] if denoising else None)
         losses = criterion(outputs, part['targets'], t, denoising)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 from semidetr.boxes import denormalize_boxes, normalize_boxes, transform_boxes
-from semidetr.core import ConfigError, in_range, one_of, rank, stable_hash
+from semidetr.core import ConfigError, all_reduce_mean, in_range, one_of, rank, stable_hash
 from semidetr.data.augment import View, ViewConfig, image_bytes, normalize_image
 from semidetr.data.loader import collate
 from semidetr.semi.teacher import keep_boxes, transport
@@ -420,7 +420,18 @@ tuple(four.shape), len(four_boxes)
 # strong views must reach it without erased patches, so `view.erase_patches` is `[0,0]`; patches of
 # `mixing.erase_patches` are erased afterwards, from strong views of labelled images as well.
 #
-# A mosaic in which no box is left is not used: it would teach the student that four images are empty.
+# A mosaic in which no box is left is not used: it would teach the student that four images are empty. Losses are
+# normalised by counts of all processes, so a mosaic is used only in steps in which each process has one.
+
+# %%
+#| export
+def on_every_process(
+    flag: bool,
+    device,  # of the run
+) -> bool:
+    "Is the flag set on every process? Each of them must ask"
+    return bool(all_reduce_mean(torch.tensor(float(flag), device=device)) > 0.999)
+
 
 # %%
 #| export
@@ -559,10 +570,10 @@ class Mixing(ViewCache):
         t: int,  # iteration
         denoising: bool = True,  # do the boxes make denoising queries?
         keep=None,  # which boxes of earlier views are used
-    ) -> dict:  # loss_mosaic_...; none if there is no mosaic
+    ) -> dict:  # loss_mosaic_...; none if a process has no mosaic
         "The losses of a mosaic, times `weight`"
         part = self.mosaic(keep)
-        if part is None:
+        if not on_every_process(part is not None, self.device):
             return {}
         outputs = student(part['images'], part['mask'], part['targets'] if denoising else None)
         losses = criterion(outputs, part['targets'], t, denoising)
