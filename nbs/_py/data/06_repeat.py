@@ -3,7 +3,7 @@
 #
 # > Draw images of rare classes more often, by factors that need not be whole numbers.
 #
-# With 20 labelled images a class may be in three of them. Drawn uniformly, it is a target in 15 % of the
+# A class may be in three of 20 labelled images. Drawn uniformly, it is a target in 15 % of the
 # labelled views, and its scores stay below every threshold for pseudo labels, so unlabelled images do not help
 # it either. Repeat-factor sampling draws its images more often. Common implementations round factors up to
 # whole numbers, and a factor of 1.003 then doubles an image as one of 1.8 does: all images are doubled and

@@ -336,9 +336,9 @@ def pseudo_stats(
 
 # %%
 two_images = [dict(scores=torch.tensor([0.9, 0.5, 0.2])), dict(scores=torch.tensor([0.1]))]
-confident = keep_boxes(two_images, [d['scores'] >= 0.4 for d in two_images])
-left = [dict(labels=torch.zeros(1)), dict(labels=torch.zeros(0))]  # one box left the strong view
-toy_stats = pseudo_stats(two_images, confident, left)
+two_confident = keep_boxes(two_images, [d['scores'] >= 0.4 for d in two_images])
+still_there = [dict(labels=torch.zeros(1)), dict(labels=torch.zeros(0))]  # one box left the strong view
+toy_stats = pseudo_stats(two_images, two_confident, still_there)
 assert toy_stats['pseudo_boxes'] == 1.0 and toy_stats['empty_images'] == 0.5
 {k: round(v, 3) for k, v in toy_stats.items()}
 
