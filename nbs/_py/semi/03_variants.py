@@ -228,7 +228,7 @@ def label_filters(
 def earlier_filter(
     cfg: MiningConfig,  # `init`, `sup_filter` and their numbers
     threshold: float,  # tau_s
-    min_scores: Tensor = None,  # (C,) of `ClassRates`, for 'class_rate'
+    min_scores: Tensor = None,  # (C,) of `ClassRates` or `ClassMixtures`
 ):  # dict(scores (K,), labels (K,)) of one image -> (K,) bool
     "B^sup of an earlier view (@sec-mixing), by the same filters; 'cpm' needs costs and cannot be used"
 
