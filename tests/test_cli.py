@@ -766,8 +766,8 @@ def test_split(shell, refused, coco, tmp_path):
     )[0] == 0 and json.loads(b.read_text())['labelled'] == [4, 12, 2]
     for args, words in (
         (['--percent', '101'], ['101']),
-        ([], ['percent or count']),
-        (['--count', '3', '--percent', '5'], ['not both']),
+        ([], ['one of percent, count and shots']),
+        (['--count', '3', '--percent', '5'], ['one of percent, count and shots']),
         (['--count', '40'], ['40']),
         (['--percent', '9', '--dev', '12'], ['lower dev']),
     ):

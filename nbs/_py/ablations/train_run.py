@@ -18,6 +18,7 @@ processes = 1  # more than one: started with torchrun, one device per process
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
@@ -57,7 +58,10 @@ if processes > 1:
     command = ['--nproc-per-node', str(processes), '-m', 'semidetr.cli', 'train']
     options = ['--config', str(place / 'config.json'), '--out', str(place), '--quiet']
     subprocess.run([*launcher, *command, *options], check=True)
-result = run_config(cfg, place, progress=False)
+with warnings.catch_warnings(record=True) as said:
+    result = run_config(cfg, place, progress=False)
+for w in said:
+    print(f'note: {w.message}')
 assert result['hash'] == key
 health = result.get('health') or {}
 facts = {
