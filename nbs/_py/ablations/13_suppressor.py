@@ -15,6 +15,9 @@
 
 # %% tags=["parameters"]
 results = 'results'  # folder of results
+step_costs = (
+    '../../benchmarks/results/remedies.json'  # record of `python benchmarks/remedies.py runs/studies`
+)
 
 # %%
 #| hide
@@ -149,6 +152,25 @@ markdown(f'*Runs {hashes}: {where}. The first was clipped as the code did before
 # those of a network that knows the answer, so what the layer learns from them does not hold elsewhere. Clipped
 # together with the detector, the size of its gradient depends on the losses of the detector in that step. This
 # is one seed, and it shows no more than the way to the settings.
+#
+# ## What a step costs
+#
+# Both kinds of step in alternation, from the burn-in of seed 0 with twenty labels, one thread:
+
+# %%
+#| echo: false
+cost = json.loads(Path(step_costs).read_text())
+lines = []
+for r in cost['rows']:
+    low, middle, high = r['cost']
+    what = f'the {r["stage"]} stage of Semi-DETR'
+    lines.append(f'* against {what}: {middle:.2f} times its step (quartiles {low:.2f} to {high:.2f})')
+about = cost['machine']
+text = '\n'.join(lines)
+markdown(f'{text}\n\n*{about["cpu"]}, commit {about["commit"]}, load {cost["load"]:.1f}.*')
+
+# %% [markdown]
+# The step of the second stage has no cross-view consistency, which here is active to the end.
 #
 # ## Summary
 #
