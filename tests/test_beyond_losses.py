@@ -238,6 +238,16 @@ def test_position_targets_of_each_layer_and_image():
     assert t.isfinite().all() and (t[1, 1] == 0).all() and t[0, 0].max() == 1
 
 
+def denoising_queries():
+    "Outputs of four denoising queries per image, after three layers"
+    g = torch.Generator().manual_seed(5)
+    return dict(
+        pred_logits=torch.randn(3, 2, 4, 3, generator=g),
+        pred_boxes=torch.rand(3, 2, 4, 4, generator=g) * 0.3 + 0.3,
+        meta=dict(target=torch.tensor([[0, 1, -1, -1], [0, -2, -1, -2]])),
+    )
+
+
 def test_position_acts_in_the_one_to_one_stage_alone():
     outputs, targets = predictions()
     plain, place = CriterionConfig(cls_loss='varifocal'), CriterionConfig(cls_loss='position')
@@ -248,13 +258,7 @@ def test_position_acts_in_the_one_to_one_stage_alone():
 
 def test_class_weight_of_denoising_queries():
     outputs, targets = predictions()
-    g = torch.Generator().manual_seed(5)
-    dn = dict(
-        pred_logits=torch.randn(3, 2, 4, 3, generator=g),
-        pred_boxes=torch.rand(3, 2, 4, 4, generator=g) * 0.3 + 0.3,
-        meta=dict(target=torch.tensor([[0, 1, -1, -1], [0, -2, -1, -2]])),
-    )
-    outputs['extra'] = dict(denoising=dn)
+    outputs['extra'] = dict(denoising=denoising_queries())
     one, two = (
         set_criterion(outputs, targets, 'o2o', CriterionConfig(cls_loss='position', w_position_dn=w))
         for w in (1.0, 2.0)

@@ -20,7 +20,7 @@ from semidetr.semi.variants import (
 from semidetr.train.checkpoint import load_checkpoint
 from semidetr.train.config import config_hash, override, preset
 from semidetr.train.trainer import Trainer
-from test_beyond_losses import predictions, same
+from test_beyond_losses import denoising_queries, predictions, same
 from test_every_detector import ALL, EMPTY, log_of, small, stages
 from test_trainer import same as same_weights, stop_after
 
@@ -193,13 +193,7 @@ def test_the_background_of_softmax_detectors():
 
 def test_denoising_queries_and_encoder():
     outputs, targets = predictions()
-    g = torch.Generator().manual_seed(5)
-    dn = dict(
-        pred_logits=torch.randn(3, 2, 4, 3, generator=g),
-        pred_boxes=torch.rand(3, 2, 4, 4, generator=g) * 0.3 + 0.3,
-        meta=dict(target=torch.tensor([[0, 1, -1, -1], [0, -2, -1, -2]])),
-    )
-    outputs['extra'] = dict(denoising=dn)
+    outputs['extra'] = dict(denoising=denoising_queries())
     a, b = (set_criterion(outputs, targets, background=w) for w in (None, torch.tensor([0.0, 0.5])))
     assert {k for k in a if a[k] != b[k]} == {'loss_cls', 'loss_cls_0', 'loss_cls_1', 'loss_cls_enc'}
 

@@ -35,7 +35,7 @@ from semidetr.semi.teacher import teacher_detections
 from semidetr.train.config import config_hash, from_saved, override, preset, to_dict
 from semidetr.train.optim import build_optimizer
 from semidetr.train.predict import Predictor, load_model
-from semidetr.train.trainer import Trainer
+from semidetr.train.trainer import Trainer, clip_and_step
 from test_contract import check_contract, check_extra_queries, check_gradients, check_outputs, padded_batch
 from test_study import BOOK
 from test_trainer import TINY
@@ -564,3 +564,17 @@ def test_rate_of_the_suppressor_leaves_others_alone():
     off = build_detector(dataclasses.replace(preset('digits').detector, num_classes=3))
     plain = build_optimizer(off, cfg.optim).param_groups
     assert count(build_optimizer(off, apart).param_groups) == count(plain)
+
+
+def test_a_group_apart_is_clipped_by_itself():
+    "A detector with large gradients must not shrink those of the suppressor, nor the other way round"
+    sizes = {}
+    for apart in (False, True):
+        large, small = (torch.nn.Parameter(torch.zeros(4)) for _ in range(2))
+        groups = [dict(params=[large], base_lr=1.0), dict(params=[small], base_lr=1.0, apart=apart)]
+        optimizer = torch.optim.SGD(groups, lr=1.0)
+        large.grad, small.grad = torch.full((4,), 50.0), torch.full((4,), 0.5)
+        norm = clip_and_step(optimizer, torch.amp.GradScaler('cpu', enabled=False), 0.1, 1.0)
+        sizes[apart] = large.norm().item(), small.norm().item()
+    assert norm == pytest.approx(100) and sizes[True] == pytest.approx((0.1, 0.1), rel=1e-4)
+    assert sizes[False][1] == pytest.approx(0.001, rel=1e-3)
