@@ -52,7 +52,9 @@ def train(
     val: _opt(str, 'test split; default: the val split of --data') = '',
     images: Images = '',
     method: _opt(
-        str, 'supervised, mean_teacher or semi_detr; default: mean_teacher with --unlabelled, else supervised'
+        str,
+        'supervised, mean_teacher, semi_detr or semi_detr_plus; default: mean_teacher with --unlabelled, '
+        'else supervised',
     ) = '',
     detector: _opt(
         str,
@@ -61,7 +63,8 @@ def train(
     ) = '',
     preset: _opt(
         str,
-        'starting point: digits, small, coco-1, coco-5, coco-10, coco-full, voc; default: digits or small',
+        'starting point: digits, digits-plus, small, small-plus, coco-1, coco-5, coco-10, coco-full, voc; '
+        'default: digits or small',
     ) = '',
     config: _opt(Path, 'TOML or JSON file with the settings that differ from the preset') = None,
     percent: _opt(float, 'percent of the training images that keep their labels; default: all') = None,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'WITH_UNLABELLED', 'StepResult', 'Method', 'MethodConfig', 'suppressor_advice', 'Supervised',
            'unsup_weight', 'weighted', 'has_denoising', 'MeanTeacher', 'mine_pseudo_labels', 'View', 'encode_decode',
-           'CrossViewConsistency', 'SemiDETR', 'mining_stats', 'monitored_boxes']
+           'CrossViewConsistency', 'SemiDETR', 'SemiDETRPlus']
 
 # %% ../../nbs/semi/04_methods.ipynb #7ae8c397
 import warnings
@@ -26,7 +26,15 @@ from semidetr.semi.consistency import (
     cross_view_losses,
     pair_boxes,
 )
-from .mining import gather_costs, initial_boxes, matched_costs, mine, mining_threshold
+from semidetr.semi.mining import (
+    gather_costs,
+    initial_boxes,
+    matched_costs,
+    mine,
+    mining_stats,
+    mining_threshold,
+    monitored_boxes,
+)
 from .mixing import build_mixing, mixing_needs
 from semidetr.semi.teacher import (
     PseudoConfig,
@@ -108,7 +116,7 @@ class Method(nn.Module):
 class MethodConfig:
     "Which method, and when its parts act; iterations count from 0"
 
-    name: str = 'supervised'  # a key of `METHODS`: 'supervised', 'mean_teacher' or 'semi_detr'
+    name: str = 'supervised'  # a key of `METHODS`, e.g. 'mean_teacher' or 'semi_detr'
     burn_in_iters: int = 0  # supervised iterations before the unsupervised losses (official: 0)
     T1: int = 0  # first one-to-one iteration (COCO-Partial: 60k of 120k; Full: 120k of 240k, paper 180k)
     unsup_weight: float = 4.0  # w_u (paper: 4 for COCO-Partial, 2 for COCO-Full)
@@ -460,31 +468,45 @@ class SemiDETR(CrossViewConsistency):
         return {'method.T1': (T1, text), **super().derived(cfg)}
 
 # %% ../../nbs/semi/04_methods.ipynb #a3b45ce6
-@torch.no_grad()
-def mining_stats(
-    mined: dict,  # of `mine_pseudo_labels`
-    targets: list,  # B^sup in the strong view
-) -> dict:  # plain numbers
-    "Sizes of the sets, and the mixture where there was a box to fit"
-    sup, con = (keep_boxes(mined['weak'], mined[k]) for k in ('sup', 'con'))
-    n, counts = max(1, len(con)), [len(c) for c in mined['costs']]
-    out = pseudo_stats(mined['detections'], sup, targets)
-    out |= dict(initial_boxes=sum(counts) / n, con_boxes=sum(len(c['scores']) for c in con) / n)
-    if any(counts):
-        low, high = mined['mixture'].means.tolist()
-        out |= dict(cost_threshold=float(mined['tau']), cost_mean_low=low, cost_mean_high=high)
-    return out
+class SemiDETRPlus(SemiDETR):
+    "Semi-DETR, one-to-many to the end, with a learned suppressor (@sec-abl-plus)"
+
+    bundle = {
+        'detector.suppressor.head': ('residual', 'lowers the scores of duplicates'),
+        'detector.suppressor.overlap': ('true', 'it sees by how much boxes overlap'),
+        'detector.suppressor.detach': ('true', 'it leaves the training of the layers below it alone'),
+        'criterion.mds_target': ('nms', 'it learns what suppression keeps'),
+        'method.mds_unsup': ('nms', 'on unlabelled images too'),
+        'optim.suppressor_mult': (10, 'at a rate of its own'),
+    }
+
+    def __init__(self, cfg, labelled=None):
+        super().__init__(cfg, labelled)
+        if not suppressor_on(cfg.detector):
+            text = 'semi_detr_plus without a learned suppressor is Semi-DETR; '
+            warnings.warn(text + 'set detector.suppressor.head=residual', stacklevel=2)
+
+    @classmethod
+    def derived(cls, cfg):
+        "Settings of the suppressor, and one-to-many matching to the end"
+        if not hasattr(cfg.detector, 'suppressor'):
+            return super().derived(cfg)
+        text = 'one-to-many matching to the end; the learned suppressor removes duplicates'
+        return super().derived(cfg) | cls.bundle | {'method.T1': (cfg.optim.iters, text)}
+
+    @classmethod
+    def items(
+        cls,
+        cfg,  # Config of the run
+    ) -> list:  # of 'group.field=value'
+        "Overrides that turn a configuration into one of this method"
+        return ['method.name=semi_detr_plus', *(f'{k}={v}' for k, (v, _) in cls.derived(cfg).items())]
 
 
-def monitored_boxes(
-    mined: dict,  # of `mine_pseudo_labels`
-    weak: list,  # targets of the weak views
-) -> dict:  # pseudo: B^sup, mined: B^con, initial: B^0, in pixels of the files
-    "The three sets for the health monitor"
-    sup, con = (keep_boxes(mined['weak'], mined[k]) for k in ('sup', 'con'))
-    sets = dict(pseudo=sup, mined=con, initial=mined['weak'])
-    return {name: to_original(boxes, weak) for name, boxes in sets.items()}
-
-
-METHODS = {'supervised': Supervised, 'mean_teacher': MeanTeacher, 'semi_detr': SemiDETR}
+METHODS = {
+    'supervised': Supervised,
+    'mean_teacher': MeanTeacher,
+    'semi_detr': SemiDETR,
+    'semi_detr_plus': SemiDETRPlus,
+}
 WITH_UNLABELLED = 'mean_teacher'  # default method where unlabelled images are given

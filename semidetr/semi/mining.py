@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MiningConfig', 'mean_std', 'initial_boxes', 'matched_costs', 'gather_costs', 'Mixture', 'log_joint', 'fit_mixture',
-           'mining_threshold', 'confident_boxes', 'mined_boxes', 'mine']
+           'mining_threshold', 'confident_boxes', 'mined_boxes', 'mine', 'mining_stats', 'monitored_boxes']
 
 # %% ../../nbs/semi/01_mining.ipynb #994d7473
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core import ConfigError, all_gather_cat, in_range, one_of
 from ..matching.losses import CriterionConfig
 from ..matching.matching import hungarian
-from .teacher import fixed_threshold
+from .teacher import fixed_threshold, keep_boxes, pseudo_stats, to_original
 
 # %% ../../nbs/semi/01_mining.ipynb #ce99d3a4
 _FILTERS = ('score', 'mean_std', 'top_k', 'per_class', 'class_rate', 'class_mixture', 'all', 'cpm')
@@ -191,3 +191,29 @@ def mine(
     sup = [sup_filter(d, c, tau, threshold) for d, c in zip(detections, costs)]
     con = [con_filter(d, c, tau, threshold) for d, c in zip(detections, costs)]
     return sup, [a | b for a, b in zip(sup, con)] if union else con
+
+# %% ../../nbs/semi/01_mining.ipynb #6eae8392
+@torch.no_grad()
+def mining_stats(
+    mined: dict,  # of `mine_pseudo_labels` (@sec-methods)
+    targets: list,  # B^sup in the strong view
+) -> dict:  # plain numbers
+    "Sizes of the sets, and the mixture where there was a box to fit"
+    sup, con = (keep_boxes(mined['weak'], mined[k]) for k in ('sup', 'con'))
+    n, counts = max(1, len(con)), [len(c) for c in mined['costs']]
+    out = pseudo_stats(mined['detections'], sup, targets)
+    out |= dict(initial_boxes=sum(counts) / n, con_boxes=sum(len(c['scores']) for c in con) / n)
+    if any(counts):
+        low, high = mined['mixture'].means.tolist()
+        out |= dict(cost_threshold=float(mined['tau']), cost_mean_low=low, cost_mean_high=high)
+    return out
+
+
+def monitored_boxes(
+    mined: dict,  # of `mine_pseudo_labels` (@sec-methods)
+    weak: list,  # targets of the weak views
+) -> dict:  # pseudo: B^sup, mined: B^con, initial: B^0, in pixels of the files
+    "The three sets for the health monitor"
+    sup, con = (keep_boxes(mined['weak'], mined[k]) for k in ('sup', 'con'))
+    sets = dict(pseudo=sup, mined=con, initial=mined['weak'])
+    return {name: to_original(boxes, weak) for name, boxes in sets.items()}

@@ -27,7 +27,7 @@ from ..detectors.detector import DetectorConfig, detector_small, dino_r50
 from ..detectors.from_detr import named_detector, settings_of_kind
 from ..detectors.group import parallel_parts
 from ..matching.losses import CriterionConfig
-from ..semi.methods import MethodConfig
+from ..semi.methods import MethodConfig, SemiDETRPlus
 from ..semi.mining import MiningConfig
 from ..semi.mixing import MixingConfig
 from ..semi.teacher import EmaConfig, PseudoConfig
@@ -456,6 +456,8 @@ def _coco_full() -> Config:
 PRESETS = {
     'digits': _digits,
     'small': _small,
+    'digits-plus': lambda: override(cfg := _digits(), SemiDETRPlus.items(cfg)),
+    'small-plus': lambda: override(cfg := _small(), SemiDETRPlus.items(cfg)),
     'coco-1': lambda: _coco(1.0),
     'coco-5': lambda: _coco(5.0),
     'coco-10': lambda: _coco(10.0),

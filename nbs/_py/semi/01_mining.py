@@ -23,7 +23,7 @@ from torch import Tensor
 from semidetr.core import ConfigError, all_gather_cat, in_range, one_of
 from semidetr.matching.losses import CriterionConfig
 from semidetr.matching.matching import hungarian
-from semidetr.semi.teacher import fixed_threshold
+from semidetr.semi.teacher import fixed_threshold, keep_boxes, pseudo_stats, to_original
 
 # %%
 import matplotlib.pyplot as plt
@@ -549,6 +549,39 @@ assert n_sup < n_con < len(pool) and not any((s & ~c).any() for s, c in zip(sup,
 no_mining = mine(detections, costs, tau, con_filter=confident_boxes)[1]
 assert all(a.equal(b) for a, b in zip(no_mining, sup))  # without mining, both sets are the same
 n_sup, n_con, len(pool)
+
+
+# %% [markdown]
+# What leaves a step for the log: how many boxes each set holds, and where the threshold lies between the two
+# means. $B^{sup}$, $B^{con}$ and $B^0$ go to the health monitor (@sec-health), which alone may compare them
+# with hidden truth.
+
+# %%
+#| export
+@torch.no_grad()
+def mining_stats(
+    mined: dict,  # of `mine_pseudo_labels` (@sec-methods)
+    targets: list,  # B^sup in the strong view
+) -> dict:  # plain numbers
+    "Sizes of the sets, and the mixture where there was a box to fit"
+    sup, con = (keep_boxes(mined['weak'], mined[k]) for k in ('sup', 'con'))
+    n, counts = max(1, len(con)), [len(c) for c in mined['costs']]
+    out = pseudo_stats(mined['detections'], sup, targets)
+    out |= dict(initial_boxes=sum(counts) / n, con_boxes=sum(len(c['scores']) for c in con) / n)
+    if any(counts):
+        low, high = mined['mixture'].means.tolist()
+        out |= dict(cost_threshold=float(mined['tau']), cost_mean_low=low, cost_mean_high=high)
+    return out
+
+
+def monitored_boxes(
+    mined: dict,  # of `mine_pseudo_labels` (@sec-methods)
+    weak: list,  # targets of the weak views
+) -> dict:  # pseudo: B^sup, mined: B^con, initial: B^0, in pixels of the files
+    "The three sets for the health monitor"
+    sup, con = (keep_boxes(mined['weak'], mined[k]) for k in ('sup', 'con'))
+    sets = dict(pseudo=sup, mined=con, initial=mined['weak'])
+    return {name: to_original(boxes, weak) for name, boxes in sets.items()}
 
 # %% [markdown]
 # ::: {.callout-note}

@@ -32,7 +32,7 @@ from semidetr.detectors.detector import DetectorConfig, detector_small, dino_r50
 from semidetr.detectors.from_detr import named_detector, settings_of_kind
 from semidetr.detectors.group import parallel_parts
 from semidetr.matching.losses import CriterionConfig
-from semidetr.semi.methods import MethodConfig
+from semidetr.semi.methods import MethodConfig, SemiDETRPlus
 from semidetr.semi.mining import MiningConfig
 from semidetr.semi.mixing import MixingConfig
 from semidetr.semi.teacher import EmaConfig, PseudoConfig
@@ -517,6 +517,8 @@ def _coco_full() -> Config:
 PRESETS = {
     'digits': _digits,
     'small': _small,
+    'digits-plus': lambda: override(cfg := _digits(), SemiDETRPlus.items(cfg)),
+    'small-plus': lambda: override(cfg := _small(), SemiDETRPlus.items(cfg)),
     'coco-1': lambda: _coco(1.0),
     'coco-5': lambda: _coco(5.0),
     'coco-10': lambda: _coco(10.0),
