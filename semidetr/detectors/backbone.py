@@ -173,7 +173,9 @@ def _convolve(conv, x, weight, bias):
                 x, padding = F.pad(x, (left, right, top, bottom)), 0
     if (kh, kw, sh, sw) == (1, 1, 1, 1) and x.device.type == 'cpu':
         dilation = 2
-    return F.conv2d(x, weight, bias, conv.stride, padding, dilation, conv.groups)
+    with torch.autocast('cpu', enabled=torch.is_autocast_enabled('cpu') and conv.groups == 1):
+        x = x.to(x.dtype if conv.groups == 1 else weight.dtype)
+        return F.conv2d(x, weight, bias, conv.stride, padding, dilation, conv.groups)
 
 
 def _conv_norm(conv, norm, x):
