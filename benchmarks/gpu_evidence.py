@@ -4,11 +4,11 @@
     python benchmarks/gpu_evidence.py --smoke --device cpu  generated scenes, a few iterations, on the CPU
 
 FOLDER holds the data sets fod12 and txl_pbc; without the option SEMIDETR_DATA names it. A data set that is
-not there is left out and named. Settings are those of the studies `fod12` and `txl_semi` of the book; only the
-number of iterations is another one. All arms of a data set start from one burn-in and take the same number of
-iterations, which follows from a measurement: a few seconds of all trainings at once. The result, one JSON, is
-written again whenever a training ends. Needs the dependencies of the package, no network; installs nothing.
-The exit code is 1 if a data set was left out, or a training failed or found no time."""
+not there is left out and named. Settings are those of the studies `fod12` and `txl_semi` of the book; only
+the number of iterations is another one. All arms of a data set start from one burn-in and take the same
+number of iterations, which follows from a measurement: a few seconds of all trainings at once. The result,
+one JSON, is written again whenever a training ends. Needs the dependencies of the package, no network;
+installs nothing. The exit code is 1 if a data set was left out, or a training failed or found no time."""
 
 import argparse, contextlib, importlib.util, json, os, shutil, signal, sys, tempfile, time
 from pathlib import Path
@@ -401,12 +401,10 @@ def settled(args):  # str: why it cannot be; '' and changed args if it can
     import torch
 
     has_gpu = torch.cuda.is_available()
+    if not has_gpu and (args.device == 'cuda' or (args.device == 'auto' and not args.smoke)):
+        return 'torch sees no GPU; --smoke --device cpu shows every part on the CPU'
     if args.device == 'auto':
         args.device = 'cuda' if has_gpu else 'cpu'
-    if args.device == 'cuda' and not has_gpu:
-        return 'torch sees no GPU; --smoke --device cpu shows every part on the CPU'
-    if args.device == 'cpu' and not args.smoke:
-        return 'torch sees no GPU, or is told to use none; on the CPU only with --smoke'
     if args.data:
         if not args.data.is_dir():
             return f'--data {args.data}: no such folder'
