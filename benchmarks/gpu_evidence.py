@@ -91,12 +91,16 @@ def lengthened(cfg, iters):  # Config
 
 def runs_of(study, group, args, folder):  # {(study, group, seed, arm): (Config, folder, settings)}
     "Burn-in and arms of every seed, at the length of the study"
+    from semidetr.core import ConfigError, suggest
     from semidetr.lab.study import branches, load_study
     from semidetr.semi.methods import SemiDETRPlus
     from semidetr.train.config import override
 
     s = load_study(ROOT / 'nbs/ablations/studies.toml', study, 'smoke' if args.smoke else '')
-    group = group if group in s['groups'] else next(iter(s['groups']))
+    if group not in s['groups']:
+        raise ConfigError(f"study {study} has no group '{group}'; {suggest(group, s['groups'])}")
+    if lost := [a for a in ARMS if a not in s['arms']]:
+        raise ConfigError(f'study {study} has no arm {lost[0]}; choose one that has {", ".join(ARMS)}')
     workers = 0 if args.smoke else args.workers
     common = [f'run.amp={args.amp}', f'run.device={args.device}', 'run.threads=1', 'run.eval_every=0']
     common.append(f'loader.num_workers={workers}')
@@ -312,7 +316,6 @@ class Kit:
 
     def go(self):
         "All parts; the exit code"
-        self.write()
         try:
             self.prepare()
             if self.runs:
@@ -330,7 +333,8 @@ class Kit:
             patience = time.monotonic() + 3.0
             for side in processes:
                 side.stop(max(0.0, patience - time.monotonic()) if self.record['ended'] else 0.0)
-            self.write()
+            if 'start' in self.record['wall_s']:  # an earlier record stays where nothing was begun
+                self.write()
         return 0 if self.record['ok'] and not self.record['left_out'] else 1
 
 
@@ -453,7 +457,8 @@ def main(argv=None):  # exit code
     finally:
         if own:
             shutil.rmtree(own, ignore_errors=True)
-    say(f'gpu-evidence: {kit.record["seconds"]:.0f} s, written to {args.out}')
+    what = f'{kit.record["seconds"]:.0f} s, written to {args.out}' if kit.rows else 'nothing to train'
+    say(f'gpu-evidence: {what}')
     return code
 
 

@@ -115,7 +115,9 @@ for part, plans in record['plan'].items():
         taken = str(plan['iterations'])
         if 'ended_at' in plan:
             taken = f"{plan['ended_at']} ({plan['iterations']})"
-        lines.append([part, study, len(plan['rates']), plan['slowest'], rate, f"{plan['seconds']:.0f}", taken])
+        lines.append(
+            [part, study, len(plan['rates']), plan['slowest'], rate, f"{plan['seconds']:.0f}", taken]
+        )
 columns = ['part', 'study', 'trainings', 'slowest', 'iterations/s', 'seconds', 'iterations']
 markdown(markdown_table(columns, lines, 'llrlrrr') if lines else 'Nothing was planned.')
 
