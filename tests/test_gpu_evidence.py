@@ -354,7 +354,7 @@ def test_page_with_a_record_that_was_cut_short(tmp_path, monkeypatch):
     bare = ('study', 'group', 'data', 'seed', 'arm', 'amp', 'method', 'settings')
     record['runs'][3:] = [{k: r[k] for k in bare} | dict(state='running') for r in record['runs'][3:]]
     text = page(tmp_path, monkeypatch, {'gpu_evidence.json': record})
-    assert 'cut short' in text and '3 of 6 trainings' in text and '| running: |' in text
+    assert 'cut short' in text and '3 of 6 trainings' in text and '| running |' in text
     assert 'mean teacher against supervised' in text and 'Semi-DETR against' not in text
     empty = record | dict(runs=[], plan={}, wall_s={}, left_out=['fod12: not there'])
     text = page(tmp_path / 'empty', monkeypatch, {'gpu_evidence.json': empty})

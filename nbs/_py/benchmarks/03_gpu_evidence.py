@@ -195,7 +195,7 @@ markdown('\n'.join(found_lines) or 'No pair of trainings reached its end.')
 lines = []
 for r in runs:
     title = f"{r['study']}, seed {r['seed']}: {ARMS.get(r['arm'], r['arm'])}"
-    end = r['state'] if r['state'] == 'done' else f"{r['state']}: {r.get('reason', '')}"
+    end = ': '.join(filter(None, [r['state'], r.get('reason')]))
     seconds = f"{number(r.get('seconds'))} ({number(r['waited_s'])})" if 'waited_s' in r else ''
     memory = number(r.get('peak_gpu_mb'))
     lines.append([title, precision[r['amp']], r.get('iterations', ''), seconds, memory, end])
