@@ -74,7 +74,7 @@ def _estimate(cfg):
 
     return memory_estimate(cfg) / 1024
 
-
+# %% ../../nbs/cli/02_recipe.ipynb #a3ac697e
 def _with_batch(cfg, k, accumulate):
     "Settings of a batch of k shares, where they differ from those of the preset"
     n_l, n_u = k * cfg.loader.n_labelled, k * cfg.loader.n_unlabelled
@@ -92,9 +92,9 @@ def make_recipe(
 ) -> Recipe:
     "The largest batch that fits, and what follows from it; if none fits, the smallest one with `fits=False`"
     if name not in PROCESSES:
-        known = suggest(name, PROCESSES)
         why = 'is for one process as it is' if name in PRESETS else 'is unknown'
-        raise ConfigError(f"preset '{name}' {why}; recipes are for those of the paper: {known}")
+        cure = suggest(name, PROCESSES)
+        raise ConfigError(f"preset '{name}' {why}; recipes are for the presets of the paper ({cure})")
     if gpus < 1 or images < 0 or not 0 < memory < math.inf:
         raise ConfigError(f'{gpus} GPUs of {memory} GB, {images} images: give positive numbers')
     own = {item.partition('=')[0].strip() for item in settings}
@@ -163,7 +163,7 @@ def recipe_lines(
     start += f' --preset {r.preset} --data DATA -o runs/{r.preset}'
     return [*lines, ' '.join([start, *r.items])]
 
-
+# %% ../../nbs/cli/02_recipe.ipynb #9f0ff113
 @command()
 def recipe(
     settings: Annotated[

@@ -137,6 +137,8 @@ def _estimate(cfg):
     return memory_estimate(cfg) / 1024
 
 
+# %%
+#| export
 def _with_batch(cfg, k, accumulate):
     "Settings of a batch of k shares, where they differ from those of the preset"
     n_l, n_u = k * cfg.loader.n_labelled, k * cfg.loader.n_unlabelled
@@ -154,9 +156,9 @@ def make_recipe(
 ) -> Recipe:
     "The largest batch that fits, and what follows from it; if none fits, the smallest one with `fits=False`"
     if name not in PROCESSES:
-        known = suggest(name, PROCESSES)
         why = 'is for one process as it is' if name in PRESETS else 'is unknown'
-        raise ConfigError(f"preset '{name}' {why}; recipes are for those of the paper: {known}")
+        cure = suggest(name, PROCESSES)
+        raise ConfigError(f"preset '{name}' {why}; recipes are for the presets of the paper ({cure})")
     if gpus < 1 or images < 0 or not 0 < memory < math.inf:
         raise ConfigError(f'{gpus} GPUs of {memory} GB, {images} images: give positive numbers')
     own = {item.partition('=')[0].strip() for item in settings}
@@ -247,6 +249,14 @@ def recipe_lines(
     return [*lines, ' '.join([start, *r.items])]
 
 
+# %%
+shown = recipe_lines(toy, 24)
+assert shown[-1].endswith('optim.accumulate=8')
+print('\n'.join(shown))
+
+
+# %%
+#| export
 @command()
 def recipe(
     settings: Annotated[
@@ -276,9 +286,6 @@ def recipe(
 home = Path(tempfile.mkdtemp())
 shell = functools.partial(terminal.shell, home=home)
 assert shell('semidetr recipe --preset small') == 2
-shown = recipe_lines(toy, 24)
-assert shown[-1].endswith('optim.accumulate=8')
-print('\n'.join(shown))
 
 # %%
 #| label: fig-recipe-gpus
