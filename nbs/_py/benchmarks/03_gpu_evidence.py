@@ -75,9 +75,9 @@ if on_gpu:
     sentence = f"All numbers on this page were measured on one GPU: {about['gpu']}."
 else:
     sentence = (
-        '**The kit has not run on a GPU yet.** What follows is its smoke scale on a CPU: the same code with a '
-        'tiny network and generated scenes for a few iterations. It shows that every part runs; its AP, times '
-        'and differences mean nothing.'
+        '**The kit has not run on a GPU yet.** What follows is its smoke scale on a CPU: the same code '
+        'with a tiny network and generated scenes for a few iterations. It shows that every part runs; its '
+        'AP, times and differences mean nothing.'
     )
 if not record['ended']:
     sentence += ' **The record was cut short; it holds what was done until then.**'
@@ -106,7 +106,7 @@ markdown(markdown_table(['what', 'value'], lines, 'll'))
 
 # %%
 #| label: tbl-gpu-evidence-plan
-#| tbl-cap: "Plan by data set: trainings at once, rate of the slowest while all of them run, seconds for training, and iterations (where the time ended earlier: iterations of the plan in brackets)."
+#| tbl-cap: "Plan by data set: trainings at once, rate of the slowest while all of them run, seconds for training, and iterations (in brackets those of the plan, where the time ended earlier)."
 #| echo: false
 lines = []
 for part, plans in record['plan'].items():
@@ -221,7 +221,8 @@ markdown(markdown_table(columns, lines, 'llrrrl') if lines else 'Nothing was tra
 #| echo: false
 ends = [r['state'] for r in runs]
 longest = max((r.get('iterations', 0) for r in runs), default=0)
-text = f'- {ends.count("done")} of {len(ends)} trainings reached their end; the longest took {longest} iterations.'
+text = f'- {ends.count("done")} of {len(ends)} trainings reached their end; '
+text += f'the longest took {longest} iterations.'
 if not on_gpu:
     text += '\n- No number on this page comes from a GPU.'
 markdown(text)

@@ -235,8 +235,9 @@ def recipe_lines(
         )
     if r.images != r.published:
         lines.append(
-            f'note: {r.images} instead of {r.published} images per step: rate and iterations follow the linear '
-            'rule, which was not tested at this scale; ema.decay stays, so the teacher averages other images'
+            f'note: {r.images} instead of {r.published} images per step: rate and iterations follow the '
+            'linear rule, which was not tested at this scale; ema.decay stays, so the teacher averages over '
+            'another number of images'
         )
     if r.accumulate > 1:
         lines.append(
