@@ -2,9 +2,10 @@
 
 import shlex
 import pytest
-from semidetr.cli import recipe as R
+import semidetr.cli.commands  # noqa: F401 (registers the commands)
 from semidetr.cli.terminal import shell
 from semidetr.core import ConfigError
+from semidetr.lab import recipe as R
 from semidetr.lab.dry_run import images_per_batch
 from semidetr.train.config import PRESETS, config_hash, override, preset
 

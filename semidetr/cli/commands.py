@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 import typer
-from . import prepare, recipe, training, use, weights  # noqa: F401 (importing a chapter registers its commands)
+from . import prepare, training, use, weights  # noqa: F401 (importing a chapter registers its commands)
 from .terminal import _HINT, Out, Quiet, _bad, _fail, _free, _opt, _say, command, main
 from .terminal import read_options, read_seeds
 

@@ -7,8 +7,7 @@
 #
 # | chapter | commands |
 # | :--- | :--- |
-# | @sec-prepare | `doctor`, `build-ops`, `split` |
-# | @sec-recipe | `recipe` |
+# | @sec-prepare | `doctor`, `build-ops`, `split`, `recipe` |
 # | @sec-training | `train` |
 # | @sec-use | `eval`, `predict` |
 # | @sec-weight-commands | `import`, `export` |
@@ -37,7 +36,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 import typer
-from semidetr.cli import prepare, recipe, training, use, weights  # noqa: F401 (importing a chapter registers its commands)
+from semidetr.cli import prepare, training, use, weights  # noqa: F401 (importing a chapter registers its commands)
 from semidetr.cli.terminal import _HINT, Out, Quiet, _bad, _fail, _free, _opt, _say, command, main
 from semidetr.cli.terminal import read_options, read_seeds
 

@@ -18,7 +18,7 @@
 # iterations, $T_1$ and the steps of the schedule are divided by it: as many images are seen.
 
 # %%
-#| default_exp cli.recipe
+#| default_exp lab.recipe
 
 # %%
 #| hide
@@ -30,19 +30,13 @@ warnings.filterwarnings('ignore', message='IProgress')
 #| export
 import math
 from dataclasses import dataclass
-from typing import Annotated
-import typer
-from semidetr.cli.terminal import _bad, _opt, _say, command
 from semidetr.core import ConfigError, suggest
+from semidetr.lab.dry_run import memory_estimate
 from semidetr.train.config import PRESETS, config_hash, override, preset
 
 # %%
 #| hide
-import functools
-import tempfile
-from pathlib import Path
 import matplotlib.pyplot as plt
-from semidetr.cli import terminal
 
 # %% [markdown]
 # ## Shares, batches, images
@@ -132,8 +126,6 @@ class Recipe:
 
 def _estimate(cfg):
     "GB of one process, as a dry run estimates them (@sec-dry-run)"
-    from semidetr.lab.dry_run import memory_estimate
-
     return memory_estimate(cfg) / 1024
 
 
@@ -254,39 +246,6 @@ def recipe_lines(
 shown = recipe_lines(toy, 24)
 assert shown[-1].endswith('optim.accumulate=8')
 print('\n'.join(shown))
-
-
-# %%
-#| export
-@command()
-def recipe(
-    settings: Annotated[
-        list[str], typer.Argument(help='single settings, e.g. view.max_side=1000', show_default=False)
-    ] = None,
-    gpus: _opt(int, 'number of GPUs', min=1) = 1,
-    memory: _opt(float, 'GB of each of them') = 24.0,
-    preset: _opt(str, 'coco-1, coco-5, coco-10, coco-full or voc') = 'coco-10',
-    images: _opt(int, 'images per step; 0: as published', min=0) = 0,
-):
-    """Print the settings of the paper's step for your GPUs.
-
-    Images per batch, accumulated batches, learning rate, iterations, T1 and estimated memory, and the command
-    that trains. Exit code 1 if the smallest batch does not fit.
-
-    Example: semidetr recipe --gpus 1 --memory 24
-    """
-    if not memory > 0:
-        raise _bad(f'--memory {memory:g} must be above 0')
-    r = make_recipe(preset, gpus, memory, images, tuple(settings or ()))
-    _say('\n'.join(recipe_lines(r, memory)))
-    if not r.fits:
-        raise typer.Exit(1)
-
-
-# %%
-home = Path(tempfile.mkdtemp())
-shell = functools.partial(terminal.shell, home=home)
-assert shell('semidetr recipe --preset small') == 2
 
 # %%
 #| label: fig-recipe-gpus
