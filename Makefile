@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # glibc gives memory back to the system and asks for it again at every step; on some machines keeping it saves much of a training step on a CPU
 KEEP_MEMORY := env MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
 
-.PHONY: help book test fuzz bench gpu-check ablations ablations-smoke env site nb nb-export clean
+.PHONY: help book test fuzz bench gpu-check gpu-evidence ablations ablations-smoke env site nb nb-export clean
 .DELETE_ON_ERROR:
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo 'make fuzz   100,000 damaged inputs for every reader of files, some twenty minutes; FUZZ="--inputs 1000": fewer'
 	@echo 'make bench  all timings, about a quarter of an hour on a quiet machine, and their page; BENCH=--quick: a smoke version without the page'
 	@echo 'make gpu-check  everything that only a GPU can tell, at most six minutes; needs torch and nvcc, installs nothing'
+	@echo 'make gpu-evidence  long trainings side by side on a GPU, at most nine minutes; SEMIDETR_DATA names the folder of fod12 and txl_pbc'
 	@echo 'make ablations-smoke  every study of the book, seconds a run, into a temporary folder; make ablations  those whose records are committed, hours'
 	@echo 'make nb NB=semi/01_mining   bring the text of one notebook into it, export its module, run it'
 
@@ -67,11 +68,13 @@ bench: .venv/.bench-installed
 	@$(BIN)/python -m pip install --quiet --no-input -e '.[bench]'
 	@touch $@
 
-# --- on a machine with a GPU, in an environment that has torch and perhaps nothing else: `make gpu-check PY=/path/to/python` ---
+# --- on a machine with a GPU, with the Python that is there: `make gpu-check PY=/path/to/python` ---
 GPU ?=
 GPU_PY = $(if $(filter file undefined,$(origin PY)),$(firstword $(wildcard $(BIN)/python) $(PY)),$(PY))
 gpu-check:
 	@$(GPU_PY) benchmarks/gpu_check.py $(GPU)
+gpu-evidence:
+	@$(GPU_PY) benchmarks/gpu_evidence.py $(GPU)
 
 # --- the studies: all of them for a few iterations, or those whose records are committed, over again -------------------
 ablations-smoke: $(STAMP)

@@ -130,9 +130,10 @@ def environment(device):
         nvcc = build._nvcc()
     if nvcc:
         text = subprocess.run([nvcc, '--version'], capture_output=True, text=True).stdout
-    git = subprocess.run(
-        ['git', 'describe', '--always', '--dirty', '--abbrev=12'], cwd=ROOT, capture_output=True, text=True
-    )
+    commit = ''
+    with contextlib.suppress(OSError):  # no git on this machine
+        describe = ['git', 'describe', '--always', '--dirty', '--abbrev=12']
+        commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     cpu = re.findall(r'model name\s*:\s*(.*)', file_text('/proc/cpuinfo'))
     about = dict(
         gpu=None,
@@ -144,7 +145,7 @@ def environment(device):
         cuda=torch.version.cuda,
         nvcc=next(iter(re.findall(r'release ([\d.]+)', text)), None),
         packages={name: version_of(name) for name in ('torchvision', 'scipy', 'transformers', 'pytest')},
-        commit=git.stdout.strip() or None,
+        commit=commit or None,
         date=datetime.datetime.now().astimezone().isoformat(timespec='minutes'),
     )
     if device == 'cuda':

@@ -143,6 +143,7 @@ COMMANDS = [
     'export',
     'import',
     'predict',
+    'recipe',
     'site',
     'split',
     'train',

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Before a training {#sec-prepare}
 #
-# > Examine data and machine, compile the attention op, divide the images: doctor, build-ops, split.
+# > Examine data and machine, compile the op, divide images, plan a step: doctor, build-ops, split, recipe.
 #
 # An hour of training on boxes in the wrong places, on a machine whose attention op was never compiled, is an
-# hour lost. The three commands of this chapter take seconds, and show it first. They contain little logic: each
+# hour lost. The commands of this chapter take seconds, and show it first. They contain little logic: each
 # checks its options, calls a function of an earlier chapter, and prints. How commands behave is the subject of
 # @sec-terminal: a mistake is one line and exit code 2, results are written completely or not at all, `--help`
 # is fast.
@@ -207,12 +207,53 @@ assert shell('semidetr split --data digits:n=60,size=96 --shots 2 --out shots.js
 assert shell('semidetr split --data digits:n=30,size=96 --percent 120 --out other.json') == 2
 assert not (home / 'other.json').exists()
 
+
+# %% [markdown]
+# ## The paper's step on your GPUs
+#
+# `recipe` (@sec-recipe) trains nothing: it says which batch fits, how many batches make a step, and what follows
+# for learning rate and iterations.
+
+# %%
+#| export
+@command()
+def recipe(
+    settings: Annotated[
+        list[str], typer.Argument(help='single settings, e.g. view.max_side=1000', show_default=False)
+    ] = None,
+    gpus: _opt(int, 'number of GPUs', min=1) = 1,
+    memory: _opt(float, 'GB of each of them') = 24.0,
+    preset: _opt(str, 'coco-1, coco-5, coco-10, coco-full or voc') = 'coco-10',
+    images: _opt(int, 'images per step; 0: as published', min=0) = 0,
+):
+    """Print the settings of the paper's step for your GPUs.
+
+    Images per batch, accumulated batches, learning rate, iterations, T1 and estimated memory, and the command
+    that trains. Exit code 1 if the smallest batch does not fit.
+
+    Example: semidetr recipe --gpus 1 --memory 24
+    """
+    from semidetr.lab.recipe import make_recipe, recipe_lines
+
+    if not memory > 0:
+        raise _bad(f'--memory {memory:g} must be above 0')
+    found = make_recipe(preset, gpus, memory, images, tuple(settings or ()))
+    _say('\n'.join(recipe_lines(found, memory)))
+    if not found.fits:
+        raise typer.Exit(1)
+
+
+# %%
+assert shell('semidetr recipe --preset small') == 2
+assert shell('semidetr recipe --memory 0') == 2
+
 # %% [markdown]
 # ## Summary
 #
 # - `doctor` lists every fault of a data set with file, item and cure, and describes the installation.
 # - `build-ops` compiles the attention op; training does it by itself.
 # - `split` writes which images keep their labels; the same on every machine.
+# - `recipe` prints the settings of the paper's step for any number of GPUs.
 #
 # ## Exercises
 #

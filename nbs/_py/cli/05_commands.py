@@ -7,7 +7,7 @@
 #
 # | chapter | commands |
 # | :--- | :--- |
-# | @sec-prepare | `doctor`, `build-ops`, `split` |
+# | @sec-prepare | `doctor`, `build-ops`, `split`, `recipe` |
 # | @sec-training | `train` |
 # | @sec-use | `eval`, `predict` |
 # | @sec-weight-commands | `import`, `export` |
