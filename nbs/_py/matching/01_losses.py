@@ -755,6 +755,25 @@ assert nothing['loss_l1'] == 0
 assert (free['pred_boxes'].grad == 0).all() and (free['pred_logits'].grad > 0).all()
 {k: round(v.item(), 4) for k, v in nothing.items()}
 
+# %% [markdown]
+# What `normalise='process'` changes can be computed without a second process: what two of them would do with
+# half of the images each is the mean of the losses of the halves. Here the first half has 18 objects and the
+# second 4. Divided by its own count each, the class loss of eight images becomes another number; divided by
+# the mean count, 11, it is that of one process.
+
+# %%
+counts = (6, 3, 4, 5, 1, 0, 2, 1)
+eight = [dict(labels=torch.arange(n) % 3, boxes=torch.rand(n, 4, generator=g) * 0.3 + 0.3) for n in counts]
+seen = layer(B=8)
+whole = set_criterion(seen, eight)['loss_cls']
+parts = [
+    set_criterion({k: v[s] for k, v in seen.items()}, eight[s])['loss_cls']
+    for s in (slice(0, 4), slice(4, 8))
+]
+own_counts, mean_count = sum(parts) / 2, (parts[0] * 18 / 11 + parts[1] * 4 / 11) / 2
+assert torch.allclose(mean_count, whole) and own_counts > 1.5 * whole
+dict(one_process=whole, all=mean_count, process=own_counts, ratio=own_counts / whole)
+
 
 # %% [markdown]
 # ## One-to-many beside one-to-one {#sec-losses-parallel}

@@ -642,6 +642,28 @@ costs
 
 
 # %% [markdown]
+# How much the loss depends on the split of a batch is measured without a second process: two of them with
+# half of the scenes each and `normalise='process'` have the mean of the losses of the halves, each with its
+# own batch norms, slots and means.
+
+# %%
+@torch.no_grad()
+def loss_of(s):
+    "The consistency loss of some of the scenes alone"
+    of_weak = teacher.encode(weak['images'][s], weak['mask'][s])
+    of_strong = student.encode(strong['images'][s], strong['mask'][s])
+    own, same = cross_view_extras(projector, of_weak, of_strong, pairs[s], frames)
+    return sum(
+        cross_view_losses(student.decode(of_strong, own), teacher.decode(of_weak, same)).values()
+    ).item()
+
+
+one_process, two_processes = loss_of(slice(0, 4)), (loss_of(slice(0, 2)) + loss_of(slice(2, 4))) / 2
+assert 1e-3 < abs(two_processes / one_process - 1) < 0.3
+dict(all=one_process, process=two_processes, change=two_processes / one_process - 1)
+
+
+# %% [markdown]
 # ## A few updates
 #
 # The student is trained with the consistency loss of four scenes alone, and the teacher is fixed. The distance
