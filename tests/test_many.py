@@ -149,8 +149,9 @@ def published(over):
 
 
 def fit(folder):
-    "Lines of the log of four iterations over both stages"
-    items = ['method.T1=2', 'optim.iters=4', 'run.log_every=2', 'run.checkpoint_every=2', 'data.dev=0']
+    """Lines of the log of four iterations over both stages. At a usual rate the first updates of AdamW would
+    turn the rounding of gradients that are almost zero into differences of that size"""
+    items = ['method.T1=2', 'optim.iters=4', 'run.log_every=1', 'optim.lr=1e-7', 'data.dev=0']
     cfg = share(whole('semi_detr', *items), world_size())
     Trainer(cfg, folder, progress=False).fit()
     return [json.loads(line) for line in (Path(folder) / 'log.jsonl').read_text().splitlines()]
@@ -204,14 +205,14 @@ def test_class_losses_of_each_process_are_a_switch(halves):
 
 
 def test_the_log_is_that_of_all_processes(halves, tmp_path):
-    "Means of losses, counts and gradient norms; the second line follows two updates in float32"
+    "Losses, counts and gradient norms of four iterations, in float32"
     one, two = fit(tmp_path / 'r'), halves['log']
-    names = [k for k in one[0] if k.startswith('loss') or k in ('grad_norm', 'pseudo_boxes', 'con_boxes')]
-    assert len(one) == len(two) == 2 and len(names) > 8 and one[0].keys() == two[0].keys()
-    for a, b, exact in zip(one, two, (1e-4, 1e-3)):
-        assert {k: b[k] for k in names if k in b} == pytest.approx(
-            {k: a[k] for k in names if k in a}, rel=exact
-        )
+    others = 'grad_norm', 'parts_grad_norm', 'pseudo_boxes', 'labelled_boxes', 'cost_threshold'
+    names = [k for k in one[0] if k.startswith('loss') or k in others]
+    assert len(one) == len(two) == 4 and len(names) > 8
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys()
+        assert {k: b.get(k) for k in names} == pytest.approx({k: a.get(k) for k in names}, rel=1e-3)
 
 
 def test_the_switches_name_another_run():

@@ -11,7 +11,7 @@ def run_together(
     folder,  # where the script is written to, and what it gets
     *options,  # of torchrun
     n=2,  # processes
-    timeout=400,  # seconds
+    timeout=1200,  # seconds
     check=True,  # the script must end well
 ):
     "The finished torchrun; the script can import the package and what is in the folder of the tests"

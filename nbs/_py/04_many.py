@@ -36,7 +36,10 @@
 # What still depends on the split: dropout; the size to which images of one batch are padded, which a
 # convolution feels near the border of a smaller image; `loader.ratio=binomial`, where each *process* draws how
 # many of its images are labelled; earlier views and mosaics (@sec-mixing), which each process has for itself;
-# and the batch norms of a backbone that is not frozen.
+# the batch norms of a backbone that is not frozen; and ratios in the log, such as the mean score of pseudo
+# labels, which are means of the ratios of the processes. The tests compare one process with two for every
+# method in both stages: losses and gradients agree to rounding (in float64 to $10^{-14}$). Over many
+# iterations the rounding of float32 grows, as between two machines.
 
 # %%
 #| default_exp many
