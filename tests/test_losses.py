@@ -357,23 +357,25 @@ def test_low_precision_is_computed_in_float32(dtype):
     assert all(v.dtype == torch.float32 for v in set_criterion(o, targets, 'o2m').values())
 
 
-def test_normalisers_with_several_processes(monkeypatch):
-    "Classes of stage 2 and denoising: positives of this process; the rest: their mean over the processes"
+@pytest.mark.parametrize('over', ['all', 'process'])
+def test_normalisers_with_several_processes(monkeypatch, over):
+    "The mean over the processes; with 'process' classes of stage 2 and denoising: positives of this process"
     o, targets = make((3, 0, 2))
-    alone = {s: set_criterion(o, targets, s) for s in ('o2o', 'o2m')}
+    cfg = CriterionConfig(normalise=over)
+    alone = {s: set_criterion(o, targets, s, cfg) for s in ('o2o', 'o2m')}
     calls = []
 
     def three_times(x):
         calls.append(x.shape)
         return 3 * x
 
-    monkeypatch.setattr(losses, 'all_reduce_mean', three_times)
+    monkeypatch.setattr('semidetr.many.all_reduce_mean', three_times)
     for stage in ('o2o', 'o2m'):
-        for k, v in set_criterion(o, targets, stage).items():
-            local = 'cls' in k and (stage == 'o2o' or '_dn_' in k)
+        for k, v in set_criterion(o, targets, stage, cfg).items():
+            local = over == 'process' and 'cls' in k and (stage == 'o2o' or '_dn_' in k)
             assert v.item() * (1 if local else 3) == pytest.approx(alone[stage][k].item()), (stage, k)
     empty, none = make((0, 0), dn=False)
-    set_criterion(empty, none, 'o2m')
+    set_criterion(empty, none, 'o2m', cfg)
     assert (
         len(calls) == 3 and len(set(calls)) == 1
     )  # the same exchange on a process without objects: no deadlock

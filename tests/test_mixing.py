@@ -2,11 +2,7 @@
 
 import dataclasses
 import math
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 import pytest
 import torch
 from semidetr.boxes import cxcywh_to_xyxy, denormalize_boxes, normalize_boxes
@@ -22,6 +18,7 @@ from semidetr.train.checkpoint import load_checkpoint
 from semidetr.train.config import LEGACY_DEFAULTS, Config, config_hash, override, preset, to_dict
 from test_methods import nets, small  # noqa: F401 (a fixture)
 from test_trainer import tiny
+from together import run_together
 
 VIEW = ViewConfig(
     short_sides=(64,),
@@ -462,10 +459,10 @@ def test_off_is_off(nets):  # noqa: F811
 # --- runs ------------------------------------------------------------------------------
 
 WORKER = '''
-import os, sys, torch
+import os, torch
 from semidetr.train.trainer import Trainer
-sys.path.insert(0, {tests!r})
 from test_trainer import tiny
+from together import run_together
 
 
 def train(name, until=None):
@@ -541,20 +538,7 @@ def test_two_processes(tmp_path):
         'optim.iters=7',
         'run.checkpoint_every=5',
     ]
-    script = tmp_path / 'w.py'
-    script.write_text(WORKER.format(tests=str(Path(__file__).parent), more=f'*{items}'))
-    one = [
-        sys.executable,
-        '-m',
-        'torch.distributed.run',
-        '--standalone',
-        '--nproc-per-node',
-        '2',
-        str(script),
-    ]
-    args = dict(env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=400)
-    done = subprocess.run([*one, str(tmp_path)], **args)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_together(WORKER.format(more=f'*{items}'), tmp_path)
     (a, a2), (b, b2) = (torch.load(tmp_path / f'rank{i}.pt') for i in (0, 1))
     for other in (b, a2, b2):
         assert all(torch.equal(x, y) for x, y in zip(a['weights'], other['weights']))

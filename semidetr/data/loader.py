@@ -64,19 +64,18 @@ def draw_index(
     return int(_permutation(seed, pool, n, k // n)[k % n])
 
 # %% ../../nbs/data/07_loader.ipynb #fbe304b5
-_BLOCK = 1024  # steps
+_BLOCK = 1024  # batches
 
 
 @lru_cache(maxsize=4)
 def labelled_counts(
     seed: int,  # of the run
-    block: int,  # number of a block of 1024 steps
+    block: int,  # number of a block of 1024 batches, counted over steps and processes
     n: int,  # images per batch
     p: float,  # labelled share
-    world: int = 1,  # processes
-) -> np.ndarray:  # (1024, world) int
+) -> np.ndarray:  # (1024,) int
     "Labelled images in each batch of a block (@eq-loader-binomial)"
-    return _random(seed, 'ratio', block).binomial(n, p, (_BLOCK, world)).clip(1, n - 1)
+    return _random(seed, 'ratio', block).binomial(n, p, _BLOCK).clip(1, n - 1)
 
 
 @lru_cache(maxsize=None)
@@ -98,12 +97,11 @@ def plan_draws(
     if ratio == 'fixed' or n_unlabelled == 0:
         first, count = turn * n_labelled, n_labelled
     else:
-        block, row = divmod(t, _BLOCK)
-        key = n, n_labelled / n, world
+        block, row = divmod(turn, _BLOCK)
+        key = n, n_labelled / n
         counts = labelled_counts(seed, block, *key)
-        first = sum(_block_total(seed, b, *key) for b in range(block))
-        first += int(counts[:row].sum() + counts[row, :rank].sum())
-        count = int(counts[row, rank])
+        first = sum(_block_total(seed, b, *key) for b in range(block)) + int(counts[:row].sum())
+        count = int(counts[row])
     rest = turn * n - first
     return range(first, first + count), range(rest, rest + n - count)
 

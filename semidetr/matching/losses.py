@@ -16,6 +16,7 @@ from ..boxes import cxcywh_to_xyxy
 from ..core import ConfigError, all_reduce_mean, at_least_float32, one_of
 from ..detectors.contract import has_no_object, sigmoid_logits
 from ..detectors.group import parallel_outputs
+from ..many import OVER, normaliser
 from .matching import Matches, PaddedTargets, assign_o2m, assign_o2o, pad_targets
 
 # %% ../../nbs/matching/01_losses.ipynb #a8c87110
@@ -131,6 +132,8 @@ class CriterionConfig:
     mds_target: str = (
         'match'  # its targets on labelled images: 'match'ed objects, what 'nms' keeps, or 'both'
     )
+    # one-to-one class losses are divided by the objects of 'all' processes, or of each 'process' (code)
+    normalise: str = 'all'
 
     def __post_init__(self):
         one_of(
@@ -142,6 +145,7 @@ class CriterionConfig:
             class_cost=('focal', 'probability', 'modulated'),
             mds_cost=('suppressor', 'one_to_many'),
             mds_target=('match', 'nms', 'both'),
+            normalise=OVER,
         )
         if not self.no_object > 0:
             raise ConfigError(f'criterion.no_object={self.no_object} must be above 0')
@@ -299,7 +303,10 @@ class _Group:
         args = self.logits, self.boxes, self.padded, self.labels, self.matches, cfg, stage
         sums = layer_losses(*args, softmax=self.softmax, background=background)
         factor = self.logits.new_tensor([cfg.w_enc if n == '_enc' else 1.0 for n in self.names])
-        return _named(sums, self.names, sums.pop('z_cls', z_cls), z_box, factor)
+        z_cls = sums.pop('z_cls', z_cls)
+        if self.softmax and cfg.normalise == 'all':
+            z_cls = all_reduce_mean(z_cls)
+        return _named(sums, self.names, z_cls, z_box, factor)
 
 # %% ../../nbs/matching/01_losses.ipynb #12af124e
 def set_criterion(
@@ -323,8 +330,8 @@ def set_criterion(
     target = dn['meta']['target'] if dn else padded.labels.new_full((1, 1), -1)
     slots = (target >= 0).sum()[None].to(first.logits.dtype)
     here = torch.cat([*(g.weights() for g in groups), slots])
-    mean = all_reduce_mean(here).clamp(min=1)  # one exchange between the processes, whatever this batch holds
-    here = here.clamp(min=1)
+    mean = normaliser(here, cfg.normalise)  # one exchange between the processes, whatever this batch holds
+    here = here.clamp(min=1) if cfg.normalise == 'process' else mean
     z_cls, losses, at = here if stage == 'o2o' else mean, {}, 0
     for g in groups:
         own = slice(at, at + len(g.names))

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import batched_nms
 from ..boxes import cxcywh_to_xyxy
-from ..core import all_reduce_mean, at_least_float32
+from ..core import at_least_float32
+from ..many import normaliser
 from .losses import CriterionConfig, box_losses
 from .matching import assign_o2o, pad_targets, pairwise_overlap
 
@@ -79,7 +80,7 @@ def suppressor_loss(
         positive[at] = True
         unknown = doubtful_entries(boxes, logits.shape[-1], doubtful) & ~positive
         losses = losses.masked_fill(unknown, 0)
-    objects = all_reduce_mean(losses.new_tensor(float(sum(padded.counts)))).clamp(min=1)
+    objects = normaliser(losses.new_tensor(float(sum(padded.counts))), cfg.normalise)
     return dict(loss_mds=cfg.w_mds * losses.sum() / objects)
 
 # %% ../../nbs/matching/03_rescoring.ipynb #52a6e363
@@ -116,4 +117,4 @@ def suppression_loss(
     target = score * kept.gather(1, index)
     logits = at_least_float32(new['pred_logits'])
     losses = score * F.binary_cross_entropy_with_logits(logits, target, reduction='none')
-    return dict(loss_mds=cfg.w_mds * losses.sum() / all_reduce_mean(target.sum()).clamp(min=1))
+    return dict(loss_mds=cfg.w_mds * losses.sum() / normaliser(target.sum(), cfg.normalise))

@@ -15,8 +15,9 @@ from torch import nn, Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import roi_align
 from ..boxes import denormalize_boxes, inverse_sigmoid, normalize_boxes
-from ..core import ConfigError, at_least_float32, in_range, one_of
+from ..core import ConfigError, all_reduce_mean, at_least_float32, in_range, one_of, world_size
 from ..detectors.denoising import ExtraQueries, group_mask
+from ..many import OVER, counts_of_all, synced_norm, together, total_of_all
 from ..matching.matching import stage_of
 from .teacher import in_both_views, transport
 
@@ -40,6 +41,8 @@ class ConsistencyConfig:
     projector: str = 'code'  # 'code': two convolutions, two linear layers; 'mlp': linear layers alone (paper)
     hidden: int = 1024  # width between the linear layers
     top: int = 100  # 'hungarian': best teacher queries per image
+    # means and batch norms over the boxes of 'all' processes, or of each 'process' (code)
+    normalise: str = 'all'
 
     def __post_init__(self):
         one_of(
@@ -52,6 +55,7 @@ class ConsistencyConfig:
             correspondence=('cross_view', 'hungarian'),
             slot_weights=('code', 'slots'),
             projector=('code', 'mlp'),
+            normalise=OVER,
         )
         in_range('consistency', self, weight=0, groups=1, jitter=0, n_random=0, grid=1, hidden=1, top=1)
         if self.jitter >= 1:
@@ -116,10 +120,10 @@ def roi_features(
     return torch.cat(found)[torch.cat(where).argsort()]
 
 # %% ../../nbs/semi/02_consistency.ipynb #5c225914
-def _norm(bn, x):
-    "Batch statistics where there is a batch; for a single box the running ones"
-    if len(x) > 1:
-        return bn(x)
+def _norm(bn, x, n, over):
+    "Batch statistics where there is a batch of n boxes; for a single box the running ones"
+    if n > 1:
+        return synced_norm(bn, x) if together(over) else bn(x)
     return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
 
 
@@ -132,9 +136,10 @@ class Projector(nn.Module):
         hidden: int = 1024,  # width between the two linear layers
         kind: str = 'code',  # 'code' or 'mlp', see `ConsistencyConfig.projector`
         size: int = 7,  # bins per side of the features
+        normalise: str = 'all',  # see `ConsistencyConfig.normalise`
     ):
         super().__init__()
-        self.kind = kind
+        self.kind, self.over = kind, normalise
         if kind == 'code':
             self.convs = nn.ModuleList(
                 nn.Conv2d(d_model, d_model, 3, padding=1, bias=False) for _ in range(2)
@@ -148,15 +153,16 @@ class Projector(nn.Module):
         self,
         x: Tensor,  # (N,d,size,size); N may be 0
     ) -> Tensor:  # (N,d), in the precision of the weights, whatever the autocast
-        if not len(x):
+        n = total_of_all(len(x), x.device) if together(self.over) else len(x)
+        if not n:
             return x.new_zeros(0, self.fc2.out_features, dtype=self.fc2.weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.fc1.weight.dtype)
             if self.kind == 'mlp':
                 return self.fc2(F.relu(self.fc1(x.flatten(1))))
             for conv, bn in zip(self.convs, self.norms):
-                x = F.relu(_norm(bn, conv(x)))
-            return F.relu(self.fc2(F.relu(_norm(self.norms[2], self.fc1(x.flatten(1))))))
+                x = F.relu(_norm(bn, conv(x), n, self.over))
+            return F.relu(self.fc2(F.relu(_norm(self.norms[2], self.fc1(x.flatten(1)), n, self.over))))
 
     def idle(self) -> Tensor:  # scalar 0
         "Zero with a zero gradient for every parameter: for steps without cross-view queries"
@@ -209,15 +215,20 @@ def cross_view_queries(
     groups: int = 1,  # G identical copies
     weight=None,  # per image (n_i,): 1 for boxes, 0 for dummies; None: all 1
     name: str = 'consistency',
+    n_max: int = 0,  # least slots per image and group: the largest count of other processes
 ) -> ExtraQueries | None:  # B images of G*n_max slots; None without boxes
     """One query per box, as the decoder takes them in front of the matching queries. `meta` holds the weight
     (B,G*n_max) of each slot, -1 in unused ones, `groups` and `n_max`"""
-    n = max(counts, default=0)
+    n = max([n_max, *counts])
     if not n:
         return None
 
     def slots(x, fill=0.0):  # (N,...) -> (B,G*n,...)
         padded = pad_sequence(x.split(list(counts)), batch_first=True, padding_value=fill)
+        if n > max(counts):
+            padded = torch.cat(
+                [padded, padded.new_full((len(padded), n - max(counts), *x.shape[1:]), fill)], 1
+            )
         return padded.repeat(1, groups, *[1] * (x.ndim - 1))
 
     boxes = torch.cat(list(reference))
@@ -237,14 +248,17 @@ def cross_view_extras(
 ) -> tuple:  # (extra queries of the student's decoder, those of the teacher's); two empty lists without boxes
     "The same queries for both decoders (@eq-consistency-content)"
     counts, weight = [len(p['weight']) for p in pairs], [p['weight'] for p in pairs]
-    if not sum(counts) or not cfg.needs_queries:
+    device = student.features[0].device
+    n_max = max(counts_of_all(counts, cfg.normalise, device)[0]) if cfg.needs_queries else 0
+    if not n_max:
         return [], []
 
     def content(features, frame, view):
         return projector(roi_features(features, [p[view] for p in pairs], pyramid_strides(features, frame)))
 
     def queries(c, view, name='consistency'):
-        return cross_view_queries(c, counts, [p[view + '_ref'] for p in pairs], cfg.groups, weight, name)
+        reference = [p[view + '_ref'] for p in pairs]
+        return cross_view_queries(c, counts, reference, cfg.groups, weight, name, n_max)
 
     c_t = content([f.detach() for f in teacher.features], frames[0], 'weak')
     if cfg.cross == 'one':
@@ -274,10 +288,14 @@ def consistency_loss(
     if cfg.norm:
         s, t = F.normalize(s, dim=-1), F.normalize(t, dim=-1)
     distance = (s - t).square().mean(-1)  # (layers,N)
+    n, w_sum, share = len(w), w.sum(), 1
+    if together(cfg.normalise):
+        n, w_sum, share = total_of_all(n, w.device), all_reduce_mean(w_sum), 1 / world_size()
     if cfg.slot_weights == 'code':
-        per_layer = distance.sum(1) / max(1, len(w)) * (w.sum() / max(1, len(w)))
+        n = max(1, n) * share
+        per_layer = distance.sum(1) / n * (w_sum / n)
     else:
-        per_layer = (distance * w).sum(1) / w.sum().clamp(min=1)
+        per_layer = (distance * w).sum(1) / w_sum.clamp(min=share)
     return {f'loss_con_{i}': cfg.weight * v for i, v in enumerate(per_layer)}
 
 

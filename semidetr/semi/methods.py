@@ -369,7 +369,12 @@ class CrossViewConsistency(Supervised):
         if mining.memory:
             self.memory = CostMemory(mining.memory)
         if consistency.needs_queries:
-            self.projector = Projector(cfg.detector.d_model, consistency.hidden, consistency.projector)
+            self.projector = Projector(
+                cfg.detector.d_model,
+                consistency.hidden,
+                consistency.projector,
+                normalise=consistency.normalise,
+            )
 
     def consistency(
         self,

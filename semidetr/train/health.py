@@ -7,6 +7,7 @@ __all__ = ['NUMBERS', 'CURVES', 'LIST_ORDER', 'truth_counts', 'HealthMonitor']
 
 # %% ../../nbs/train/06_health.ipynb #78e7ab90
 from collections import deque
+from ..many import rows_of_all
 from .metrics import pseudo_quality
 
 # %% ../../nbs/train/06_health.ipynb #ff840f22
@@ -67,14 +68,15 @@ class HealthMonitor:
         )
 
     def summary(self) -> dict:  # means over the window; precision and recall where the truth is known
-        "What goes into the log"
-        if not self.rows:
+        "What goes into the log, over all processes; each of them must call it"
+        rows = rows_of_all(list(self.rows))
+        if not rows:
             return {}
-        out = {k: sum(r[k] for r in self.rows) / len(self.rows) for k in NUMBERS}
-        names = dict.fromkeys(k.removesuffix('_tp') for r in self.rows for k in r if k.endswith('_tp'))
-        truth_n = sum(r['truth_n'] for r in self.rows)
+        out = {k: sum(r[k] for r in rows) / len(rows) for k in NUMBERS}
+        names = dict.fromkeys(k.removesuffix('_tp') for r in rows for k in r if k.endswith('_tp'))
+        truth_n = sum(r['truth_n'] for r in rows)
         for name in names:
-            tp, n = (sum(r.get(f'{name}_{k}', 0) for r in self.rows) for k in ('tp', 'n'))
+            tp, n = (sum(r.get(f'{name}_{k}', 0) for r in rows) for k in ('tp', 'n'))
             if n or (name == 'pseudo' and truth_n):
                 out[f'{name}_precision'] = _share(tp, n)
                 out[f'{name}_recall'] = _share(tp, truth_n)

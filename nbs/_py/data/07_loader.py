@@ -102,24 +102,24 @@ order
 # $$ n_t=\min(\max(b,1),\,n-1),\qquad b\sim\mathrm{Binomial}(n,p),\quad p=\frac{n_{labelled}}{n}. $$ {#eq-loader-binomial}
 #
 # For $n=5$, $p=0.2$ the mean is $1+0.8^5-0.2^5=1.327$, not 1: the "1 : 4" of the paper is 1.33 : 3.67 in its
-# code. The draws before step $t$ are counted in blocks, so that the pools are traversed without gaps here too
-# and a batch needs no history.
+# code. The draws before a batch are counted in blocks, so that the pools are traversed without gaps here too
+# and a batch needs no history. Batches are counted over steps and processes: two processes draw in one step
+# what one process draws in two.
 
 # %%
 #| export
-_BLOCK = 1024  # steps
+_BLOCK = 1024  # batches
 
 
 @lru_cache(maxsize=4)
 def labelled_counts(
     seed: int,  # of the run
-    block: int,  # number of a block of 1024 steps
+    block: int,  # number of a block of 1024 batches, counted over steps and processes
     n: int,  # images per batch
     p: float,  # labelled share
-    world: int = 1,  # processes
-) -> np.ndarray:  # (1024, world) int
+) -> np.ndarray:  # (1024,) int
     "Labelled images in each batch of a block (@eq-loader-binomial)"
-    return _random(seed, 'ratio', block).binomial(n, p, (_BLOCK, world)).clip(1, n - 1)
+    return _random(seed, 'ratio', block).binomial(n, p, _BLOCK).clip(1, n - 1)
 
 
 @lru_cache(maxsize=None)
@@ -141,12 +141,11 @@ def plan_draws(
     if ratio == 'fixed' or n_unlabelled == 0:
         first, count = turn * n_labelled, n_labelled
     else:
-        block, row = divmod(t, _BLOCK)
-        key = n, n_labelled / n, world
+        block, row = divmod(turn, _BLOCK)
+        key = n, n_labelled / n
         counts = labelled_counts(seed, block, *key)
-        first = sum(_block_total(seed, b, *key) for b in range(block))
-        first += int(counts[:row].sum() + counts[row, :rank].sum())
-        count = int(counts[row, rank])
+        first = sum(_block_total(seed, b, *key) for b in range(block)) + int(counts[:row].sum())
+        count = int(counts[row])
     rest = turn * n - first
     return range(first, first + count), range(rest, rest + n - count)
 

@@ -25,9 +25,9 @@ warnings.filterwarnings('ignore', message='IProgress')
 from dataclasses import dataclass, field
 import torch
 from torch import nn, Tensor
-from torch.nn.utils.rnn import pad_sequence
 from semidetr.boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
 from semidetr.core import ConfigError, one_of
+from semidetr.many import common_stream, counts_of_all
 
 # %%
 import matplotlib.pyplot as plt
@@ -230,7 +230,9 @@ relabelled
 #
 # Content is the embedding of the (noisy) label, the reference is the noisy box. Images with fewer than $n$
 # boxes have unused slots with zero content and a zero logit, the box $(.5,.5,.5,.5)$. An image without any box
-# gets one fake box in the middle, so that all images have the same shape; it has no weight in the loss.
+# gets one fake box in the middle, so that all images have the same shape; it has no weight in the loss. On
+# several processes $n$ and the noise are those of all images (@sec-many), so that a query does not depend on
+# the process that holds its image.
 #
 # `meta` gives the criterion the target of each slot: `groups` $G$, `n_max` $n$, and `target` of shape $(B,P)$:
 #
@@ -243,17 +245,20 @@ relabelled
 
 # %%
 #| export
-def _padded(targets, num_classes, generator):
-    "Labels (B,n), boxes (B,n,4), used (B,n), real (B,) of a batch; an image without boxes gets a fake one"
-    labels = pad_sequence([t['labels'] for t in targets], batch_first=True)
-    boxes = pad_sequence([t['boxes'].float() for t in targets], batch_first=True, padding_value=0.5)
-    counts, device = [len(t['labels']) for t in targets], labels.device
+def _padded(targets, counts, own, num_classes, generator):
+    """Labels (A,n), boxes (A,n,4) with a row for each of the A images of all processes, filled in for the own
+    ones; used (B,n), real (B,) of the own ones. An image without boxes gets a fake one"""
+    device, n = targets[0]['labels'].device, max(counts)
+    labels = torch.zeros(len(counts), n, dtype=torch.long, device=device)
+    boxes = torch.full((len(counts), n, 4), 0.5, device=device)
+    for i, t in enumerate(targets, own.start):
+        labels[i, : counts[i]] = t['labels']
+        boxes[i, : counts[i]] = t['boxes'].float()
     for i, count in enumerate(counts):
         if count == 0:
             labels[i, 0] = torch.randint(num_classes, (), device=device, generator=generator)
-    counts = torch.tensor(counts, device=device)
-    used = torch.arange(labels.shape[1], device=device) < counts.clamp(min=1)[:, None]
-    return labels, boxes, used, counts > 0
+    here = torch.tensor(counts[own], device=device)
+    return labels, boxes, torch.arange(n, device=device) < here.clamp(min=1)[:, None], here > 0
 
 
 def denoising_queries(
@@ -263,21 +268,31 @@ def denoising_queries(
     cfg: DenoisingConfig = DenoisingConfig(),  # number of slots, noise
     generator: torch.Generator = None,  # None: torch's global one
 ) -> ExtraQueries | None:  # name 'denoising'; None if no image has a box or cfg.num is 0
-    "Noisy copies of the true boxes: G groups of n positive and n negative slots (DINO section 3.3 and code)"
-    if not cfg.num or not any(len(t['labels']) for t in targets):
+    """Noisy copies of the true boxes: G groups of n positive and n negative slots (DINO section 3.3 and code)
+
+    Every process must call it: n and the noise are those of the images of all processes (@sec-many).
+    """
+    if not cfg.num:
         return None
-    labels, boxes, used, real = _padded(targets, num_classes, generator)
-    (B, n), device = labels.shape, labels.device
+    device = targets[0]['labels'].device
+    counts, own = counts_of_all([len(t['labels']) for t in targets], device=device)
+    if not any(counts):
+        return None
+    n = max(counts)
     G, P = group_sizes(n, cfg.num)
 
     def spread(x):
-        return x[:, None, None].expand(B, G, 2, n, *x.shape[2:])
+        return x[:, None, None].expand(len(x), G, 2, n, *x.shape[2:])
 
-    negative = torch.tensor([[False], [True]], device=device).expand(B, G, 2, n)
-    unused = ~spread(used)
-    xyxy = noise_boxes(spread(boxes), negative, cfg.box_noise, generator).clamp(0, 1)
-    content = label_embed(noise_labels(spread(labels), num_classes, cfg.label_noise, generator))
-    content = content.masked_fill(unused[..., None], 0)
+    with common_stream(device, generator) as stream:
+        labels, boxes, used, real = _padded(targets, counts, own, num_classes, stream)
+        negative = torch.tensor([[False], [True]], device=device).expand(G, 2, n)
+        xyxy = noise_boxes(spread(boxes), negative.expand(len(boxes), -1, -1, -1), cfg.box_noise, stream)
+        noisy = noise_labels(spread(labels), num_classes, cfg.label_noise, stream)
+    if not any(counts[own]):
+        return None
+    B, unused, xyxy = len(targets), ~spread(used), xyxy[own].clamp(0, 1)
+    content = label_embed(noisy[own]).masked_fill(unused[..., None], 0)
     logits = inverse_sigmoid(xyxy_to_cxcywh(xyxy)).masked_fill(unused[..., None], 0)
     target = torch.where(negative, -1, torch.arange(n, device=device)).masked_fill(unused, -2)
     target = target.masked_fill(~real.view(B, 1, 1, 1), -3)

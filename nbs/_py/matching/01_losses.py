@@ -23,6 +23,7 @@ from semidetr.boxes import cxcywh_to_xyxy
 from semidetr.core import ConfigError, all_reduce_mean, at_least_float32, one_of
 from semidetr.detectors.contract import has_no_object, sigmoid_logits
 from semidetr.detectors.group import parallel_outputs
+from semidetr.many import OVER, normaliser
 from semidetr.matching.matching import Matches, PaddedTargets, assign_o2m, assign_o2o, pad_targets
 
 # %%
@@ -359,6 +360,8 @@ class CriterionConfig:
     mds_target: str = (
         'match'  # its targets on labelled images: 'match'ed objects, what 'nms' keeps, or 'both'
     )
+    # one-to-one class losses are divided by the objects of 'all' processes, or of each 'process' (code)
+    normalise: str = 'all'
 
     def __post_init__(self):
         one_of(
@@ -370,6 +373,7 @@ class CriterionConfig:
             class_cost=('focal', 'probability', 'modulated'),
             mds_cost=('suppressor', 'one_to_many'),
             mds_target=('match', 'nms', 'both'),
+            normalise=OVER,
         )
         if not self.no_object > 0:
             raise ConfigError(f'criterion.no_object={self.no_object} must be above 0')
@@ -424,9 +428,16 @@ answer
 # L^{o2m} = \frac{1}{Z_m}\Big( w_{cls}\sum_{j,c}\mathrm{TL}(p_{jc},y_{jc}) + \sum_{j\in pos}\hat m_j\big[w_{giou}(1-\mathrm{GIoU}_j) + w_{L1}\lVert b_j-\hat b_j\rVert_1\big] \Big)
 # $$ {#eq-losses-o2m}
 #
-# with $w_{L1}$ the setting `loss_l1` and $Z_m=\max(1,\;\text{mean over the processes of }\sum_j\hat m_j)$. In
-# the second stage $\mathrm{FL}$ replaces $\mathrm{TL}$; the class term is divided by the number of positives
-# *of this process*, the box terms by the mean of that number over the processes, both at least 1.
+# with $w_{L1}$ the setting `loss_l1` and $Z_m$ the mean of $\sum_j\hat m_j$ over the processes, at least $1/W$
+# on $W$ processes (@eq-many-normaliser), so that the split of a batch over processes does not matter. In the
+# second stage $\mathrm{FL}$ replaces $\mathrm{TL}$, and $\sum_j\hat m_j$ is the number of positives.
+#
+# ::: {.callout-note}
+# ## Paper vs. code
+# The published code divides the class term of the second stage by the positives of *this process*, the box
+# terms by the mean over the processes, both at least 1 (`normalise='process'`). On one process this is the
+# same. What it changes on several is measured at the end of the criterion.
+# :::
 #
 # All layers share the targets, so they are stacked and computed together. A decoder of six layers needs
 # hardly more calls than one of a single layer, which determines the speed of small models on a CPU.
@@ -518,8 +529,8 @@ sums
 # Denoising queries (@sec-denoising) are made from true boxes, so their object is known and they need no
 # matching. Each slot has a code: a number $\ge 0$ is the object that the query was made from; $-1$ is a
 # negative and $-2$ an unused slot, both of which learn background; $-3$ belongs to an image without boxes and
-# has no loss. The class loss is divided by the positives of this process, the box losses by their mean over
-# the processes. In both stages they have the losses of the second stage.
+# has no loss. Class and box losses are divided by the positives, as in the second stage, whose losses they have
+# in both stages.
 
 # %%
 #| export
@@ -624,7 +635,10 @@ class _Group:
         args = self.logits, self.boxes, self.padded, self.labels, self.matches, cfg, stage
         sums = layer_losses(*args, softmax=self.softmax, background=background)
         factor = self.logits.new_tensor([cfg.w_enc if n == '_enc' else 1.0 for n in self.names])
-        return _named(sums, self.names, sums.pop('z_cls', z_cls), z_box, factor)
+        z_cls = sums.pop('z_cls', z_cls)
+        if self.softmax and cfg.normalise == 'all':
+            z_cls = all_reduce_mean(z_cls)
+        return _named(sums, self.names, z_cls, z_box, factor)
 
 
 # %% [markdown]
@@ -636,6 +650,7 @@ class _Group:
 #
 # The normalisers of all layers and of the denoising queries are exchanged between the processes in **one**
 # call, whatever a batch contains: a process whose images are all empty must not leave the others waiting.
+# (With softmax each group of layers has one more, for the weights of its queries.)
 
 # %%
 #| export
@@ -660,8 +675,8 @@ def set_criterion(
     target = dn['meta']['target'] if dn else padded.labels.new_full((1, 1), -1)
     slots = (target >= 0).sum()[None].to(first.logits.dtype)
     here = torch.cat([*(g.weights() for g in groups), slots])
-    mean = all_reduce_mean(here).clamp(min=1)  # one exchange between the processes, whatever this batch holds
-    here = here.clamp(min=1)
+    mean = normaliser(here, cfg.normalise)  # one exchange between the processes, whatever this batch holds
+    here = here.clamp(min=1) if cfg.normalise == 'process' else mean
     z_cls, losses, at = here if stage == 'o2o' else mean, {}, 0
     for g in groups:
         own = slice(at, at + len(g.names))
@@ -739,6 +754,25 @@ sum(nothing.values()).backward()
 assert nothing['loss_l1'] == 0
 assert (free['pred_boxes'].grad == 0).all() and (free['pred_logits'].grad > 0).all()
 {k: round(v.item(), 4) for k, v in nothing.items()}
+
+# %% [markdown]
+# What `normalise='process'` changes can be computed without a second process: what two of them would do with
+# half of the images each is the mean of the losses of the halves. Here the first half has 18 objects and the
+# second 4. Divided by its own count each, the class loss of eight images becomes another number; divided by
+# the mean count, 11, it is that of one process.
+
+# %%
+counts = (6, 3, 4, 5, 1, 0, 2, 1)
+eight = [dict(labels=torch.arange(n) % 3, boxes=torch.rand(n, 4, generator=g) * 0.3 + 0.3) for n in counts]
+seen = layer(B=8)
+whole = set_criterion(seen, eight)['loss_cls']
+parts = [
+    set_criterion({k: v[s] for k, v in seen.items()}, eight[s])['loss_cls']
+    for s in (slice(0, 4), slice(4, 8))
+]
+own_counts, mean_count = sum(parts) / 2, (parts[0] * 18 / 11 + parts[1] * 4 / 11) / 2
+assert torch.allclose(mean_count, whole) and own_counts > 1.2 * whole
+dict(one_process=whole, all=mean_count, process=own_counts, ratio=own_counts / whole)
 
 
 # %% [markdown]
@@ -845,8 +879,8 @@ report
 #   distance to the target.
 # * The losses of a pair are L1 on normalised coordinates and one minus GIoU, weighted by its soft target in
 #   the first stage.
-# * Normalisers: the sum of soft targets (mean over the processes) in stage 1; the positives of the process
-#   for classes and their mean over the processes for boxes in stage 2. Never below 1.
+# * Normalisers: the sum of soft targets in stage 1, the positives in stage 2, both over all images of all
+#   processes and never below 1 object. `normalise='process'` divides class losses of stage 2 per process.
 # * All layers are computed together. The encoder output learns "object or not" by default; denoising queries
 #   need no matching.
 # * The weight of the L1 loss is 10, as in the published code; `loss_l1=5` is the paper's.
@@ -855,6 +889,6 @@ report
 #
 # 1. Show that $\mathrm{TL}(p,\hat m)$ has its minimum at $p=\hat m$, and find its value there.
 # 2. Why is the sum of soft targets a better normaliser than the number of positives?
-# 3. Two processes hold 0 and 10 objects: compare what each divides its class and box losses by in the second
-#    stage.
+# 3. Two processes hold 0 and 10 objects: compare what each divides its class losses by in the second stage, with
+#    `normalise='all'` and with `'process'`.
 # 4. Train with `enc_labels='true'`: which queries does the encoder select that it did not before?

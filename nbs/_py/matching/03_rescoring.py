@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import batched_nms
 from semidetr.boxes import cxcywh_to_xyxy
-from semidetr.core import all_reduce_mean, at_least_float32
+from semidetr.core import at_least_float32
+from semidetr.many import normaliser
 from semidetr.matching.losses import CriterionConfig, box_losses
 from semidetr.matching.matching import assign_o2o, pad_targets, pairwise_overlap
 
@@ -156,7 +157,7 @@ def suppressor_loss(
         positive[at] = True
         unknown = doubtful_entries(boxes, logits.shape[-1], doubtful) & ~positive
         losses = losses.masked_fill(unknown, 0)
-    objects = all_reduce_mean(losses.new_tensor(float(sum(padded.counts)))).clamp(min=1)
+    objects = normaliser(losses.new_tensor(float(sum(padded.counts))), cfg.normalise)
     return dict(loss_mds=cfg.w_mds * losses.sum() / objects)
 
 
@@ -242,7 +243,7 @@ def suppression_loss(
     target = score * kept.gather(1, index)
     logits = at_least_float32(new['pred_logits'])
     losses = score * F.binary_cross_entropy_with_logits(logits, target, reduction='none')
-    return dict(loss_mds=cfg.w_mds * losses.sum() / all_reduce_mean(target.sum()).clamp(min=1))
+    return dict(loss_mds=cfg.w_mds * losses.sum() / normaliser(target.sum(), cfg.normalise))
 
 
 # %%

@@ -33,6 +33,7 @@ from semidetr.core import ConfigError, all_gather_cat
 from semidetr.detectors.contract import class_scores, suppressor_on
 from semidetr.detectors.denoising import noise_boxes
 from semidetr.detectors.group import parallel_parts
+from semidetr.many import common_stream, counts_of_all, together
 from semidetr.matching.assigners import ASSIGNERS
 from semidetr.matching.losses import CriterionConfig, parallel_losses
 from semidetr.matching.matching import assign_o2m, hungarian
@@ -593,6 +594,18 @@ def _as_detections(boxes):
 
 # %%
 #| export
+def _picked_by_all(pick, con, sup, sizes, generator, cfg):
+    "Boxes of the own images; random ones are drawn for the images of all processes, in their order"
+    if cfg.boxes not in ('jittered', 'random') or not together(cfg.normalise):
+        return [pick(c, s, size, generator) for c, s, size in zip(con, sup, sizes)]
+    like = con[0]['boxes']
+    counts, own = counts_of_all([len(s['boxes']) for s in sup], device=like.device)
+    rows = [(_as_detections(like.new_zeros(n, 4)),) * 2 + ((1, 1),) for n in counts]
+    rows[own] = zip(con, sup, sizes)
+    with common_stream(like.device, generator) as stream:
+        return [pick(*row, stream) for row in rows][own]
+
+
 def box_picker(
     cfg: ConsistencyConfig = ConsistencyConfig(),  # `boxes`, `density` and their numbers
 ):  # (con, sup, sizes, generator=None, proposals=None) -> per image dict(boxes, labels, scores)
@@ -613,7 +626,7 @@ def box_picker(
         generator=None,  # for 'jittered' and 'random'; None: torch's global one
         proposals=None,  # for 'dense': all of the teacher's detections, likewise
     ):
-        picked = [sparse(c, s, size, generator) for c, s, size in zip(con, sup, sizes)]
+        picked = _picked_by_all(sparse, con, sup, sizes, generator, cfg)
         if cfg.density == 'sparse':
             return picked
         for i, (p, size) in enumerate(zip(picked, sizes)):

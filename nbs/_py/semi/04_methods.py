@@ -481,7 +481,12 @@ class CrossViewConsistency(Supervised):
         if mining.memory:
             self.memory = CostMemory(mining.memory)
         if consistency.needs_queries:
-            self.projector = Projector(cfg.detector.d_model, consistency.hidden, consistency.projector)
+            self.projector = Projector(
+                cfg.detector.d_model,
+                consistency.hidden,
+                consistency.projector,
+                normalise=consistency.normalise,
+            )
 
     def consistency(
         self,
@@ -800,6 +805,8 @@ plt.show()
 # | `consistency.groups` | 1; the code has 5 identical groups, which change neither loss nor gradient | 5 | @sec-consistency |
 # | `consistency.projector` | `code`: two convolutions, two linear layers | `mlp` (paper) | @sec-consistency |
 # | `consistency.slot_weights` | `code`: one product of means for all slots | `slots`: what the code meant | @sec-consistency |
+# | `criterion.normalise` | `all`: class losses of one-to-one matching are divided by the objects of all processes (ours; on one process the same) | `process`: by those of each process, as in the code | @sec-many |
+# | `consistency.normalise` | `all`: means and batch norms over the boxes of all processes (ours) | `process`: of each process, as in the code | @sec-many |
 # | `mining.init` | `mean_std`: scores of at least mean + std of their image | `score`: the threshold .4 (paper) | @sec-mining |
 # | `mining.union` | true: $B^{con}$ includes $B^{sup}$ | false: the mined boxes alone (paper) | @sec-mining |
 # | `mining.solver` | `torch`: all mixtures at once | `sklearn`: the library that the code calls, with equal results | @sec-mining |

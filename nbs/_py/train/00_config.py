@@ -370,6 +370,8 @@ def _no_mixing(c):
 LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value leave a run as it was?
     'optim.points_mult': lambda c: c.optim.points_mult == 1,
     'criterion.cost_cls': lambda c: c.criterion.cost_cls == 0,
+    'criterion.normalise': lambda c: c.criterion.normalise == 'all',
+    'consistency.normalise': lambda c: c.consistency.normalise == 'all',
     'criterion.class_cost': lambda c: c.criterion.class_cost == 'focal',
     'criterion.no_object': lambda c: c.criterion.no_object == 0.1,
     'pseudo.cross_nms': lambda c: c.pseudo.cross_nms >= 1,

@@ -40,6 +40,7 @@ from semidetr.core import (
 )
 from semidetr.data.loader import SemiLoader
 from semidetr.detectors.contract import build_detector
+from semidetr.many import rows_of_all
 from semidetr.matching.matching import NonFiniteError
 from semidetr.semi.teacher import ema_decay, make_teacher, update_teacher
 from semidetr.train.checkpoint import (
@@ -251,10 +252,9 @@ def clip_and_step(
     clip: float,  # largest L2 norm of the gradient; 0: any
     factor: float,  # of the learning rates, from `lr_factor`
 ) -> float:  # norm of the gradient before clipping, without groups that are `apart`
-    "Average over processes, clip (groups that are `apart` each by itself), update"
+    "Clip (groups that are `apart` each by itself), update"
     apart = [g['params'] for g in optimizer.param_groups if g.get('apart')]
     together = [p for g in optimizer.param_groups if not g.get('apart') for p in g['params']]
-    average_gradients([*together, *(p for params in apart for p in params)])
     scaler.unscale_(optimizer)
     norms = [torch.nn.utils.clip_grad_norm_(params, clip or math.inf).item() for params in (together, *apart)]
     if not all(map(math.isfinite, norms)) and not scaler.is_enabled():
@@ -281,7 +281,7 @@ norm, weight.detach()
 # %%
 #| export
 def mean_scalars(
-    rows: list,  # scalars of the iterations since the last log line
+    rows: list,  # scalars of the iterations since the last log line, of all processes
 ) -> dict:
     "Means for the log: a loss that an iteration does not have counts as 0, other numbers are left out"
     out = {}
@@ -357,7 +357,7 @@ class Session(RunState):
         self.recent.append(scalars)
         if self.step % self.cfg.run.log_every == 0 or self.step == self.cfg.optim.iters:
             last = dict(step=self.step, lr=self.optimizer.param_groups[0]['lr'])
-            log.write(mean_scalars(self.recent) | self.health.summary() | last)
+            log.write(mean_scalars(rows_of_all(self.recent)) | self.health.summary() | last)
             self.recent = []
 
 
@@ -492,6 +492,7 @@ class Trainer(Evaluation):
                             result = self.method.step(self.student, self.teacher, part, self.step)
                         loss = total_loss(result.losses)
                         self.scaler.scale(loss / optim.accumulate).backward()
+                    average_gradients(p for g in self.optimizer.param_groups for p in g['params'])
                     scalars = self.scalars_of(result, loss)
                     factor = lr_factor(self.step, optim)
                     scalars['grad_norm'] = clip_and_step(self.optimizer, self.scaler, optim.clip, factor)
