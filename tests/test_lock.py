@@ -97,7 +97,7 @@ def test_two_at_once_and_one_gets_it(tmp_path):
 
 def test_left_overs_of_killed_writers_are_cleared_and_nothing_else(tmp_path):
     left = ['.last.pt.7.tmp', '.next.rank1.pt.7.tmp', '.run.json.8.tmp', '.failed_step_3.pt.1.tmp', 'next.pt']
-    kept = ['last.pt', 'last.rank1.pt', 'previous.pt', 'best.pt', 'log.jsonl', '.config.json.7.tmp', 'next.md']
+    kept = ['last.pt', 'last.rank1.pt', 'previous.pt', 'best.pt', 'log.jsonl', '.config.json.7.tmp', 'a.md']
     for name in left + kept:
         (tmp_path / name).write_text('')
     taken(tmp_path)

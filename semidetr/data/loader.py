@@ -188,7 +188,7 @@ def _as_is(x):
     return x  # otherwise the DataLoader makes a shared tensor of every small array
 
 
-_STOP = {signal.SIGINT, signal.SIGTERM}
+_STOP = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 def _end_with(parent):

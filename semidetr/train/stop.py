@@ -93,11 +93,12 @@ class Stop(list):
 
 @contextlib.contextmanager
 def stop_gently():
-    "Ctrl-C and SIGTERM are collected in a `Stop`; outside the main thread signals stay as they are"
+    "Signals that end a program are collected in a `Stop`; outside the main thread they stay as they are"
     stop, old = Stop(), {}
     try:
-        for sig in (signal.SIGINT, signal.SIGTERM):
-            old[sig] = signal.signal(sig, stop.note)
+        for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if sig != signal.SIGHUP or signal.getsignal(sig) != signal.SIG_IGN:  # `nohup` ignores it
+                old[sig] = signal.signal(sig, stop.note)
     except ValueError:
         pass  # not the main thread
     try:
@@ -194,6 +195,11 @@ class Resumable:
         "Save a generation; every process calls it after the same iteration"
         save_generation(self.dir, self.state_dict(), self.device)
         self.mark()
+
+    def stop_if_lost(self):
+        "`DataError` if this process was suspended for so long that another one trains in the folder"
+        if self.owner is not None and self.owner.lost:
+            raise DataError(f'{self.dir}: another process has taken over this folder; this one ends')
 
     def mark(self):
         "Remember which checkpoint is the one of this process"

@@ -384,6 +384,7 @@ class Trainer(Evaluation):
                     self.evaluate_dev(progress.log)  # it was interrupted when the run was saved
                 for accumulated in batches:
                     self.iterate(accumulated, progress)
+                    self.stop_if_lost()
                     self.spent = progress.time()
                     stopped = on_any_process(self.stop.is_asked(), self.device)
                     if stopped or self.step == until or self.step % self.cfg.run.checkpoint_every == 0:

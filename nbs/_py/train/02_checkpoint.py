@@ -331,7 +331,8 @@ def _start_projector(method, parts, path):
 # ## What a run writes
 #
 # The folder of a run holds `run.json` (the resolved configuration, versions, commit, data fingerprint, times,
-# metrics), `log.jsonl` (one line every `log_every` iterations), `last.pt` (all state), `best.pt` (the weights
+# metrics), `log.jsonl` (one line every `log_every` iterations), `last.pt` (all state), `previous.pt` (the same,
+# one checkpoint earlier), `best.pt` (the weights
 # that scored best on the development part, if it is evaluated during training) and TensorBoard events.
 # Reports read `run.json` and `log.jsonl` only.
 

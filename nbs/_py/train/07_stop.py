@@ -49,7 +49,7 @@ from semidetr.train.run_folder import check_same_run
 # %% [markdown]
 # ## Signals
 #
-# The first Ctrl-C or SIGTERM ends a run after its current iteration. A scheduler, `torchrun` and a terminal may
+# The first Ctrl-C or SIGTERM ends a run after its current iteration, and so does a terminal that is closed. A scheduler, `torchrun` and a terminal may
 # send the same wish two or three times within a second, so only a Ctrl-C that comes two seconds later ends it
 # at once. An update is completed even then. While networks are evaluated there is nothing to complete: the first
 # signal ends it. A process that `torchrun` started also stops when `torchrun` is gone, since the run
@@ -110,11 +110,12 @@ class Stop(list):
 
 @contextlib.contextmanager
 def stop_gently():
-    "Ctrl-C and SIGTERM are collected in a `Stop`; outside the main thread signals stay as they are"
+    "Signals that end a program are collected in a `Stop`; outside the main thread they stay as they are"
     stop, old = Stop(), {}
     try:
-        for sig in (signal.SIGINT, signal.SIGTERM):
-            old[sig] = signal.signal(sig, stop.note)
+        for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if sig != signal.SIGHUP or signal.getsignal(sig) != signal.SIG_IGN:  # `nohup` ignores it
+                old[sig] = signal.signal(sig, stop.note)
     except ValueError:
         pass  # not the main thread
     try:
@@ -283,6 +284,11 @@ class Resumable:
         "Save a generation; every process calls it after the same iteration"
         save_generation(self.dir, self.state_dict(), self.device)
         self.mark()
+
+    def stop_if_lost(self):
+        "`DataError` if this process was suspended for so long that another one trains in the folder"
+        if self.owner is not None and self.owner.lost:
+            raise DataError(f'{self.dir}: another process has taken over this folder; this one ends')
 
     def mark(self):
         "Remember which checkpoint is the one of this process"

@@ -3,8 +3,8 @@
 #
 # > Train any method on any data: resume exactly, follow pseudo labels, stop at non-finite values.
 #
-# A training loop is easy to write and hard to trust. This one makes four promises. A run that was stopped and
-# resumed gives the numbers of a run that was not. A loss that is not finite stops the run and keeps the
+# A training loop is easy to write and hard to trust. This one makes four promises. A run that was stopped, by a
+# signal or by an error, and resumed gives the numbers of a run that was not (@sec-stop). A loss that is not finite stops the run and keeps the
 # batch, the weights and the random state that produced it. Pseudo labels are compared with hidden truth that
 # no method gets. And the folder of a run holds everything that is needed to repeat it.
 #
@@ -72,7 +72,7 @@ from semidetr.train.stop import (
 # ## State of a run
 #
 # Weights, moments, random state, position in the data, health window, history: all of it is saved, and
-# loading compares the configuration first. Processes other than the first save only what is theirs alone: the
+# loading compares the configuration first (@sec-generations). Processes other than the first save only what is theirs alone: the
 # random state, the window, the numbers since the last log line, the cache of mixed views (@sec-mixing).
 
 # %%
@@ -454,6 +454,7 @@ class Trainer(Evaluation):
                     self.evaluate_dev(progress.log)  # it was interrupted when the run was saved
                 for accumulated in batches:
                     self.iterate(accumulated, progress)
+                    self.stop_if_lost()
                     self.spent = progress.time()
                     stopped = on_any_process(self.stop.is_asked(), self.device)
                     if stopped or self.step == until or self.step % self.cfg.run.checkpoint_every == 0:
