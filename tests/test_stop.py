@@ -204,7 +204,7 @@ def children(pid):
 
 @pytest.fixture
 def running(tmp_path):
-    "A run with two workers in a process group of its own, after its second iteration"
+    "A run with two workers in a process group of its own, after its burn-in, which has workers of its own"
     (tmp_path / 'go.py').write_text(TRAIN.format(tests=TESTS))
     out = tmp_path / 'r'
     p = subprocess.Popen(
@@ -214,7 +214,7 @@ def running(tmp_path):
         text=True,
     )
     end, log = time.time() + 300, out / 'log.jsonl'
-    while not (log.exists() and log.read_text().count('\n') >= 2):
+    while not (log.exists() and log.read_text().count('\n') >= 4):
         assert p.poll() is None and time.time() < end, p.communicate()[1]
         time.sleep(0.1)
     yield p, out
