@@ -673,7 +673,7 @@ class OneBad(DigitsScenes):
 
     def __getitem__(self, i):
         if i == 4:
-            raise DataError('scenes/0004.png: image 4 cannot be read; restore the file')
+            raise DataError('scenes/0004.png: image 4 cannot be read; restore the file or delete its entry')
         return super().__getitem__(i)
 
 
