@@ -225,7 +225,7 @@ def _workers(work, steps, num_workers, persistent):
         multiprocessing_context=method,
     )
 
-
+# %% ../../nbs/data/07_loader.ipynb #63d19d70
 def _begin(loader):
     """Iterator of a DataLoader whose workers are born with blocked signals.
 

@@ -252,7 +252,7 @@ class Run:
             parts.append(f"{part} AP {networks['teacher']['AP']:.1f}")
         return ', '.join([f"Run('{self.folder}'", *parts]) + ')'
 
-
+# %% ../../nbs/train/14_api.ipynb #9d55b873
 @contextlib.contextmanager
 def no_debris(
     folder: Path,  # of a run

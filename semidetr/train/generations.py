@@ -102,7 +102,7 @@ def _old_part(path, step):
     part = load_checkpoint(path) if path.is_file() else dict(step=None)
     if part['step'] == step:
         return part
-    warnings.warn(f'{path}: not of iteration {step}; process {rank()} goes on with new random numbers')
+    warnings.warn(f'{path}: not of iteration {step}; process {rank()} takes new random numbers')
     return None
 
 
@@ -206,12 +206,12 @@ def tell_world(
     saved: dict,  # main file of a generation
     folder,  # of the run, for the line
 ):
-    "Say that a run goes on with another number of processes than it had"
+    "Say that a run is resumed by another number of processes than it had"
     world = saved.get('world', world_size())
     if world != world_size():
         tell(
             [
-                f'{folder}: was trained by {world} processes until iteration {saved["step"]} and goes on with '
+                f'{folder}: was trained by {world} processes until iteration {saved["step"]} and is resumed by '
                 f'{world_size()}: other batches and random numbers than those of an unbroken run'
             ]
         )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CURVES', 'LOGGED', 'BuiltRun', 'RunState', 'make_loader', 'total_loss', 'clip_and_step', 'mean_scalars', 'Session',
-           'Evaluation', 'Progress', 'Trainer']
+           'Evaluation', 'Progress', 'Iteration', 'Trainer']
 
 # %% ../../nbs/train/09_trainer.ipynb #82b36df5
 import contextlib
@@ -369,32 +369,8 @@ class Progress:
         self.log.close()
 
 # %% ../../nbs/train/09_trainer.ipynb #f5922fc8
-class Trainer(Evaluation):
-    "Run a configuration: `Trainer(cfg, 'runs/mine').fit()`; a stopped run in that folder is continued"
-
-    def fit(
-        self,
-        until: int | None = None,  # iteration to stop after, with a checkpoint; None: train to the end
-    ) -> dict | None:  # content of run.json; None if it was stopped at `until`
-        "Train, evaluate on the development part and the test split, write run.json"
-        with stop_gently() as self.stop, owned(self), keep_progress(self, self.stop):
-            batches = self.batches()
-            with Progress(self) as progress, contextlib.closing(batches):
-                if self.evaluation_is_due():
-                    self.evaluate_dev(progress.log)  # it was interrupted when the run was saved
-                for accumulated in batches:
-                    self.iterate(accumulated, progress)
-                    self.stop_if_lost()
-                    self.spent = progress.time()
-                    stopped = on_any_process(self.stop.is_asked(), self.device)
-                    if stopped or self.step == until or self.step % self.cfg.run.checkpoint_every == 0:
-                        self.save()
-                    if stopped:
-                        raise KeyboardInterrupt(f'stopped after iteration {self.step}; {RESUME}')
-                    if self.step == until:
-                        return None
-            self.save()
-            return self.report()
+class Iteration(Evaluation):
+    "One iteration of a run"
 
     def iterate(
         self,
@@ -425,3 +401,33 @@ class Trainer(Evaluation):
         if self.evaluation_is_due():
             self.evaluate_dev(progress.log)
         progress.show(self, scalars)
+
+# %% ../../nbs/train/09_trainer.ipynb #f6d93481
+class Trainer(Iteration):
+    "Run a configuration: `Trainer(cfg, 'runs/mine').fit()`; a stopped run in that folder is continued"
+
+    def fit(
+        self,
+        until: int | None = None,  # iteration to stop after, with a checkpoint; None: train to the end
+    ) -> dict | None:  # content of run.json; None if it was stopped at `until`
+        "Train, evaluate on the development part and the test split, write run.json"
+        with stop_gently() as self.stop, owned(self), keep_progress(self, self.stop):
+            batches = self.batches()
+            with Progress(self) as progress, contextlib.closing(batches):
+                if self.evaluation_is_due():
+                    self.evaluate_dev(progress.log)  # it was interrupted when the run was saved
+                    self.save()
+                for accumulated in batches:
+                    self.iterate(accumulated, progress)
+                    self.stop_if_lost()
+                    self.spent = progress.time()
+                    stopped = on_any_process(self.stop.is_asked(), self.device)
+                    if stopped or self.step == until or self.step % self.cfg.run.checkpoint_every == 0:
+                        self.save()
+                    if stopped:
+                        raise KeyboardInterrupt(f'stopped after iteration {self.step}; {RESUME}')
+                    if self.step == until:
+                        return None
+            if self.saved != self.step:
+                self.save()
+            return self.report()

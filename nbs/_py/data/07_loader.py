@@ -321,6 +321,8 @@ def _workers(work, steps, num_workers, persistent):
     )
 
 
+# %%
+#| export
 def _begin(loader):
     """Iterator of a DataLoader whose workers are born with blocked signals.
 

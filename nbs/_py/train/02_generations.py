@@ -5,7 +5,7 @@
 #
 # With several processes a checkpoint is several files: the weights once, and from every process the random
 # state that is its own. A run that is killed while they are written leaves files of different steps. A resume
-# that mixes them goes on without a word, with numbers that no unbroken run has. So the main file, written
+# that mixes them is silent about it and gives numbers that no unbroken run has. So the main file, written
 # last, names the digest of every other one (@sec-checkpoint). It is one *generation* with exactly these files.
 # The generation before is kept: if the newest cannot be read, a run goes on from there and says so.
 
@@ -147,7 +147,7 @@ def _old_part(path, step):
     part = load_checkpoint(path) if path.is_file() else dict(step=None)
     if part['step'] == step:
         return part
-    warnings.warn(f'{path}: not of iteration {step}; process {rank()} goes on with new random numbers')
+    warnings.warn(f'{path}: not of iteration {step}; process {rank()} takes new random numbers')
     return None
 
 
@@ -344,7 +344,7 @@ plt.show()
 # %% [markdown]
 # ## Another number of processes
 #
-# Random draws belong to a process. A run that goes on with another number of processes draws other numbers
+# Random draws belong to a process. A run that is resumed by another number of processes draws other numbers
 # than an unbroken one.
 
 # %%
@@ -353,12 +353,12 @@ def tell_world(
     saved: dict,  # main file of a generation
     folder,  # of the run, for the line
 ):
-    "Say that a run goes on with another number of processes than it had"
+    "Say that a run is resumed by another number of processes than it had"
     world = saved.get('world', world_size())
     if world != world_size():
         tell(
             [
-                f'{folder}: was trained by {world} processes until iteration {saved["step"]} and goes on with '
+                f'{folder}: was trained by {world} processes until iteration {saved["step"]} and is resumed by '
                 f'{world_size()}: other batches and random numbers than those of an unbroken run'
             ]
         )

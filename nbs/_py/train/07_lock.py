@@ -171,7 +171,7 @@ meanings
 
 # %%
 #| label: fig-lock-age
-#| fig-cap: "A process of another host owns the folder while its last sign of life is younger than five minutes; a living owner renews it every 20 seconds."
+#| fig-cap: "A process of another host owns the folder for five minutes after its last sign of life; a living owner renews it every 20 seconds."
 #| fig-alt: "A step: owned from 0 to 300 seconds after the last sign of life, free later; a grey band marks the ages below 20 seconds that a living owner reaches"
 ages = [10 * n + 5 for n in range(45)]
 owned = []

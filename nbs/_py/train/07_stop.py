@@ -268,8 +268,10 @@ def _stamp(folder):
     return (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
 
 
-class Resumable:
-    "Saving and continuing, for a run with networks, method, optimiser, scaler, health and `state_dict`"
+# %%
+#| export
+class Saving:
+    "Saving, for a run with networks, method, optimiser and `state_dict`"
 
     saved = 0  # iteration of the last generation
     stamp = None  # of its file
@@ -311,6 +313,36 @@ class Resumable:
         except Exception as e:
             return f'{type(e).__name__}: {e}'
 
+
+# %%
+#| export
+class _Restoring(Saving):
+    def _taken(self, saved, own, path):
+        "Set everything to a saved state; why that is impossible, or ''"
+        try:
+            load_weights(self.student, saved['student'], path)
+            load_weights(self.teacher, saved['teacher'], path)
+            self.method.load_state_dict(saved.get('parts', {}))
+            self.optimizer.load_state_dict(saved['optimizer'])
+            self.scaler.load_state_dict(saved['scaler'])
+            self.history, self.spent, self.step = saved['history'], saved['spent'], saved['step']
+            if own is not None:
+                self.method.load_state_dict(own.get('parts', {}), strict=False)  # caches of views
+                saved = own
+            self.recent = saved['recent']
+            self.health.rows.clear()  # a generation that failed here may have left some
+            self.health.load_state_dict(saved['health'])
+            set_rng_state(unpack_rng(saved['rng']))
+        except DataError as e:
+            return str(e)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as e:
+            return f'{path}: damaged ({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ""})'
+        return ''
+
+
+class Resumable(_Restoring):
+    "Saving and continuing, for a run with networks, method, optimiser, scaler, health and `state_dict`"
+
     def load(self):
         "Continue from the newest generation that is whole; an error if it belongs to another run"
         faults = []
@@ -350,28 +382,6 @@ class Resumable:
             return self._taken(saved, own, path)
         except Damaged as e:
             return str(e)
-
-    def _taken(self, saved, own, path):
-        "Set everything to a saved state; why that is impossible, or ''"
-        try:
-            load_weights(self.student, saved['student'], path)
-            load_weights(self.teacher, saved['teacher'], path)
-            self.method.load_state_dict(saved.get('parts', {}))
-            self.optimizer.load_state_dict(saved['optimizer'])
-            self.scaler.load_state_dict(saved['scaler'])
-            self.history, self.spent, self.step = saved['history'], saved['spent'], saved['step']
-            if own is not None:
-                self.method.load_state_dict(own.get('parts', {}), strict=False)  # caches of views
-                saved = own
-            self.recent = saved['recent']
-            self.health.rows.clear()  # a generation that failed here may have left some
-            self.health.load_state_dict(saved['health'])
-            set_rng_state(unpack_rng(saved['rng']))
-        except DataError as e:
-            return str(e)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as e:
-            return f'{path}: damaged ({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ""})'
-        return ''
 
 
 # %% [markdown]

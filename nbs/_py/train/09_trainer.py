@@ -439,32 +439,8 @@ class Progress:
 
 # %%
 #| export
-class Trainer(Evaluation):
-    "Run a configuration: `Trainer(cfg, 'runs/mine').fit()`; a stopped run in that folder is continued"
-
-    def fit(
-        self,
-        until: int | None = None,  # iteration to stop after, with a checkpoint; None: train to the end
-    ) -> dict | None:  # content of run.json; None if it was stopped at `until`
-        "Train, evaluate on the development part and the test split, write run.json"
-        with stop_gently() as self.stop, owned(self), keep_progress(self, self.stop):
-            batches = self.batches()
-            with Progress(self) as progress, contextlib.closing(batches):
-                if self.evaluation_is_due():
-                    self.evaluate_dev(progress.log)  # it was interrupted when the run was saved
-                for accumulated in batches:
-                    self.iterate(accumulated, progress)
-                    self.stop_if_lost()
-                    self.spent = progress.time()
-                    stopped = on_any_process(self.stop.is_asked(), self.device)
-                    if stopped or self.step == until or self.step % self.cfg.run.checkpoint_every == 0:
-                        self.save()
-                    if stopped:
-                        raise KeyboardInterrupt(f'stopped after iteration {self.step}; {RESUME}')
-                    if self.step == until:
-                        return None
-            self.save()
-            return self.report()
+class Iteration(Evaluation):
+    "One iteration of a run"
 
     def iterate(
         self,
@@ -495,6 +471,38 @@ class Trainer(Evaluation):
         if self.evaluation_is_due():
             self.evaluate_dev(progress.log)
         progress.show(self, scalars)
+
+
+# %%
+#| export
+class Trainer(Iteration):
+    "Run a configuration: `Trainer(cfg, 'runs/mine').fit()`; a stopped run in that folder is continued"
+
+    def fit(
+        self,
+        until: int | None = None,  # iteration to stop after, with a checkpoint; None: train to the end
+    ) -> dict | None:  # content of run.json; None if it was stopped at `until`
+        "Train, evaluate on the development part and the test split, write run.json"
+        with stop_gently() as self.stop, owned(self), keep_progress(self, self.stop):
+            batches = self.batches()
+            with Progress(self) as progress, contextlib.closing(batches):
+                if self.evaluation_is_due():
+                    self.evaluate_dev(progress.log)  # it was interrupted when the run was saved
+                    self.save()
+                for accumulated in batches:
+                    self.iterate(accumulated, progress)
+                    self.stop_if_lost()
+                    self.spent = progress.time()
+                    stopped = on_any_process(self.stop.is_asked(), self.device)
+                    if stopped or self.step == until or self.step % self.cfg.run.checkpoint_every == 0:
+                        self.save()
+                    if stopped:
+                        raise KeyboardInterrupt(f'stopped after iteration {self.step}; {RESUME}')
+                    if self.step == until:
+                        return None
+            if self.saved != self.step:
+                self.save()
+            return self.report()
 
 
 # %% [markdown]

@@ -327,6 +327,8 @@ class Run:
         return ', '.join([f"Run('{self.folder}'", *parts]) + ')'
 
 
+# %%
+#| export
 @contextlib.contextmanager
 def no_debris(
     folder: Path,  # of a run
