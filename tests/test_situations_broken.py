@@ -71,7 +71,7 @@ def test_unlabelled_images_that_are_broken_name_the_setting(shop):
     pictures(shop / 'more', ['a.png', 'b.png', 'c.png'])
     (shop / 'more' / 'b.png').write_bytes((shop / 'more' / 'a.png').read_bytes()[:999])
     words = ['--data', '.', '--unlabelled', 'more', '--method', 'mean_teacher', 'method.burn_in_iters=1']
-    code, _, err = train(shop, *words, 'data.dev=0', iters=6, out='a')
+    code, _, err = train(shop, *words, 'data.dev=0', 'data.skip_broken=0', iters=6, out='a')
     assert code == 2 and 'b.png' in err and 'data.skip_broken=1' in err
     code, out, err = train(shop, *words, 'data.dev=0', 'data.skip_broken=1', iters=6, out='b')
     assert code == 0 and err.count('skipped (1 of at most 1)') == 1

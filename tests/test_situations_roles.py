@@ -270,7 +270,7 @@ def test_a_broken_unlabelled_image_is_skipped_up_to_a_bound(shop, kind):
     for n in range(5):
         noise(more / f'{n}.png', 70 + n)
     d = quiet_build(data=str(shop), unlabelled=str(more), dev=2, skip_broken=1)
-    strict = quiet_build(data=str(shop), unlabelled=str(more), dev=2)
+    strict = quiet_build(data=str(shop), unlabelled=str(more), dev=2, skip_broken=0)
 
     def spoil(f):
         if kind == 'gone':

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from ..core import ConfigError, DataError, pick_device, tell
+from ..core import ConfigError, DataError, is_main, pick_device, tell
 from ..text import read_text
 from ..data.catalog import open_dataset
 from ..semi.methods import METHODS, WITH_UNLABELLED, MethodConfig
@@ -252,17 +252,18 @@ class Run:
             parts.append(f"{part} AP {networks['teacher']['AP']:.1f}")
         return ', '.join([f"Run('{self.folder}'", *parts]) + ')'
 
-
+# %% ../../nbs/train/14_api.ipynb #9d55b873
 @contextlib.contextmanager
 def no_debris(
     folder: Path,  # of a run
-):
-    "A run that fails before its first checkpoint leaves no folder behind, unless there was one before"
-    new = not folder.exists()
+):  # yields a list for the trainer
+    "A run that fails before its first iteration leaves no folder behind, unless there was one before"
+    new, trainers = not folder.exists(), []
     try:
-        yield
+        yield trainers
     except BaseException:
-        if new and not list(folder.glob('*.pt')):
+        took_steps = any(t.step for t in trainers) or list(folder.glob('*.pt'))
+        if new and is_main() and not took_steps:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
@@ -275,8 +276,11 @@ def run_plan(
     "Look up a finished run in the folder, resume a stopped one, or start a new one"
     out = Path(out)
     prepare()
-    with no_debris(out):
-        return Run(out, finished(plan.cfg, out) or Trainer(plan.cfg, out, progress).fit())
+    with no_debris(out) as trainers:
+        if (result := finished(plan.cfg, out)) is None:
+            trainers.append(Trainer(plan.cfg, out, progress))
+            result = trainers[0].fit()
+        return Run(out, result)
 
 # %% ../../nbs/train/14_api.ipynb #5e70b7ab
 def train(

@@ -108,7 +108,7 @@ def choose_amp(
     device = pick_device(cfg.run.device)
     checkpoint = Path(folder) / 'last.pt'
     if checkpoint.is_file():
-        amp = load_checkpoint(checkpoint)['config']['run']['amp']
+        amp = load_checkpoint(Path(folder))['config']['run']['amp']
     elif device.type == 'cuda':
         amp = 'bf16' if torch.cuda.is_bf16_supported() else 'fp16'
     else:

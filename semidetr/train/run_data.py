@@ -138,8 +138,14 @@ class SkipBroken(DetectionDataset):
         ds,  # data set without boxes
         most: int,  # broken images that are skipped, in each process
     ):
-        self._ds, self.most, self.broken = ds, most, set()
+        self._ds, self.most = ds, most
+        self._flags = torch.zeros(len(ds), dtype=torch.uint8).share_memory_()
         self.name, self.classes, self.ids = ds.name, ds.classes, ds.ids
+
+    @property
+    def broken(self) -> list:
+        "Positions of the images that were skipped, here or in a worker"
+        return self._flags.nonzero().flatten().tolist()
 
     def __getitem__(self, i):
         for n in range(len(self)):
@@ -147,13 +153,18 @@ class SkipBroken(DetectionDataset):
             try:
                 return self._ds[at]
             except DataError as e:
-                if at not in self.broken and len(self.broken) >= self.most:
-                    bound = f'more than data.skip_broken={self.most} unlabelled images cannot be read'
-                    raise DataError(f'{e}; {bound}') from None
-                if at not in self.broken:
-                    self.broken.add(at)
-                    warnings.warn(f'{e}; skipped ({len(self.broken)} of at most {self.most})')
+                self._count(at, e)
         raise DataError(f'{self.name}: no unlabelled image can be read; check the folder')
+
+    def _count(self, at, error):
+        "Mark an image as broken; a DataError beyond the bound"
+        if self._flags[at]:
+            return
+        if (n := len(self.broken)) >= self.most:
+            bound = f'more than data.skip_broken={self.most} unlabelled images cannot be read'
+            raise DataError(f'{error}; {bound}') from None
+        self._flags[at] = 1
+        warnings.warn(f'{error}; skipped ({n + 1} of at most {self.most})')
 
     def annotation(self, i):
         return self._ds.annotation(i)

@@ -245,8 +245,8 @@ def _cure(e, where, has_boxes):  # of an image that cannot be read
     if isinstance(e, Image.DecompressionBombError):
         return TILES
     if not has_boxes:
-        return f'restore it or take it out of {where}, or leave it out with data.skip_broken=1 or more'
-    return f'restore the file, or delete its entry from {where}'
+        return 'restore it, or leave it out with data.skip_broken=1 or more'
+    return f'restore the file (to train without it, delete its entry from {where} and choose another folder)'
 
 
 # %%

@@ -13,9 +13,12 @@
 
 # %%
 #| export
+import functools
 import itertools
 import multiprocessing
+import os
 import signal
+import threading
 from dataclasses import dataclass, replace
 from functools import lru_cache
 import numpy as np
@@ -236,6 +239,10 @@ assert 'boxes' not in collate([plain_view(4, 6)], truth=False)['targets'][0]
 # more than mapping four times as much shared memory. Small tensors are sent as arrays inside the message, not
 # as one shared file each. An error that a user can fix (a `DataError` with file, image and cure) is returned
 # as a value and raised in the training process, without the traceback of a worker.
+#
+# Ctrl-C and SIGTERM often go to a whole process group: a terminal, `timeout` and schedulers do so. They are
+# meant for the training process, which finishes its step and needs its workers for that. So workers are born
+# with both signals blocked; they end when the training process asks them to, and within a second of its death.
 
 # %%
 #| export
@@ -275,9 +282,25 @@ def _as_is(x):
     return x  # otherwise the DataLoader makes a shared tensor of every small array
 
 
-def _worker_start(_):
-    "Ctrl-C is for the training process, which then stops its workers"
+_STOP = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+
+def _end_with(parent):
+    "End this worker when the training process has ended or sends it a signal; signals of others are ignored"
+    while os.getppid() == parent:
+        info = signal.sigtimedwait(_STOP, 1.0)
+        if info is not None and info.si_pid == parent:
+            break
+    os._exit(0)
+
+
+def _worker_start(parent, _):
+    "Without `sigtimedwait` (macOS) a worker ignores Ctrl-C alone"
+    if hasattr(signal, 'sigtimedwait'):
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+        return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP)
 
 
 def _workers(work, steps, num_workers, persistent):
@@ -291,10 +314,31 @@ def _workers(work, steps, num_workers, persistent):
         num_workers=num_workers,
         persistent_workers=persistent,
         prefetch_factor=2,
-        worker_init_fn=_worker_start,
+        worker_init_fn=functools.partial(_worker_start, os.getpid()),
         generator=torch.Generator().manual_seed(0),
         multiprocessing_context=method,
     )
+
+
+# %%
+#| export
+def _begin(loader):
+    """Iterator of a DataLoader whose workers are born with blocked signals.
+
+    PyTorch's handler would raise the error of a dead worker anywhere, in the middle of an update too. It is
+    undone: `_next` notices a dead worker within 5 seconds.
+    """
+    blocked, handler = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP), signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)
+
+
+class WorkerLost(SemiDETRError):
+    "A worker process has died"
 
 
 def _next(it):
@@ -304,9 +348,9 @@ def _next(it):
     except RuntimeError as e:
         if 'DataLoader worker' not in str(e) or 'Traceback' in str(e):
             raise
-        raise SemiDETRError(
-            f'{str(e).splitlines()[0].rstrip(".")}; '
-            'memory or shared memory ran out: use num_workers=0, fewer or smaller images'
+        raise WorkerLost(
+            f'{str(e).splitlines()[0].rstrip(".")}; if nobody ended it, memory or shared memory ran out: '
+            'free some, or use loader.num_workers=0'
         ) from None
 
 
@@ -424,7 +468,7 @@ class _Stream:
             if self._loader is None:
                 self._loader = _workers(_Work(self._make), _Steps(self), self.num_workers, True)
             if self._iter is None:
-                self._iter = iter(self._loader)
+                self._iter = _begin(self._loader)
             try:
                 out = _receive(_next(self._iter), self.view)
             except BaseException:
@@ -544,7 +588,7 @@ class EvalLoader:
     def __iter__(self):
         work, steps = _Work(self._views), range(len(self))
         if self.num_workers and len(self):
-            payloads = iter(_workers(work, steps, self.num_workers, False))
+            payloads = _begin(_workers(work, steps, self.num_workers, False))
         else:
             payloads = map(work.__getitem__, steps)
         for _ in steps:

@@ -61,7 +61,7 @@ class DataConfig:
     cover_classes: bool = False  # make sure that each class has a labelled image
     background: str = 'negatives'  # labelled images without a box: 'negatives', or 'left_out' as published
     white: float = 0.0  # value of a white pixel in images of more than 8 bits; 0: by the mode (@sec-records)
-    skip_broken: int = 0  # unlabelled images that may be unreadable or vanish during training, per process
+    skip_broken: int = 10  # unlabelled images that may be unreadable or vanish during training, per process
 
     def __post_init__(self):
         one_of('data', self, background=('negatives', 'left_out'))
@@ -380,7 +380,6 @@ LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value
     'data.background': lambda c: c.data.background == 'negatives',  # no record's data have background images
     'data.shots': lambda c: c.data.shots == 0,
     'data.white': lambda c: c.data.white == 0,
-    'data.skip_broken': lambda c: c.data.skip_broken == 0,
     'data.images': lambda c: not c.data.images,
     'criterion.soft_targets': lambda c: not c.criterion.soft_targets,
     'criterion.w_position': lambda c: c.criterion.cls_loss != 'position',
@@ -406,7 +405,8 @@ LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value
     'loader.repeat_threshold': lambda c: c.loader.repeat_threshold == 0,
     **{f'mixing.{f.name}': _no_mixing for f in dataclasses.fields(MixingConfig)},
 }
-UNHASHED = (  # settings that cannot change a number
+UNHASHED = (  # settings that cannot change a number of a run that ends with the same images
+    'data.skip_broken',
     'run.device',
     'run.threads',
     'run.log_every',

@@ -12,6 +12,7 @@
 
 # %%
 #| export
+import hashlib
 import io
 import json
 import os
@@ -22,7 +23,7 @@ import sys
 import warnings
 from pathlib import Path
 import torch
-from semidetr.core import DataError, atomic_write, is_main, world_size
+from semidetr.core import DataError, atomic_write, is_main, tell, world_size
 from semidetr.detectors.group import start_parallel
 from semidetr.detectors.weight_files import map_class_rows
 
@@ -52,40 +53,138 @@ def unpack_rng(
     }
 
 
+# %% [markdown]
+# ## Sealed files
+#
+# A disk or a network may change a bit, and PyTorch reads most files with a changed bit without a word: of 60
+# it loaded 59. So the digest of all bytes goes into the file itself, as the comment that ends a zip file. Other
+# programs read the file as before, and one without a comment (from an older version) is accepted.
+
+# %%
+#| export
+LAST, PREVIOUS = 'last.pt', 'previous.pt'  # the newest checkpoint of a run, and the one before it
+_END = b'PK\x05\x06'  # begins the last record of a zip file: 22 bytes, two of them the length of the comment
+_MARK = b'sha256:'
+_SEAL = len(_MARK) + 64
+
+
+class Damaged(DataError):
+    "A checkpoint that cannot be what was written"
+
+
+def seal(
+    buffer: io.BytesIO,  # a zip file without a comment, as `torch.save` writes it; gets one
+) -> str:  # 64 hex digits
+    "Append the SHA-256 of all bytes as the comment of the archive"
+    digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
+    buffer.seek(-2, io.SEEK_END)
+    buffer.write(_SEAL.to_bytes(2, 'little') + _MARK + digest.encode())
+    return digest
+
+
+def read_seal(
+    path,  # a file
+) -> str:  # the digest; '' for a file without a seal: of an older version, or of another program
+    "Compare a file with its seal; `Damaged` if its bytes are others than those that were written"
+    with open(path, 'rb') as f:
+        start, size = f.read(2), f.seek(0, io.SEEK_END)
+        left = max(0, size - _SEAL - 2)
+        f.seek(left)
+        end = f.read()
+        if _MARK not in end:
+            if start != _END[:2] or (end[-22:-18] == _END and end[-2:] == b'\0\0'):
+                return ''
+            raise Damaged('its end is missing')
+        f.seek(0)
+        digest = hashlib.sha256()
+        while left > 0 and (block := f.read(min(left, 1 << 20))):
+            digest.update(block)
+            left -= len(block)
+    digest.update(b'\0\0')
+    if end != _SEAL.to_bytes(2, 'little') + _MARK + digest.hexdigest().encode():
+        raise Damaged('its digest does not match')
+    return digest.hexdigest()
+
+
+# %%
+#| hide
+import tempfile
+
+# %%
+sealed, plain_file = Path(tempfile.mkdtemp()) / 'a.pt', io.BytesIO()
+torch.save(dict(a=torch.arange(4)), plain_file)
+seal(plain_file)
+sealed.write_bytes(plain_file.getvalue())
+assert torch.load(sealed, weights_only=True)['a'].tolist() == [0, 1, 2, 3] and len(read_seal(sealed)) == 64
+found_bits = []
+for at in range(0, len(plain_file.getvalue()), 37):
+    bits = bytearray(plain_file.getvalue())
+    bits[at] ^= 4
+    sealed.write_bytes(bits)
+    try:
+        found_bits.append(bool(read_seal(sealed)) and False)
+    except Damaged:
+        found_bits.append(True)
+assert all(found_bits)
+f'{sum(found_bits)} of {len(found_bits)} changed bits are found'
+
+
+# %% [markdown]
+# ## Write and read
+
 # %%
 #| export
 def save_checkpoint(
     path,  # file to write
     **state,  # tensors, state dicts and plain values
-):
+) -> str:  # digest of the file
     "Write all state in one atomic step: a crash while writing leaves the old file as it was"
     buffer = io.BytesIO()
     torch.save(dict(format=FORMAT, **state), buffer)
+    digest = seal(buffer)
     atomic_write(path, buffer.getvalue())
+    return digest
 
 
 def load_checkpoint(
-    path,  # file written by `save_checkpoint`, or a run's folder (its `last.pt`)
+    path,  # file written by `save_checkpoint`, or a run's folder: its `last.pt`, if damaged `previous.pt`
     device='cpu',  # where the tensors go
 ) -> dict:  # the saved state, and `format`
     "Read a checkpoint without running code from it; `DataError` if the file is missing, damaged or foreign"
     path = Path(path)
     if path.is_dir():
-        path = path / 'last.pt'
+        return _newest(path, device)
     if not path.is_file():
         raise DataError(f'{path}: no checkpoint here; give the folder of a run or a .pt file')
     try:
+        read_seal(path)
         state = torch.load(path, map_location=device, weights_only=True)
+    except MemoryError:
+        raise
+    except OSError as e:
+        raise DataError(f'{path}: cannot be read now ({e.strerror or e})') from None
     except Exception as e:
         why = (str(e) or type(e).__name__).splitlines()[0][:100]
-        raise DataError(
+        raise Damaged(
             f'{path}: not readable as a checkpoint ({why}); the file is damaged or from another program'
         ) from e
     if not isinstance(state, dict) or 'format' not in state:
-        raise DataError(f'{path}: holds no semidetr checkpoint; it was written by another program')
-    if state['format'] > FORMAT:
+        raise Damaged(f'{path}: holds no semidetr checkpoint; it was written by another program')
+    if not isinstance(state['format'], int) or state['format'] > FORMAT:
         newer = f"format {state['format']}, this one reads {FORMAT}"
         raise DataError(f'{path}: written by a newer semidetr ({newer}); upgrade')
+    return state
+
+
+def _newest(folder, device):
+    "The newest checkpoint of a run that can be read"
+    try:
+        return load_checkpoint(folder / LAST, device)
+    except Damaged as e:
+        if not (folder / PREVIOUS).is_file():
+            raise
+        state, fault = load_checkpoint(folder / PREVIOUS, device), e
+    tell([f"{fault}; {PREVIOUS} is used, of iteration {state.get('step')}"])
     return state
 
 
@@ -232,7 +331,8 @@ def _start_projector(method, parts, path):
 # ## What a run writes
 #
 # The folder of a run holds `run.json` (the resolved configuration, versions, commit, data fingerprint, times,
-# metrics), `log.jsonl` (one line every `log_every` iterations), `last.pt` (all state), `best.pt` (the weights
+# metrics), `log.jsonl` (one line every `log_every` iterations), `last.pt` (all state), `previous.pt` (the same,
+# one checkpoint earlier), `best.pt` (the weights
 # that scored best on the development part, if it is evaluated during training) and TensorBoard events.
 # Reports read `run.json` and `log.jsonl` only.
 
@@ -346,7 +446,6 @@ class RunLog:
 
 # %%
 #| hide
-import tempfile
 import random
 import numpy as np
 import matplotlib.pyplot as plt

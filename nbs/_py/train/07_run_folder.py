@@ -26,10 +26,9 @@
 #| export
 import contextlib
 import json
-import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
-from semidetr.core import ConfigError, DataError, tell, world_size
+from semidetr.core import ConfigError, DataError, tell
 from semidetr.data.catalog import open_dataset, open_further
 from semidetr.data.datasets import short_hash
 from semidetr.train.checkpoint import load_checkpoint
@@ -38,7 +37,6 @@ from semidetr.train.config import config_hash, differences, from_saved, override
 # %%
 #| hide
 import tempfile
-from types import SimpleNamespace
 import matplotlib.pyplot as plt
 from semidetr.train.config import preset
 
@@ -375,75 +373,6 @@ for cfg, then, now in ((moved, two, two), (toy, three, two), (longer, two, two))
 assert len(lines) == 2 and '1 removed' in lines[0] and 'run.init=runs/mine' in lines[1]
 lines
 
-
-# %% [markdown]
-# ## Stopped before its end
-#
-# Ctrl-C stops a run after its current iteration. A disk fills, a network drive goes away, a photograph is cut off in the middle: hours after the start a file
-# cannot be read. What the run has learnt until then is saved before the error ends it. (With several processes
-# the last regular checkpoint counts: those that did not fail are at another place.)
-
-# %%
-#| export
-@contextlib.contextmanager
-def stop_gently():
-    "The first Ctrl-C or SIGTERM stops after the current iteration, with a checkpoint; a second one at once"
-    signals, old = [], {}
-
-    def note(sig, frame):
-        if signals:
-            raise KeyboardInterrupt
-        signals.append(sig)
-
-    try:
-        for sig in (signal.SIGINT, signal.SIGTERM):
-            old[sig] = signal.signal(sig, note)
-    except ValueError:
-        pass  # not the main thread: signals stay as they are
-    try:
-        yield signals
-    finally:
-        for sig, handler in old.items():
-            signal.signal(sig, handler)
-
-
-# %%
-with stop_gently() as signals:
-    signal.raise_signal(signal.SIGINT)
-    after_signal = 'still here'
-assert signals == [signal.SIGINT]
-after_signal, [s.name for s in map(signal.Signals, signals)]
-
-# %%
-#| export
-RESUME = 'the same command goes on from there'
-
-
-@contextlib.contextmanager
-def keep_progress(
-    run,  # has step, dir and save()
-):
-    "A `DataError` inside saves the run before it ends it; the message says at which iteration"
-    try:
-        yield
-    except DataError as e:
-        if world_size() > 1 or not run.step:
-            raise
-        run.save()
-        raise DataError(f'{e}; {run.dir} is saved after iteration {run.step}: {RESUME}') from None
-
-
-# %%
-saved_at = []
-toy_run = SimpleNamespace(step=120, dir='runs/mine', save=lambda: saved_at.append(toy_run.step))
-try:
-    with keep_progress(toy_run):
-        raise DataError('photos/7.jpg: image 7 cannot be read; restore it')
-except DataError as e:
-    broken = str(e)
-assert saved_at == [120] and broken.startswith('photos/7.jpg') and RESUME in broken
-broken
-
 # %% [markdown]
 # ## Summary
 #
@@ -452,7 +381,7 @@ broken
 # - A finished run is looked up by its hash and the fingerprint of its data; a checkpoint is not read for it.
 # - `check_same_run` compares the contents of a checkpoint, when the trainer has read it: settings, training
 #   data, and the images of each role. Data in another place are the same if their content is.
-# - `stop_gently` ends a run after an iteration, `keep_progress` saves one that a broken file ends.
+# - Who may write into a folder is said in @sec-lock, how a run ends before its end in @sec-stop.
 #
 # ## Exercises
 #

@@ -182,8 +182,9 @@ turned_note
 # ## Unlabelled images that cannot be read
 #
 # A labelled image that cannot be read stops a run. Among many thousand unlabelled ones a broken file matters
-# little: with `data.skip_broken` above 0 the next readable image takes its place, up to that number of broken
-# files in each process.
+# little: the next readable image takes its place, up to `data.skip_broken` broken files in each process that
+# trains. Its workers share one table of the broken ones, so the bound does not depend on their number, and each is
+# reported once.
 
 # %%
 #| export
@@ -197,8 +198,14 @@ class SkipBroken(DetectionDataset):
         ds,  # data set without boxes
         most: int,  # broken images that are skipped, in each process
     ):
-        self._ds, self.most, self.broken = ds, most, set()
+        self._ds, self.most = ds, most
+        self._flags = torch.zeros(len(ds), dtype=torch.uint8).share_memory_()
         self.name, self.classes, self.ids = ds.name, ds.classes, ds.ids
+
+    @property
+    def broken(self) -> list:
+        "Positions of the images that were skipped, here or in a worker"
+        return self._flags.nonzero().flatten().tolist()
 
     def __getitem__(self, i):
         for n in range(len(self)):
@@ -206,13 +213,18 @@ class SkipBroken(DetectionDataset):
             try:
                 return self._ds[at]
             except DataError as e:
-                if at not in self.broken and len(self.broken) >= self.most:
-                    bound = f'more than data.skip_broken={self.most} unlabelled images cannot be read'
-                    raise DataError(f'{e}; {bound}') from None
-                if at not in self.broken:
-                    self.broken.add(at)
-                    warnings.warn(f'{e}; skipped ({len(self.broken)} of at most {self.most})')
+                self._count(at, e)
         raise DataError(f'{self.name}: no unlabelled image can be read; check the folder')
+
+    def _count(self, at, error):
+        "Mark an image as broken; a DataError beyond the bound"
+        if self._flags[at]:
+            return
+        if (n := len(self.broken)) >= self.most:
+            bound = f'more than data.skip_broken={self.most} unlabelled images cannot be read'
+            raise DataError(f'{error}; {bound}') from None
+        self._flags[at] = 1
+        warnings.warn(f'{error}; skipped ({n + 1} of at most {self.most})')
 
     def annotation(self, i):
         return self._ds.annotation(i)

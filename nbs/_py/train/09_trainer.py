@@ -3,8 +3,8 @@
 #
 # > Train any method on any data: resume exactly, follow pseudo labels, stop at non-finite values.
 #
-# A training loop is easy to write and hard to trust. This one makes four promises. A run that was stopped and
-# resumed gives the numbers of a run that was not. A loss that is not finite stops the run and keeps the
+# A training loop is easy to write and hard to trust. This one makes four promises. A run that was stopped, by a
+# signal or by an error, and resumed gives the numbers of a run that was not (@sec-stop). A loss that is not finite stops the run and keeps the
 # batch, the weights and the random state that produced it. Pseudo labels are compared with hidden truth that
 # no method gets. And the folder of a run holds everything that is needed to repeat it.
 #
@@ -26,14 +26,12 @@ import torch
 from tqdm import tqdm
 from semidetr.core import (
     DataError,
-    all_reduce_mean,
     atomic_write,
     is_main,
     pick_device,
     rank,
     rng_state,
     seed_everything,
-    set_rng_state,
     stable_hash,
     start_processes,
     world_size,
@@ -47,13 +45,10 @@ from semidetr.train.checkpoint import (
     RunLog,
     cpu_seconds,
     environment,
-    load_checkpoint,
-    load_weights,
     pack_rng,
     peak_memory_mb,
     save_checkpoint,
     start_from,
-    unpack_rng,
 )
 from semidetr.train.config import Config, config_hash, to_dict
 from semidetr.train.evaluation import evaluate_model, same_rng, to_device
@@ -61,14 +56,24 @@ from semidetr.train import health
 from semidetr.train.machine import choose_amp
 from semidetr.train.optim import average_gradients, build_optimizer, gradient_norm, lr_factor
 from semidetr.train.run_data import RunData, build_data, images_of_roles, resolve
-from semidetr.train.run_folder import RESUME, check_same_run, keep_progress, stop_gently
+from semidetr.train.stop import (
+    RESUME,
+    Resumable,
+    Snapshot,
+    Stop,
+    keep_progress,
+    on_any_process,
+    owned,
+    refuse_others,
+    stop_gently,
+)
 
 
 # %% [markdown]
 # ## State of a run
 #
 # Weights, moments, random state, position in the data, health window, history: all of it is saved, and
-# loading compares the configuration first. Processes other than the first save only what is theirs alone: the
+# loading compares the configuration first (@sec-generations). Processes other than the first save only what is theirs alone: the
 # random state, the window, the numbers since the last log line, the cache of mixed views (@sec-mixing).
 
 # %%
@@ -86,8 +91,9 @@ class BuiltRun:
         start_processes()
         if cfg.run.threads:
             torch.set_num_threads(cfg.run.threads)
-        cfg = choose_amp(cfg, run_dir)
         self.dir, self.device = Path(run_dir), pick_device(cfg.run.device)
+        refuse_others(self.dir, self.device)
+        cfg, self.stop = choose_amp(cfg, run_dir), Stop()
         self.progress, self.position = progress and is_main(), position
         self.data = build_data(cfg.data, cfg.detector)
         if not len(self.data.labelled):
@@ -105,6 +111,7 @@ class BuiltRun:
         if cfg.run.init and not goes_on:
             start_from(self, cfg.run.init)
         self.optimizer = build_optimizer(self.student, cfg.optim, [self.method])
+        self.snapshot = Snapshot(self.student, self.teacher, self.method, self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.run.amp == 'fp16')
         self.health = health.HealthMonitor(self.data.truth, cfg.run.health_window)
         self.step, self.recent, self.history, self.spent = 0, [], [], dict(seconds=0.0, cpu=0.0)
@@ -113,7 +120,7 @@ class BuiltRun:
 
 # %%
 #| export
-class RunState(BuiltRun):
+class RunState(Resumable, BuiltRun):
     "What a checkpoint holds; a run whose folder has one continues from it"
 
     def __init__(self, cfg: Config, run_dir, progress: bool = True, position: int = 0):
@@ -121,11 +128,6 @@ class RunState(BuiltRun):
         self.roles = images_of_roles(self.data, cfg.run.test)
         if (self.dir / 'last.pt').exists():
             self.load()
-
-    @property
-    def own_file(self) -> Path:
-        "The checkpoint of this process"
-        return self.dir / ('last.pt' if is_main() else f'last.rank{rank()}.pt')
 
     def state_dict(self) -> dict:  # tensors and plain values
         "All state that this process saves"
@@ -155,35 +157,6 @@ class RunState(BuiltRun):
             student=self.student.state_dict(),
             teacher=self.teacher.state_dict(),
         )
-
-    def save(self):
-        "Write the checkpoint of this process"
-        save_checkpoint(self.own_file, **self.state_dict())
-
-    def load(self):
-        "Continue from the checkpoint; an error if it belongs to another run"
-        saved = load_checkpoint(self.dir / 'last.pt')
-        check_same_run(
-            saved['config'],
-            self.cfg,
-            saved['split'],
-            self.data.split.fingerprint,
-            self.dir,
-            saved.get('roles'),
-            self.roles,
-        )
-        load_weights(self.student, saved['student'], self.dir)
-        load_weights(self.teacher, saved['teacher'], self.dir)
-        self.method.load_state_dict(saved.get('parts', {}))
-        self.optimizer.load_state_dict(saved['optimizer'])
-        self.scaler.load_state_dict(saved['scaler'])
-        self.history, self.spent, self.step = saved['history'], saved['spent'], saved['step']
-        if not is_main() and self.own_file.exists():
-            saved = load_checkpoint(self.own_file)
-            self.method.load_state_dict(saved.get('parts', {}), strict=False)  # caches of views
-        self.recent = saved['recent']
-        self.health.load_state_dict(saved['health'])
-        set_rng_state(unpack_rng(saved['rng']))
 
 
 # %% [markdown]
@@ -291,13 +264,6 @@ def mean_scalars(
     return out
 
 
-def on_any_process(flag: bool, device) -> bool:
-    "Is the flag set on any process? A signal may reach one before the others"
-    if world_size() == 1:
-        return flag
-    return bool(all_reduce_mean(torch.tensor(float(flag), device=device)))
-
-
 # %%
 rows = [dict(loss=2.0, loss_unsup_cls=1.0, pseudo_boxes=3.0), dict(loss=4.0)]
 assert mean_scalars(rows) == dict(loss=3.0, loss_unsup_cls=0.5, pseudo_boxes=3.0)
@@ -341,10 +307,11 @@ class Session(RunState):
             scalars['parts_grad_norm'] = gradient_norm(own) / self.scaler.get_scale()
         return scalars
 
-    def failure(self, error, batch, rng, batches) -> NonFiniteError:
-        "Save what led to a value that is not finite, and name the images"
+    def failure(self, error, batch, batches) -> NonFiniteError:
+        "Save what led to a value that is not finite, as it was before the iteration, and name the images"
         path = self.dir / f'failed_step_{self.step}.pt'
-        save_checkpoint(path, **{**self.state_dict(), 'rng': rng, 'batches': batches})
+        self.snapshot.back()
+        save_checkpoint(path, **self.state_dict(), batches=batches)
         ids = {k: [t['image_id'] for t in part['targets']] for k, part in batch.items()}
         return NonFiniteError(
             f'iteration {self.step}: {error}; images {ids}; batch, weights and random state are in {path}'
@@ -375,9 +342,10 @@ class Evaluation(Session):
         "COCO metrics of both networks; the teacher is the one that the tables report"
         nms = (self.cfg.run.eval_nms if nms is None else nms) or None
         out = {}
-        for which in ('teacher', 'student'):
-            text, model = f'evaluate {which}' if self.progress else '', getattr(self, which)
-            out[which] = evaluate_model(model, ds, self.cfg.view, self.device, nms, text, both=both)
+        with self.stop.at_once():
+            for which in ('teacher', 'student'):
+                text, model = f'evaluate {which}' if self.progress else '', getattr(self, which)
+                out[which] = evaluate_model(model, ds, self.cfg.view, self.device, nms, text, both=both)
         return out
 
     def evaluation_is_due(self) -> bool:
@@ -409,6 +377,8 @@ class Evaluation(Session):
             metrics['val'] = self.evaluate(d.val, both=True)
         counts = {role: len(getattr(d, role) or ()) for role in ('labelled', 'unlabelled', 'dev', 'val')}
         marks = {k: v for k, v in d.marks.items() if k != 'test' or self.cfg.run.test}
+        if skipped := len(getattr(d.unlabelled, 'broken', ())):
+            marks['skipped'] = skipped  # unlabelled images that could not be read
         result = dict(
             name=self.dir.name,
             hash=config_hash(self.cfg),
@@ -469,7 +439,44 @@ class Progress:
 
 # %%
 #| export
-class Trainer(Evaluation):
+class Iteration(Evaluation):
+    "One iteration of a run"
+
+    def iterate(
+        self,
+        accumulated,  # batches of one optimiser step
+        progress,  # Progress
+    ):
+        "One iteration, from the update of the teacher to the line in the log and to metrics that are due"
+        cfg, optim = self.cfg.run, self.cfg.optim
+        self.snapshot.take()
+        update_teacher(self.teacher, self.student, ema_decay(self.step, self.cfg.ema, bool(cfg.init)))
+        self.student.train()
+        try:
+            for batch in accumulated:
+                with self.autocast():
+                    part = to_device(batch, self.device)
+                    result = self.method.step(self.student, self.teacher, part, self.step)
+                loss = total_loss(result.losses)
+                self.scaler.scale(loss / optim.accumulate).backward()
+            average_gradients(p for g in self.optimizer.param_groups for p in g['params'])
+            scalars = self.scalars_of(result, loss)
+            with self.stop.hold():
+                factor = lr_factor(self.step, optim)
+                scalars['grad_norm'] = clip_and_step(self.optimizer, self.scaler, optim.clip, factor)
+                self.step += 1
+                self.snapshot.done()
+                self.count(scalars, result.boxes, progress.log)
+        except NonFiniteError as e:
+            raise self.failure(e, batch, accumulated) from None
+        if self.evaluation_is_due():
+            self.evaluate_dev(progress.log)
+        progress.show(self, scalars)
+
+
+# %%
+#| export
+class Trainer(Iteration):
     "Run a configuration: `Trainer(cfg, 'runs/mine').fit()`; a stopped run in that folder is continued"
 
     def fit(
@@ -477,42 +484,26 @@ class Trainer(Evaluation):
         until: int | None = None,  # iteration to stop after, with a checkpoint; None: train to the end
     ) -> dict | None:  # content of run.json; None if it was stopped at `until`
         "Train, evaluate on the development part and the test split, write run.json"
-        cfg, optim, progress, batches = self.cfg.run, self.cfg.optim, Progress(self), self.batches()
-        with keep_progress(self), stop_gently() as signals, progress, contextlib.closing(batches):
-            if self.evaluation_is_due():
-                self.evaluate_dev(progress.log)  # an image of the part was broken when the run was saved
-            for accumulated in batches:
-                before = pack_rng(rng_state())
-                update_teacher(self.teacher, self.student, ema_decay(self.step, self.cfg.ema, bool(cfg.init)))
-                self.student.train()
-                try:
-                    for batch in accumulated:
-                        with self.autocast():
-                            part = to_device(batch, self.device)
-                            result = self.method.step(self.student, self.teacher, part, self.step)
-                        loss = total_loss(result.losses)
-                        self.scaler.scale(loss / optim.accumulate).backward()
-                    average_gradients(p for g in self.optimizer.param_groups for p in g['params'])
-                    scalars = self.scalars_of(result, loss)
-                    factor = lr_factor(self.step, optim)
-                    scalars['grad_norm'] = clip_and_step(self.optimizer, self.scaler, optim.clip, factor)
-                except NonFiniteError as e:
-                    raise self.failure(e, batch, before, accumulated) from None
-                self.step += 1
-                self.count(scalars, result.boxes, progress.log)
+        with stop_gently() as self.stop, owned(self), keep_progress(self, self.stop):
+            batches = self.batches()
+            with Progress(self) as progress, contextlib.closing(batches):
                 if self.evaluation_is_due():
-                    self.evaluate_dev(progress.log)
-                progress.show(self, scalars)
-                self.spent = progress.time()
-                stopped = on_any_process(bool(signals), self.device)
-                if stopped or self.step == until or self.step % cfg.checkpoint_every == 0:
+                    self.evaluate_dev(progress.log)  # it was interrupted when the run was saved
                     self.save()
-                if stopped:
-                    raise KeyboardInterrupt(f'stopped after iteration {self.step}; {RESUME}')
-                if self.step == until:
-                    return None
-        self.save()
-        return self.report()
+                for accumulated in batches:
+                    self.iterate(accumulated, progress)
+                    self.stop_if_lost()
+                    self.spent = progress.time()
+                    stopped = on_any_process(self.stop.is_asked(), self.device)
+                    if stopped or self.step == until or self.step % self.cfg.run.checkpoint_every == 0:
+                        self.save()
+                    if stopped:
+                        raise KeyboardInterrupt(f'stopped after iteration {self.step}; {RESUME}')
+                    if self.step == until:
+                        return None
+            if self.saved != self.step:
+                self.save()
+            return self.report()
 
 
 # %% [markdown]
