@@ -212,7 +212,8 @@ def test_the_log_is_that_of_all_processes(halves, tmp_path):
     assert len(one) == len(two) == 4 and len(names) > 8
     for a, b in zip(one, two):
         assert a.keys() == b.keys()
-        assert {k: b.get(k) for k in names} == pytest.approx({k: a.get(k) for k in names}, rel=1e-3)
+        here = [k for k in names if k in a]
+        assert {k: b[k] for k in here} == pytest.approx({k: a[k] for k in here}, rel=1e-3)
 
 
 def test_the_switches_name_another_run():

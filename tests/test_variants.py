@@ -104,5 +104,5 @@ def test_settings_keep_their_names():
     )
     assert [f.name for f in dataclasses.fields(ConsistencyConfig)] == (
         'weight cross norm until groups boxes jitter n_random correspondence density grid slot_weights '
-        'projector hidden top'.split()
+        'projector hidden top normalise'.split()
     )
