@@ -90,7 +90,7 @@ class Stop(list):
         finally:
             self.is_patient = True
 
-
+# %% ../../nbs/train/07_stop.ipynb #2cf924f5
 @contextlib.contextmanager
 def stop_gently():
     "Signals that end a program are collected in a `Stop`; outside the main thread they stay as they are"
@@ -246,7 +246,7 @@ class _Restoring(Saving):
             return f'{path}: damaged ({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ""})'
         return ''
 
-
+# %% ../../nbs/train/07_stop.ipynb #c8dd68d8
 class Resumable(_Restoring):
     "Saving and continuing, for a run with networks, method, optimiser, scaler, health and `state_dict`"
 

@@ -108,6 +108,8 @@ class Stop(list):
             self.is_patient = True
 
 
+# %%
+#| export
 @contextlib.contextmanager
 def stop_gently():
     "Signals that end a program are collected in a `Stop`; outside the main thread they stay as they are"
@@ -340,6 +342,8 @@ class _Restoring(Saving):
         return ''
 
 
+# %%
+#| export
 class Resumable(_Restoring):
     "Saving and continuing, for a run with networks, method, optimiser, scaler, health and `state_dict`"
 
