@@ -8,13 +8,12 @@ __all__ = ['markdown_table', 'read_records', 'with_arm', 'values', 'class_values
            'as_published', 'plot_arms', 'plot_differences']
 
 # %% ../../nbs/lab/04_report.ipynb #1606bc9e
-import json
-import tomllib
 from pathlib import Path
 from statistics import mean, stdev
 import matplotlib.pyplot as plt
 from scipy.stats import t as student_t
-from ..core import DataError
+from ..core import ConfigError, DataError, suggest
+from ..reading import check, check_fields, read_record, read_toml
 from ..draw import COLORS
 from .study import paired_difference
 
@@ -45,7 +44,7 @@ def read_records(
     "The committed records of a study"
     folder, name = Path(results) / study, study.partition('/')[0]
     executed = _has_page(results, name)
-    runs = [json.loads(p.read_text()) | dict(executed=executed) for p in folder.glob('seed*.json')]
+    runs = [read_record(p) | dict(executed=executed) for p in folder.glob('seed*.json')]
     runs = sorted((r for r in runs if set(arms) <= set(r['arms'])), key=lambda r: r['seed'])
     if not runs:
         missing = ', '.join(arms) or 'a record'
@@ -248,7 +247,11 @@ def published(
     key: str,  # table of `paper_results.toml`
 ) -> list:  # its rows
     "The numbers of the paper, as far as they could be obtained"
-    return tomllib.loads((Path(results).parent / 'paper_results.toml').read_text())[key]['rows']
+    path = Path(results).parent / 'paper_results.toml'
+    tables = check(dict[str, dict], read_toml(path), path, ConfigError)
+    if key not in tables:
+        raise ConfigError(f'{path}: has no table {key!r}; {suggest(key, tables)}')
+    return check_fields(tables[key], dict(rows=list[dict]), f'{path}: {key}', ConfigError)['rows']
 
 
 def as_published(

@@ -34,7 +34,7 @@ from pathlib import Path
 from semidetr.core import DataError
 from semidetr.data.entries import as_number
 from semidetr.data.files import Fault, Source, as_flag, coco_entries, image_suffixes, images_under, reason
-from semidetr.text import read_json, read_lines, read_text
+from semidetr.text import SMALL_MB, read_json, read_lines, read_text
 
 
 # %% [markdown]
@@ -259,7 +259,9 @@ def _corner(element, key):  # one number of the one box of an object
 
 
 def _voc_file(path):  # one XML -> ((name, box xywh, difficult) of each object, (height, width), file name)
-    text = read_text(path)
+    text = read_text(path, most_mb=SMALL_MB)
+    if '<!ENTITY' in text:
+        raise ValueError('declares entities of XML, which may unfold without end')
     root = ET.fromstring(re.sub(r'^\s*<\?xml.*?\?>', '', text, flags=re.S))
     size = [as_number(root.findtext(f'size/{k}') or '0') for k in ('height', 'width')]
     objects = []

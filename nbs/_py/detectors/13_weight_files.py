@@ -19,7 +19,6 @@ warnings.filterwarnings('ignore', message='IProgress')
 # %%
 #| export
 import argparse
-import json
 import pickle
 import re
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 from semidetr.core import DataError
 from semidetr.data import formats
-from semidetr.text import read_text
+from semidetr.reading import check_fields, read_small_json
 
 # %%
 import tempfile
@@ -89,14 +88,7 @@ def _load_safetensors(path):
 #| export
 def _json_object(path):
     "Content of a JSON file that holds one object"
-    text = read_text(path, cure='fetch the folder again')
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise DataError(f'{path}: no JSON ({str(e)[:80]}); fetch the folder again') from None
-    if not isinstance(content, dict):
-        raise DataError(f'{path}: holds {type(content).__name__}, no object; fetch the folder again')
-    return content
+    return check_fields(read_small_json(path, cure='fetch the folder again'), {}, path)
 
 
 def _config_beside(path):
@@ -118,6 +110,8 @@ def _load_folder(folder):
     state, where = {}, _json_object(index).get('weight_map')
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
         raise DataError(f'{index}: names no shard of a tensor (weight_map); fetch the folder again')
+    if odd := [name for name in where.values() if Path(name).name != name]:
+        raise DataError(f'{index}: {odd[0]!r} is no file of this folder; fetch the folder again')
     for name in sorted(set(where.values())):
         if not (folder / name).is_file():
             raise DataError(f'{folder}: {name} is missing, {index.name} lists it; fetch the folder again')

@@ -12,18 +12,18 @@
 
 # %%
 #| export
-import json
-import tomllib
 from pathlib import Path
 from statistics import mean, stdev
 import matplotlib.pyplot as plt
 from scipy.stats import t as student_t
-from semidetr.core import DataError
+from semidetr.core import ConfigError, DataError, suggest
+from semidetr.reading import check, check_fields, read_record, read_toml
 from semidetr.draw import COLORS
 from semidetr.lab.study import paired_difference
 
 # %%
 #| hide
+import json
 import tempfile
 from IPython.display import Markdown as markdown
 
@@ -75,7 +75,7 @@ def read_records(
     "The committed records of a study"
     folder, name = Path(results) / study, study.partition('/')[0]
     executed = _has_page(results, name)
-    runs = [json.loads(p.read_text()) | dict(executed=executed) for p in folder.glob('seed*.json')]
+    runs = [read_record(p) | dict(executed=executed) for p in folder.glob('seed*.json')]
     runs = sorted((r for r in runs if set(arms) <= set(r['arms'])), key=lambda r: r['seed'])
     if not runs:
         missing = ', '.join(arms) or 'a record'
@@ -351,7 +351,11 @@ def published(
     key: str,  # table of `paper_results.toml`
 ) -> list:  # its rows
     "The numbers of the paper, as far as they could be obtained"
-    return tomllib.loads((Path(results).parent / 'paper_results.toml').read_text())[key]['rows']
+    path = Path(results).parent / 'paper_results.toml'
+    tables = check(dict[str, dict], read_toml(path), path, ConfigError)
+    if key not in tables:
+        raise ConfigError(f'{path}: has no table {key!r}; {suggest(key, tables)}')
+    return check_fields(tables[key], dict(rows=list[dict]), f'{path}: {key}', ConfigError)['rows']
 
 
 def as_published(
