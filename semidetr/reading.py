@@ -235,7 +235,9 @@ def read_record(
     value = read_small_json(path, cure=f'damaged record: {cure}')
     kinds = dict(seed=int, study=str, arms=dict[str, dict], burn_in=dict | None)
     check_fields(value, kinds, path, cure=f'no record of a study: {cure}', optional=('study', 'burn_in'))
-    for name, arm in value['arms'].items():
+    for name, arm in {'burn-in': value.get('burn_in'), **value['arms']}.items():
+        if arm is None:
+            continue
         where = f'{path}: arm {name!r}'
         check_fields(arm, ARM, where, cure=f'no record of a study: {cure}', optional=('iterations',))
     return value

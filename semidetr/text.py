@@ -65,14 +65,13 @@ def read_bytes(
             found = os.fstat(handle)
             if not stat.S_ISREG(found.st_mode):
                 raise error(f'{path}: is a pipe or a device; give {wanted}')
-            raw = f.read(int(most_mb * MB) + 1) if found.st_size <= most_mb * MB else None
+            raw = f.read(found.st_size) if found.st_size <= most_mb * MB else None
     except (OSError, ValueError) as e:
         folder = isinstance(e, IsADirectoryError) or os.path.isdir(path)
         what = 'is a directory' if folder else (getattr(e, 'strerror', None) or 'cannot be read').lower()
         raise error(f'{path}: {what}; give {wanted}') from None
-    if raw is None or len(raw) > most_mb * MB:
-        size = f'{max(found.st_size, len(raw or b"")) / MB:,.0f} MB'
-        raise error(f'{path}: has {size}, and {most_mb:g} MB are the limit; give {wanted}')
+    if raw is None:
+        raise error(f'{path}: has {found.st_size / MB:,.0f} MB, {most_mb:g} MB are the limit; give {wanted}')
     return raw
 
 # %% ../nbs/03_text.ipynb #732e860b

@@ -218,7 +218,10 @@ class Run:
     @property
     def config(self) -> Config:
         "All settings"
-        return from_saved(self.result['config'])
+        try:
+            return from_saved(self.result['config'])
+        except ConfigError as e:
+            raise ConfigError(f"{self.folder / 'run.json'}: {e}") from None
 
     @property
     def hash(self) -> str:

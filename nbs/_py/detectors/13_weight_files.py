@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from semidetr.core import DataError
 from semidetr.data import formats
-from semidetr.reading import check_fields, read_small_json
+from semidetr.reading import check, check_fields, read_small_json
 
 # %%
 import tempfile
@@ -180,14 +180,20 @@ def read_weights(
         content = _load_pickle(path)
         state, others = _inner_state(content, path, key)
         meta = content['meta'] if isinstance(content.get('meta'), dict) else {}
-        classes = list(meta.get('CLASSES') or content.get('classes') or []) or None
+        classes = meta.get('CLASSES') or content.get('classes') or None
         architecture = content['arch'] if isinstance(content.get('arch'), str) else ''
     if not state:
         raise DataError(f'{path}: holds no tensors; give a file that holds a state dict')
     if 'format' not in state:
         state = _named_tensors(state, path)
-    if config.get('id2label'):
-        classes = [name for _, name in sorted(config['id2label'].items(), key=lambda item: int(item[0]))]
+    classes = list(classes) if isinstance(classes, tuple) else classes
+    if labels := config.get('id2label'):
+        check(dict[str, str], labels, f'{path}: id2label', cure='fetch the folder again')
+        if odd := [k for k in labels if not k.isdecimal() or len(k) > 9]:
+            raise DataError(f'{path}: id2label: {odd[0]!r} is no label; fetch the folder again')
+        classes = [name for _, name in sorted(labels.items(), key=lambda item: int(item[0]))]
+    check(list[str] | None, classes, f'{path}: classes', cure='save their names as a list of texts')
+    check(str | None, config.get('architecture'), f'{path}: architecture', cure='fetch the folder again')
     return WeightFile(str(path), state, config, classes, others, config.get('architecture', architecture))
 
 

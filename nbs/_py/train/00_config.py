@@ -198,6 +198,8 @@ def _coerce(value, kind, where):
         if not isinstance(value, (list, tuple)):
             value = (value,)
         args = [a for a in typing.get_args(kind) if a is not Ellipsis]
+        if not args and any(type(v) not in (int, float) for v in value):
+            raise ConfigError(f'{where}={value!r} must hold numbers')
         return tuple(
             _coerce(v, args[min(i, len(args) - 1)], where) if args else v for i, v in enumerate(value)
         )
