@@ -2,17 +2,19 @@
 
 An input is a small valid data set of one format in which one file, or one part of the folder, is changed. It
 may open, and then every box is the one that the changed file gives (an oracle below computes it from the
-bytes); or it raises a `DataError` (`ConfigError` for settings) of one line that names a file of the data set.
+bytes); or it raises a `DataError` (`ConfigError` for settings) of one line that names a file of the set.
 The same holds for what is no data set: settings, overrides and options of the command line, splits, index
-lists, studies, results, records, logs, checkpoints, weights and notebooks. Other exceptions, wrong boxes, inputs
-that take more than ten seconds or a gigabyte are findings. Input number n of a format depends on n alone:
+lists, studies, results, records, logs, checkpoints, weights and notebooks. Other exceptions, wrong boxes,
+and inputs that take more than ten seconds or a gigabyte are findings. Input number n of a format depends on
+n alone:
 
     python benchmarks/fuzz.py                      # 300,000 inputs, on all cores
     python benchmarks/fuzz.py --case coco:4711     # one of them, with its traceback
     python benchmarks/fuzz.py --out record.json    # counts, findings, seconds and the first number, in a file
 """
 
-import argparse, io, json, math, os, random, re, resource, shutil, signal, sys, tempfile, time, traceback, warnings
+import argparse, io, json, math, os, random, re, resource, shutil, signal, sys, tempfile, time
+import traceback, warnings
 import xml.etree.ElementTree as ET
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -41,7 +43,8 @@ from semidetr.train.predict_files import read_formats
 
 W, H = 16, 12
 BOXES = [[2, 3, 5, 4], [8, 1, 6, 9], [1, 6, 3, 5]]  # the first two in image 0, the third in image 1
-LIMIT = 10  # seconds for one input
+LIMIT = 10  # seconds of computing for one input
+WAIT = 60  # seconds by the clock: what waits for ever, such as for a pipe, computes nothing
 MEMORY = 10**9  # bytes that a process may take beyond what it has at its start
 CASE = Path(tempfile.gettempdir()) / 'fuzz_case'  # where `--case` leaves its input
 THIN = 1e-4  # pixels; in single precision thinner boxes may have no area
@@ -56,6 +59,11 @@ class Hang(BaseException):
 
 def _alarm(*_):
     raise Hang()
+
+
+def alarms(computing, waiting):
+    signal.setitimer(signal.ITIMER_PROF, computing)
+    signal.setitimer(signal.ITIMER_REAL, waiting)
 
 
 # --- valid data sets: each function fills a folder; -> files whose content is mutated -------------------
@@ -854,7 +862,7 @@ def run_case(kind, number, base, scratch, keep=False):
                 mutate_content(rng, path)
     if (root / 'data.yaml').is_file() and OUTSIDE.search((root / 'data.yaml').read_text(errors='replace')):
         return 'leads outside', None  # such as `train: /`, which would read all of this computer
-    signal.setitimer(signal.ITIMER_REAL, LIMIT)
+    alarms(LIMIT, WAIT)
     try:
         result = read_input(kind, root)
         if kind in DATA and rng.random() < 0.04:
@@ -862,7 +870,7 @@ def run_case(kind, number, base, scratch, keep=False):
             str(report)
         return result, None
     except (DataError, ConfigError) as e:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        alarms(0, 0)
         try:
             one_line(e, None if kind in PLACELESS else root)
         except AssertionError as a:
@@ -877,13 +885,14 @@ def run_case(kind, number, base, scratch, keep=False):
         place = f'{Path(frames[-1].filename).name}:{frames[-1].name}' if frames else '?'
         return 'finding', f'{type(e).__name__} in {place}: {str(e)[:300]!r}'
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        alarms(0, 0)
 
 
 def run_many(cases):
     "Several inputs, one after another; -> (counts of what happened, {case: finding})"
     warnings.simplefilter('ignore')
     signal.signal(signal.SIGALRM, _alarm)
+    signal.signal(signal.SIGPROF, _alarm)
     counts, findings, base = Counter(), {}, {}
     place = '/dev/shm' if os.access('/dev/shm', os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix='fuzz-', dir=place) as scratch:

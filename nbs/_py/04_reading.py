@@ -175,6 +175,8 @@ def _weigh(node, known, above):
     return total
 
 
+# %%
+#| export
 def parse_yaml(
     text: str,  # of a file
     path,  # for the message
@@ -281,7 +283,7 @@ def check_fields(
     cure: str = 'write it again',  # what to do, for the message
     optional=(),  # names that may be missing
 ) -> dict:  # the value itself
-    "An error unless the value is an object that has these names with these types; other names are not looked at"
+    "An error unless the value is an object that has these names with these types; others are not looked at"
     if not isinstance(value, dict):
         raise error(f'{where}: holds {type(value).__name__}, no object; {cure}')
     if missing := [k for k in kinds if k not in value and k not in optional]:

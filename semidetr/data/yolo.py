@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from ..core import DataError
 from .entries import as_number
-from .files import Fault, Source, files_under, images_under, read_size, reason
+from .files import Fault, Source, files_under, images_under, outside_faults, read_size, reason
 from .formats import folder_like, other_spelling, plain_name
 from ..reading import read_yaml
 from ..text import SMALL_MB, read_lines, read_text
@@ -221,6 +221,9 @@ def _yolo_images(root, conf, split):  # -> image paths of one split, what was fo
                 f"{root}: data.yaml names '{e}' for {split}, which is not there; "
                 f"looked for {', '.join(dict.fromkeys(map(str, tries)))}"
             )
+        if place.is_dir() and place.resolve() in root.resolve().parents:
+            what = 'which holds the data set itself and all beside it; write a folder below'
+            raise DataError(f"{root}: data.yaml names '{e}' for {split}, {what}")
         if place.is_dir():
             out += [place / f for f in images_under(place)]
         else:
@@ -298,6 +301,7 @@ def read_yolo(
             anns.append(dict(image_id=im['id'], category_id=c, bbox=box))
     faults += guesses + list(_yolo_faults(lines, str(path), kind))
     faults += _orphans(root, lines)
+    faults += outside_faults(root, [im['file_name'] for im in images], str(path))
     cats = [dict(id=k, name=v) for k, v in names.items()]
     data = dict(images=images, annotations=anns, categories=cats)
     return Source(f'{root.absolute().name}/{split}', str(path), data, root, faults)

@@ -62,7 +62,8 @@ def _load_safetensors(path):
 # %% ../../nbs/detectors/13_weight_files.ipynb #bf357a4a
 def _json_object(path):
     "Content of a JSON file that holds one object"
-    return check_fields(read_small_json(path, cure='fetch the folder again'), {}, path)
+    cure = 'fetch the folder again'
+    return check_fields(read_small_json(path, cure=cure), {}, path, cure=cure)
 
 
 def _config_beside(path):

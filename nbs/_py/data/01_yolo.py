@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from semidetr.core import DataError
 from semidetr.data.entries import as_number
-from semidetr.data.files import Fault, Source, files_under, images_under, read_size, reason
+from semidetr.data.files import Fault, Source, files_under, images_under, outside_faults, read_size, reason
 from semidetr.data.formats import folder_like, other_spelling, plain_name
 from semidetr.reading import read_yaml
 from semidetr.text import SMALL_MB, read_lines, read_text
@@ -285,6 +285,9 @@ def _yolo_images(root, conf, split):  # -> image paths of one split, what was fo
                 f"{root}: data.yaml names '{e}' for {split}, which is not there; "
                 f"looked for {', '.join(dict.fromkeys(map(str, tries)))}"
             )
+        if place.is_dir() and place.resolve() in root.resolve().parents:
+            what = 'which holds the data set itself and all beside it; write a folder below'
+            raise DataError(f"{root}: data.yaml names '{e}' for {split}, {what}")
         if place.is_dir():
             out += [place / f for f in images_under(place)]
         else:
@@ -366,6 +369,7 @@ def read_yolo(
             anns.append(dict(image_id=im['id'], category_id=c, bbox=box))
     faults += guesses + list(_yolo_faults(lines, str(path), kind))
     faults += _orphans(root, lines)
+    faults += outside_faults(root, [im['file_name'] for im in images], str(path))
     cats = [dict(id=k, name=v) for k, v in names.items()]
     data = dict(images=images, annotations=anns, categories=cats)
     return Source(f'{root.absolute().name}/{split}', str(path), data, root, faults)

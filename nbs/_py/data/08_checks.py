@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
-from semidetr.core import DataError
+from semidetr.core import DataError, printable
 from semidetr.reading import check_fields, read_small_json
 from semidetr.data.datasets import DetectionDataset
 from semidetr.data.splits import SPLIT_MB
@@ -306,7 +306,7 @@ def check_images(
         path = Path(source.folder) / im['file_name']
         return _check_file(path, im.get('id'), declared_size(im), source.where, quick)
 
-    bar = dict(total=len(images), desc=f'images of {source.name}', unit='img')
+    bar = dict(total=len(images), desc=printable(f'images of {source.name}'), unit='img')
     with ThreadPoolExecutor(threads) as pool:
         found = list(tqdm(pool.map(check, images), disable=None if progress is None else not progress, **bar))
     keys = {str(im.get('id')): key for im, (key, _, _) in zip(images, found) if key}

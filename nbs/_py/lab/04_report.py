@@ -12,9 +12,11 @@
 
 # %%
 #| export
+import re
 from pathlib import Path
 from statistics import mean, stdev
 import matplotlib.pyplot as plt
+from markupsafe import Markup
 from scipy.stats import t as student_t
 from semidetr.core import ConfigError, DataError, suggest
 from semidetr.reading import check, check_fields, read_record, read_toml
@@ -27,7 +29,6 @@ import json
 import tempfile
 from IPython.display import Markdown as markdown
 
-
 # %% [markdown]
 # ## A table
 #
@@ -35,15 +36,32 @@ from IPython.display import Markdown as markdown
 
 # %%
 #| export
+_CODE_SPAN = re.compile(r'(`+)[^`\n]+\1')
+
+
+def cell_text(
+    value,  # anything with a `str`; `Markup`: HTML that this package made
+) -> str:
+    "A cell of a Markdown table: tags and columns of a name or a setting are shown, not obeyed"
+    if isinstance(value, Markup):
+        return str(value)
+    text, out, pos = ' '.join(str(value).split('\n')), [], 0
+    for m in _CODE_SPAN.finditer(text):
+        out += [text[pos : m.start()].replace('<', '&lt;'), m[0]]
+        pos = m.end()
+    out.append(text[pos:].replace('<', '&lt;'))
+    return re.sub(r'(?<!\\)\|', r'\\|', ''.join(out))
+
+
 def markdown_table(
     columns: list,  # headings
-    rows: list,  # lists of cells, anything with a `str`
+    rows: list,  # lists of cells, as for `cell_text`
     align: str = '',  # one of l, c, r for each column; default: first left, the others right
 ) -> str:
     "A Markdown table"
     align = align or 'l' + 'r' * (len(columns) - 1)
     rule = [dict(l=':---', c=':---:', r='---:')[a] for a in align]
-    return '\n'.join('| ' + ' | '.join(map(str, row)) + ' |' for row in [columns, rule, *rows])
+    return '\n'.join('| ' + ' | '.join(map(cell_text, row)) + ' |' for row in [columns, rule, *rows])
 
 
 # %%
@@ -256,7 +274,7 @@ def verdicts(
         for d in more:
             doubt = '' if d['n'] == 1 or found(d) else ' (no difference found)'
             line += f' With NMS {plus_minus(d)}{doubt}.'
-        lines.append(line)
+        lines.append(cell_text(line))
     return '\n'.join(lines)
 
 
@@ -339,7 +357,7 @@ def scale_line(
     if start:
         minutes = mean(r['burn_in']['cpu_seconds'] for r in runs) / 60
         parts[2] += f" after a burn-in of {start['iterations']} ({minutes:.1f} CPU-minutes)"
-    text = f"*Scale: {'; '.join(parts)}.*"
+    text = cell_text(f"*Scale: {'; '.join(parts)}.*")
     if runs[0].get('executed'):
         text += f" Executed runs: @sec-runs-{runs[0]['study'].replace('_', '-')}."
     details = f'<details><summary>Every run</summary>\n\n{_run_table(runs, names)}\n\n</details>'
@@ -360,9 +378,9 @@ def published(
 
 def as_published(
     text,  # anything with a `str`
-) -> str:  # HTML
+) -> Markup:  # HTML that `cell_text` leaves alone; the text in it is escaped
     "A cell with a number that was not measured here: coloured, with a title where colours are not seen"
-    return f'<span class="published" title="published, not measured here">{text}</span>'
+    return Markup('<span class="published" title="published, not measured here">{}</span>').format(text)
 
 
 # %% [markdown]
