@@ -178,7 +178,7 @@ def make_overrides(root):
         'optim.lr=1e-3',
         'optim.steps=[10,20]',
         'run.amp=off',
-        'view.mean=[.5,.5,.5]',
+        'view.mean=[0.5,0.5,0.5]',
         'data.data=digits',
     ]
     (root / 'overrides.txt').write_text('\n'.join([*items, 'method.T1=3', 'detector.num_classes=4']) + '\n')
@@ -583,6 +583,8 @@ NAMES += [
 
 def mutate_folder(rng, root):
     entries = sorted(p for p in root.rglob('*'))
+    if not entries:
+        return
     path = rng.choice(entries)
     how = rng.randrange(9)
     if how in (0, 4, 6, 7) and path.is_dir():

@@ -319,7 +319,8 @@ RESULT = dict(hash=str, data=dict[str, typing.Any], metrics=Metrics)
 CONFIG = dict[str, dict[str, typing.Any]]  # group -> setting -> value
 _MORE = dict(config=CONFIG, iterations=int, seconds=float, cpu_seconds=float, peak_memory_mb=float)
 RUN = RESULT | _MORE | dict(commit=str | None, health=dict[str, typing.Any] | None)
-ARM = dict(hash=str, metrics=Metrics, cpu_seconds=float, seconds=float, iterations=int)
+_TIMES = dict(cpu_seconds=float, seconds=float, iterations=int)
+ARM = dict(hash=str, metrics=Metrics, data=dict[str, typing.Any], commit=str | None, machine=str) | _TIMES
 
 
 def read_result(
@@ -327,10 +328,8 @@ def read_result(
     cure: str = 'train again',  # what to do, for the message
 ) -> dict:
     "What a run found: hash, data, metrics; a DataError if it is damaged or of another kind"
-    value = read_small_json(path, cure=f'damaged, or not the result of a run: {cure}')
-    return check_fields(
-        value, RUN, path, cure=f'not the result of a run: {cure}', optional={*RUN} - {*RESULT}
-    )
+    cure = f'damaged, or not the result of a run: {cure}'
+    return check_fields(read_small_json(path, cure=cure), RUN, path, cure=cure, optional={*RUN} - {*RESULT})
 
 
 def read_record(
@@ -341,11 +340,11 @@ def read_record(
     value = read_small_json(path, cure=f'damaged record: {cure}')
     kinds = dict(seed=int, study=str, arms=dict[str, dict], burn_in=dict | None)
     check_fields(value, kinds, path, cure=f'no record of a study: {cure}', optional=('study', 'burn_in'))
-    for name, arm in {'burn-in': value.get('burn_in'), **value['arms']}.items():
-        if arm is None:
-            continue
-        where = f'{path}: arm {name!r}'
-        check_fields(arm, ARM, where, cure=f'no record of a study: {cure}', optional=('iterations',))
+    cure = f'no record of a study: {cure}'
+    check_fields(value.get('burn_in') or {}, ARM, f'{path}: burn-in', cure=cure, optional=ARM)
+    for name, arm in value['arms'].items():
+        check_fields(arm, ARM, f'{path}: arm {name!r}', cure=cure)
+        check_fields(arm['data'], dict(labelled=int, unlabelled=int), f'{path}: data of {name!r}', cure=cure)
     return value
 
 

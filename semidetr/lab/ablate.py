@@ -271,8 +271,9 @@ def seed_line(
     "AP of the teacher, arm by arm, on the test split if it was measured there"
     arms = []
     for arm, a in read_record(path)['arms'].items():
-        metrics = a['metrics'].get('val') or a['metrics'].get('dev')
-        arms.append(f"{arm} {metrics['teacher']['AP']:.1f}" if metrics else f'{arm} -')
+        metrics = a['metrics'].get('val') or a['metrics'].get('dev') or {}
+        ap = metrics.get('teacher', {}).get('AP')
+        arms.append(f'{arm} {ap:.1f}' if isinstance(ap, (int, float)) else f'{arm} -')
     return f'{path}: ' + ', '.join(arms)
 
 # %% ../../nbs/lab/03_ablate.ipynb #3b54c281

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from pathlib import Path
 import torch
-from ..core import DataError
+from ..core import DataError, printable
 from ..reading import read_record
 from ..detectors.contract import build_detector
 from .plan import open_all, state
@@ -77,7 +77,7 @@ def measured_memory(
             measured |= {r['hash']: r['peak_memory_mb'] for r in runs if r}
         except (DataError, KeyError, TypeError):
             cure = f'bring it back with `git checkout {path}`, or run its study again'
-            say(f'{path}: damaged record, not used; {cure}')
+            say(printable(f'{path}: damaged record, not used; {cure}'))
     return measured
 
 

@@ -106,7 +106,19 @@ def values(
     part: str = 'val',  # or 'dev'
 ) -> list:  # percent, one per seed
     "One number of each seed"
-    return [r['arms'][arm]['metrics'][part][who][key] for r in runs]
+    found = []
+    for r in runs:
+        where = f"{r.get('study', 'record')}, seed {r['seed']}, arm {arm!r}"
+        try:
+            x = r['arms'][arm]['metrics'][part][who][key]
+        except KeyError as e:
+            raise DataError(
+                f'{where}: has no {e} among its metrics/{part}/{who}/{key}; run its study again'
+            ) from None
+        if not isinstance(x, (int, float, dict)):
+            raise DataError(f'{where}: {key} is {x!r}, no number; run its study again')
+        found.append(x)
+    return found
 
 
 def class_values(
@@ -115,7 +127,11 @@ def class_values(
     name: str,  # of the class
 ) -> list:  # AP in percent, one per seed
     "AP of one class"
-    return [classes[name]['AP'] for classes in values(runs, arm, 'per_class')]
+    kind = dict[str, dict]
+    found = [check(kind, classes, f'classes of arm {arm!r}') for classes in values(runs, arm, 'per_class')]
+    if lost := [c for c in found if not isinstance(c.get(name, {}).get('AP'), (int, float))]:
+        raise DataError(f'arm {arm!r} has no AP of the class {name!r}; {suggest(name, lost[0])}')
+    return [classes[name]['AP'] for classes in found]
 
 # %% ../../nbs/lab/04_report.ipynb #5037a279
 def difference(
@@ -251,7 +267,7 @@ def scale_line(
         f"{threads} thread{'s' * (threads != 1)} of {first['machine']}",
         f'{cpu:.0f} CPU-minutes for all arms, {wall:.0f} minutes by the clock one after the other',
     ]
-    if start:
+    if start and all({'cpu_seconds', 'iterations'} <= set(r.get('burn_in') or ()) for r in runs):
         minutes = mean(r['burn_in']['cpu_seconds'] for r in runs) / 60
         parts[2] += f" after a burn-in of {start['iterations']} ({minutes:.1f} CPU-minutes)"
     text = cell_text(f"*Scale: {'; '.join(parts)}.*")

@@ -29,7 +29,7 @@ import dataclasses
 import functools
 from pathlib import Path
 import torch
-from semidetr.core import DataError
+from semidetr.core import DataError, printable
 from semidetr.reading import read_record
 from semidetr.detectors.contract import build_detector
 from semidetr.lab.plan import open_all, state
@@ -130,7 +130,7 @@ def measured_memory(
             measured |= {r['hash']: r['peak_memory_mb'] for r in runs if r}
         except (DataError, KeyError, TypeError):
             cure = f'bring it back with `git checkout {path}`, or run its study again'
-            say(f'{path}: damaged record, not used; {cure}')
+            say(printable(f'{path}: damaged record, not used; {cure}'))
     return measured
 
 

@@ -109,7 +109,8 @@ def _read_config(path, cfg):
 def _has_hash(result, cfg):
     "Is this the result of `cfg`? `run.amp=auto` stands for the precision that was chosen when the run began"
     if cfg.run.amp == 'auto':
-        cfg = override(cfg, [f"run.amp={result['config']['run']['amp']}"])
+        chosen = result.get('config', {}).get('run', {}).get('amp', 'auto')
+        cfg = override(cfg, [f'run.amp={chosen}'])
     return result['hash'] == config_hash(cfg)
 
 
