@@ -303,8 +303,8 @@ plt.show()
 # * `read_text` reads UTF-8 with and without mark, UTF-16, UTF-32 and what an XML file declares.
 # * Anything else is an error that names file, byte and cure.
 # * `read_bytes` reads regular files only, up to a size, and waits for no pipe.
-# * `read_lines` and `read_json` build on it; JSON is refused beyond 64 levels. @sec-reading goes on with TOML,
-#   YAML, lists of lines and the types of what was read.
+# * `read_lines` and `read_json` build on it; JSON is refused beyond 64 levels. @sec-reading adds TOML,
+#   YAML, logs and the types of what was read.
 #
 # ## Exercises
 #

@@ -403,7 +403,7 @@ def images_under(
     known = image_suffixes()
     return [f.as_posix() for f in files_under(root) if f.suffix.lower() in known]
 
-
+# %% ../../nbs/data/00_files.ipynb #55edc9e9
 def outside_faults(
     folder,  # of the images
     names,  # paths relative to it

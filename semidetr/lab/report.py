@@ -97,7 +97,7 @@ def with_arm(
         )
     return both
 
-
+# %% ../../nbs/lab/04_report.ipynb #274d3835
 def values(
     runs: list,  # of `read_records`
     arm: str,  # of the study

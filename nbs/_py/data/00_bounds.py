@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Bounds of a data set {#sec-bounds}
 #
-# > Refuse an image that would fill the memory, and see which files lie outside of the folder that was given.
+# > Refuse an image that would fill the memory, and see which files lie outside of their folder.
 
 # %%
 #| default_exp data.bounds

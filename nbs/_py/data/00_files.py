@@ -555,6 +555,13 @@ def images_under(
     return [f.as_posix() for f in files_under(root) if f.suffix.lower() in known]
 
 
+# %%
+assert '.png' in image_suffixes()
+image_suffixes() >= set(IMAGE_SUFFIXES)
+
+
+# %%
+#| export
 def outside_faults(
     folder,  # of the images
     names,  # paths relative to it

@@ -247,14 +247,18 @@ def read_source(
     return _plain_folder(root, split)
 
 
+# %%
+assert _split_of(Path('rf/valid')) == 'val' and _no_coco(Path('list.txt'))
+_split_of(Path('rf/valid'))
+
 # %% [markdown]
 # ## Parsed once
 #
 # A command opens the training images several times: to choose settings, to divide them, to look for a test
 # split. Parsing is most of the time that this takes, so the last few COCO files are kept as they were opened.
 # An entry counts as long as the file and the folders of its images have the same time, size and place; entries
-# whose files are younger than two seconds are not kept, since a change within a tick of the clock of the disk
-# would go unseen. A file about which there is something to say is read again, and so is one without sizes.
+# whose files were written in the last two seconds are not kept, since a change within a tick of the clock of
+# the disk would not be seen. A file about which there is something to say is read again, and so is one without sizes.
 
 # %%
 #| export

@@ -128,6 +128,8 @@ def with_arm(
     return both
 
 
+# %%
+#| export
 def values(
     runs: list,  # of `read_records`
     arm: str,  # of the study
