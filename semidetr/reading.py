@@ -222,8 +222,11 @@ def read_result(
     cure: str = 'train again',  # what to do, for the message
 ) -> dict:
     "What a run found: hash, data, metrics; a DataError if it is damaged or of another kind"
-    cure = f'damaged, or not the result of a run: {cure}'
-    return check_fields(read_small_json(path, cure=cure), RUN, path, cure=cure, optional={*RUN} - {*RESULT})
+    try:
+        return check_fields(read_small_json(path), RUN, path, optional={*RUN} - {*RESULT})
+    except DataError as e:
+        what = str(e).removeprefix(f'{path}: ').rpartition(';')[0]
+        raise DataError(f'{path}: damaged, or not the result of a run ({what}); {cure}') from None
 
 
 def read_record(

@@ -20,7 +20,7 @@ from semidetr.lab.ablate import check_notebook, steps_done
 from semidetr.lab.report import arm_table, as_published, cell_text, markdown_table, published, read_records
 from semidetr.lab.study import read_studies
 from semidetr.lab.study import record as keep_record
-from semidetr.reading import excess, parse_yaml, read_result, read_rows, read_small_json, read_toml
+from semidetr.reading import excess, parse_yaml, read_rows, read_small_json, read_toml
 from semidetr.text import read_bytes, read_json, read_text, too_deep
 from semidetr.train.api import Run
 from semidetr.train.checkpoint import RunLog
@@ -73,7 +73,7 @@ def coco(root, names=('0.png', '1.png'), classes=('dog', 'cat'), make=True, **si
 
 
 # --- bytes and text ----------------------------------------------------------------------------
-READERS = [read_bytes, read_text, read_json, read_small_json, read_toml, read_rows, read_result, load_config]
+READERS = [read_bytes, read_text, read_json, read_small_json, read_toml, read_rows, load_config]
 
 
 @pytest.mark.parametrize('read', READERS, ids=lambda f: f.__name__)

@@ -328,8 +328,11 @@ def read_result(
     cure: str = 'train again',  # what to do, for the message
 ) -> dict:
     "What a run found: hash, data, metrics; a DataError if it is damaged or of another kind"
-    cure = f'damaged, or not the result of a run: {cure}'
-    return check_fields(read_small_json(path, cure=cure), RUN, path, cure=cure, optional={*RUN} - {*RESULT})
+    try:
+        return check_fields(read_small_json(path), RUN, path, optional={*RUN} - {*RESULT})
+    except DataError as e:
+        what = str(e).removeprefix(f'{path}: ').rpartition(';')[0]
+        raise DataError(f'{path}: damaged, or not the result of a run ({what}); {cure}') from None
 
 
 def read_record(
@@ -378,7 +381,7 @@ try:
     read_result(place / 'run.json')
 except DataError as e:
     not_one = str(e).replace(f'{place}/', '')
-assert not_one.startswith('run.json: metrics.val.teacher is 3, should be')
+assert not_one.startswith('run.json: damaged, or not the result of a run (metrics.val.teacher is 3, should')
 not_one
 
 # %%
