@@ -24,7 +24,7 @@ help:
 	@echo 'make book   environment, the demonstration on the built-in data, results, the site in _docs/'
 	@echo 'make test   environment and every check'
 	@echo 'make site   the site alone'
-	@echo 'make fuzz   100,000 damaged inputs for every reader of files, some twenty minutes; FUZZ="--inputs 1000": fewer'
+	@echo 'make fuzz   300,000 damaged inputs for every reader, some twenty minutes; FUZZ="--inputs 1000": fewer'
 	@echo 'make bench  all timings, about a quarter of an hour on a quiet machine, and their page; BENCH=--quick: a smoke version without the page'
 	@echo 'make gpu-check  everything that only a GPU can tell, at most six minutes; needs torch and nvcc, installs nothing'
 	@echo 'make gpu-evidence  long trainings side by side on a GPU, at most nine minutes; SEMIDETR_DATA names the folder of fod12 and txl_pbc'

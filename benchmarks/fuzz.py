@@ -1,33 +1,51 @@
-"""Fuzz every reader of files: mutations of valid data sets open with the right boxes, or raise one DataError.
+"""Fuzz every reader: mutations of valid data sets open with the right boxes, or raise one DataError.
 
 An input is a small valid data set of one format in which one file, or one part of the folder, is changed. It
 may open, and then every box is the one that the changed file gives (an oracle below computes it from the
-bytes); or it raises a `DataError` (`ConfigError` for settings) of one line that names a file of the data set.
-Other exceptions, wrong boxes and inputs that take more than ten seconds are findings. Input number n of a
-format depends on n alone:
+bytes); or it raises a `DataError` (`ConfigError` for settings) of one line that names a file of the set.
+The same holds for what is no data set: settings, overrides and options of the command line, splits, index
+lists, studies, results, records, logs, checkpoints, weights and notebooks. Other exceptions, wrong boxes,
+and inputs that take more than ten seconds or a gigabyte are findings. Input number n of a format depends on
+n alone:
 
-    python benchmarks/fuzz.py                      # 100,000 inputs, on all cores
+    python benchmarks/fuzz.py                      # 300,000 inputs, on all cores
     python benchmarks/fuzz.py --case coco:4711     # one of them, with its traceback
     python benchmarks/fuzz.py --out record.json    # counts, findings, seconds and the first number, in a file
 """
 
-import argparse, json, math, os, random, re, shutil, signal, sys, tempfile, time, traceback, warnings
+import argparse, io, json, math, os, random, re, resource, shutil, signal, sys, tempfile, time
+import traceback, warnings
 import xml.etree.ElementTree as ET
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+import torch
 from PIL import Image
+from safetensors.torch import save_file
+from semidetr.cli.terminal import read_options, read_seeds
 from semidetr.core import ConfigError, DataError
 from semidetr.data.catalog import open_dataset
 from semidetr.data.doctor import check_dataset
-from semidetr.data.splits import load_split, save_split
+from semidetr.data.splits import load_split, read_index_list, save_split
 from semidetr.data.splits import make_split as make_part
+from semidetr.detectors.weight_files import read_weights
+from semidetr.lab.ablate import check_notebook, seed_line, steps_done
+from semidetr.lab.dry_run import measured_memory
+from semidetr.lab.report import arm_table, published, read_records, scale_line, verdicts
+from semidetr.lab.study import record as keep_record
+from semidetr.lab.study import study_lines
 from semidetr.text import read_lines, read_text
-from semidetr.train.config import load_config
+from semidetr.train.api import Run
+from semidetr.train.checkpoint import load_checkpoint, save_checkpoint
+from semidetr.train.config import Config, load_config, override, preset, to_dict
+from semidetr.train.exported import from_safetensors
+from semidetr.train.predict_files import read_formats
 
 W, H = 16, 12
 BOXES = [[2, 3, 5, 4], [8, 1, 6, 9], [1, 6, 3, 5]]  # the first two in image 0, the third in image 1
-LIMIT = 10  # seconds for one input
+LIMIT = 10  # seconds of computing for one input
+WAIT = 60  # seconds by the clock: what waits for ever, such as for a pipe, computes nothing
+MEMORY = 10**9  # bytes that a process may take beyond what it has at its start
 CASE = Path(tempfile.gettempdir()) / 'fuzz_case'  # where `--case` leaves its input
 THIN = 1e-4  # pixels; in single precision thinner boxes may have no area
 
@@ -41,6 +59,11 @@ class Hang(BaseException):
 
 def _alarm(*_):
     raise Hang()
+
+
+def alarms(computing, waiting):
+    signal.setitimer(signal.ITIMER_PROF, computing)
+    signal.setitimer(signal.ITIMER_REAL, waiting)
 
 
 # --- valid data sets: each function fills a folder; -> files whose content is mutated -------------------
@@ -144,6 +167,119 @@ def make_split(root):
     return ['split.json']
 
 
+def make_settings_json(root):
+    values = {k: v for k, v in to_dict(preset('digits')).items() if k in ('data', 'optim', 'run', 'method')}
+    (root / 'config.json').write_text(json.dumps(values, indent=1))
+    return ['config.json']
+
+
+def make_overrides(root):
+    items = [
+        'optim.lr=1e-3',
+        'optim.steps=[10,20]',
+        'run.amp=off',
+        'view.mean=[0.5,0.5,0.5]',
+        'data.data=digits',
+    ]
+    (root / 'overrides.txt').write_text('\n'.join([*items, 'method.T1=3', 'detector.num_classes=4']) + '\n')
+    return ['overrides.txt']
+
+
+def make_options(root):
+    words = [
+        'seeds 0,2',
+        'seeds 3-4',
+        'formats json,csv',
+        'option timeout_min=600',
+        'data digits:n=20,size=96',
+    ]
+    (root / 'options.txt').write_text('\n'.join(words) + '\n')
+    return ['options.txt']
+
+
+def make_index(root):
+    make_coco(root)
+    (root / 'ids.json').write_text('[0, 2]')
+    (root / 'nested.json').write_text('{"50": {"0": [0]}, "100.0": {"0": [1, 0]}}')
+    return ['ids.json', 'nested.json']
+
+
+def make_studies(root):
+    text = '[scales.smoke]\nlater = ["optim.iters=2"]\n[toy]\nabout = "a study"\npreset = "digits"\n'
+    text += 'seeds = [0, 1]\nburn_in = ["optim.iters=4"]\n[toy.arms]\nplain = []\nfast = ["optim.lr=1e-3"]\n'
+    (root / 'studies.toml').write_text(text + '[more]\nafter = "toy"\narms = {one = ["run.seed=1"]}\n')
+    (root / 'results').mkdir()
+    (root / 'paper_results.toml').write_text('[table]\nrows = [{name = "a", AP = 40.5}]\n')
+    return ['studies.toml', 'studies.toml', 'studies.toml', 'paper_results.toml']
+
+
+METRICS = dict(AP=41.5, AP50=60.0, AP_nms=41.0, per_class=dict(dog=dict(AP=41.5)))
+
+
+def result_content(ap=41.5):
+    return dict(
+        hash='0123456789ab',
+        commit='abc',
+        data=dict(classes=['dog', 'cat'], labelled=3, unlabelled=9, fingerprint='f' * 16),
+        metrics=dict(val=dict(teacher=METRICS | dict(AP=ap), student=METRICS)),
+        config=to_dict(Config()),
+        iterations=40,
+        seconds=12.5,
+        cpu_seconds=20,
+        peak_memory_mb=700.5,
+        machine='x86_64',
+        health=dict(pseudo_boxes=1.5),
+    )
+
+
+def make_run(root):
+    (root / 'run.json').write_text(json.dumps(result_content()))
+    rows = [dict(step=n, loss=2.5 / n, pseudo_boxes=1) for n in range(1, 5)]
+    (root / 'log.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    return ['run.json', 'log.jsonl']
+
+
+def make_record(root):
+    (root / 'results/toy').mkdir(parents=True)
+    for seed in range(2):
+        arms = dict(plain=result_content(), fast=result_content(42.5 + seed))
+        about = dict(study='toy', seed=seed, burn_in=result_content(), arms=arms)
+        (root / f'results/toy/seed{seed}.json').write_text(json.dumps(about))
+    return ['results/toy/seed0.json', 'results/toy/seed1.json']
+
+
+def make_checkpoint(root):
+    weights = dict(w=torch.arange(6.0).view(2, 3), b=torch.zeros(2))
+    save_checkpoint(root / 'last.pt', step=4, config=dict(run=dict(seed=1)), classes=['dog'], teacher=weights)
+    return ['last.pt']
+
+
+def make_weights(root):
+    (root / 'config.json').write_text(json.dumps(dict(model_type='detr', id2label={'0': 'dog'}, d_model=8)))
+    save_file(dict(a=torch.zeros(2)), root / 'model-1.safetensors')
+    save_file(dict(b=torch.ones(3)), root / 'model-2.safetensors')
+    where = dict(a='model-1.safetensors', b='model-2.safetensors')
+    (root / 'model.safetensors.index.json').write_text(json.dumps(dict(weight_map=where)))
+    return ['config.json', 'model.safetensors.index.json', 'model-1.safetensors']
+
+
+def make_exported(root):
+    about = dict(
+        semidetr='1', config=json.dumps(dict(run=dict(seed=1))), classes='["dog", "cat"]', nms='null'
+    )
+    save_file(dict(a=torch.zeros(2)), root / 'model.safetensors', about)
+    return ['model.safetensors']
+
+
+def make_notebook(root):
+    words = "title = ''\nfolder = ''\nexpected = ''\nprocesses = 1\n"
+    cell = dict(
+        cell_type='code', metadata=dict(tags=['parameters']), source=words.splitlines(True), outputs=[]
+    )
+    (root / 'run.ipynb').write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4)))
+    return ['run.ipynb']
+
+
 # --- mutations of content ---------------------------------------------------------------------------------
 NUMBERS = (
     '0 -1 1 7 1.5 1e400 -1e9 nan inf 1e-9 0.5 99999999999 1_5 0x10 ٣ 1,5 -0 +3 007 .5 2147483648'.split()
@@ -188,6 +324,10 @@ VALUES += [
     {},
 ]
 VALUES += [[1, 2, 3, 4], [[1]], {'a': 1}, 'x' * 300, '1.png', '2 px', [0, 0, 0, 0], [1, 1, 'a', 2], '‮', '\r']
+DEEP = []
+for _ in range(300):
+    DEEP = [DEEP]
+VALUES += [10**400, DEEP, '<script>alert(1)</script>', '\x1b[31mred', '/etc/passwd', '../../../etc/passwd']
 WORDS = [
     '',
     '\n',
@@ -333,6 +473,20 @@ def mutate_json(rng, raw):
     return json.dumps(data).encode()
 
 
+def mutate_pickle(rng, raw):
+    try:
+        state = torch.load(io.BytesIO(raw), weights_only=True)
+        name = rng.choice(sorted(state.keys() - {'format'}))
+        state[name] = rng.choice(VALUES)
+        if rng.random() < 0.3:
+            del state[name]
+        out = io.BytesIO()
+        torch.save(state, out)
+        return out.getvalue()
+    except Exception:  # two mutations of one file
+        return mutate_bytes(rng, raw)
+
+
 def mutate_xml(rng, raw):
     try:
         tree = ET.fromstring(raw)
@@ -366,15 +520,38 @@ YAML_BOMB = b'names: &a0 [dog]\n' + b''.join(
 YAML_BOMB += b'train: *a12\n'
 
 
+FLOODS = [
+    b'[' * 50_000,
+    b'{"a":' * 20_000,
+    b'a = ' + b'[' * 5000,
+    b'.'.join([b'a'] * 3000) + b' = 1',
+    b'9' * 6000,
+]
+FLOODS += [
+    b'optim.steps=' + b'[' * 5000,
+    b'a: ' * 400 + b'1',
+    b'- ' * 3000,
+    b'\xff\xfe' + b'[\0' * 900,
+    b'\0' * 4000,
+]
+FLOODS += [b'[' + b'9' * 500 + b']', b'"' * 999, b'1e999', b'NaN', b'null', b'<a>' * 9000, b'-Infinity']
+
+
 def mutate_content(rng, path):
     raw = path.read_bytes()
-    own = {'.json': mutate_json, '.xml': mutate_xml}.get(path.suffix, mutate_text)
-    image = path.suffix in ('.jpg', '.png', '.tif', '.webp', '.gif', '.bmp')
-    ways = [mutate_bytes] if image else [own, own, own, mutate_text, mutate_bytes, mutate_encoding]
+    own = {'.json': mutate_json, '.ipynb': mutate_json, '.xml': mutate_xml}.get(path.suffix, mutate_text)
+    image = path.suffix in ('.jpg', '.png', '.tif', '.webp', '.gif', '.bmp', '.pt')
+    ways = (
+        [mutate_bytes, mutate_pickle][: 1 + (path.suffix == '.pt')]
+        if image
+        else [own, own, own, mutate_text, mutate_bytes, mutate_encoding]
+    )
     for _ in range(rng.choice((1, 1, 1, 1, 2, 4))):
         raw = rng.choice(ways)(rng, raw)
     if rng.random() < 0.003:
         raw = {'.xml': BOMB, '.yaml': YAML_BOMB}.get(path.suffix, b'')
+    elif rng.random() < 0.01 and not image:
+        raw = rng.choice(FLOODS)
     path.write_bytes(raw)
 
 
@@ -406,6 +583,8 @@ NAMES += [
 
 def mutate_folder(rng, root):
     entries = sorted(p for p in root.rglob('*'))
+    if not entries:
+        return
     path = rng.choice(entries)
     how = rng.randrange(9)
     if how in (0, 4, 6, 7) and path.is_dir():
@@ -518,6 +697,7 @@ def yolo_oracle(root, ds):
 def check_opened(ds, want):
     "Invariants of every data set, and the boxes of the oracle"
     assert len(set(ds.ids)) == len(ds.ids) > 0
+    assert not any(re.search('[\x00-\x1f\x7f-\x9f]', c) for c in ds.classes), f'classes {ds.classes!r}'
     for n, i in enumerate(ds.ids):
         try:
             a = ds.annotation(n)
@@ -557,8 +737,88 @@ FORMATS = {  # format: (share of the inputs, maker, oracle)
     'voc': (15, make_voc, voc_oracle),
     'folder': (12, make_folder, None),
     'lists': (4, make_lists, None),
-    'settings': (4, make_settings, None),
-    'split': (5, make_split, None),
+    'settings': (15, make_settings, None),
+    'settings_json': (15, make_settings_json, None),
+    'overrides': (20, make_overrides, None),
+    'options': (10, make_options, None),
+    'split': (10, make_split, None),
+    'index': (15, make_index, None),
+    'studies': (10, make_studies, None),
+    'run': (20, make_run, None),
+    'record': (10, make_record, None),
+    'checkpoint': (8, make_checkpoint, None),
+    'weights': (12, make_weights, None),
+    'exported': (8, make_exported, None),
+    'notebook': (10, make_notebook, None),
+}
+DATA = ('coco', 'yolo', 'yaml', 'beside', 'voc', 'folder')  # formats that `open_dataset` reads
+PLACELESS = ('overrides', 'options')  # what is typed has no file
+COLUMNS = dict(plain='plain', fast='fast')
+
+
+def lines_of(path):  # as a shell would pass them
+    try:
+        return path.read_text(errors='surrogateescape').split('\n')[:-1]
+    except OSError:
+        return []
+
+
+def read_typed(root):
+    for line in lines_of(root / 'options.txt'):
+        what, _, text = line.partition(' ')
+        if what == 'seeds':
+            read_seeds(text)
+        elif what == 'formats':
+            read_formats(text)
+        elif what == 'option':
+            read_options([text])
+        elif what == 'data' and text.startswith('digits'):
+            open_dataset(text, data_root=str(root))
+
+
+def read_indices(root):
+    ds = open_dataset(str(root))
+    read_index_list(root / 'ids.json', ds, convention='ids')
+    read_index_list(root / 'nested.json', ds, percent=50, fold=0)
+
+
+def read_run(root):
+    run = Run(root)
+    steps_done(root)
+    keep_record(run.result, root)
+    return run.config, run.hash, run.metrics
+
+
+def read_study(root):
+    study_lines(root / 'studies.toml')
+    published(root / 'results', 'table')
+
+
+def read_seed(root):
+    said = []
+    measured_memory(root / 'results', said.append)
+    assert all(len(line.splitlines()) == 1 for line in said)
+    runs = read_records(root / 'results', 'toy', list(COLUMNS))
+    for path in sorted((root / 'results/toy').glob('seed*.json')):
+        seed_line(path)
+    text = arm_table(runs, COLUMNS, 'plain') + verdicts(runs, COLUMNS, 'plain') + scale_line(runs, COLUMNS)
+    assert '<script' not in text.lower(), 'a live tag on the page'
+
+
+OTHERS = {  # what is no data set -> how it is read
+    'settings': lambda root: load_config(root / 'config.toml'),
+    'settings_json': lambda root: load_config(root / 'config.json'),
+    'overrides': lambda root: override(preset('digits'), lines_of(root / 'overrides.txt')),
+    'options': read_typed,
+    'split': lambda root: load_split(root / 'split.json', open_dataset(str(root))),
+    'index': read_indices,
+    'studies': read_study,
+    'run': read_run,
+    'record': read_seed,
+    'checkpoint': lambda root: (load_checkpoint(root / 'last.pt'), read_weights(root / 'last.pt')),
+    'weights': read_weights,
+    'exported': lambda root: from_safetensors(root / 'model.safetensors'),
+    'notebook': lambda root: check_notebook(root / 'run.ipynb'),
 }
 
 
@@ -566,11 +826,8 @@ def read_input(kind, root):
     "Read one input as the commands do; -> what happened"
     if kind == 'lists':
         return f'{len(read_lines(root / "list.txt")) > 0}'
-    if kind == 'settings':
-        load_config(root / 'config.toml')
-        return 'opened'
-    if kind == 'split':
-        load_split(root / 'split.json', open_dataset(str(root)))
+    if kind in OTHERS:
+        OTHERS[kind](root)
         return 'opened'
     ds = open_dataset(str(root), 'train')
     oracle = FORMATS[kind][2]
@@ -596,7 +853,7 @@ def run_case(kind, number, base, scratch, keep=False):
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(base[kind][0], root, symlinks=True)
     for _ in range(rng.choice((1, 1, 1, 2))):
-        if rng.random() < 0.12 and kind not in ('lists', 'settings', 'split'):
+        if rng.random() < 0.12 and kind not in ('lists', *PLACELESS):
             try:
                 mutate_folder(rng, root)
             except OSError:  # a second change of what is gone, or two names that are one file
@@ -607,17 +864,17 @@ def run_case(kind, number, base, scratch, keep=False):
                 mutate_content(rng, path)
     if (root / 'data.yaml').is_file() and OUTSIDE.search((root / 'data.yaml').read_text(errors='replace')):
         return 'leads outside', None  # such as `train: /`, which would read all of this computer
-    signal.setitimer(signal.ITIMER_REAL, LIMIT)
+    alarms(LIMIT, WAIT)
     try:
         result = read_input(kind, root)
-        if kind not in ('lists', 'settings', 'split') and rng.random() < 0.04:
+        if kind in DATA and rng.random() < 0.04:
             report = check_dataset(str(root), quick=rng.random() < 0.5, progress=False)
             str(report)
         return result, None
     except (DataError, ConfigError) as e:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        alarms(0, 0)
         try:
-            one_line(e, root)
+            one_line(e, None if kind in PLACELESS else root)
         except AssertionError as a:
             return 'finding', f'{type(e).__name__}: {a}'
         return type(e).__name__, None
@@ -630,13 +887,14 @@ def run_case(kind, number, base, scratch, keep=False):
         place = f'{Path(frames[-1].filename).name}:{frames[-1].name}' if frames else '?'
         return 'finding', f'{type(e).__name__} in {place}: {str(e)[:300]!r}'
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        alarms(0, 0)
 
 
 def run_many(cases):
     "Several inputs, one after another; -> (counts of what happened, {case: finding})"
     warnings.simplefilter('ignore')
     signal.signal(signal.SIGALRM, _alarm)
+    signal.signal(signal.SIGPROF, _alarm)
     counts, findings, base = Counter(), {}, {}
     place = '/dev/shm' if os.access('/dev/shm', os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix='fuzz-', dir=place) as scratch:
@@ -671,9 +929,17 @@ def record(counts, findings, seconds, first):
     return dict(**about, formats=kinds, findings=dict(sorted(findings.items())))
 
 
+def bound_memory():
+    "A process that takes a gigabyte more than at its start runs out of memory, which is a finding"
+    pages = int(Path('/proc/self/statm').read_text().split()[0]) if Path('/proc/self/statm').is_file() else 0
+    if pages:
+        most = pages * resource.getpagesize() + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('--inputs', type=int, default=100_000, help='how many')
+    p.add_argument('--inputs', type=int, default=300_000, help='how many')
     p.add_argument('--first', type=int, default=0, help='number of the first input of each format')
     p.add_argument('--case', help='one input, such as coco:4711')
     p.add_argument('--out', type=Path, help='write a record of counts, findings and seconds, as JSON')
@@ -687,12 +953,12 @@ def main():
     cases = list(all_cases(a.inputs, a.first))
     parts, start = [cases[n::50] for n in range(50)], time.perf_counter()
     counts, findings = Counter(), {}
-    with ProcessPoolExecutor(a.jobs) as pool:
+    with ProcessPoolExecutor(a.jobs, initializer=bound_memory) as pool:
         for done, found in pool.map(run_many, parts):
             counts += done
             findings |= found
     for (kind, result), n in sorted(counts.items()):
-        print(f'{kind:9} {result:18} {n:7}')
+        print(f'{kind:13} {result:18} {n:7}')
     by_kind = Counter(re.sub(r'\d+', 'N', f)[:110] for f in findings.values())
     for text, n in by_kind.most_common(40):
         case = next(c for c, f in findings.items() if re.sub(r'\d+', 'N', f)[:110] == text)

@@ -15,13 +15,14 @@ FUZZ = runpy.run_path(str(ROOT / 'benchmarks' / 'fuzz.py'))
 
 @pytest.mark.parametrize('kind', FUZZ['FORMATS'])
 def test_damaged_inputs(kind):
-    old = signal.getsignal(signal.SIGALRM)
+    old = {s: signal.getsignal(s) for s in (signal.SIGALRM, signal.SIGPROF)}
     try:
-        counts, findings = FUZZ['run_many']([(kind, 1_000_000 + n) for n in range(60)])
+        counts, findings = FUZZ['run_many']([(kind, 1_000_000 + n) for n in range(130)])
     finally:
-        signal.signal(signal.SIGALRM, old)
+        for s, handler in old.items():
+            signal.signal(s, handler)
     assert not findings, findings
-    assert sum(counts.values()) == 60 and len(counts) > 1  # some open, some are refused
+    assert sum(counts.values()) == 130 and len(counts) > 1  # some open, some are refused
 
 
 def test_the_record_of_a_run():
@@ -33,7 +34,7 @@ def test_the_record_of_a_run():
     assert new['findings'] == {'voc:75': 'a fault'}
     kept = json.loads((ROOT / 'benchmarks' / 'results' / 'fuzz.json').read_text())
     assert kept.keys() == new.keys() and kept['findings'] == {}
-    assert kept['formats'].keys() == FUZZ['FORMATS'].keys()
+    assert kept['formats'].keys() <= FUZZ['FORMATS'].keys()
     assert kept['inputs'] == sum(sum(v.values()) for v in kept['formats'].values()) >= 100_000
 
 
@@ -157,7 +158,7 @@ def test_boxes_of_voc_that_are_not_one(tmp_path, old, new, words):
         ('train: images/train\nkpt_shape: 12\nnames: [dog, cat]\n', 'kpt_shape'),
         ('train: images/train\nkpt_shape: [[4], 2]\nnames: [dog, cat]\n', 'kpt_shape'),
         ('train: images/train\nkpt_shape: [4, 5]\nnames: [dog, cat]\n', 'kpt_shape'),
-        (FUZZ['YAML_BOMB'].decode(), 'no path'),
+        (FUZZ['YAML_BOMB'].decode(), 'stand for more than 100,000 values'),
     ],
 )
 def test_data_yaml(tmp_path, text, words):

@@ -61,7 +61,8 @@ class SemiDETRError(Exception):
     "Base of the errors that a user can fix: the message names file, item and cure in one line"
 
     def __str__(self):
-        return printable(super().__str__())
+        text = printable(super().__str__())
+        return text if len(text) <= 2000 else f'{text[:1200]} ... {text[-700:]}'  # a name may fill a page
 
 
 class DataError(SemiDETRError):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'CALLOUT', 'REF', 'fail', 'need', 'read_book', 'chapter_files', 'split_directives', 'defined_names',
            'cell_text', 'notebook_module', 'is_exported', 'symbol_index', 'link_names', 'make_cell', 'filter_notebook',
-           'stored_notebook', 'outside_code', 'CrossRefs', 'load_pages', 'cross_references', 'write_home']
+           'stored_notebook', 'outside_code', 'CrossRefs', 'inert', 'load_pages', 'cross_references', 'write_home']
 
 # %% ../../nbs/book/00_pages.ipynb #79f9d05e
 import ast
@@ -198,7 +198,8 @@ def filter_notebook(
             cells.append(
                 make_cell('markdown', f'<span class="module-tag">{module}</span>{anchors}', id=f'tag{i:03d}')
             )
-        cells.append({**c, 'source': '\n'.join([*options, code])})
+        shown = dict(outputs=[_inert_output(o) for o in c['outputs']]) if 'outputs' in c else {}
+        cells.append({**c, 'source': '\n'.join([*options, code]), **shown})
     return {**nb, 'cells': cells}
 
 
@@ -291,6 +292,26 @@ class CrossRefs:
         for m in REF.finditer(_CODE.sub('', text)):
             if m.group(1) not in self.labels:
                 self.problems.append(f'{page}: no label for @{m.group(1)}')
+
+# %% ../../nbs/book/00_pages.ipynb #bd1cb5d9
+_OURS = r'/?(?:details|summary|br|sub|sup|em|strong)\s*/?>|/?span\b(?: (?:class|title)="[^"<>]*")*>'
+_TAG = re.compile(rf'<(?!{_OURS})(?=[a-z/!?])', re.I)
+_SCRIPT_LINK = re.compile(r'\]\(\s*(?:javascript|vbscript|data):', re.I)
+
+
+def inert(
+    text: str,  # Markdown that a run printed
+) -> str:
+    "The same, with every tag shown as text but the few that pages of results use"
+    return outside_code(lambda t: _SCRIPT_LINK.sub('](#', _TAG.sub('&lt;', t)), text)
+
+
+def _inert_output(o):
+    "An output without HTML, its Markdown inert"
+    kept = {k: v for k, v in o.get('data', {}).items() if k not in ('text/html', 'application/javascript')}
+    if 'text/markdown' in kept:
+        kept['text/markdown'] = inert(cell_text(kept['text/markdown']))
+    return {**o, 'data': kept} if 'data' in o else o
 
 # %% ../../nbs/book/00_pages.ipynb #7186866d
 def load_pages(

@@ -56,7 +56,8 @@ class ViewConfig:
             raise ConfigError('flip is a probability and fill is a grey in 0..255')
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ConfigError('mean and std are three numbers each, std above 0')
-        if not 0 <= self.erase_patches[0] <= self.erase_patches[1] or not 0 <= self.erase_side < 1:
+        few = self.erase_patches
+        if len(few) != 2 or not 0 <= few[0] <= few[1] or not 0 <= self.erase_side < 1:
             raise ConfigError('erase_patches is (fewest, most) and erase_side a share below 1')
         if self.pad_multiple < 1 or self.min_side < 1:
             raise ConfigError('pad_multiple and min_side are at least 1')

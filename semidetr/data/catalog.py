@@ -7,13 +7,16 @@ __all__ = ['read_source', 'open_dataset', 'open_further']
 
 # %% ../../nbs/data/04_catalog.ipynb #69d863ae
 import contextlib
+import copy
 import os
 import re
+from time import time_ns
 from pathlib import Path
 from ..core import DataError, suggest
 from .datasets import DetectionDataset, FileDataset
 from .digits import DigitsScenes
-from .files import Fault, Source, files_under, image_suffixes, read_folder
+from .entries import coco_entries
+from .files import Fault, Source, declared_size, files_under, image_suffixes, read_folder
 from .formats import read_coco, read_voc, voc_folders
 from .yolo import read_yolo, yolo_file
 from ..text import read_text
@@ -108,6 +111,8 @@ def _digits(spec, split):  # 'digits:n=2000,size=96' -> DigitsScenes
 def _locate(spec, data_root=None):  # path of a data set given by path or name
     path, root = Path(spec), data_root or os.environ.get('SEMIDETR_DATA')
     if path.exists():
+        if not (path.is_file() or path.is_dir()):
+            raise DataError(f"data set '{spec}': is a pipe or a device; give a folder or an annotation file")
         return path
     wanted = "give a folder, an annotation file or 'digits'"
     if not root:
@@ -129,12 +134,17 @@ def _coco_alone(spec, images):  # only COCO files leave open where their images 
         raise DataError(f'{spec}: no COCO file, and only those need --images (data.images); leave it out')
 
 
+def _no_coco(path):  # does the name of a file say that it holds no COCO annotations?
+    suffix = path.suffix.lower()
+    return suffix in ('.xml', '.txt', '.csv') or suffix in image_suffixes()
+
+
 def _read_file(path, split, images=None):  # a file that was given itself
     suffix = path.suffix.lower()
     if suffix in ('.yaml', '.yml'):
         _coco_alone(path, images)
         return read_yolo(path.parent, split)
-    if suffix in ('.xml', '.txt', '.csv') or suffix in image_suffixes():
+    if _no_coco(path):
         raise DataError(f'{path}: not an annotation file of COCO; give the folder of the data set')
     return read_coco(path, images)
 
@@ -206,7 +216,49 @@ def read_source(
         return read_voc(root, split)
     return _plain_folder(root, split)
 
+# %% ../../nbs/data/04_catalog.ipynb #2c66bc37
+_KEPT, _MOST = {}, 4  # (file, folder of images) -> (stamps, data set)
 
+
+def _stamps(places):  # time, size and place on the disk of files and folders
+    out = {}
+    for p in places:
+        s = os.stat(p)
+        out[str(p)] = s.st_mtime_ns, s.st_size, s.st_ino, s.st_dev
+    return out
+
+
+def _parsed(path, images):  # a COCO file as a data set, from memory where nothing has changed
+    key = str(Path(path).absolute()), str(Path(images).absolute()) if images else ''
+    with contextlib.suppress(OSError, KeyError):
+        stamps, ds = _KEPT[key]
+        if _stamps(stamps) == stamps:
+            _KEPT[key] = _KEPT.pop(key)  # the last one used is the last one dropped
+            return copy.copy(ds)
+    _KEPT.pop(key, None)
+    with contextlib.suppress(OSError):
+        before = _stamps([path])
+        source = read_coco(path, images)
+        declared = all(map(declared_size, coco_entries(source.data, 'images')))
+        ds = FileDataset(source)
+        folders = {os.path.dirname(os.path.join(ds.folder, f)) for f in ds.files}
+        stamps = before | _stamps([ds.folder, *folders])
+        newest = max(time for time, *_ in stamps.values())
+        if declared and not source.faults and time_ns() - newest > 2e9:
+            _KEPT[key] = stamps, ds
+            while len(_KEPT) > _MOST:
+                del _KEPT[next(iter(_KEPT))]
+            return copy.copy(ds)
+        return ds
+    return FileDataset(read_coco(path, images))
+
+
+def _coco_of(root, split):  # the COCO file that a path means, or None
+    if root.is_file():
+        return None if root.suffix.lower() in ('.yaml', '.yml') else root
+    return _json_of(root, split)
+
+# %% ../../nbs/data/04_catalog.ipynb #07661b2a
 def open_dataset(
     spec: str,  # 'digits', 'digits:n=2000,size=96', a folder, an annotation file, or a name in $SEMIDETR_DATA
     split: str = 'train',  # 'train', 'val', 'test', ...
@@ -217,6 +269,8 @@ def open_dataset(
     if str(spec).partition(':')[0] == 'digits' and not Path(spec).exists():
         _coco_alone(spec, images)
         return _digits(spec, split)
+    if (path := _coco_of(_locate(str(spec), data_root), split)) and not _no_coco(path):
+        return _parsed(path, images or None)
     return FileDataset(read_source(spec, split, data_root, images))
 
 

@@ -8,7 +8,6 @@ __all__ = ['lists_images', 'statistics', 'content_faults', 'image_key', 'constan
 
 # %% ../../nbs/data/08_checks.ipynb #3a81c4f6
 import hashlib
-import json
 import math
 import os
 from collections import Counter
@@ -17,9 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
-from ..core import DataError
-from ..text import read_text
+from ..core import DataError, printable
+from ..reading import check_fields, read_small_json
 from .datasets import DetectionDataset
+from .splits import SPLIT_MB
 from semidetr.data.files import (
     TILES,
     Fault,
@@ -237,7 +237,7 @@ def check_images(
         path = Path(source.folder) / im['file_name']
         return _check_file(path, im.get('id'), declared_size(im), source.where, quick)
 
-    bar = dict(total=len(images), desc=f'images of {source.name}', unit='img')
+    bar = dict(total=len(images), desc=printable(f'images of {source.name}'), unit='img')
     with ThreadPoolExecutor(threads) as pool:
         found = list(tqdm(pool.map(check, images), disable=None if progress is None else not progress, **bar))
     keys = {str(im.get('id')): key for im, (key, _, _) in zip(images, found) if key}
@@ -381,18 +381,17 @@ def same_files(
 
 # %% ../../nbs/data/08_checks.ipynb #7580fc15
 def _overlaps(path, known, keys, fingerprint):
+    parts = dict.fromkeys(('labelled', 'unlabelled', 'dev'), list[int | str])
     try:
-        split = json.loads(read_text(path))
-    except (DataError, ValueError, RecursionError) as e:
-        yield 'bad-split', f'cannot be read ({reason(e)})'
-        return
-    if not isinstance(split, dict) or not isinstance(split.get('labelled'), list):
-        yield 'bad-split', "has no list 'labelled'"
+        split = read_small_json(path, most_mb=SPLIT_MB)
+        check_fields(split, parts, path, optional=('unlabelled', 'dev'))
+    except DataError as e:
+        yield 'bad-split', str(e).removeprefix(f'{path}: ').rpartition(';')[0]
         return
     if fingerprint and split.get('fingerprint') not in (None, '', fingerprint):
         yield 'stale-split', f"was made for data {split['fingerprint']}, this is {fingerprint}"
     owner = {}  # id or content key -> (part, id)
-    for part in (p for p in ('labelled', 'unlabelled', 'dev') if isinstance(split.get(p), list)):
+    for part in (p for p in parts if p in split):
         for image_id in split[part]:
             if image_id not in known:
                 yield 'unknown-split-id', f'{part}: no image with id {image_id!r}'

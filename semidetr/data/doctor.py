@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from PIL import Image, ImageDraw
-from ..core import DataError, stable_hash
+from ..core import DataError, printable, stable_hash
 from .catalog import open_dataset, read_source
 from semidetr.data.checks import (
     check_images,
@@ -76,7 +76,8 @@ class Report:
         most: int = 3,  # faults shown of each kind; the rest is counted
     ) -> str:
         "Everything, for people: numbers first, then the faults, worst first"
-        return '\n'.join([f'{self.name} ({self.where})', *_number_lines(self), *_fault_lines(self, most)])
+        lines = [f'{self.name} ({self.where})', *_number_lines(self), *_fault_lines(self, most)]
+        return '\n'.join(map(printable, lines))
 
     __str__ = to_text
 

@@ -6,7 +6,7 @@
 __all__ = ['IMAGE_SUFFIXES', 'CURES', 'TILES', 'open_image', 'image_orientation', 'upright_size', 'read_size', 'PixelRange',
            'scale_pixels', 'image_depth', 'pixel_depth', 'to_rgb', 'decode_image', 'load_image', 'Fault', 'Source',
            'faults_at', 'declared_size', 'is_ignored', 'label_order', 'coco_faults', 'image_suffixes', 'files_under',
-           'images_under', 'read_folder', 'reason']
+           'images_under', 'outside_faults', 'read_folder', 'reason']
 
 # %% ../../nbs/data/00_files.ipynb #c8629187
 import os
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from ..core import DataError, printable, suggest
+from .bounds import bounded, outside
 from .entries import FLAGS, area_fault, as_flag, bbox_fault, coco_entries, is_id, tidy_values
 
 # %% ../../nbs/data/00_files.ipynb #f8be2a4b
@@ -49,10 +50,10 @@ _UPRIGHT = {
 def open_image(
     path,  # image file
 ):  # PIL image, not yet decoded
-    "Open an image; a pipe or a device, which could keep a reader waiting for ever, is an OSError"
+    "Open an image; an OSError for a pipe or a device, which never ends, a bomb error for too many pixels"
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError('a folder' if os.path.isdir(path) else 'a pipe or a device')
-    return Image.open(path)
+    return bounded(Image.open(path))
 
 
 def _turn(img, size):  # EXIF orientation to undo (0: none); `size` is (H, W) in the annotations, or None
@@ -203,6 +204,7 @@ CURES = {  # kind of fault: (level, what to do)
     'duplicate-image-id': ('error', 'give each image its own id'),
     'duplicate-file-name': ('warning', 'keep one entry'),
     'bad-category': ('error', "give each category an 'id' and a 'name'"),
+    'unprintable-name': ('error', 'write the name in letters that a terminal shows'),
     'duplicate-category-id': ('error', 'give each category its own id'),
     'duplicate-category-name': ('warning', 'merge the two, or rename one'),
     'bad-annotation': ('error', "an annotation needs 'image_id', 'category_id' and 'bbox'"),
@@ -287,6 +289,8 @@ def _category_faults(categories):
             yield 'bad-category', f'categories[{n}] is {str(c)[:80]}'
             continue
         item, name = f"category {c['id']!r}", c['name']
+        if printable(name) != name:
+            yield 'unprintable-name', f'{item}: its name {name!r} holds control characters'
         if str(c['id']) in ids:
             yield 'duplicate-category-id', f'{item} ({name}): this id was used before'
         if name in names:
@@ -399,6 +403,18 @@ def images_under(
     known = image_suffixes()
     return [f.as_posix() for f in files_under(root) if f.suffix.lower() in known]
 
+# %% ../../nbs/data/00_files.ipynb #55edc9e9
+def outside_faults(
+    folder,  # of the images
+    names,  # paths relative to it
+    where: str,  # annotation file or folder, for the message
+    homes=(),  # further folders that the images may lie in
+) -> list[Fault]:  # none or one
+    "The line about images that lie outside of the folders of a data set"
+    n, first = outside(folder, names, homes)
+    item, cure = f'{n} images lie outside of {folder}, such as {first}', 'fine if you trust who named them'
+    return [Fault('warning', 'outside-folder', where, item, cure)] if n else []
+
 
 def read_folder(
     root,  # folder; subfolders count
@@ -420,6 +436,7 @@ def read_folder(
     if skipped:
         cure = 'convert those that are images; annotations beside images are not read here'
         faults.append(Fault('warning', 'skipped-files', str(root), f'not read as images: {counts}', cure))
+    faults += outside_faults(root, files, str(root))
     images = [dict(id=f, file_name=f) for f in files]
     return Source(root.absolute().name, str(root), dict(images=images, categories=[]), root, faults)
 
@@ -432,9 +449,7 @@ def reason(
 ) -> str:
     "What went wrong with a file, in a few words"
     if isinstance(e, Image.DecompressionBombError):
-        return (
-            f'too large, not broken: Pillow decodes up to {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels'
-        )
+        return f'too large, not broken: {Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels are the limit'
     if isinstance(e, FileNotFoundError):
         return 'no such file'
     return ' '.join(str(e).split(':')[0].split()) or type(e).__name__

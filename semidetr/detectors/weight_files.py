@@ -8,7 +8,6 @@ __all__ = ['STATE_KEYS', 'CLASS_ROWS', 'COCO_CLASSES', 'COCO_UNUSED', 'VOC_CLASS
 
 # %% ../../nbs/detectors/13_weight_files.ipynb #657a749a
 import argparse
-import json
 import pickle
 import re
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from ..core import DataError
 from ..data import formats
-from ..text import read_text
+from ..reading import check, check_fields, read_small_json
 
 # %% ../../nbs/detectors/13_weight_files.ipynb #5c5aa247
 @dataclass
@@ -63,14 +62,8 @@ def _load_safetensors(path):
 # %% ../../nbs/detectors/13_weight_files.ipynb #bf357a4a
 def _json_object(path):
     "Content of a JSON file that holds one object"
-    text = read_text(path, cure='fetch the folder again')
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise DataError(f'{path}: no JSON ({str(e)[:80]}); fetch the folder again') from None
-    if not isinstance(content, dict):
-        raise DataError(f'{path}: holds {type(content).__name__}, no object; fetch the folder again')
-    return content
+    cure = 'fetch the folder again'
+    return check_fields(read_small_json(path, cure=cure), {}, path, cure=cure)
 
 
 def _config_beside(path):
@@ -92,6 +85,8 @@ def _load_folder(folder):
     state, where = {}, _json_object(index).get('weight_map')
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
         raise DataError(f'{index}: names no shard of a tensor (weight_map); fetch the folder again')
+    if odd := [name for name in where.values() if Path(name).name != name]:
+        raise DataError(f'{index}: {odd[0]!r} is no file of this folder; fetch the folder again')
     for name in sorted(set(where.values())):
         if not (folder / name).is_file():
             raise DataError(f'{folder}: {name} is missing, {index.name} lists it; fetch the folder again')
@@ -149,14 +144,20 @@ def read_weights(
         content = _load_pickle(path)
         state, others = _inner_state(content, path, key)
         meta = content['meta'] if isinstance(content.get('meta'), dict) else {}
-        classes = list(meta.get('CLASSES') or content.get('classes') or []) or None
+        classes = meta.get('CLASSES') or content.get('classes') or None
         architecture = content['arch'] if isinstance(content.get('arch'), str) else ''
     if not state:
         raise DataError(f'{path}: holds no tensors; give a file that holds a state dict')
     if 'format' not in state:
         state = _named_tensors(state, path)
-    if config.get('id2label'):
-        classes = [name for _, name in sorted(config['id2label'].items(), key=lambda item: int(item[0]))]
+    classes = list(classes) if isinstance(classes, tuple) else classes
+    if labels := config.get('id2label'):
+        check(dict[str, str], labels, f'{path}: id2label', cure='fetch the folder again')
+        if odd := [k for k in labels if not k.isdecimal() or len(k) > 9]:
+            raise DataError(f'{path}: id2label: {odd[0]!r} is no label; fetch the folder again')
+        classes = [name for _, name in sorted(labels.items(), key=lambda item: int(item[0]))]
+    check(list[str] | None, classes, f'{path}: classes', cure='save their names as a list of texts')
+    check(str | None, config.get('architecture'), f'{path}: architecture', cure='fetch the folder again')
     return WeightFile(str(path), state, config, classes, others, config.get('architecture', architecture))
 
 # %% ../../nbs/detectors/13_weight_files.ipynb #971718b7

@@ -8,9 +8,10 @@ __all__ = ['SIDES', 'kept_bytes', 'images_per_batch', 'memory_estimate', 'measur
 # %% ../../nbs/lab/02_dry_run.ipynb #8c37818e
 import dataclasses
 import functools
-import json
 from pathlib import Path
 import torch
+from ..core import DataError, printable
+from ..reading import read_record
 from ..detectors.contract import build_detector
 from .plan import open_all, state
 from ..train.config import config_hash
@@ -71,12 +72,12 @@ def measured_memory(
     measured = {}
     for path in sorted(Path(results).rglob('seed*.json')):
         try:
-            record = json.loads(path.read_text())
+            record = read_record(path)
             runs = [record['burn_in'], *record['arms'].values()]
             measured |= {r['hash']: r['peak_memory_mb'] for r in runs if r}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (DataError, KeyError, TypeError):
             cure = f'bring it back with `git checkout {path}`, or run its study again'
-            say(f'{path}: damaged record, not used; {cure}')
+            say(printable(f'{path}: damaged record, not used; {cure}'))
     return measured
 
 

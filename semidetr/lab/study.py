@@ -8,15 +8,14 @@ __all__ = ['CURVES', 'KEPT', 'SCALES', 'LISTS', 'KEYS', 'SHARED', 'VALUES', 'run
 
 # %% ../../nbs/lab/00_study.ipynb #4c1e40e2
 import itertools
-import json
 import multiprocessing
 import os
 import re
-import tomllib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 from ..core import ConfigError, SemiDETRError, suggest
+from ..reading import check, read_rows, read_toml
 from ..semi.methods import METHODS
 from ..train import health, trainer
 from ..train.config import override, preset
@@ -110,14 +109,6 @@ KEPT = (
 ).split()
 
 
-def _line(text):
-    "A row of a log; one that was cut off while it was written is empty"
-    try:
-        return json.loads(text)
-    except ValueError:
-        return {}
-
-
 def record(
     result: dict,  # content of run.json
     folder='',  # of the run, for the curve
@@ -126,7 +117,7 @@ def record(
     out = {k: result[k] for k in KEPT if k in result}
     log = Path(folder) / 'log.jsonl'
     if folder and log.is_file():
-        rows = [r for r in map(_line, log.read_text().splitlines()) if 'loss' in r]
+        rows = [r for r in read_rows(log)[0] if 'loss' in r]
         names = sorted({k for r in rows for k in r} & set(result.get('curves', CURVES)))
         short = lambda v: round(v, 4) if isinstance(v, float) else v
         out['curve'] = {k: [short(r.get(k)) for r in rows] for k in names}
@@ -205,11 +196,10 @@ def read_studies(
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f'{path}: no such file of studies')
-    try:
-        studies = tomllib.loads(path.read_text(encoding='utf-8'))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise ConfigError(f'{path}: {e}') from None
-    scales = studies.pop('scales', {})
+    studies = read_toml(path)
+    scales = check(
+        dict[str, dict], studies.pop('scales', {}), f'{path}: scales', ConfigError, 'write [scales.NAME]'
+    )
     for name, table in studies.items():
         _check_table(path, name, table)
     for name, table in scales.items():

@@ -10,14 +10,13 @@ __all__ = ['OPTIONS', 'options_to_settings', 'settings_list', 'starting_point', 
 import contextlib
 import json
 import shutil
-import tomllib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from ..core import ConfigError, DataError, is_main, pick_device, tell
-from ..text import read_text
+from ..reading import CONFIG, check_fields, read_result
 from ..data.catalog import open_dataset
 from ..semi.methods import METHODS, WITH_UNLABELLED, MethodConfig
 from . import metrics
@@ -27,6 +26,7 @@ from semidetr.train.config import (
     from_dict,
     from_saved,
     load_config,
+    read_config,
     override,
     with_detector,
 )
@@ -107,8 +107,7 @@ def _content(config):
     "Nested values of a configuration that has been checked"
     if not config or isinstance(config, dict):
         return config or {}
-    path = Path(config)
-    return (json.loads if path.suffix == '.json' else tomllib.loads)(read_text(path, ConfigError))
+    return read_config(config)
 
 
 def _settings(preset, config, items, detector):
@@ -212,17 +211,17 @@ class Run:
         if result is None and not path.is_file():
             raise DataError(f'{path}: no such file; this run is not finished, or the folder holds none')
         if result is None:
-            try:
-                result = json.loads(path.read_text(encoding='utf-8'))
-                result['config'], result['metrics'], result['data']['classes']
-            except (ValueError, TypeError, KeyError):
-                raise DataError(f'{path}: damaged, or not the result of a run; train again') from None
+            result = check_fields(read_result(path), dict(config=CONFIG), path, cure='train again')
+            check_fields(result['data'], dict(classes=list[str]), f'{path}: data', cure='train again')
         self.result = result
 
     @property
     def config(self) -> Config:
         "All settings"
-        return from_saved(self.result['config'])
+        try:
+            return from_saved(self.result['config'])
+        except ConfigError as e:
+            raise ConfigError(f"{self.folder / 'run.json'}: {e}") from None
 
     @property
     def hash(self) -> str:
@@ -252,7 +251,7 @@ class Run:
             parts.append(f"{part} AP {networks['teacher']['AP']:.1f}")
         return ', '.join([f"Run('{self.folder}'", *parts]) + ')'
 
-# %% ../../nbs/train/14_api.ipynb #9d55b873
+# %% ../../nbs/train/14_api.ipynb #10656fa1
 @contextlib.contextmanager
 def no_debris(
     folder: Path,  # of a run

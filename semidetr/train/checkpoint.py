@@ -20,6 +20,7 @@ import warnings
 from pathlib import Path
 import torch
 from ..core import DataError, atomic_write, is_main, tell, world_size
+from ..reading import read_rows
 from ..detectors.group import start_parallel
 from ..detectors.weight_files import map_class_rows
 
@@ -91,7 +92,7 @@ def read_seal(
         raise Damaged('its digest does not match')
     return digest.hexdigest()
 
-# %% ../../nbs/train/02_checkpoint.ipynb #5c921235
+# %% ../../nbs/train/02_checkpoint.ipynb #b60d1744
 def save_checkpoint(
     path,  # file to write
     **state,  # tensors, state dicts and plain values
@@ -330,9 +331,12 @@ class RunLog:
         if not is_main():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        rows = self.path.read_text().splitlines() if self.path.exists() else []
-        whole = [r for r in rows if r.endswith('}')]  # a crash may have cut the last line
-        atomic_write(self.path, ''.join(r + '\n' for r in whole if json.loads(r)['step'] <= step))
+        rows, bad = read_rows(self.path) if self.path.exists() else ([], [])
+        if bad[1:] or (bad and rows and bad[0] <= len(rows)):  # a crash may have cut the last line
+            warnings.warn(
+                f'{self.path}: {len(bad)} lines are damaged and left out, the first is line {bad[0]}'
+            )
+        atomic_write(self.path, ''.join(json.dumps(r) + '\n' for r in rows if r['step'] <= step))
         from torch.utils.tensorboard import SummaryWriter
 
         self.board = SummaryWriter(str(self.path.parent), purge_step=step)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RENAMED', 'LEGACY_DEFAULTS', 'UNHASHED', 'PRESETS', 'DataConfig', 'OptimConfig', 'RunConfig', 'Config', 'to_dict',
-           'from_dict', 'from_saved', 'override', 'load_config', 'differences', 'config_hash', 'preset',
+           'from_dict', 'from_saved', 'override', 'read_config', 'load_config', 'differences', 'config_hash', 'preset',
            'with_detector']
 
 # %% ../../nbs/train/00_config.ipynb #f5748570
@@ -21,7 +21,7 @@ from ..data.augment import ViewConfig
 from ..data.loader import LoaderConfig
 from ..semi.consistency import ConsistencyConfig
 from ..core import ConfigError, in_range, one_of, suggest
-from ..text import read_text
+from ..reading import check_fields, excess, read_small_json, read_toml
 from ..detectors.contract import suppressor_on
 from ..detectors.detector import DetectorConfig, detector_small, dino_r50
 from ..detectors.from_detr import named_detector, settings_of_kind
@@ -171,6 +171,8 @@ def _coerce(value, kind, where):
         if not isinstance(value, (list, tuple)):
             value = (value,)
         args = [a for a in typing.get_args(kind) if a is not Ellipsis]
+        if not args and any(type(v) not in (int, float) for v in value):
+            raise ConfigError(f'{where}={value!r} must hold numbers')
         return tuple(
             _coerce(v, args[min(i, len(args) - 1)], where) if args else v for i, v in enumerate(value)
         )
@@ -221,7 +223,7 @@ def from_dict(
         if (
             name == 'detector'
             and isinstance(v, dict)
-            and 'kind' in v
+            and isinstance(v.get('kind'), str)
             and v['kind'] != getattr(old, 'kind', None)
         ):
             old = settings_of_kind(v['kind'])
@@ -249,18 +251,12 @@ def from_saved(
 # %% ../../nbs/train/00_config.ipynb #4d05a65d
 def _parse(text: str):
     "`3`, `1e-3`, `true`, `[1,2]`, `'x'` as Python values; anything else is a string"
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        pass
-    try:
-        return tomllib.loads(f'v={text}')['v']
-    except tomllib.TOMLDecodeError:
-        return text
+    for read in (json.loads, float, lambda t: tomllib.loads(f'v={t}')['v']):
+        try:
+            return read(text)
+        except (ValueError, RecursionError):
+            continue
+    return text
 
 
 def override(
@@ -276,6 +272,8 @@ def override(
             cfg = with_detector(cfg, text.strip())
             continue
         value, path = _parse(text), key.strip().split('.')
+        if what := excess(value) or ('too long' if len(item) > 10_000 or len(path) > 9 else ''):
+            raise ConfigError(f"'{item[:60]}': {what}; write group.field=value, e.g. optim.lr=1e-3")
         old = cfg
         for p in path[:-1]:
             old = getattr(old, p, None)
@@ -287,19 +285,23 @@ def override(
     return cfg
 
 # %% ../../nbs/train/00_config.ipynb #56fc15ff
+def read_config(
+    path,  # .toml or .json
+) -> dict:  # nested values; their names and types are not yet checked
+    "Content of a configuration file"
+    path = Path(path)
+    if not path.exists():
+        raise ConfigError(f'{path}: no such configuration file')
+    values = (read_small_json if path.suffix == '.json' else read_toml)(path, ConfigError)
+    return check_fields(values, {}, path, ConfigError)
+
+
 def load_config(
     path,  # .toml or .json
     base=None,  # Config that the file changes
 ):  # Config
     "Read a configuration file; it needs to hold only what differs from `base`"
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f'{path}: no such configuration file')
-    try:
-        text = read_text(path, ConfigError)
-        values = json.loads(text) if path.suffix == '.json' else tomllib.loads(text)
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as e:
-        raise ConfigError(f'{path}: {e}') from None
+    values = read_config(path)
     try:
         return from_dict(values, base)
     except ConfigError as e:

@@ -8,10 +8,10 @@ __all__ = ['KINDS', 'DATA_CHANGED', 'PLACES', 'FolderState', 'changed_settings',
 
 # %% ../../nbs/train/07_run_folder.ipynb #f4206849
 import contextlib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from ..core import ConfigError, DataError, tell
+from ..reading import CONFIG, check, read_result, read_small_json
 from ..data.catalog import open_dataset, open_further
 from ..data.datasets import short_hash
 from .checkpoint import load_checkpoint
@@ -57,30 +57,25 @@ def _read_result(folder):
     path = folder / 'run.json'
     if not path.is_file():
         return None
-    try:
-        result = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError:
-        result = None
-    if not isinstance(result, dict) or not {'hash', 'data', 'metrics'} <= set(result):
-        raise DataError(
-            f'{path}: damaged, or not the result of a run; choose another folder, or delete the file, '
-            'and the run is evaluated again from its checkpoint'
-        )
-    return result
+    cure = 'choose another folder, or delete the file, and the run is evaluated again from its checkpoint'
+    return read_result(path, cure)
 
 
 def _read_config(path, cfg):
     "The configuration that a study wrote for a run; its settings may have had other names then"
+    cure = 'delete this folder, or choose another --out'
+    values = check(CONFIG, read_small_json(path, ConfigError, cure), path, ConfigError, cure)
     try:
-        return from_saved(json.loads(path.read_text(encoding='utf-8')), like=cfg)
-    except (ValueError, ConfigError) as e:
-        raise ConfigError(f'{path}: {e}; delete this folder, or choose another --out') from None
+        return from_saved(values, like=cfg)
+    except ConfigError as e:
+        raise ConfigError(f'{path}: {e}; {cure}') from None
 
 
 def _has_hash(result, cfg):
     "Is this the result of `cfg`? `run.amp=auto` stands for the precision that was chosen when the run began"
     if cfg.run.amp == 'auto':
-        cfg = override(cfg, [f"run.amp={result['config']['run']['amp']}"])
+        chosen = result.get('config', {}).get('run', {}).get('amp', 'auto')
+        cfg = override(cfg, [f'run.amp={chosen}'])
     return result['hash'] == config_hash(cfg)
 
 # %% ../../nbs/train/07_run_folder.ipynb #55771e05

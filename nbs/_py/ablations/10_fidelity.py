@@ -15,6 +15,7 @@ results = 'results'  # folder of results
 #| hide
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
+from markupsafe import Markup
 from semidetr.train.config import differences, from_saved, to_dict
 from semidetr.lab.report import (
     arm_table,
@@ -143,7 +144,7 @@ for r in runs:
 #| tbl-cap: "What each arm changes. All other settings are those of the reference."
 #| echo: false
 columns = ['difference, and the setting of the arm', 'code', 'paper']
-rows = [[f'{what}<br>`{key}={value}`', code, paper] for what, key, value, code, paper in switches.values()]
+rows = [[Markup(f'{what}<br>`{k}={v}`'), code, paper] for what, k, v, code, paper in switches.values()]
 markdown(markdown_table(columns, rows, align='lll'))
 
 # %% [markdown]

@@ -48,9 +48,7 @@ from semidetr.lab.study import paired_difference
 names = dict(
     supervised='supervised', mean_teacher='mean teacher', semi_detr='Semi-DETR', plus='Semi-DETR plus'
 )
-colors = dict(
-    supervised='grey', mean_teacher=COLORS['teacher'], semi_detr=COLORS['student'], plus='black'
-)
+colors = dict(supervised='grey', mean_teacher=COLORS['teacher'], semi_detr=COLORS['student'], plus='black')
 
 
 def shots(study):
@@ -72,7 +70,10 @@ def table(found_studies):
         images = runs[0]['arms']['plus']['data']['labelled']
         for arm, name in names.items():
             ap = [spread(values(runs, arm, key)) for key in ('AP', 'AP_nms')]
-            gains = ['' if arm == b else plus_minus(difference(runs, arm, b)) for b in ('supervised', 'mean_teacher')]
+            gains = [
+                '' if arm == b else plus_minus(difference(runs, arm, b))
+                for b in ('supervised', 'mean_teacher')
+            ]
             rows.append([k, images, name, *ap, *(gains if arm != 'supervised' else ['', ''])])
     columns = ['k', 'images', 'method', 'AP', 'AP with NMS', 'against supervised', 'against the mean teacher']
     return markdown_table(columns, rows, align='rrlrrrr')
@@ -142,7 +143,13 @@ def per_class(runs, base):
 #| echo: false
 panels = studies['fod12']
 fig, axes = plt.subplots(
-    1, len(panels), figsize=(1.5 + 2.1 * len(panels), 3.4), dpi=80, layout='constrained', sharey=True, squeeze=False
+    1,
+    len(panels),
+    figsize=(1.5 + 2.1 * len(panels), 3.4),
+    dpi=80,
+    layout='constrained',
+    sharey=True,
+    squeeze=False,
 )
 for ax, (k, runs) in zip(axes[0], panels.items()):
     gains = per_class(runs, 'supervised')
@@ -164,7 +171,11 @@ for k, runs in panels.items():
         better = sum(d['mean'] > 0 for d in gains.values())
         lines.append(
             f'* k = {k}, against {names[base]}: {better} of {len(gains)} classes gain; '
-            + (f"worse by more than the interval: {', '.join(worse)}." if worse else 'none is worse by more than its interval.')
+            + (
+                f"worse by more than the interval: {', '.join(worse)}."
+                if worse
+                else 'none is worse by more than its interval.'
+            )
         )
 markdown('\n'.join(lines))
 

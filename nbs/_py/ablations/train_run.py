@@ -26,7 +26,7 @@ from semidetr.core import ConfigError
 from semidetr.draw import COLORS
 from semidetr.train.config import Config, config_hash, differences, load_config, override, to_dict
 from semidetr.train.machine import prepare
-from semidetr.lab.report import markdown_table
+from semidetr.lab.report import cell_text, markdown_table
 from semidetr.lab.study import load_study, record, run_config
 
 # %% [markdown]
@@ -42,8 +42,8 @@ if expected and key != expected:
     raise ConfigError(
         f'{folder}: config.json has hash {key}, asked for was {expected}; start the study again'
     )
-changes = '\n'.join(f'* {d}' for d in differences(to_dict(Config()), to_dict(cfg)))
-markdown(f'**{title}**, hash {key}\n\n{changes}')
+changes = '\n'.join(f'* {cell_text(d)}' for d in differences(to_dict(Config()), to_dict(cfg)))
+markdown(f'**{cell_text(title)}**, hash {key}\n\n{changes}')
 
 # %% [markdown]
 # ## The run

@@ -266,7 +266,8 @@ def filter_notebook(
             cells.append(
                 make_cell('markdown', f'<span class="module-tag">{module}</span>{anchors}', id=f'tag{i:03d}')
             )
-        cells.append({**c, 'source': '\n'.join([*options, code])})
+        shown = dict(outputs=[_inert_output(o) for o in c['outputs']]) if 'outputs' in c else {}
+        cells.append({**c, 'source': '\n'.join([*options, code]), **shown})
     return {**nb, 'cells': cells}
 
 
@@ -445,6 +446,38 @@ called = [refs.labels[k][1] for k in ('sec-a', 'sec-b', 'eq-x', 'fig-a')]
 assert called == ['Chapter 3', 'Section 3.1', 'Equation 3.1', 'Figure 3.1']
 assert refs.problems == ['a.qmd: no label for @fig-missing']
 refs.labels['fig-a']
+
+# %% [markdown]
+# What a run printed holds names of classes and settings, which come from files. A tag in them would be live on
+# the page, so only the few tags that pages of results use stay tags; all others are shown as text.
+
+# %%
+#| export
+_OURS = r'/?(?:details|summary|br|sub|sup|em|strong)\s*/?>|/?span\b(?: (?:class|title)="[^"<>]*")*>'
+_TAG = re.compile(rf'<(?!{_OURS})(?=[a-z/!?])', re.I)
+_SCRIPT_LINK = re.compile(r'\]\(\s*(?:javascript|vbscript|data):', re.I)
+
+
+def inert(
+    text: str,  # Markdown that a run printed
+) -> str:
+    "The same, with every tag shown as text but the few that pages of results use"
+    return outside_code(lambda t: _SCRIPT_LINK.sub('](#', _TAG.sub('&lt;', t)), text)
+
+
+def _inert_output(o):
+    "An output without HTML, its Markdown inert"
+    kept = {k: v for k, v in o.get('data', {}).items() if k not in ('text/html', 'application/javascript')}
+    if 'text/markdown' in kept:
+        kept['text/markdown'] = inert(cell_text(kept['text/markdown']))
+    return {**o, 'data': kept} if 'data' in o else o
+
+
+# %%
+hostile = 'dog<script>alert(1)</script> <img src=x onerror=alert(2)> `<b>` <details>1 < 2</details>'
+tame = inert(hostile)
+assert '<script' not in tame and '<img' not in tame and '`<b>` <details>1 < 2</details>' in tame
+tame
 
 
 # %% [markdown]

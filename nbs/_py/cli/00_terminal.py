@@ -67,15 +67,21 @@ def _bad(text):
     return DataError(text)
 
 
+def _shown(text):
+    "Text whose lines a terminal can show: names from files may hold its control codes"
+    printable = getattr(sys.modules.get('semidetr.core'), 'printable', None)  # without it no file was read
+    return '\n'.join(map(printable, str(text).split('\n'))) if printable else str(text)
+
+
 def _say(text=''):
     "Print, in the first of several processes"
     if os.environ.get('RANK', '0') == '0':
-        print(text, flush=True)
+        print(_shown(text), flush=True)
 
 
 def _fail(text, code=2):
     "Print an error; returns the exit that ends a command"
-    print(text if code == 130 else f'error: {text}', file=sys.stderr, flush=True)
+    print(_shown(text if code == 130 else f'error: {text}'), file=sys.stderr, flush=True)
     return typer.Exit(code)
 
 
@@ -139,7 +145,7 @@ def _show_warning(message, category, filename, lineno, file=None, line=None):
     text, note = ' '.join(str(message).split()), getattr(sys.modules.get('semidetr.core'), 'Note', ())
     if issubclass(category, note):
         return _say(f'note: {text}')
-    print(f'warning: {text}', file=sys.stderr, flush=True)
+    print(_shown(f'warning: {text}'), file=sys.stderr, flush=True)
 
 
 def _never_fail():

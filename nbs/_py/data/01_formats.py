@@ -33,8 +33,17 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from semidetr.core import DataError
 from semidetr.data.entries import as_number
-from semidetr.data.files import Fault, Source, as_flag, coco_entries, image_suffixes, images_under, reason
-from semidetr.text import read_json, read_lines, read_text
+from semidetr.data.files import (
+    Fault,
+    Source,
+    as_flag,
+    coco_entries,
+    image_suffixes,
+    images_under,
+    outside_faults,
+    reason,
+)
+from semidetr.text import SMALL_MB, read_json, read_lines, read_text
 
 
 # %% [markdown]
@@ -179,6 +188,7 @@ def read_coco(
             item, cure = f'no such image folder: {folder}', 'name the folder that holds the images'
             fault = Fault('error', 'missing-image-folder', str(path), item, cure)
     faults = [fault] if fault else []
+    home = path.parent.parent if path.parent.name == 'annotations' else path.parent
     if fault is None:
         images = [im for im in coco_entries(data, 'images') if isinstance(im.get('file_name'), str)]
         names = [im['file_name'] for im in images]
@@ -188,9 +198,9 @@ def read_coco(
             item = f'none of its images, such as {names[0]}, is in {folder}'
             cure = 'name the folder that holds the images'
             faults.append(Fault('error', 'missing-image-folder', str(path), item, cure))
+        faults += outside_faults(folder, [new.get(n, n) for n in names], str(path), [home])
         for im in images if new else ():
             im['file_name'] = new.get(im['file_name'], im['file_name'])
-    home = path.parent.parent if path.parent.name == 'annotations' else path.parent
     return Source(f'{home.absolute().name}/{path.stem}', str(path), data, folder, faults)
 
 
@@ -259,7 +269,9 @@ def _corner(element, key):  # one number of the one box of an object
 
 
 def _voc_file(path):  # one XML -> ((name, box xywh, difficult) of each object, (height, width), file name)
-    text = read_text(path)
+    text = read_text(path, most_mb=SMALL_MB)
+    if '<!ENTITY' in text:
+        raise ValueError('declares entities of XML, which may unfold without end')
     root = ET.fromstring(re.sub(r'^\s*<\?xml.*?\?>', '', text, flags=re.S))
     size = [as_number(root.findtext(f'size/{k}') or '0') for k in ('height', 'width')]
     objects = []
@@ -384,7 +396,8 @@ def _voc_files(folder, ids, content, where):  # -> {image id: file name}, faults
     lost = {i: f for i, f in out.items() if f not in there}
     new, found = resolve_names(folder, list(lost.values()), where)
     faults += other_spelling(stale, where) + found
-    return out | {i: new[f] for i, f in lost.items() if f in new}, faults
+    out |= {i: new[f] for i, f in lost.items() if f in new}
+    return out, faults + outside_faults(folder, out.values(), where)
 
 
 # %%

@@ -12,9 +12,10 @@ import os
 from pathlib import Path
 from semidetr.core import DataError
 from semidetr.data.entries import as_number
-from semidetr.data.files import Fault, Source, files_under, images_under, read_size, reason
+from semidetr.data.files import Fault, Source, files_under, images_under, outside_faults, read_size, reason
 from semidetr.data.formats import folder_like, other_spelling, plain_name
-from semidetr.text import read_lines, read_text
+from semidetr.reading import read_yaml
+from semidetr.text import SMALL_MB, read_lines, read_text
 
 
 # %% [markdown]
@@ -54,7 +55,8 @@ def _label_words(names):  # {label: name} -> {name: label}, None for a name that
 
 def _yolo_rows(label, words=()):  # -> [(line number, class, numbers)], [(number, what cannot be read)]
     rows, wrong = [], []
-    for n, line in enumerate(read_text(label).split('\n') if label.is_file() else [], 1):
+    text = read_text(label, most_mb=SMALL_MB) if label.exists() else ''
+    for n, line in enumerate(text.split('\n'), 1):
         first, *numbers = line.split() or ['']
         if not first:
             continue
@@ -211,7 +213,7 @@ def _names_by_label(path, conf):
         return dict(enumerate(names))
     if not isinstance(names, dict) or not names:
         raise DataError(f"{path}: no class 'names'; list them in the order of the label numbers")
-    if not all(str(k).isdigit() and isinstance(v, str) for k, v in names.items()):
+    if not all(k.isdecimal() and len(k) < 10 and isinstance(v, str) for k, v in names.items()):
         raise DataError(f"{path}: 'names' has keys that are no label numbers; write 0: name, 1: name")
     labels = {int(k): v for k, v in names.items()}
     if len(labels) < len(names):
@@ -222,26 +224,7 @@ def _names_by_label(path, conf):
 # %%
 #| export
 def _yaml(path):  # content of data.yaml, in which everything stays text and no key occurs twice
-    import yaml
-
-    text, where = read_text(path), ''
-    try:
-        top = yaml.compose(text, Loader=yaml.BaseLoader)
-        pairs = top.value if isinstance(top, yaml.MappingNode) else []
-        inner = [v.value for k, v in pairs if k.value == 'names' and isinstance(v, yaml.MappingNode)]
-        for mapping in (pairs, *inner):
-            keys = [str(k.value) for k, _ in mapping]
-            again = [k for n, k in enumerate(keys) if k in keys[:n]]
-            if again:
-                raise ValueError(f"the key '{again[0]}' occurs twice")
-        return yaml.load(text, Loader=yaml.BaseLoader)
-    except yaml.MarkedYAMLError as e:
-        mark = e.problem_mark or e.context_mark
-        where, what = f'line {mark.line + 1}: ' if mark else '', e.problem or e.context
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
-        what = reason(e)
-    cure = 'a YOLO data set has a data.yaml with names and splits'
-    raise DataError(f'{path}: {where}{what}; {cure}')
+    return read_yaml(path, cure='a YOLO data set has a data.yaml with names and splits')
 
 
 # %%
@@ -255,7 +238,7 @@ _yaml(root / 'names.yaml')
 def _kpt_shape(shape, path):  # (points, 2 or 3) of poses, or None
     if not shape:
         return None
-    numbers = [int(n) for n in shape if isinstance(n, str) and n.isdecimal()]
+    numbers = [int(n) for n in shape if isinstance(n, str) and n.isdecimal() and len(n) < 10]
     if not isinstance(shape, list) or len(shape) != 2 or len(numbers) != 2 or numbers[1] not in (2, 3):
         raise DataError(f'{path}: kpt_shape is no list of two numbers; write [points, 2] or [points, 3]')
     return numbers
@@ -302,6 +285,9 @@ def _yolo_images(root, conf, split):  # -> image paths of one split, what was fo
                 f"{root}: data.yaml names '{e}' for {split}, which is not there; "
                 f"looked for {', '.join(dict.fromkeys(map(str, tries)))}"
             )
+        if place.is_dir() and place.resolve() in root.resolve().parents:
+            what = 'which holds the data set itself and all beside it; write a folder below'
+            raise DataError(f"{root}: data.yaml names '{e}' for {split}, {what}")
         if place.is_dir():
             out += [place / f for f in images_under(place)]
         else:
@@ -383,6 +369,7 @@ def read_yolo(
             anns.append(dict(image_id=im['id'], category_id=c, bbox=box))
     faults += guesses + list(_yolo_faults(lines, str(path), kind))
     faults += _orphans(root, lines)
+    faults += outside_faults(root, [im['file_name'] for im in images], str(path))
     cats = [dict(id=k, name=v) for k, v in names.items()]
     data = dict(images=images, annotations=anns, categories=cats)
     return Source(f'{root.absolute().name}/{split}', str(path), data, root, faults)

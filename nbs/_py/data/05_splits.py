@@ -15,12 +15,13 @@
 # %%
 #| export
 import json
+import typing
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from numbers import Integral
 from pathlib import Path
 from semidetr.core import ConfigError, DataError, atomic_write, stable_hash, tell
-from semidetr.text import read_text
+from semidetr.reading import check, check_fields, read_small_json
 
 
 # %% [markdown]
@@ -80,9 +81,9 @@ a
 class Split:
     "Which images are labelled, unlabelled and for development; all by image id"
 
-    labelled: list  # image ids, in rank order
-    unlabelled: list  # image ids, in rank order; empty at 100 %
-    dev: list  # image ids; the only ones that settings may be chosen on
+    labelled: list[int | str]  # image ids, in rank order
+    unlabelled: list[int | str]  # image ids, in rank order; empty at 100 %
+    dev: list[int | str]  # image ids; the only ones that settings may be chosen on
     percent: float | None = None  # of all images of the data set
     count: int | None = None  # or this number of labelled images
     fold: int = 0  # which shuffle
@@ -329,25 +330,40 @@ def save_split(
     atomic_write(path, json.dumps(dict(semidetr_split=1, **asdict(split))) + '\n')
 
 
+SPLIT_MB = 2000  # largest file of a split or of an index list: 10**8 numbers
+
+
+def _disjoint(split, path):
+    "DataError if an image is in two parts of a split, or twice in one"
+    owner = {}
+    for part in ('labelled', 'unlabelled', 'dev'):
+        for image_id in getattr(split, part):
+            if image_id in owner:
+                twice = f'image {image_id!r} of {part} is also in {owner[image_id]}'
+                raise DataError(f'{path}: {twice}; make the split again with `semidetr split`')
+            owner[image_id] = part
+
+
 def load_split(
     path,  # file from `save_split`
     ds=None,  # if given, the split must be of exactly this data set
 ) -> Split:
     "Read a split; raises DataError if the file is no split, or a split of other data"
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise DataError(f"{path}: no such file; make it with `semidetr split`")
-    try:
-        d = json.loads(read_text(path, cure='make it with `semidetr split`'))
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"{path}: cannot be read as JSON ({e})") from None
+    cure = 'make it with `semidetr split`'
+    d = read_small_json(path, cure=f'it cannot be read as a split: {cure}', most_mb=SPLIT_MB)
     if not isinstance(d, dict) or d.pop('semidetr_split', None) != 1:
         raise DataError(
             f"{path}: not a split of this package; read_index_list reads index lists of other projects"
         )
+    hints = typing.get_type_hints(Split)
+    check_fields(d, hints, path, cure=f'damaged split: {cure}', optional=set(hints) - {'labelled'})
     try:
         split = Split(**d)
     except TypeError as e:
         raise DataError(f"{path}: damaged split ({e}); make it again with `semidetr split`") from None
+    _disjoint(split, path)
     if ds is not None and split.fingerprint != ds.fingerprint():
         raise DataError(
             f"{path}: made for '{split.dataset}' with fingerprint {split.fingerprint}, "
@@ -390,7 +406,10 @@ def _boxed_ids(ds):
 
 def _pick(table, key, what, path):
     "Entry of a dict whose keys are numbers written as text"
-    found = [k for k in table if key is not None and float(k) == float(key)]
+    try:
+        found = [k for k in table if key is not None and float(k) == float(key)]
+    except ValueError:
+        raise DataError(f'{path}: its {what} are no numbers; write {{percent: {{fold: [...]}}}}') from None
     if len(found) != 1:
         raise DataError(f"{path}: {what}={key} is not in the file; it has {', '.join(table)}")
     return table[found[0]]
@@ -403,7 +422,8 @@ def _nested(path, table, ds, percent, fold):
         (boxed, 'positions among images with boxes, sorted by id'),
         (every, 'positions among all images, sorted by id'),
     ):
-        if len(values) == _share(percent, len(ids)) and max(values, default=0) < len(ids):
+        inside = 0 <= min(values, default=0) and max(values, default=0) < len(ids)
+        if len(values) == _share(percent, len(ids)) and inside:
             return [ids[v] for v in values], name
     raise DataError(
         f"{path}: {len(values)} positions for {percent} % fit neither the {len(boxed)} images with boxes "
@@ -415,16 +435,15 @@ def _nested(path, table, ds, percent, fold):
 #| export
 def _read_ids(path, ds, percent, fold, convention):
     "Image ids of a list, and how it was interpreted"
-    try:
-        data = json.loads(read_text(path))
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"{path}: cannot be read as JSON ({e})") from None
+    data = read_small_json(path, cure='it cannot be read as a list: write it again', most_mb=SPLIT_MB)
     if convention not in ('auto', 'ids', 'positions'):
         raise ConfigError(f"convention='{convention}' is not one of auto, ids, positions")
     if isinstance(data, dict):
+        check(dict[str, dict[str, list[int]]], data, path, cure='write {percent: {fold: [positions]}}')
         return _nested(path, data, ds, percent, fold)
     if not isinstance(data, list) or not data:
         raise DataError(f"{path}: expected a list of image ids or positions, or {{percent: {{fold: [...]}}}}")
+    check(list[int | str], data, path, cure='write a list of image ids or positions')
     ids = [_plain(i) for i in ds.ids]
     known = set(ids)
     as_ids = all(v in known for v in data)

@@ -27,9 +27,10 @@
 #| export
 import dataclasses
 import functools
-import json
 from pathlib import Path
 import torch
+from semidetr.core import DataError, printable
+from semidetr.reading import read_record
 from semidetr.detectors.contract import build_detector
 from semidetr.lab.plan import open_all, state
 from semidetr.train.config import config_hash
@@ -124,12 +125,12 @@ def measured_memory(
     measured = {}
     for path in sorted(Path(results).rglob('seed*.json')):
         try:
-            record = json.loads(path.read_text())
+            record = read_record(path)
             runs = [record['burn_in'], *record['arms'].values()]
             measured |= {r['hash']: r['peak_memory_mb'] for r in runs if r}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (DataError, KeyError, TypeError):
             cure = f'bring it back with `git checkout {path}`, or run its study again'
-            say(f'{path}: damaged record, not used; {cure}')
+            say(printable(f'{path}: damaged record, not used; {cure}'))
     return measured
 
 

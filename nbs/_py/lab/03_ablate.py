@@ -29,7 +29,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tqdm import tqdm
-from semidetr.core import ConfigError, atomic_write, need, suggest
+from semidetr.core import ConfigError, DataError, atomic_write, need, suggest
+from semidetr.reading import read_record, read_result, read_rows, read_small_json
 from semidetr.lab.plan import STUDIES, Run, distinct, plan, state, without_data
 from semidetr.lab.study import pick_studies, record
 from semidetr.train.config import config_hash, to_dict
@@ -64,9 +65,9 @@ def check_notebook(
     if not Path(path).is_file():
         raise ConfigError(f'{path}: no such notebook; run this in a checkout of the book')
     try:
-        cells = json.loads(Path(path).read_text())['cells']
+        cells = read_small_json(path, ConfigError)['cells']
         tagged = [''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', [])]
-    except (ValueError, KeyError, TypeError):
+    except (ConfigError, KeyError, TypeError, AttributeError):
         raise ConfigError(f'{path}: damaged, not a notebook; {cure}') from None
     if len(tagged) != 1:
         raise ConfigError(f"{path}: {len(tagged)} cells have the tag 'parameters', one must; {cure}")
@@ -229,8 +230,8 @@ def steps_done(
 ) -> int:  # iterations, as far as the log tells
     "How far a run is, for the bar"
     try:
-        return json.loads((Path(folder) / 'log.jsonl').read_text().splitlines()[-1])['step']
-    except (OSError, IndexError, json.JSONDecodeError):
+        return read_rows(Path(folder) / 'log.jsonl', last=2)[0][-1]['step']
+    except (DataError, IndexError):
         return 0
 
 
@@ -376,7 +377,7 @@ def keep(
     "Write the record of a seed, unless it is there already"
     made, first = {}, runs[0]
     for r in runs:
-        result = json.loads((r.folder / 'run.json').read_text())
+        result = read_result(r.folder / 'run.json')
         made[r.arm] = record(result, r.folder) | dict(notebook=r.notebook.as_posix())
     path = Path(results) / first.where / f'seed{first.seed}.json'
     about = dict(study=first.study, scale=first.scale, group=first.group, seed=first.seed)
@@ -391,9 +392,10 @@ def seed_line(
 ) -> str:
     "AP of the teacher, arm by arm, on the test split if it was measured there"
     arms = []
-    for arm, a in json.loads(Path(path).read_text())['arms'].items():
-        metrics = a['metrics'].get('val') or a['metrics'].get('dev')
-        arms.append(f"{arm} {metrics['teacher']['AP']:.1f}" if metrics else f'{arm} -')
+    for arm, a in read_record(path)['arms'].items():
+        metrics = a['metrics'].get('val') or a['metrics'].get('dev') or {}
+        ap = metrics.get('teacher', {}).get('AP')
+        arms.append(f'{arm} {ap:.1f}' if isinstance(ap, (int, float)) else f'{arm} -')
     return f'{path}: ' + ', '.join(arms)
 
 

@@ -12,21 +12,22 @@
 
 # %%
 #| export
-import json
-import tomllib
+import re
 from pathlib import Path
 from statistics import mean, stdev
 import matplotlib.pyplot as plt
+from markupsafe import Markup
 from scipy.stats import t as student_t
-from semidetr.core import DataError
+from semidetr.core import ConfigError, DataError, suggest
+from semidetr.reading import check, check_fields, read_record, read_toml
 from semidetr.draw import COLORS
 from semidetr.lab.study import paired_difference
 
 # %%
 #| hide
+import json
 import tempfile
 from IPython.display import Markdown as markdown
-
 
 # %% [markdown]
 # ## A table
@@ -35,15 +36,32 @@ from IPython.display import Markdown as markdown
 
 # %%
 #| export
+_CODE_SPAN = re.compile(r'(`+)[^`\n]+\1')
+
+
+def cell_text(
+    value,  # anything with a `str`; `Markup`: HTML that this package made
+) -> str:
+    "A cell of a Markdown table: tags and columns of a name or a setting are shown, not obeyed"
+    if isinstance(value, Markup):
+        return str(value)
+    text, out, pos = ' '.join(str(value).split('\n')), [], 0
+    for m in _CODE_SPAN.finditer(text):
+        out += [text[pos : m.start()].replace('<', '&lt;'), m[0]]
+        pos = m.end()
+    out.append(text[pos:].replace('<', '&lt;'))
+    return re.sub(r'(?<!\\)\|', r'\\|', ''.join(out))
+
+
 def markdown_table(
     columns: list,  # headings
-    rows: list,  # lists of cells, anything with a `str`
+    rows: list,  # lists of cells, as for `cell_text`
     align: str = '',  # one of l, c, r for each column; default: first left, the others right
 ) -> str:
     "A Markdown table"
     align = align or 'l' + 'r' * (len(columns) - 1)
     rule = [dict(l=':---', c=':---:', r='---:')[a] for a in align]
-    return '\n'.join('| ' + ' | '.join(map(str, row)) + ' |' for row in [columns, rule, *rows])
+    return '\n'.join('| ' + ' | '.join(map(cell_text, row)) + ' |' for row in [columns, rule, *rows])
 
 
 # %%
@@ -75,7 +93,7 @@ def read_records(
     "The committed records of a study"
     folder, name = Path(results) / study, study.partition('/')[0]
     executed = _has_page(results, name)
-    runs = [json.loads(p.read_text()) | dict(executed=executed) for p in folder.glob('seed*.json')]
+    runs = [read_record(p) | dict(executed=executed) for p in folder.glob('seed*.json')]
     runs = sorted((r for r in runs if set(arms) <= set(r['arms'])), key=lambda r: r['seed'])
     if not runs:
         missing = ', '.join(arms) or 'a record'
@@ -110,6 +128,8 @@ def with_arm(
     return both
 
 
+# %%
+#| export
 def values(
     runs: list,  # of `read_records`
     arm: str,  # of the study
@@ -118,7 +138,19 @@ def values(
     part: str = 'val',  # or 'dev'
 ) -> list:  # percent, one per seed
     "One number of each seed"
-    return [r['arms'][arm]['metrics'][part][who][key] for r in runs]
+    found = []
+    for r in runs:
+        where = f"{r.get('study', 'record')}, seed {r['seed']}, arm {arm!r}"
+        try:
+            x = r['arms'][arm]['metrics'][part][who][key]
+        except KeyError as e:
+            raise DataError(
+                f'{where}: has no {e} among its metrics/{part}/{who}/{key}; run its study again'
+            ) from None
+        if not isinstance(x, (int, float, dict)):
+            raise DataError(f'{where}: {key} is {x!r}, no number; run its study again')
+        found.append(x)
+    return found
 
 
 def class_values(
@@ -127,7 +159,11 @@ def class_values(
     name: str,  # of the class
 ) -> list:  # AP in percent, one per seed
     "AP of one class"
-    return [classes[name]['AP'] for classes in values(runs, arm, 'per_class')]
+    kind = dict[str, dict]
+    found = [check(kind, classes, f'classes of arm {arm!r}') for classes in values(runs, arm, 'per_class')]
+    if lost := [c for c in found if not isinstance(c.get(name, {}).get('AP'), (int, float))]:
+        raise DataError(f'arm {arm!r} has no AP of the class {name!r}; {suggest(name, lost[0])}')
+    return [classes[name]['AP'] for classes in found]
 
 
 # %% [markdown]
@@ -256,7 +292,7 @@ def verdicts(
         for d in more:
             doubt = '' if d['n'] == 1 or found(d) else ' (no difference found)'
             line += f' With NMS {plus_minus(d)}{doubt}.'
-        lines.append(line)
+        lines.append(cell_text(line))
     return '\n'.join(lines)
 
 
@@ -336,10 +372,10 @@ def scale_line(
         f"{threads} thread{'s' * (threads != 1)} of {first['machine']}",
         f'{cpu:.0f} CPU-minutes for all arms, {wall:.0f} minutes by the clock one after the other',
     ]
-    if start:
+    if start and all({'cpu_seconds', 'iterations'} <= set(r.get('burn_in') or ()) for r in runs):
         minutes = mean(r['burn_in']['cpu_seconds'] for r in runs) / 60
         parts[2] += f" after a burn-in of {start['iterations']} ({minutes:.1f} CPU-minutes)"
-    text = f"*Scale: {'; '.join(parts)}.*"
+    text = cell_text(f"*Scale: {'; '.join(parts)}.*")
     if runs[0].get('executed'):
         text += f" Executed runs: @sec-runs-{runs[0]['study'].replace('_', '-')}."
     details = f'<details><summary>Every run</summary>\n\n{_run_table(runs, names)}\n\n</details>'
@@ -351,14 +387,18 @@ def published(
     key: str,  # table of `paper_results.toml`
 ) -> list:  # its rows
     "The numbers of the paper, as far as they could be obtained"
-    return tomllib.loads((Path(results).parent / 'paper_results.toml').read_text())[key]['rows']
+    path = Path(results).parent / 'paper_results.toml'
+    tables = check(dict[str, dict], read_toml(path), path, ConfigError)
+    if key not in tables:
+        raise ConfigError(f'{path}: has no table {key!r}; {suggest(key, tables)}')
+    return check_fields(tables[key], dict(rows=list[dict]), f'{path}: {key}', ConfigError)['rows']
 
 
 def as_published(
     text,  # anything with a `str`
-) -> str:  # HTML
+) -> Markup:  # HTML that `cell_text` leaves alone; the text in it is escaped
     "A cell with a number that was not measured here: coloured, with a title where colours are not seen"
-    return f'<span class="published" title="published, not measured here">{text}</span>'
+    return Markup('<span class="published" title="published, not measured here">{}</span>').format(text)
 
 
 # %% [markdown]

@@ -24,6 +24,7 @@ import warnings
 from pathlib import Path
 import torch
 from semidetr.core import DataError, atomic_write, is_main, tell, world_size
+from semidetr.reading import read_rows
 from semidetr.detectors.group import start_parallel
 from semidetr.detectors.weight_files import map_class_rows
 
@@ -412,9 +413,12 @@ class RunLog:
         if not is_main():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        rows = self.path.read_text().splitlines() if self.path.exists() else []
-        whole = [r for r in rows if r.endswith('}')]  # a crash may have cut the last line
-        atomic_write(self.path, ''.join(r + '\n' for r in whole if json.loads(r)['step'] <= step))
+        rows, bad = read_rows(self.path) if self.path.exists() else ([], [])
+        if bad[1:] or (bad and rows and bad[0] <= len(rows)):  # a crash may have cut the last line
+            warnings.warn(
+                f'{self.path}: {len(bad)} lines are damaged and left out, the first is line {bad[0]}'
+            )
+        atomic_write(self.path, ''.join(json.dumps(r) + '\n' for r in rows if r['step'] <= step))
         from torch.utils.tensorboard import SummaryWriter
 
         self.board = SummaryWriter(str(self.path.parent), purge_step=step)

@@ -25,10 +25,10 @@
 # %%
 #| export
 import contextlib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from semidetr.core import ConfigError, DataError, tell
+from semidetr.reading import CONFIG, check, read_result, read_small_json
 from semidetr.data.catalog import open_dataset, open_further
 from semidetr.data.datasets import short_hash
 from semidetr.train.checkpoint import load_checkpoint
@@ -36,6 +36,7 @@ from semidetr.train.config import config_hash, differences, from_saved, override
 
 # %%
 #| hide
+import json
 import tempfile
 import matplotlib.pyplot as plt
 from semidetr.train.config import preset
@@ -89,30 +90,25 @@ def _read_result(folder):
     path = folder / 'run.json'
     if not path.is_file():
         return None
-    try:
-        result = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError:
-        result = None
-    if not isinstance(result, dict) or not {'hash', 'data', 'metrics'} <= set(result):
-        raise DataError(
-            f'{path}: damaged, or not the result of a run; choose another folder, or delete the file, '
-            'and the run is evaluated again from its checkpoint'
-        )
-    return result
+    cure = 'choose another folder, or delete the file, and the run is evaluated again from its checkpoint'
+    return read_result(path, cure)
 
 
 def _read_config(path, cfg):
     "The configuration that a study wrote for a run; its settings may have had other names then"
+    cure = 'delete this folder, or choose another --out'
+    values = check(CONFIG, read_small_json(path, ConfigError, cure), path, ConfigError, cure)
     try:
-        return from_saved(json.loads(path.read_text(encoding='utf-8')), like=cfg)
-    except (ValueError, ConfigError) as e:
-        raise ConfigError(f'{path}: {e}; delete this folder, or choose another --out') from None
+        return from_saved(values, like=cfg)
+    except ConfigError as e:
+        raise ConfigError(f'{path}: {e}; {cure}') from None
 
 
 def _has_hash(result, cfg):
     "Is this the result of `cfg`? `run.amp=auto` stands for the precision that was chosen when the run began"
     if cfg.run.amp == 'auto':
-        cfg = override(cfg, [f"run.amp={result['config']['run']['amp']}"])
+        chosen = result.get('config', {}).get('run', {}).get('amp', 'auto')
+        cfg = override(cfg, [f'run.amp={chosen}'])
     return result['hash'] == config_hash(cfg)
 
 

@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from semidetr.core import ConfigError, DataError, need
+from semidetr.reading import CONFIG, check, excess
+from semidetr.text import parse_json
 from semidetr.train.config import from_saved, to_dict
 
 # %%
@@ -74,6 +76,18 @@ about['view']
 SAFE_FORMAT = '1'  # goes up when the layout of the metadata changes
 
 
+METADATA = dict(config=CONFIG, classes=list[str], nms=float | None)  # name -> type of its JSON
+
+
+def _metadata(about, key, path):
+    "One JSON text of the metadata of a file, checked"
+    text, where, cure = about[key], f'{path}: metadata {key!r}', 'export the run again'
+    value = parse_json(text, where, cure=cure, wanted='an exported file')
+    if what := excess(value):
+        raise DataError(f'{where}: {what}; {cure}')
+    return check(METADATA[key], value, where, cure=cure)
+
+
 def from_safetensors(
     path,  # written by `to_safetensors`
 ) -> dict:  # config, classes, and the weights under both 'teacher' and 'student': there is one network
@@ -94,12 +108,14 @@ def from_safetensors(
         raise DataError(
             f'{path}: holds no configuration of semidetr; another program wrote it, not to_safetensors'
         )
+    if not about['semidetr'].isdecimal() or len(about['semidetr']) > 9:
+        raise DataError(f"{path}: its format is {about['semidetr'][:20]!r}, no number; export the run again")
     if int(about['semidetr']) > int(SAFE_FORMAT):
         raise DataError(
             f"{path}: written by a newer semidetr (format {about['semidetr']}, "
             f'this one reads {SAFE_FORMAT}); upgrade'
         )
-    config, classes = json.loads(about['config']), json.loads(about['classes'])
+    config, classes = (_metadata(about, key, path) for key in ('config', 'classes'))
     return dict(config=config, classes=classes, teacher=weights, student=weights)
 
 
@@ -173,7 +189,7 @@ class OnnxNetwork:
             raise DataError(
                 f'{path}: holds no class names and view settings; write it with `semidetr export`'
             )
-        self.about = {k: json.loads(about[k]) for k in ('config', 'classes', 'nms')}
+        self.about = {k: _metadata({'nms': 'null'} | about, k, path) for k in METADATA}
 
     def __call__(
         self,

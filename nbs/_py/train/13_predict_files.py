@@ -183,6 +183,17 @@ print(to_yolo(strict, (100, 50)))
 
 # %%
 #| export
+def _places(folder, files):
+    "Where files are, links resolved; a folder is resolved once, whatever the number of files in it"
+    known, out = {}, []
+    for f in map(Path, files):
+        if f.parent not in known:
+            known[f.parent] = (Path(folder) / f.parent).resolve()
+        place = known[f.parent] / f.name
+        out.append(place.resolve() if place.is_symlink() else place)
+    return out
+
+
 def _sources(source, out):
     "(folder, paths below it) of the images to process; those in the output folder are left out"
     source, out = Path(source), Path(out)
@@ -193,8 +204,8 @@ def _sources(source, out):
     found = read_folder(source)
     tell(f'{f.where}: {f.item}' for f in found.faults)
     files = [image['file_name'] for image in found.data['images']]
-    if out.resolve() != source.resolve():
-        files = [f for f in files if out.resolve() not in (source / f).resolve().parents]
+    if (target := out.resolve()) != source.resolve():
+        files = [f for f, place in zip(files, _places(source, files)) if target not in place.parents]
     if not files:
         raise DataError(f'{source}: no image but those in the output folder {out}')
     return source, files
@@ -210,10 +221,10 @@ def _names(files, suffix):
 def _pictures(files, folder, out):
     "{file: picture to write}; `ConfigError` if one of them would overwrite an image"
     paths = {f: Path(out) / name for f, name in _names(files, '.png').items()}
-    images = {(folder / f).resolve() for f in files}
-    for p in paths.values():
-        there = folder / p.name
-        if p.resolve() in images or (there.exists() and p.resolve() == there.resolve()):
+    images, targets = set(_places(folder, files)), list(paths.values())
+    results = _places(out, [p.relative_to(out) for p in targets])
+    for p, place, there in zip(targets, results, _places(folder, [p.name for p in targets])):
+        if place in images or (place == there and there.exists()):
             raise ConfigError(f'{p}: the picture would overwrite an image; choose another output folder')
     return paths
 

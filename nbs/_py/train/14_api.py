@@ -32,14 +32,13 @@ warnings.filterwarnings('ignore', message='IProgress')
 import contextlib
 import json
 import shutil
-import tomllib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from semidetr.core import ConfigError, DataError, is_main, pick_device, tell
-from semidetr.text import read_text
+from semidetr.reading import CONFIG, check_fields, read_result
 from semidetr.data.catalog import open_dataset
 from semidetr.semi.methods import METHODS, WITH_UNLABELLED, MethodConfig
 from semidetr.train import metrics
@@ -49,6 +48,7 @@ from semidetr.train.config import (
     from_dict,
     from_saved,
     load_config,
+    read_config,
     override,
     with_detector,
 )
@@ -166,8 +166,7 @@ def _content(config):
     "Nested values of a configuration that has been checked"
     if not config or isinstance(config, dict):
         return config or {}
-    path = Path(config)
-    return (json.loads if path.suffix == '.json' else tomllib.loads)(read_text(path, ConfigError))
+    return read_config(config)
 
 
 def _settings(preset, config, items, detector):
@@ -286,17 +285,17 @@ class Run:
         if result is None and not path.is_file():
             raise DataError(f'{path}: no such file; this run is not finished, or the folder holds none')
         if result is None:
-            try:
-                result = json.loads(path.read_text(encoding='utf-8'))
-                result['config'], result['metrics'], result['data']['classes']
-            except (ValueError, TypeError, KeyError):
-                raise DataError(f'{path}: damaged, or not the result of a run; train again') from None
+            result = check_fields(read_result(path), dict(config=CONFIG), path, cure='train again')
+            check_fields(result['data'], dict(classes=list[str]), f'{path}: data', cure='train again')
         self.result = result
 
     @property
     def config(self) -> Config:
         "All settings"
-        return from_saved(self.result['config'])
+        try:
+            return from_saved(self.result['config'])
+        except ConfigError as e:
+            raise ConfigError(f"{self.folder / 'run.json'}: {e}") from None
 
     @property
     def hash(self) -> str:
