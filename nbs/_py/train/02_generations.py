@@ -21,7 +21,7 @@ import time
 import warnings
 from pathlib import Path
 import torch
-from semidetr.core import DataError, all_gather_cat, is_main, rank, tell, world_size
+from semidetr.core import all_gather_cat, is_main, rank, tell, world_size
 from semidetr.train.checkpoint import LAST, PREVIOUS, Damaged, load_checkpoint, read_seal, save_checkpoint
 
 
@@ -358,8 +358,8 @@ def tell_world(
     if world != world_size():
         tell(
             [
-                f'{folder}: was trained by {world} processes until iteration {saved["step"]} and is resumed by '
-                f'{world_size()}: other batches and random numbers than those of an unbroken run'
+                f'{folder}: was trained by {world} processes until iteration {saved["step"]} and is resumed '
+                f'by {world_size()}: other batches and random numbers than those of an unbroken run'
             ]
         )
 

@@ -129,7 +129,6 @@ def stop_gently():
 
 # %%
 #| hide
-import tempfile
 from types import SimpleNamespace
 import matplotlib.pyplot as plt
 from torch import nn
