@@ -38,7 +38,6 @@ from semidetr.lab.report import (
     scale_line,
     spread,
     values,
-    verdict,
     with_interval,
 )
 from semidetr.lab.study import paired_difference
@@ -168,15 +167,9 @@ for k, runs in panels.items():
     for base in ('supervised', 'mean_teacher'):
         gains = per_class(runs, base)
         worse = [f'{c} ({plus_minus(d)})' for c, d in gains.items() if d['mean'] < 0 and found(d)]
-        better = sum(d['mean'] > 0 for d in gains.values())
-        lines.append(
-            f'* k = {k}, against {names[base]}: {better} of {len(gains)} classes gain; '
-            + (
-                f"worse by more than the interval: {', '.join(worse)}."
-                if worse
-                else 'none is worse by more than its interval.'
-            )
-        )
+        better, fallen = sum(d['mean'] > 0 for d in gains.values()), 'worse by more than its interval'
+        text = f"{fallen}: {', '.join(worse)}" if worse else f'none is {fallen}'
+        lines.append(f'* k = {k}, against {names[base]}: {better} of {len(gains)} classes gain; {text}.')
 markdown('\n'.join(lines))
 
 # %% [markdown]
@@ -208,8 +201,8 @@ for k in (2, 5):
     seed0 = [r for r in runs if r['seed'] == 0]
     long, short = plateau[f'k{k}']['metrics']['val']['teacher']['AP'], values(seed0, 'supervised')[0]
     lines.append(
-        f'* k = {k}, seed 0, test split: {short:.1f} AP after burn-in and arm (800 iterations), {long:.1f} after '
-        f"2000; Semi-DETR plus has {values(seed0, 'plus')[0]:.1f}. With all labels: {full:.1f}, so supervised "
-        f'training has {short / full:.2f} of what all labels give.'
+        f'* k = {k}, seed 0, test split: {short:.1f} AP after burn-in and arm (800 iterations), {long:.1f} '
+        f"after 2000; Semi-DETR plus has {values(seed0, 'plus')[0]:.1f}. With all labels: {full:.1f}, so "
+        f'supervised training has {short / full:.2f} of what all labels give.'
     )
 markdown('\n'.join(lines))

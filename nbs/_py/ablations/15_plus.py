@@ -33,7 +33,6 @@ step_costs = '../../benchmarks/results/remedies.json'  # record of `python bench
 #| hide
 import json
 from pathlib import Path
-from statistics import mean
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
 from semidetr.draw import COLORS
@@ -43,7 +42,6 @@ from semidetr.lab.report import (
     markdown_table,
     plus_minus,
     read_records,
-    scale_line,
     spread,
     values,
     with_arm,
