@@ -325,7 +325,7 @@ def is_out_of_memory(
     e,  # an exception
 ) -> bool:
     "Did memory run out, on a GPU or in main memory?"
-    is_known = isinstance(e, MemoryError | torch.cuda.OutOfMemoryError)
+    is_known = isinstance(e, MemoryError | torch.OutOfMemoryError)
     return is_known or "DefaultCPUAllocator: can't allocate" in str(e) or 'Cannot allocate memory' in str(e)
 
 

@@ -354,6 +354,21 @@ def _next(it):
         ) from None
 
 
+# %%
+def dying():
+    yield 'a payload'
+    raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.')
+
+
+payloads = dying()
+assert _next(payloads) == 'a payload'
+try:
+    _next(payloads)
+except WorkerLost as e:
+    said = str(e)
+said
+
+
 # %% [markdown]
 # ## The semi-supervised loader
 #
