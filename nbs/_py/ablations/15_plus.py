@@ -33,7 +33,6 @@ step_costs = '../../benchmarks/results/remedies.json'  # record of `python bench
 #| hide
 import json
 from pathlib import Path
-from statistics import mean
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
 from semidetr.draw import COLORS
@@ -43,7 +42,6 @@ from semidetr.lab.report import (
     markdown_table,
     plus_minus,
     read_records,
-    scale_line,
     spread,
     values,
     with_arm,
@@ -83,7 +81,7 @@ markdown(markdown_table(columns, rows, align='lrrrrrr'))
 # %%
 #| label: fig-abl-plus
 #| fig-cap: "Gain in AP without NMS of `semi_detr_plus` over three controls, with 95 % intervals."
-#| fig-alt: "Points with intervals, one group per data set; all lie to the right of zero"
+#| fig-alt: "Points with intervals, one group per data set; all points lie to the right of zero"
 #| echo: false
 fig, ax = plt.subplots(figsize=(6.5, 1 + 0.5 * len(sets)), dpi=80, layout='constrained')
 shades = dict(supervised='grey', mean_teacher=COLORS['teacher'], semi_detr=COLORS['student'])
@@ -158,3 +156,25 @@ lines = [
     f"* No difference found: {'; '.join(nothing) or 'none'}.",
 ]
 markdown('\n'.join(lines))
+
+# %% [markdown]
+# ## What a step costs
+#
+# A step has one more light layer, and cross-view consistency to the end: @sec-abl-suppressor has the times against
+# both stages of Semi-DETR. At inference the layer is kept; `Predictor(..., suppressor=False)` reads the
+# one-to-many output below it, which needs NMS.
+#
+# ## Limits
+#
+# - Without unlabelled images the suppressor learns from labelled ones alone, and what it learns there does not
+#   hold elsewhere (@tbl-abl-suppressor-attempts).
+# - It learns what per-class suppression does, so it also inherits its error: two true objects of one class that
+#   overlap by more than the threshold of NMS are one.
+# - All measurements are of small detectors on small images, with hundreds of iterations. No GPU has run the
+#   longer trainings that are prepared (@sec-gpu-evidence).
+#
+# ## Summary
+#
+# - One-to-many matching to the end, a suppressor that learns from NMS, and the rest of Semi-DETR.
+# - Its gain over Semi-DETR on digits and on photographs is in @tbl-abl-plus.
+# - To reproduce: `semidetr ablate components distilled components_50 distilled_50`, `semidetr ablate fod12`.

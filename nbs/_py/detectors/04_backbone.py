@@ -270,8 +270,15 @@ def _convolve(conv, x, weight, bias):
     if (kh, kw, sh, sw) == (1, 1, 1, 1) and x.device.type == 'cpu':
         dilation = 2
     with torch.autocast('cpu', enabled=torch.is_autocast_enabled('cpu') and conv.groups == 1):
-        x = x.to(x.dtype if conv.groups == 1 else weight.dtype)
-        return F.conv2d(x, weight, bias, conv.stride, padding, dilation, conv.groups)
+        return F.conv2d(
+            x.to(x.dtype if conv.groups == 1 else weight.dtype),
+            weight,
+            bias,
+            conv.stride,
+            padding,
+            dilation,
+            conv.groups,
+        )
 
 
 def _conv_norm(conv, norm, x):
