@@ -101,8 +101,8 @@ plt.show()
 #
 # Other papers remove duplicates or mend pseudo labels in other ways. Each is a switch, off by default; here
 # each one alone is added to Semi-DETR with twenty labelled digits scenes, from the same burn-ins and for as many
-# iterations. The cost is that of a step against one of Semi-DETR in the stage in which the arm spends most of its
-# iterations.
+# iterations. The cost is that of a step against one of Semi-DETR, first in its one-to-many stage, then in its
+# one-to-one stage.
 
 # %%
 #| hide
