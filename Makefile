@@ -16,6 +16,8 @@ export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # glibc gives memory back to the system and asks for it again at every step; on some machines keeping it saves much of a training step on a CPU
 KEEP_MEMORY := env MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
+# temporary files of tests and notebooks in a folder of their own, which goes when they end
+IN_TEMP := TMPDIR=$$(mktemp -d) && export TMPDIR && trap 'rm -rf "$$TMPDIR"' EXIT &&
 
 .PHONY: help book test fuzz bench gpu-check gpu-evidence ablations ablations-smoke env site nb nb-export clean
 .DELETE_ON_ERROR:
@@ -51,8 +53,9 @@ book: $(STAMP)
 
 test: $(STAMP)
 	@echo '--- text twins'; $(BIN)/python tests/nbtool.py check
-	@echo '--- notebooks'; $(KEEP_MEMORY) $(BIN)/nbdev_test --n_workers 2 --timing
-	@echo '--- tests: export, clean, lint, modules, book, site, links, browser'; $(KEEP_MEMORY) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@echo '--- notebooks'; $(IN_TEMP) $(KEEP_MEMORY) $(BIN)/nbdev_test --n_workers 2 --timing
+	@echo '--- tests: export, clean, lint, modules, book, site, links, browser'; \
+		$(IN_TEMP) $(KEEP_MEMORY) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 fuzz: $(STAMP)
 	@$(BIN)/python benchmarks/fuzz.py $(FUZZ)

@@ -104,8 +104,6 @@ def runs_of(study, group, args, folder):  # {(study, group, seed, arm): (Config,
     workers = 0 if args.smoke else args.workers
     common = [f'run.amp={args.amp}', f'run.device={args.device}', 'run.threads=1', 'run.eval_every=0']
     common.append(f'loader.num_workers={workers}')
-    if args.smoke:
-        common.append('data.shots=0')  # the scale says how many images are labelled
     if args.weights:
         common.append(f'detector.backbone.weights={args.weights}')
     base = override(s['groups'][group], common)

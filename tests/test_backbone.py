@@ -414,6 +414,26 @@ def test_channels_last_and_float64():
 
 
 # --- configuration errors --------------------------------------------------------------
+def test_convolutions_within_channels_stay_in_float32():
+    "In bfloat16 autocast on a CPU (@sec-backbone); the others are in bfloat16, and without autocast all are"
+    x = torch.randn(2, 8, 6, 6)
+    for groups, low in ((1, torch.bfloat16), (8, torch.float32)):
+        conv = nn.Conv2d(8, 8, 3, padding=1, groups=groups)
+        plain = bb._convolve(conv, x, conv.weight, conv.bias)
+        assert torch.equal(plain, conv(x)) and plain.dtype == torch.float32
+        with torch.autocast('cpu', torch.bfloat16):
+            y = bb._convolve(conv, x, conv.weight, conv.bias)
+            again = bb._convolve(conv, y.to(torch.bfloat16), conv.weight, conv.bias)  # after a 1x1
+            assert torch.is_autocast_enabled('cpu') and y.dtype == again.dtype == low
+        assert not torch.is_autocast_enabled('cpu')
+        (again.float().sum() + y.float().sum()).backward()
+        assert torch.isfinite(conv.weight.grad).all()
+    model = build_backbone(BackboneConfig(weights='none')).train()
+    with torch.autocast('cpu', torch.bfloat16):
+        maps = model(torch.randn(1, 3, 64, 64))
+    assert all(torch.isfinite(m).all() for m in maps)
+
+
 def test_unknown_names():
     with pytest.raises(ConfigError, match="did you mean 'resnet50'") as e:
         BackboneConfig('resnet5')

@@ -61,6 +61,8 @@ def test_without_a_suppressor_there_is_a_warning():
         cfg.method.build(with_classes(cfg))
     none = with_detector(cfg, 'detr')
     assert not any('suppressor' in k for k in SemiDETRPlus.derived(none))
+    with pytest.warns(UserWarning, match='this detector cannot'):
+        none.method.build(with_classes(none))
 
 
 def with_classes(cfg):

@@ -1,12 +1,13 @@
 "Studies as data: overrides are checked before the first run, and committed records keep their hashes"
 
 import json
+from dataclasses import replace
 from pathlib import Path
 import pytest
 from semidetr.core import ConfigError
 import semidetr.lab.demo as demo
 from semidetr.train.config import config_hash, override
-from semidetr.lab.plan import plan
+from semidetr.lab.plan import open_all, plan
 from semidetr.lab.study import load_study, read_studies
 from test_trainer import TINY
 
@@ -73,6 +74,16 @@ def test_the_studies_of_the_book_are_valid():
         assert all(
             r.cfg.method.burn_in_iters < r.cfg.optim.iters for r in plan(BOOK, name, 'smoke')
         )  # every unlabelled image would be left out
+
+
+def test_every_study_finds_its_images_at_smoke_scale():
+    "An arm may say how many images are labelled, as a group or the base does: the scale has the last word"
+    data = {}
+    for name in read_studies(BOOK)[0]:
+        data |= {replace(r.cfg.data, fold=0): r.title for r in plan(BOOK, name, 'smoke')}
+    found = {title: open_all(d) for d, title in data.items()}
+    assert {title: errors for title, (_, errors) in found.items() if errors} == {}
+    assert {counts for counts, _ in found.values()} == {(6, 48)}
 
 
 def test_the_paper_scale_is_the_paper():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['cell_text', 'markdown_table', 'read_records', 'with_arm', 'values', 'class_values', 'difference', 'with_interval',
-           'found', 'plus_minus', 'spread', 'verdict', 'verdicts', 'arm_rows', 'arm_table', 'scale_line', 'published',
-           'as_published', 'plot_arms', 'plot_differences']
+           'found', 'plus_minus', 'spread', 'three_digits', 'verdict', 'verdicts', 'arm_rows', 'arm_table',
+           'scale_line', 'published', 'as_published', 'plot_arms', 'plot_differences']
 
 # %% ../../nbs/lab/04_report.ipynb #1606bc9e
 import re
@@ -175,6 +175,15 @@ def spread(
     if len(numbers) == 1:
         return f'{numbers[0]:.1f}'
     return f'{mean(numbers):.1f}\u00a0±\u00a0{stdev(numbers):.1f}'
+
+
+def three_digits(
+    v,  # a number, or None
+) -> str:
+    "Three digits, whole numbers from 100 on; nothing where nothing was measured"
+    if v is None:
+        return ''
+    return f'{v:.3g}' if v < 100 else f'{v:.0f}'
 
 
 def verdict(

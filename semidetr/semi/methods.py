@@ -488,8 +488,11 @@ class SemiDETRPlus(SemiDETR):
     def __init__(self, cfg, labelled=None):
         super().__init__(cfg, labelled)
         if not suppressor_on(cfg.detector):
-            text = 'semi_detr_plus without a learned suppressor is Semi-DETR; '
-            warnings.warn(text + 'set detector.suppressor.head=residual', stacklevel=2)
+            cure = 'set detector.suppressor.head=residual'
+            if not hasattr(cfg.detector, 'suppressor'):
+                cure = 'DINO and Deformable-DETR can have one, this detector cannot'
+            text = f'semi_detr_plus without a learned suppressor is Semi-DETR; {cure}'
+            warnings.warn(text, stacklevel=2)
 
     @classmethod
     def derived(cls, cfg):

@@ -16,7 +16,7 @@
 # | what trains it | | what per-class NMS keeps of the same output (`criterion.mds_target=nms`) | a target that needs no labels |
 # | on which images | | labelled and unlabelled (`method.mds_unsup=nms`) | scores on labelled images are those of a network that knows the answer |
 # | gradient | | ends at the suppressor (`detector.suppressor.detach`), own rate and clipping (`optim.suppressor_mult=10`) | the detector is the one that one-to-many matching trains |
-# | overlap | | the layer is given the IoU of each pair (`detector.suppressor.overlap`) | suppression depends on nothing else |
+# | overlap | | the layer is given the IoU of each pair (`detector.suppressor.overlap`) | whether a box is suppressed depends on it |
 #
 # Mining and cross-view consistency are those of the paper, to the end of the training. The layer is described
 # in @sec-suppressor, its target in @sec-rescoring, and the steps that led to it in @sec-abl-suppressor.
@@ -101,8 +101,8 @@ plt.show()
 #
 # Other papers remove duplicates or mend pseudo labels in other ways. Each is a switch, off by default; here
 # each one alone is added to Semi-DETR with twenty labelled digits scenes, from the same burn-ins and for as many
-# iterations. The cost is that of a step against one of Semi-DETR in the stage in which the arm spends most of its
-# iterations.
+# iterations. The cost is that of a step against one of Semi-DETR, first in its one-to-many stage, then in its
+# one-to-one stage.
 
 # %%
 #| hide
@@ -154,6 +154,7 @@ lines = [
     f"* Better than Semi-DETR by more than the interval: {'; '.join(helps) or 'none'}.",
     f"* Worse by more than the interval: {'; '.join(harms) or 'none'}.",
     f"* No difference found: {'; '.join(nothing) or 'none'}.",
+    f"* Built and not yet measured: {'; '.join(t for n, t in about.items() if n not in measured) or 'none'}.",
 ]
 markdown('\n'.join(lines))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
 from semidetr.draw import COLORS
-from semidetr.lab.report import markdown_table
+from semidetr.lab.report import markdown_table, three_digits
 
 # %%
 #| hide
@@ -33,13 +33,6 @@ place = 'GPU' if on_gpu else 'CPU'
 def rows(part, *keys):
     "Rows of a part that have all of these keys"
     return [r for r in parts.get(part, {}).get('rows', []) if all(k in r for k in keys)]
-
-
-def number(v):
-    "Three digits; nothing where nothing was measured"
-    if v is None:
-        return ''
-    return f'{v:.3g}' if v < 100 else f'{v:.0f}'
 
 
 def pair(d):
@@ -117,8 +110,8 @@ markdown(text)
 lines = []
 for r in rows('op', 'ms'):
     what = [f"{r['case']}, {r['form']}", r['dtype'], pair(r['values']), pair(r['gradients'])]
-    spent = [number(r[k]) for k in ('ms', 'grid_ms', 'cpu_ms')]
-    memory = ', '.join(filter(None, (number(r[k]) for k in ('MB', 'grid_MB'))))
+    spent = [three_digits(r[k]) for k in ('ms', 'grid_ms', 'cpu_ms')]
+    memory = ', '.join(filter(None, (three_digits(r[k]) for k in ('MB', 'grid_MB'))))
     lines.append([*what, *spent, memory])
 columns = ['form', 'type', 'output', 'gradients', f'op, {place}', 'grid_sample', 'CPU', 'MB']
 markdown(markdown_table(columns, lines, 'llrrrrrr'))
@@ -144,9 +137,9 @@ markdown(text + (f" Not measured: {'; '.join(left_out)}." if left_out else ''))
 lines = []
 for r in rows('step', 'loss'):
     worst = f"{r['worst_loss']['difference']:.1e}"
-    norms = [number(r['gradient_norm'][k]) for k in ('cpu', 'here')]
+    norms = [three_digits(r['gradient_norm'][k]) for k in ('cpu', 'here')]
     far = f"{r['gradient_difference']:.1e}"
-    lines.append([r['detector'], number(r['loss']['cpu']), worst, *norms, far])
+    lines.append([r['detector'], three_digits(r['loss']['cpu']), worst, *norms, far])
 columns = ['detector', 'loss', 'difference', 'gradient, plain', 'gradient, op', 'difference']
 markdown(markdown_table(columns, lines))
 
@@ -174,7 +167,7 @@ def speed_line(r, *first):
     "A row with times, or what happened instead"
     if r.get('out_of_memory'):
         return [*first, '', '', 'out of memory']
-    return [*first, number(r['ms']), number(r['images_per_second']), number(r['peak_MB'])]
+    return [*first, three_digits(r['ms']), three_digits(r['images_per_second']), three_digits(r['peak_MB'])]
 
 
 METHOD = {'supervised': 'supervised', 'semi_detr': 'Semi-DETR'}

@@ -27,7 +27,7 @@ import json
 from pathlib import Path
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
-from semidetr.lab.report import difference, markdown_table, plot_arms, spread, values, verdict
+from semidetr.lab.report import difference, markdown_table, plot_arms, spread, three_digits, values, verdict
 
 # %%
 #| hide
@@ -46,13 +46,6 @@ ARMS = {
 precision = dict(bf16='bfloat16', fp16='float16', off='float32')
 control = f"{record['settings']['control']}_fp32"
 ARMS[control] = f"{ARMS.get(record['settings']['control'], '')}, float32"
-
-
-def number(v):
-    "Three digits; nothing where nothing was measured"
-    if v is None:
-        return ''
-    return f'{v:.3g}' if v < 100 else f'{v:.0f}'
 
 
 def finished(study):
@@ -111,7 +104,7 @@ markdown(markdown_table(['what', 'value'], lines, 'll'))
 lines = []
 for part, plans in record['plan'].items():
     for study, plan in plans.items():
-        rate = number(plan['rates'][plan['slowest']])
+        rate = three_digits(plan['rates'][plan['slowest']])
         taken = str(plan['iterations'])
         if 'ended_at' in plan:
             taken = f"{plan['ended_at']} ({plan['iterations']})"
@@ -196,8 +189,8 @@ lines = []
 for r in runs:
     title = f"{r['study']}, seed {r['seed']}: {ARMS.get(r['arm'], r['arm'])}"
     end = ': '.join(filter(None, [r['state'], r.get('reason')]))
-    seconds = f"{number(r.get('seconds'))} ({number(r['waited_s'])})" if 'waited_s' in r else ''
-    memory = number(r.get('peak_gpu_mb'))
+    seconds = f"{three_digits(r.get('seconds'))} ({three_digits(r['waited_s'])})" if 'waited_s' in r else ''
+    memory = three_digits(r.get('peak_gpu_mb'))
     lines.append([title, precision[r['amp']], r.get('iterations', ''), seconds, memory, end])
 columns = ['training', 'precision', 'iterations', 'seconds', 'MB', 'end']
 markdown(markdown_table(columns, lines, 'llrrrl') if lines else 'Nothing was trained.')

@@ -234,6 +234,15 @@ def spread(
     return f'{mean(numbers):.1f}\u00a0±\u00a0{stdev(numbers):.1f}'
 
 
+def three_digits(
+    v,  # a number, or None
+) -> str:
+    "Three digits, whole numbers from 100 on; nothing where nothing was measured"
+    if v is None:
+        return ''
+    return f'{v:.3g}' if v < 100 else f'{v:.0f}'
+
+
 def verdict(
     what: str,  # 'a against b'
     d: dict,  # of `difference`
@@ -271,6 +280,7 @@ gain, noise = (difference(runs, arm, 'supervised') for arm in ('teacher', 'noise
 sentences = [verdict('teacher against supervised', gain), verdict('noise against supervised', noise)]
 assert found(gain) and not found(noise)
 assert sentences[1].endswith('no difference found at this scale.')
+assert [three_digits(v) for v in (None, 0.12345, 12.345, 1234.5)] == ['', '0.123', '12.3', '1234']
 markdown('\n'.join(f'* {sentence}' for sentence in sentences))
 
 
