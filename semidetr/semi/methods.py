@@ -488,9 +488,11 @@ class SemiDETRPlus(SemiDETR):
     def __init__(self, cfg, labelled=None):
         super().__init__(cfg, labelled)
         if not suppressor_on(cfg.detector):
-            cure = 'set detector.suppressor.head=residual'
-            if not hasattr(cfg.detector, 'suppressor'):
-                cure = 'DINO and Deformable-DETR can have one, this detector cannot'
+            cures = (
+                'DINO and Deformable-DETR can have one, this detector cannot',
+                'set detector.suppressor.head=residual',
+            )
+            cure = cures[hasattr(cfg.detector, 'suppressor')]
             text = f'semi_detr_plus without a learned suppressor is Semi-DETR; {cure}'
             warnings.warn(text, stacklevel=2)
 
