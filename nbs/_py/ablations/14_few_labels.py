@@ -24,7 +24,6 @@ results = 'results'  # folder of results
 
 # %%
 #| hide
-import json
 from pathlib import Path
 from statistics import mean
 import matplotlib.pyplot as plt
@@ -195,10 +194,20 @@ markdown('\n'.join(lines))
 #| label: tbl-abl-few-labels-tried
 #| tbl-cap: "AP on the development part, one run each: Semi-DETR plus as above, and with one and both of two switches."
 #| echo: false
-tried = json.loads((Path(results) / 'fod12_attempts.json').read_text())
-plain = next(r for r in studies[2] if r['seed'] == 0)['arms']['plus']
-both = [dict(change='none', hash=plain['hash'], dev=plain['metrics']['dev']['teacher']), *tried]
-rows = [[r['change'], f"{r['dev']['AP']:.1f}", f"{r['dev']['AP_nms']:.1f}", f"`{r['hash']}`"] for r in both]
+tried = read_records(results, 'fod12_variants/k2')[0]
+plain = next(r for r in studies[2] if r['seed'] == tried['seed'])
+assert plain['burn_in']['hash'] == tried['burn_in']['hash']
+switches = dict(
+    plus='none',
+    class_rate='class rates (`mining.sup_filter=class_rate`)',
+    mosaic='mosaic (`mixing.mosaic=1`)',
+    class_rate_mosaic='both',
+)
+rows = []
+for arm, what in switches.items():
+    run = (plain if arm == 'plus' else tried)['arms'][arm]
+    ap = [f"{run['metrics']['dev']['teacher'][key]:.1f}" for key in ('AP', 'AP_nms')]
+    rows.append([what, *ap, f"`{run['hash']}`"])
 markdown(markdown_table(['switch', 'AP', 'AP with NMS', 'configuration'], rows, align='lrrl'))
 
 # %% [markdown]
@@ -215,7 +224,8 @@ markdown(markdown_table(['switch', 'AP', 'AP with NMS', 'configuration'], rows, 
 # - NMS adds nothing to the suppressor's scores, and one to two AP to the mean teacher and Semi-DETR.
 # - More supervised iterations with k = 2 gain on the development part, whose videos were seen, and not on
 #   the test split.
-# - To reproduce: `SEMIDETR_DATA=... semidetr ablate fod12 --groups k2`, `semidetr ablate fod12_plateau`.
+# - To reproduce: `SEMIDETR_DATA=... semidetr ablate fod12 --groups k2`, `semidetr ablate fod12_plateau`,
+#   `semidetr ablate fod12_variants --groups k2`.
 
 # %%
 #| hide
