@@ -512,22 +512,6 @@ def test_exact_resume(tmp_path, name):
         assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
 
 
-def test_each_process_keeps_its_own_cache(tmp_path, monkeypatch):
-    "Processes other than the first save their cache beside their random state, and get it back"
-    cfg = tiny(*ON, 'run.test=false')
-    t = T.Trainer(cfg, tmp_path, progress=False)
-    t.fit(until=4)
-    shared = t.method.mixing.count
-    monkeypatch.setattr(T, 'is_main', lambda: False)
-    t.method.mixing.count = 77
-    t.save()
-    own = load_checkpoint(t.own_file)
-    assert list(own['parts']) == ['mixing._extra_state'] and 'student' not in own
-    assert T.Trainer(cfg, tmp_path, progress=False).method.mixing.count == 77
-    monkeypatch.undo()
-    assert T.Trainer(cfg, tmp_path, progress=False).method.mixing.count == shared
-
-
 def test_two_processes(tmp_path):
     "Each mixes views of its own, both end with the same weights, and a resumed pair ends with them too"
     items = [
