@@ -148,8 +148,9 @@ class SkipBroken(DetectionDataset):
         return self._flags.nonzero().flatten().tolist()
 
     def __getitem__(self, i):
+        first = range(len(self))[i]  # an IndexError beyond the end, which ends a loop over the images
         for n in range(len(self)):
-            at = (i + n) % len(self)
+            at = (first + n) % len(self)
             try:
                 return self._ds[at]
             except DataError as e:

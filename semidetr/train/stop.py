@@ -27,6 +27,7 @@ from semidetr.core import (
 )
 from ..data.loader import WorkerLost
 from .checkpoint import LAST, PREVIOUS, Damaged, load_weights, pack_rng, unpack_rng
+from .config import to_dict
 from semidetr.train.generations import (
     OWN,
     check_fields,
@@ -266,6 +267,8 @@ class Resumable(_Restoring):
         if faults and is_main():
             warnings.warn(f'{faults[0]}; the run goes on from iteration {self.step}, in {name}')
         self.mark()
+        if not self.current:  # data in another place, or a file of an older version: saved again at the end
+            self.saved = 0
 
     def _continued(self, name):
         "Take over one generation; why it cannot be used, or ''"
@@ -286,6 +289,7 @@ class Resumable(_Restoring):
             if own is not None:
                 check_fields(own, self.own_file, self.cfg.optim.iters, OWN)
             tell_world(saved, self.dir)
+            self.current = saved['config'] == to_dict(self.cfg) and saved.get('roles') == self.roles
             return self._taken(saved, own, path)
         except Damaged as e:
             return str(e)

@@ -34,6 +34,7 @@ from semidetr.core import (
 )
 from semidetr.data.loader import WorkerLost
 from semidetr.train.checkpoint import LAST, PREVIOUS, Damaged, load_weights, pack_rng, unpack_rng
+from semidetr.train.config import to_dict
 from semidetr.train.generations import (
     OWN,
     check_fields,
@@ -362,6 +363,8 @@ class Resumable(_Restoring):
         if faults and is_main():
             warnings.warn(f'{faults[0]}; the run goes on from iteration {self.step}, in {name}')
         self.mark()
+        if not self.current:  # data in another place, or a file of an older version: saved again at the end
+            self.saved = 0
 
     def _continued(self, name):
         "Take over one generation; why it cannot be used, or ''"
@@ -382,6 +385,7 @@ class Resumable(_Restoring):
             if own is not None:
                 check_fields(own, self.own_file, self.cfg.optim.iters, OWN)
             tell_world(saved, self.dir)
+            self.current = saved['config'] == to_dict(self.cfg) and saved.get('roles') == self.roles
             return self._taken(saved, own, path)
         except Damaged as e:
             return str(e)

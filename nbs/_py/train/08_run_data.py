@@ -208,8 +208,9 @@ class SkipBroken(DetectionDataset):
         return self._flags.nonzero().flatten().tolist()
 
     def __getitem__(self, i):
+        first = range(len(self))[i]  # an IndexError beyond the end, which ends a loop over the images
         for n in range(len(self)):
-            at = (i + n) % len(self)
+            at = (first + n) % len(self)
             try:
                 return self._ds[at]
             except DataError as e:
@@ -233,6 +234,7 @@ class SkipBroken(DetectionDataset):
 # %%
 skipping = SkipBroken(Unlabelled(digit_scenes), 1)
 assert skipping[2].image_id == digit_scenes.ids[2] and not skipping.broken
+assert [s.image_id for s in skipping] == list(digit_scenes.ids)
 skipping
 
 
