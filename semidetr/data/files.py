@@ -441,7 +441,7 @@ def read_folder(
     return Source(root.absolute().name, str(root), dict(images=images, categories=[]), root, faults)
 
 # %% ../../nbs/data/00_files.ipynb #3e46c289
-TILES = 'scale it down or cut it into tiles, its boxes too'  # an image that is too large
+TILES = 'scale it down or cut it into tiles, its boxes too, or set SEMIDETR_MEGAPIXELS'  # it is too large
 
 
 def reason(
@@ -449,7 +449,8 @@ def reason(
 ) -> str:
     "What went wrong with a file, in a few words"
     if isinstance(e, Image.DecompressionBombError):
-        return f'too large, not broken: {Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels are the limit'
+        most = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        return f'too large, not broken: {most:.0f} megapixels are the limit'
     if isinstance(e, FileNotFoundError):
         return 'no such file'
     return ' '.join(str(e).split(':')[0].split()) or type(e).__name__

@@ -271,7 +271,7 @@ def override(
         if key.strip() == 'detector':
             cfg = with_detector(cfg, text.strip())
             continue
-        value, path = _parse(text), key.strip().split('.')
+        value, path = _parse(text[:10_000]), key.strip().split('.')
         if what := excess(value) or ('too long' if len(item) > 10_000 or len(path) > 9 else ''):
             raise ConfigError(f"'{item[:60]}': {what}; write group.field=value, e.g. optim.lr=1e-3")
         old = cfg

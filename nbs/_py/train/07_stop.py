@@ -33,7 +33,15 @@ from semidetr.core import (
     world_size,
 )
 from semidetr.data.loader import WorkerLost
-from semidetr.train.checkpoint import LAST, PREVIOUS, Damaged, load_weights, pack_rng, unpack_rng
+from semidetr.train.checkpoint import (
+    LAST,
+    PREVIOUS,
+    Damaged,
+    is_out_of_memory,
+    load_weights,
+    pack_rng,
+    unpack_rng,
+)
 from semidetr.train.config import to_dict
 from semidetr.train.generations import (
     OWN,
@@ -338,6 +346,8 @@ class _Restoring(Saving):
         except DataError as e:
             return str(e)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as e:
+            if is_out_of_memory(e):
+                raise
             return f'{path}: damaged ({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ""})'
         return ''
 
@@ -438,14 +448,6 @@ def owned(
 
 # %%
 #| export
-def is_out_of_memory(
-    e,  # an exception
-) -> bool:
-    "Did memory run out, on a GPU or in main memory?"
-    is_known = isinstance(e, MemoryError | torch.OutOfMemoryError)
-    return is_known or "DefaultCPUAllocator: can't allocate" in str(e) or 'Cannot allocate memory' in str(e)
-
-
 def _is_loss_of_others(e):
     "Did a message between processes fail, because another one has ended?"
     words = ('Connection closed by peer', 'Connection reset', 'gloo', 'NCCL', 'Broken pipe')

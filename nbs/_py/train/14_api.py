@@ -54,6 +54,7 @@ from semidetr.train.config import (
 )
 from semidetr.train.config import preset as preset_named
 from semidetr.train.evaluation import evaluate_model
+from semidetr.train.lock import LOCK
 from semidetr.train.machine import prepare
 from semidetr.train.predict import Predictor
 from semidetr.train.predict_files import is_video, predict_folder, predict_video, read_formats
@@ -332,13 +333,13 @@ class Run:
 def no_debris(
     folder: Path,  # of a run
 ):  # yields a list for the trainer
-    "A run that fails before its first iteration leaves no folder behind, unless there was one before"
+    "A run that fails before its first iteration leaves no folder behind, unless it was there or has an owner"
     new, trainers = not folder.exists(), []
     try:
         yield trainers
     except BaseException:
-        took_steps = any(t.step for t in trainers) or list(folder.glob('*.pt'))
-        if new and is_main() and not took_steps:
+        used = any(t.step for t in trainers) or list(folder.glob('*.pt')) or (folder / LOCK).exists()
+        if new and is_main() and not used:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
