@@ -23,7 +23,7 @@ from semidetr import core
 from semidetr.cli import commands  # noqa: F401  registers the commands
 from semidetr.cli.terminal import main as semidetr
 from semidetr.semi.methods import METHODS
-from semidetr.train import checkpoint, stop, trainer
+from semidetr.train import api, checkpoint, stop, trainer  # noqa: F401
 from semidetr.train.checkpoint import environment, load_checkpoint
 
 RECORD = Path(__file__).parent / 'results' / 'soak.json'

@@ -4,11 +4,12 @@ import dataclasses, json, shutil, warnings
 from pathlib import Path
 import pytest, torch
 from test_many import share, whole
-from test_trainer import run, tiny
+from test_trainer import TINY, run, tiny
 from together import run_together
-from semidetr.core import ConfigError, is_main
+from semidetr.core import ConfigError, Note, is_main
 from semidetr.semi.methods import METHODS
 from semidetr.train import processes as P
+from semidetr.train.api import plan_run, run_plan
 from semidetr.train.checkpoint import load_checkpoint
 from semidetr.train.config import override, to_dict, with_detector
 from semidetr.train.trainer import Trainer
@@ -187,3 +188,22 @@ def test_a_generation_without_a_number_of_processes_is_of_an_older_version():
 def test_a_row_of_all_processes():
     rows = [dict(loss_a=2.0, x=1.0, pseudo_tp=3), dict(x=3.0, pseudo_tp=1, y=5.0)]
     assert P.row_of_all(rows) == dict(loss_a=1.0, x=2.0, pseudo_tp=4.0, y=5.0)
+
+
+def test_a_finished_run_of_other_processes_is_said(tmp_path, monkeypatch):
+    "The same command with another number of processes shows the result, and whose it is"
+    folder = tmp_path / 'r'
+    plan = plan_run('digits', None, [*TINY, 'optim.iters=1', 'run.test=false', 'data.dev=0'], '')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', Note)
+        result = run_plan(plan, folder, False).result
+        assert run_plan(plan, folder, False).result['hash'] == result['hash']
+    (folder / 'run.json').write_text(json.dumps(result | dict(processes=2)))
+    with pytest.warns(
+        Note, match='r: is finished, and the result is that of 2 processes; this command has 1'
+    ):
+        run_plan(plan, folder, False)
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', Note)
+        run_plan(plan, folder, False)

@@ -76,7 +76,7 @@ def test_by_the_commands(shop):
     words = 'split.json: image 1 of unlabelled is also in labelled', 'make the split again'
     one_line(train(shop, '--data', '.', '--split-file', 'split.json'), *words)
     one_line(run(shop, 'eval', '--run', 'run', '--part', 'dev'), *words)
-    code, out, _ = run(shop, 'doctor', '--data', '.', '--split-file', 'split.json')
+    code, out, _ = run(shop, 'doctor', '.', '--split-file', 'split.json')
     assert code == 2 and 'split-overlap' in out
 
 

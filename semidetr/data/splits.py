@@ -204,8 +204,8 @@ def _of_data(split, ds, path):
     for part in PARTS:
         if odd := [i for i in getattr(split, part) if i not in known]:
             raise DataError(
-                f"{path}: {part} names {len(odd)} images that '{ds.name}' does not have, e.g. {odd[0]!r} (its "
-                f'first one is {_plain(ds.ids[0])!r}); {REPEAT}'
+                f"{path}: {part} names {len(odd)} images that '{ds.name}' does not have, e.g. {odd[0]!r} "
+                f'(its first one is {_plain(ds.ids[0])!r}); {REPEAT}'
             )
     if n := len(known) - sum(len(getattr(split, part)) for part in PARTS):
         tell([f"{path}: {n} of {len(known)} images of '{ds.name}' are in no part and are not used"])

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SHARED', 'images_per_step', 'as_before', 'bound_to_processes', 'check_processes', 'row_of_all', 'joined',
-           'part_of_today']
+           'part_of_today', 'tell_other_processes']
 
 # %% ../../nbs/train/07_processes.ipynb #4f44a496
 import dataclasses
+import os
 from numbers import Number
 from torch import nn
 from ..core import ConfigError, is_main, tell, world_size
@@ -105,14 +106,14 @@ def check_processes(
     cure = f'go on with {_named(then)}'
     if bound:
         raise ConfigError(
-            f'{begun}, and by {now} its numbers are others ({", ".join(bound)} belongs to a process); {cure}, '
-            f'or start from its weights in another folder: run.init={folder}'
+            f'{begun}, and by {now} its numbers are others ({", ".join(bound)} belongs to a process); '
+            f'{cure}, or start from its weights in another folder: run.init={folder}'
         )
     if wanted != found:
         same = _per_process(wanted, now)
         raise ConfigError(
-            f'{begun} with {wanted[0]} labelled and {wanted[1]} unlabelled images per step, and {now} with these '
-            f'settings take {found[0]} and {found[1]}; {cure}' + (f', or with {same}' if same else '')
+            f'{begun} with {wanted[0]} labelled and {wanted[1]} unlabelled images per step, and {now} with '
+            f'these settings take {found[0]} and {found[1]}; {cure}' + (f', or with {same}' if same else '')
         )
     return f'{begun}, goes on with {now} and as many images per step: the same numbers, up to rounding'
 
@@ -167,3 +168,13 @@ def part_of_today(
     part = joined([saved, *read_parts(run.dir, saved)], is_main())
     tell([line])
     return part
+
+# %% ../../nbs/train/07_processes.ipynb #1462ee5a
+def tell_other_processes(
+    result: dict,  # content of run.json
+    folder,  # of the run, for the line
+):
+    "Say that a result was made by another number of processes than those of this command"
+    then, now = result.get('processes'), int(os.environ.get('WORLD_SIZE', 1))
+    if isinstance(then, int) and then != now and os.environ.get('RANK', '0') == '0':
+        tell([f'{folder}: is finished, and the result is that of {_named(then)}; this command has {now}'])

@@ -16,6 +16,7 @@
 # %%
 #| export
 import dataclasses
+import os
 from numbers import Number
 from torch import nn
 from semidetr.core import ConfigError, is_main, tell, world_size
@@ -172,14 +173,14 @@ def check_processes(
     cure = f'go on with {_named(then)}'
     if bound:
         raise ConfigError(
-            f'{begun}, and by {now} its numbers are others ({", ".join(bound)} belongs to a process); {cure}, '
-            f'or start from its weights in another folder: run.init={folder}'
+            f'{begun}, and by {now} its numbers are others ({", ".join(bound)} belongs to a process); '
+            f'{cure}, or start from its weights in another folder: run.init={folder}'
         )
     if wanted != found:
         same = _per_process(wanted, now)
         raise ConfigError(
-            f'{begun} with {wanted[0]} labelled and {wanted[1]} unlabelled images per step, and {now} with these '
-            f'settings take {found[0]} and {found[1]}; {cure}' + (f', or with {same}' if same else '')
+            f'{begun} with {wanted[0]} labelled and {wanted[1]} unlabelled images per step, and {now} with '
+            f'these settings take {found[0]} and {found[1]}; {cure}' + (f', or with {same}' if same else '')
         )
     return f'{begun}, goes on with {now} and as many images per step: the same numbers, up to rounding'
 
@@ -274,6 +275,34 @@ def part_of_today(
     tell([line])
     return part
 
+
+# %% [markdown]
+# A run that is finished is looked up, whatever the number of processes; that its result is another one's is
+# said.
+
+# %%
+#| export
+def tell_other_processes(
+    result: dict,  # content of run.json
+    folder,  # of the run, for the line
+):
+    "Say that a result was made by another number of processes than those of this command"
+    then, now = result.get('processes'), int(os.environ.get('WORLD_SIZE', 1))
+    if isinstance(then, int) and then != now and os.environ.get('RANK', '0') == '0':
+        tell([f'{folder}: is finished, and the result is that of {_named(then)}; this command has {now}'])
+
+
+# %%
+#| hide
+import warnings
+
+# %%
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter('always')
+    tell_other_processes(dict(processes=1), 'runs/mine')
+    tell_other_processes(dict(processes=8), 'runs/mine')
+assert len(told) == 1
+str(told[0].message)
 
 # %%
 #| label: fig-processes-images
