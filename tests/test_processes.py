@@ -95,8 +95,8 @@ def test_one_process_goes_on_with_the_run_of_two(runs, tmp_path):
     folder = shutil.copytree(runs / 'stopped two', tmp_path / 'r')
     said, trainer = told(settings(1), folder)
     assert len(said) == 1 and said[0].endswith(
-        'was trained by 2 processes until iteration 3, goes on with 1 and as many images per step: the same '
-        'numbers, up to rounding'
+        'was trained by 2 processes until iteration 3, is continued by 1 with as many images per step: the '
+        'same numbers, up to rounding'
     )
     assert len(trainer.recent) == 1 and len(trainer.health.rows) == STOP
     trainer.fit()
@@ -106,7 +106,7 @@ def test_one_process_goes_on_with_the_run_of_two(runs, tmp_path):
 def test_two_processes_go_on_with_the_run_of_one(runs):
     assert_same(runs / 'one on two', runs / 'one', runs / 'stopped one')
     said = json.loads((runs / 'said.json').read_text())
-    assert any('was trained by 1 process until iteration 3, goes on with 2' in x for x in said['said'])
+    assert any('was trained by 1 process until iteration 3, is continued by 2' in x for x in said['said'])
     assert 'take 8 and 8; go on with 1 process, or with loader.n_labelled=2' in said['refusal']
     assert load_checkpoint(runs / 'one on two')['world'] == 2
 

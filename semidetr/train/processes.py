@@ -115,7 +115,7 @@ def check_processes(
             f'{begun} with {wanted[0]} labelled and {wanted[1]} unlabelled images per step, and {now} with '
             f'these settings take {found[0]} and {found[1]}; {cure}' + (f', or with {same}' if same else '')
         )
-    return f'{begun}, goes on with {now} and as many images per step: the same numbers, up to rounding'
+    return f'{begun}, is continued by {now} with as many images per step: the same numbers, up to rounding'
 
 # %% ../../nbs/train/07_processes.ipynb #4c5b86ed
 def _is_count(name):

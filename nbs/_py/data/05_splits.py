@@ -315,7 +315,6 @@ ax.grid(which='minor', axis='x', color='w', lw=0.6)
 ax.tick_params(which='minor', length=0)
 plt.show()
 
-
 # %% [markdown]
 # ## On disk
 #
@@ -324,18 +323,6 @@ plt.show()
 
 # %%
 #| export
-def save_split(
-    split: Split,
-    path,  # JSON file
-):
-    "Store a split; a DataError if its parts overlap"
-    _disjoint(split, path)
-    atomic_write(path, json.dumps(dict(semidetr_split=1, **asdict(split))) + '\n')
-
-
-SPLIT_MB = 2000  # largest file of a split or of an index list: 10**8 numbers
-
-
 PARTS = ('labelled', 'unlabelled', 'dev')
 REPEAT = 'make the split again with `semidetr split`'  # the cure
 
@@ -351,6 +338,20 @@ def _disjoint(split, path):
             owner[image_id] = part
     if not split.labelled:
         raise DataError(f'{path}: no image is labelled; {REPEAT}')
+
+
+def save_split(
+    split: Split,
+    path,  # JSON file
+):
+    "Store a split; a DataError if its parts overlap"
+    _disjoint(split, path)
+    atomic_write(path, json.dumps(dict(semidetr_split=1, **asdict(split))) + '\n')
+
+
+# %%
+#| export
+SPLIT_MB = 2000  # largest file of a split or of an index list: 10**8 numbers
 
 
 def _of_data(split, ds, path):

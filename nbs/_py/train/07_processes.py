@@ -182,7 +182,7 @@ def check_processes(
             f'{begun} with {wanted[0]} labelled and {wanted[1]} unlabelled images per step, and {now} with '
             f'these settings take {found[0]} and {found[1]}; {cure}' + (f', or with {same}' if same else '')
         )
-    return f'{begun}, goes on with {now} and as many images per step: the same numbers, up to rounding'
+    return f'{begun}, is continued by {now} with as many images per step: the same numbers, up to rounding'
 
 
 # %%
@@ -324,8 +324,8 @@ plt.show()
 # ## Summary
 #
 # - What makes an experiment is the number of images per step over all processes (@eq-processes-images).
-# - A run goes on with another number of processes if that stays the same and nothing belongs to a process; one
-#   line says so.
+# - A run is continued by another number of processes if that stays the same and nothing belongs to a process;
+#   one line says so.
 # - Otherwise it is refused, with settings or the number of processes that go on.
 # - Numbers that are not in the log yet are joined from the parts of all processes.
 #
