@@ -8,8 +8,9 @@ from semidetr.core import DataError
 from semidetr.data.catalog import open_dataset
 from semidetr.data.doctor import check_dataset
 from semidetr.data.splits import Split, load_split, read_index_list, save_split
-from semidetr.train.config import DataConfig
-from semidetr.train.run_data import build_data
+from semidetr.train.config import DataConfig, preset, to_dict
+from semidetr.train.run_data import build_data, images_of_roles
+from semidetr.train.run_folder import check_same_run
 
 FAULTS = {  # what is changed in the file -> words of the message
     'overlap': (dict(labelled=[1, 2], unlabelled=[2, 3]), 'image 2 of unlabelled is also in labelled'),
@@ -113,3 +114,16 @@ def test_an_index_list_that_repeats_an_image_names_its_file(shop):
     (shop / 'list.json').write_text('[3, 1, 3]')
     with pytest.raises(DataError, match='list.json: .*image 3 is listed twice.*list it once'):
         read_index_list(shop / 'list.json', open_dataset(str(shop)), convention='ids')
+
+
+def test_a_test_split_that_appears_or_is_gone_is_another_experiment(shop):
+    roles, cfg = images_of_roles(build(shop)), preset('digits')
+    assert roles['test'] == dict(ids=[], bytes=[], content='')
+    assert 'test' not in images_of_roles(build(shop), False)
+    more = roles | dict(test=dict(ids=[1], bytes=[3], content='x'))
+    for old, new, words in ((roles, more, r'1 added \(e.g. 1\)'), (more, roles, r'1 removed \(e.g. 1\)')):
+        with pytest.raises(DataError, match=f'the test images have changed since this run began: {words}'):
+            check_same_run(to_dict(cfg), cfg, 'x', 'x', 'runs/a', old, new)
+    unmeasured = {k: v for k, v in roles.items() if k != 'test'}
+    check_same_run(to_dict(cfg), cfg, 'x', 'x', 'runs/a', unmeasured, more)
+    check_same_run(to_dict(cfg), cfg, 'x', 'x', 'runs/a', more, unmeasured)
