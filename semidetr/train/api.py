@@ -37,6 +37,7 @@ from .machine import prepare
 from .predict import Predictor
 from .predict_files import is_video, predict_folder, predict_video, read_formats
 from .run_data import build_data, by_name, test_split, with_white
+from .processes import tell_other_processes
 from .run_folder import finished
 from .trainer import Trainer
 
@@ -280,6 +281,8 @@ def run_plan(
         if (result := finished(plan.cfg, out)) is None:
             trainers.append(Trainer(plan.cfg, out, progress))
             result = trainers[0].fit()
+        else:
+            tell_other_processes(result, out)
         return Run(out, result)
 
 # %% ../../nbs/train/14_api.ipynb #5e70b7ab

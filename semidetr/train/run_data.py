@@ -320,16 +320,18 @@ def _file_size(path):
 
 def images_of_roles(
     data: RunData,
-    test: bool = True,  # is the test split measured?
+    test: bool = True,  # is the test split measured, if there is one?
 ) -> dict:  # role -> dict(ids, bytes: size of each file, -1 where there is none, content: of the test split)
     "Which images have which role, for `check_same_run`"
     roles = dict(labelled=data.labelled, unlabelled=data.unlabelled, development=data.dev)
-    roles |= dict(test=data.val) if test and data.val is not None else {}
+    roles |= dict(test=data.val) if test else {}
     out = {}
     for role, ds in roles.items():
         files = image_files(ds) if ds is not None else []
         ids = [] if ds is None else list(ds.ids)
-        content = ds.fingerprint() if role == 'test' else ''  # the training set has its own fingerprint
+        content = (
+            ds.fingerprint() if role == 'test' and ids else ''
+        )  # the training set has its own fingerprint
         out[role] = dict(ids=ids, bytes=[_file_size(f) for f in files], content=content)
     return out
 

@@ -43,9 +43,9 @@ from semidetr.train.generations import (
     read_generation,
     save_alone,
     save_generation,
-    tell_world,
 )
 from .lock import Owner, refuse_if_owned
+from .processes import as_before, part_of_today
 from .run_folder import check_same_run
 
 # %% ../../nbs/train/07_stop.ipynb #31f64295
@@ -288,7 +288,7 @@ class Resumable(_Restoring):
             check_fields(saved, path)
             check_same_run(
                 saved['config'],
-                self.cfg,
+                as_before(self.cfg, saved),
                 saved['split'],
                 self.data.split.fingerprint,
                 self.dir,
@@ -298,9 +298,8 @@ class Resumable(_Restoring):
             check_fields(saved, path, self.cfg.optim.iters)
             if own is not None:
                 check_fields(own, self.own_file, self.cfg.optim.iters, OWN)
-            tell_world(saved, self.dir)
             self.current = saved['config'] == to_dict(self.cfg) and saved.get('roles') == self.roles
-            return self._taken(saved, own, path)
+            return self._taken(saved, part_of_today(self, saved, own), path)
         except Damaged as e:
             return str(e)
 

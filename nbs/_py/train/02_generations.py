@@ -21,7 +21,7 @@ import time
 import warnings
 from pathlib import Path
 import torch
-from semidetr.core import all_gather_cat, is_main, rank, tell, world_size
+from semidetr.core import all_gather_cat, is_main, rank, world_size
 from semidetr.train.checkpoint import LAST, PREVIOUS, Damaged, load_checkpoint, read_seal, save_checkpoint
 
 
@@ -120,9 +120,9 @@ found
 
 # %%
 #| export
-def _part(folder, saved):
-    "What this process saved beside the main file, None if the run had fewer processes then"
-    number, digests = rank(), saved.get('ranks')
+def _part(folder, saved, number):
+    "What a process saved beside the main file, None if the run had fewer processes then"
+    digests = saved.get('ranks')
     if digests is None:
         return _old_part(folder / file_of('last', number), saved['step'])
     if number > len(digests):
@@ -158,7 +158,18 @@ def read_generation(
     "Read what one step of all processes left; `Damaged` if that is not all there"
     folder = Path(folder)
     saved = load_checkpoint(folder / name)
-    return saved, None if is_main() else _part(folder, saved)
+    return saved, None if is_main() else _part(folder, saved, rank())
+
+
+def read_parts(
+    folder,  # of the run
+    saved: dict,  # main file of a generation
+) -> list:  # what process 1, 2, ... saved beside it
+    "The parts of a generation; `Damaged` if one is missing"
+    parts = [_part(Path(folder), saved, number) for number in range(1, 1 + len(saved.get('ranks', ())))]
+    for number, part in enumerate(parts, 1):
+        check_fields(part, Path(folder) / file_of('last', number), saved['step'], OWN)
+    return parts
 
 
 # %%
@@ -339,37 +350,6 @@ fig, ax = plt.subplots(figsize=(4, 2), dpi=80)
 ax.bar(range(6), steps, color=['#1f77b4'] * 5 + ['#2ca02c'])
 ax.set(xlabel='renames before the kill', ylabel='step found', yticks=[0, 10, 20, 30])
 plt.show()
-
-
-# %% [markdown]
-# ## Another number of processes
-#
-# Random draws belong to a process. A run that is resumed by another number of processes draws other numbers
-# than an unbroken one.
-
-# %%
-#| export
-def tell_world(
-    saved: dict,  # main file of a generation
-    folder,  # of the run, for the line
-):
-    "Say that a run is resumed by another number of processes than it had"
-    world = saved.get('world', world_size())
-    if world != world_size():
-        tell(
-            [
-                f'{folder}: was trained by {world} processes until iteration {saved["step"]} and is resumed '
-                f'by {world_size()}: other batches and random numbers than those of an unbroken run'
-            ]
-        )
-
-
-# %%
-with warnings.catch_warnings(record=True) as told:
-    warnings.simplefilter('always')
-    tell_world(dict(step=30, world=2), 'runs/mine')
-assert len(told) == 1
-str(told[0].message)
 
 # %% [markdown]
 # ## Summary

@@ -50,9 +50,9 @@ from semidetr.train.generations import (
     read_generation,
     save_alone,
     save_generation,
-    tell_world,
 )
 from semidetr.train.lock import Owner, refuse_if_owned
+from semidetr.train.processes import as_before, part_of_today
 from semidetr.train.run_folder import check_same_run
 
 # %% [markdown]
@@ -384,7 +384,7 @@ class Resumable(_Restoring):
             check_fields(saved, path)
             check_same_run(
                 saved['config'],
-                self.cfg,
+                as_before(self.cfg, saved),
                 saved['split'],
                 self.data.split.fingerprint,
                 self.dir,
@@ -394,9 +394,8 @@ class Resumable(_Restoring):
             check_fields(saved, path, self.cfg.optim.iters)
             if own is not None:
                 check_fields(own, self.own_file, self.cfg.optim.iters, OWN)
-            tell_world(saved, self.dir)
             self.current = saved['config'] == to_dict(self.cfg) and saved.get('roles') == self.roles
-            return self._taken(saved, own, path)
+            return self._taken(saved, part_of_today(self, saved, own), path)
         except Damaged as e:
             return str(e)
 

@@ -59,6 +59,7 @@ from semidetr.train.machine import prepare
 from semidetr.train.predict import Predictor
 from semidetr.train.predict_files import is_video, predict_folder, predict_video, read_formats
 from semidetr.train.run_data import build_data, by_name, test_split, with_white
+from semidetr.train.processes import tell_other_processes
 from semidetr.train.run_folder import finished
 from semidetr.train.trainer import Trainer
 
@@ -356,6 +357,8 @@ def run_plan(
         if (result := finished(plan.cfg, out)) is None:
             trainers.append(Trainer(plan.cfg, out, progress))
             result = trainers[0].fit()
+        else:
+            tell_other_processes(result, out)
         return Run(out, result)
 
 
