@@ -115,6 +115,7 @@ class Repeated(Policy, Step):
         self.place = saved['rank'], saved['world']
         try:
             cfg = from_saved(saved['config'], like)
+            check_fields(saved, path, cfg.optim.iters)
             self.build(cfg, cfg.detector.untrained(), Annotations(saved['labelled']))
         except ConfigError as e:
             why = 'written by another version of semidetr, or with settings classes of its own (give `like`)'
