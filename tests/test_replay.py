@@ -1,4 +1,4 @@
-"Steps that are not finite: the file that they leave repeats them, and the run stops, leaves them out or goes back."
+"Steps that are not finite: the file that they leave repeats them; a run stops, leaves them out or goes back."
 
 import dataclasses, functools, json, math, random, warnings
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from test_many import STAGES, share, whole
 from test_trainer import T, same, tiny
 from together import run_together
 from semidetr.cli.commands import main
-from semidetr.core import DataError, rank
+from semidetr.core import rank
 from semidetr.detectors.from_detr import DETECTORS
 from semidetr.matching.matching import NonFiniteError
 from semidetr.semi.methods import METHODS
@@ -119,6 +119,27 @@ def test_infinite_loss_weight(name, stage, folder):
     assert found.equal and found.layer == found.weight == found.gradient == ''
     assert found.term == next(k for _, k, a, _ in found.rows if not math.isfinite(a))
     assert len(found.rows) > 5 and sum(math.isfinite(a) for *_, a, _ in found.rows) > 3
+
+
+VARIANTS = {  # what a step reads besides: earlier views, annotations of all labelled images, or a precision
+    'mixing': (4, ['mixing.mixup=1', 'mixing.mosaic=1', 'view.erase_patches=[0,0]', 'loader.two_views=true']),
+    'counts': (1, ['mining.sup_filter=class_rate', 'method.density_guard=.5', 'mining.memory=2']),
+    'bf16': (1, ['run.amp=bf16', 'method.T1=0']),
+}
+
+
+@pytest.mark.parametrize('what', VARIANTS)
+def test_variants(what, tmp_path):
+    "After some iterations, so that caches are filled"
+    steps, items = VARIANTS[what]
+    base = share(whole('semi_detr', 'data.dev=0', 'method.T1=9', 'optim.iters=9'), 2)
+    run = T.Trainer(override(base, items), tmp_path, progress=False)
+    run.fit(until=steps)
+    batches = next(run.batches())
+    run.cfg = run.method.cfg = huge_weight(run)
+    found = replay(failed(run, batches))
+    assert found.equal and found.layer == '' and found.step == steps and found.term.startswith('loss_unsup')
+    assert what != 'mixing' or any('mosaic' in name for _, name, *_ in found.rows)
 
 
 @pytest.mark.parametrize('name', DETECTORS)
@@ -342,9 +363,9 @@ def test_skip_is_a_step_left_out(skipping, folder):
     assert not found.replayed, 'the fault was put in from outside'
 
 
-@pytest.mark.parametrize('until', [3, 4, 5])
+@pytest.mark.parametrize('until', [3, 4])
 def test_resume_after_a_skip(skipping, tmp_path, until):
-    "Stopped before, after and later than the iteration: the same run"
+    "Stopped before and after the iteration: the same run"
     cfg, run, _ = skipping
     for steps in (until, None):
         again = broken(T.Trainer(cfg, tmp_path / 'r', progress=False), [3])
