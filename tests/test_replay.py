@@ -456,35 +456,49 @@ def start(folder):
     warnings.simplefilter('ignore')
     results = {}
     for name in METHODS:
-        items = 'run.non_finite=skip', 'optim.iters=3', 'method.T1=2', 'run.log_every=1', 'data.dev=0'
+        items = 'run.non_finite=skip', 'optim.iters=2', 'method.T1=1', 'run.log_every=1', 'data.dev=0'
         run = T.Trainer(share(whole(name, *items), 2), f'{folder}/{name}', progress=False)
         real = run.passes
 
         def passes(batches, run=run, real=real):
-            if run.step == 1 and rank() == 1:
+            if run.step == 0 and rank() == 1:
                 batches[:] = with_nan(batches, 'labelled')
             done = real(batches)
-            if run.step == 2 and rank() == 1:
+            if run.step == 1 and rank() == 1:
                 run.student.get_parameter('transformer.decoder.layers.0.linear1.weight').grad *= NAN
             return done
 
         run.passes = passes
         result = run.fit()
         results[name] = dict(faults=result['non_finite'], student=run.student.state_dict(), step=run.step)
-    torch.save(results, f'{folder}/rank{rank()}.pt')
+    run = T.Trainer(share(whole('semi_detr'), 2), f'{folder}/stop', progress=False)
+    real_batches = run.batches
+
+    def batches_with_nan():
+        for batches in real_batches():
+            yield with_nan(batches, 'strong') if rank() == 1 else batches
+
+    run.batches = batches_with_nan
+    number = rank()  # the failure closes the connections
+    try:
+        run.fit()
+    except Exception as e:
+        results['stop'] = f'{type(e).__name__}: {e}'
+    torch.save(results, f'{folder}/rank{number}.pt')
 
 
 def test_two_processes(tmp_path):
     """Both leave the iteration out; the file of the second one repeats it in one process, for every method.
 
-    A gradient of the second one is NaN in another iteration: it leaves evidence, the first one does not."""
+    A gradient of the second one is NaN in another iteration: it leaves evidence, the first one does not. With
+    the policy stop both end, with one line each."""
     run_together(WORKER, tmp_path)
     a, b = (torch.load(tmp_path / f'rank{n}.pt') for n in (0, 1))
     for name in METHODS:
-        assert a[name]['step'] == 3 and a[name]['faults'] == b[name]['faults'] == dict(skipped=2, went_back=0)
+        assert a[name]['step'] == 2 and a[name]['faults'] == b[name]['faults'] == dict(skipped=2, went_back=0)
         assert all(torch.equal(v, b[name]['student'][k]) for k, v in a[name]['student'].items())
         files = sorted(p.name for p in (tmp_path / name).glob('failed*'))
-        assert files == ['failed_step_1.rank1.pt', 'failed_step_2.rank1.pt']
+        assert files == ['failed_step_0.rank1.pt', 'failed_step_1.rank1.pt']
         found = replay(tmp_path / name / files[0])
         assert (
             found.equal and (found.rank, found.world) == (1, 2) and found.layer.startswith('student.backbone')
@@ -495,3 +509,8 @@ def test_two_processes(tmp_path):
         again = replay(tmp_path / name / files[1])
         assert again.rows and all(x == y for *_, x, y in again.rows)
         assert any(v for v in saved['received'])
+    assert a['stop'].startswith('SemiDETRError: iteration 0: another process of this run has ended')
+    assert b['stop'].startswith('NonFiniteError: iteration 0: image ')
+    found = replay(tmp_path / 'stop' / 'failed_step_0.rank1.pt')
+    assert found.equal and found.layer.startswith('student.backbone') and len(found.images) == 1
+    assert len(load_capsule(tmp_path / 'stop' / 'failed_step_0.rank1.pt')['received']) > 3

@@ -108,8 +108,8 @@ class Tape:
             tensors, found = _listed(out), next(left, [])
             if [t.shape for t in tensors] != [t.shape for t in found]:
                 raise Diverged('the step exchanges other numbers with the other processes than recorded')
-            for mine, theirs in zip(tensors, found):
-                mine.copy_(theirs)
+            for tensor, recorded in zip(tensors, found):
+                tensor.copy_(recorded)
 
         there = dict(
             is_initialized=lambda: True,
@@ -133,7 +133,7 @@ def annotations(
 def state_digest(
     run,  # with student, teacher and method
 ) -> str:  # 64 hex digits
-    "SHA-256 of what a step moves before its update: teacher, running statistics, method, random numbers drawn"
+    "SHA-256 of what a step moves before its update: teacher, running statistics, method, random state"
     digest = hashlib.sha256(torch.get_rng_state().numpy())
     for state in (run.teacher.state_dict(), dict(run.student.named_buffers()), run.method.state_dict()):
         for value in filter(torch.is_tensor, state.values()):
@@ -161,7 +161,7 @@ class Evidence(Resumable):
         batches: list,  # of the step
         moved: str,  # digest of the state when the error came
     ) -> dict:
-        "Everything that the step depends on, and what came of it; called when the state is that before the step"
+        "All that the step depends on, and what came of it; the state must be that before the step"
         return self.state_dict(whole=True) | dict(
             batches=batches,
             labelled=annotations(self.data.labelled),
@@ -181,7 +181,8 @@ class Evidence(Resumable):
         self.snapshot.back()
         line = f'iteration {self.step}: {error}'
         if isinstance(error, Elsewhere):
-            return f'{line}; it leaves failed_step_{self.step}.rank*.pt in {self.dir}'
+            name = f'failed_step_{self.step}'
+            return f'{line}; it leaves {name}.pt or {name}.rankN.pt in {self.dir}'
         path = self.dir / file_of(f'failed_step_{self.step}', rank())
         line = f'{line}; images {image_ids(self.suspect)}'
         try:

@@ -262,7 +262,7 @@ def _comparison(found):
 def _findings(found):
     if not found.replayed:
         return []
-    out = [f'first loss that is not finite: {found.term}'] if found.term else []
+    out = [f'first term that is not finite: {found.term}'] if found.term else []
     if found.weight:
         out.append(f'first weight that was not finite before the step: {found.weight}')
     out.append(f'first layer with an output that is not finite: {found.layer or "none"}')
@@ -272,7 +272,7 @@ def _findings(found):
 
 # %% ../../nbs/train/10_replay.ipynb #40c19842
 def _suspects(run, watch, error):
-    "Images with pixels or boxes that are not finite, or whose output is not, or that the error names; else all"
+    "Images with pixels or boxes that are not finite, or with such an output, or named in the error; else all"
     bad = []
     for part in (p for batch in run.suspect for p in batch.values()):
         for image, t in zip(part['images'], part['targets']):
@@ -328,7 +328,7 @@ def _as_recorded(threads):
 
 def replay(
     path,  # failed_step_N.pt in the folder of a run
-    device='cpu',  # where to compute it; 'auto', 'cuda', ...
+    device='cpu',  # where to compute it, as for `pick_device`
     like=None,  # Config with settings classes of your own, if the run has such
 ) -> Replay:
     "Repeat a step that was not finite; `DataError` for a file from which that is impossible"

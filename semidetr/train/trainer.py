@@ -9,7 +9,6 @@ __all__ = ['CURVES', 'LOGGED', 'BuiltRun', 'RunState', 'make_loader', 'mean_scal
 # %% ../../nbs/train/09_trainer.ipynb #82b36df5
 import contextlib
 import json
-import math
 import time
 import warnings
 from pathlib import Path

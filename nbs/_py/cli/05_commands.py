@@ -73,7 +73,7 @@ def replay_step(
     """Repeat a step that was not finite, from the file that it left, and name what failed first.
 
     Prints every loss as it was recorded and as it is now (equal on the same machine), the first layer, loss
-    or gradient that is not finite, and the images. Needs no data. Exit code 1 if the step is finite this time.
+    or gradient that is not finite, and the images. Needs no data. Exit code 1 if all is finite this time.
 
     Example: semidetr replay runs/mine/failed_step_120.pt
     """

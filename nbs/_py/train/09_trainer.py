@@ -18,7 +18,6 @@
 #| export
 import contextlib
 import json
-import math
 import time
 import warnings
 from pathlib import Path
