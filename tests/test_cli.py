@@ -144,6 +144,7 @@ COMMANDS = [
     'import',
     'predict',
     'recipe',
+    'replay',
     'site',
     'split',
     'train',
