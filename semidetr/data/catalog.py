@@ -17,7 +17,7 @@ from .datasets import DetectionDataset, FileDataset
 from .digits import DigitsScenes
 from .entries import coco_entries
 from .files import Fault, Source, declared_size, files_under, image_suffixes, read_folder
-from .formats import read_coco, read_voc, voc_folders
+from .formats import read_coco, read_coco_columns, read_voc, voc_folders
 from .yolo import read_yolo, yolo_file
 from ..text import read_text
 
@@ -238,13 +238,13 @@ def _parsed(path, images):  # a COCO file as a data set, from memory where nothi
     _KEPT.pop(key, None)
     with contextlib.suppress(OSError):
         before = _stamps([path])
-        source = read_coco(path, images)
-        declared = all(map(declared_size, coco_entries(source.data, 'images')))
+        source = read_coco_columns(path, images) or read_coco(path, images)
         ds = FileDataset(source)
-        folders = {os.path.dirname(os.path.join(ds.folder, f)) for f in ds.files}
-        stamps = before | _stamps([ds.folder, *folders])
+        folders = {os.path.dirname(f) for f in ds.files}
+        stamps = before | _stamps([ds.folder, *(os.path.join(ds.folder, d) for d in folders)])
         newest = max(time for time, *_ in stamps.values())
-        if declared and not source.faults and time_ns() - newest > 2e9:
+        sized = source.columns or all(map(declared_size, coco_entries(source.data, 'images')))
+        if sized and not source.faults and time_ns() - newest > 2e9:
             _KEPT[key] = stamps, ds
             while len(_KEPT) > _MOST:
                 del _KEPT[next(iter(_KEPT))]

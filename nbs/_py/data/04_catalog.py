@@ -31,7 +31,7 @@ from semidetr.data.datasets import DetectionDataset, FileDataset
 from semidetr.data.digits import DigitsScenes
 from semidetr.data.entries import coco_entries
 from semidetr.data.files import Fault, Source, declared_size, files_under, image_suffixes, read_folder
-from semidetr.data.formats import read_coco, read_voc, voc_folders
+from semidetr.data.formats import read_coco, read_coco_columns, read_voc, voc_folders
 from semidetr.data.yolo import read_yolo, yolo_file
 from semidetr.text import read_text
 
@@ -258,7 +258,8 @@ _split_of(Path('rf/valid'))
 # split. Parsing is most of the time that this takes, so the last few COCO files are kept as they were opened.
 # An entry counts as long as the file and the folders of its images have the same time, size and place; entries
 # whose files were written in the last two seconds are not kept, since a change within a tick of the clock of
-# the disk would not be seen. A file about which there is something to say is read again, and so is one without sizes.
+# the disk would not be seen. A file about which there is something to say is read again, and so is one without
+# sizes. Between commands, large files are kept as columns on the disk (@sec-columns), by their content.
 
 # %%
 #| export
@@ -283,13 +284,13 @@ def _parsed(path, images):  # a COCO file as a data set, from memory where nothi
     _KEPT.pop(key, None)
     with contextlib.suppress(OSError):
         before = _stamps([path])
-        source = read_coco(path, images)
-        declared = all(map(declared_size, coco_entries(source.data, 'images')))
+        source = read_coco_columns(path, images) or read_coco(path, images)
         ds = FileDataset(source)
-        folders = {os.path.dirname(os.path.join(ds.folder, f)) for f in ds.files}
-        stamps = before | _stamps([ds.folder, *folders])
+        folders = {os.path.dirname(f) for f in ds.files}
+        stamps = before | _stamps([ds.folder, *(os.path.join(ds.folder, d) for d in folders)])
         newest = max(time for time, *_ in stamps.values())
-        if declared and not source.faults and time_ns() - newest > 2e9:
+        sized = source.columns or all(map(declared_size, coco_entries(source.data, 'images')))
+        if sized and not source.faults and time_ns() - newest > 2e9:
             _KEPT[key] = stamps, ds
             while len(_KEPT) > _MOST:
                 del _KEPT[next(iter(_KEPT))]
