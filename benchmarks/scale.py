@@ -1,8 +1,8 @@
 """What size costs: opening large annotation files, and the steps before the first picture of `predict`.
 
 For each number of images N, a COCO file of N images and 10 N boxes is written with a fixed seed, beside an
-empty file for each image, as opening reads no pixels. It is opened in processes of their own: `parsed` fills an
-empty cache, `cached` finds its columns there. The seconds are from the call to the open data set, without
+empty file for each image, as opening reads no pixels. It is opened in processes of their own: `parsed` fills
+an empty cache, `cached` finds its columns there. The seconds are from the call to the open data set, without
 imports; memory is the peak of the process, and how far that is above what the process had before the call.
 
 For `predict`, a folder of N images of 4 x 4 pixels is given, and a stub in place of the network stops at the

@@ -199,7 +199,7 @@ class _Windows:
     def piece(self):
         "(Bytes of the next elements of a list without a comma behind them, where the ones after them begin)"
         while True:
-            cut = _CUT.search(self.data, self.at + self.window // 2) or _CUT.search(self.data, self.at)
+            cut = _CUT.search(self.data, self.at + self.window // 2)
             if cut and (len(self.data) - self.at >= self.window or self.end):
                 return self.data[self.at : cut.start() + 1], cut.end()
             if self.end:
