@@ -96,7 +96,7 @@ def _checked(piece):
 class _Windows:
     "The bytes of a file, a window at a time"
 
-    def __init__(self, file, window=_WINDOW):
+    def __init__(self, file, window):
         self.file, self.window = file, window
         self.data, self.at, self.end = b'', 0, False  # window; position in it; was all read?
         self.hash, self.found, self.tail = hashlib.sha256(), dict.fromkeys(_LISTS, 0), b''
@@ -318,9 +318,9 @@ def _finish(found, categories):
     return Columns(ids=ids, sizes=sizes.astype(np.int64), starts=starts, **packed, **about)
 
 # %% ../../nbs/data/01_coco.ipynb #1cfbbac8
-def _parse(file):
+def _parse(file, window=_WINDOW):
     "(Columns, digest of the bytes) of an open file"
-    source, found, categories = _Windows(file), _Found(), None
+    source, found, categories = _Windows(file, window), _Found(), None
     adds = dict(images=(found.add_images, _Image), annotations=(found.add_boxes, _Box))
     mark = source.match(re.compile(_SPACE + rb'(\{)'))
     while mark.group(1) != b'}':

@@ -53,13 +53,13 @@ class Numbers(_Column):
         self,
         values,  # (N,) int64
     ):
-        self.values = values
+        self._values = values
 
     def __len__(self):
-        return len(self.values)
+        return len(self._values)
 
     def _slice(self, start, end):
-        return self.values[start:end].tolist()
+        return self._values[start:end].tolist()
 
 
 class Texts(_Column):
@@ -70,7 +70,7 @@ class Texts(_Column):
         data,  # (B,) uint8: all texts as UTF-8, one after another
         ends,  # (N+1,) int64: text n is data[ends[n]:ends[n+1]]
     ):
-        self.data, self.ends = data, ends
+        self._data, self._ends = data, ends
 
     @classmethod
     def of(
@@ -84,11 +84,11 @@ class Texts(_Column):
         return cls(np.frombuffer(b''.join(parts), np.uint8), ends)
 
     def __len__(self):
-        return len(self.ends) - 1
+        return len(self._ends) - 1
 
     def _slice(self, start, end):
-        ends = self.ends[start : end + 1].tolist()
-        raw, first = self.data[ends[0] : ends[-1]].tobytes(), ends[0]
+        ends = self._ends[start : end + 1].tolist()
+        raw, first = self._data[ends[0] : ends[-1]].tobytes(), ends[0]
         return [str(raw[a - first : b - first], 'utf-8', 'surrogatepass') for a, b in zip(ends, ends[1:])]
 
 # %% ../../nbs/data/00_columns.ipynb #044fcb07
@@ -109,10 +109,10 @@ def joined(
 ):  # one column
     "Columns one after another"
     if all(isinstance(c, Numbers) for c in columns):
-        return Numbers(np.concatenate([c.values for c in columns]))
-    lengths = np.concatenate([np.diff(c.ends) for c in columns])
+        return Numbers(np.concatenate([c._values for c in columns]))
+    lengths = np.concatenate([np.diff(c._ends) for c in columns])
     ends = np.concatenate([[0], np.cumsum(lengths)])
-    return Texts(np.concatenate([c.data for c in columns]), ends)
+    return Texts(np.concatenate([c._data for c in columns]), ends)
 
 # %% ../../nbs/data/00_columns.ipynb #03df01bb
 @dataclass
@@ -163,9 +163,9 @@ def _flat(columns):
     for f in fields(columns):
         value = getattr(columns, f.name)
         if isinstance(value, Texts):
-            arrays[f.name], arrays[f'{f.name}_ends'] = value.data, value.ends
+            arrays[f.name], arrays[f'{f.name}_ends'] = value._data, value._ends
         elif isinstance(value, Numbers):
-            arrays[f.name] = value.values
+            arrays[f.name] = value._values
         else:
             (arrays if isinstance(value, np.ndarray) else plain)[f.name] = value
     return arrays, plain

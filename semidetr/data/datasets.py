@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from ..core import DataError
 from .coco import class_names, pack
-from .columns import Columns, Texts, as_column
+from .columns import Columns, Numbers, Texts, as_column
 from .entries import as_area
 from semidetr.data.files import (
     TILES,
@@ -310,16 +310,16 @@ class Subset(DetectionDataset):
         ds: DetectionDataset,  # the whole data set
         indices,  # positions in it
     ):
-        n = len(ds)
-        self._ds, self.indices = ds, [int(i) for i in indices]
-        wrong = [i for i in self.indices if not 0 <= i < n]
-        if wrong:
+        n, at = len(ds), np.array([int(i) for i in indices], dtype=np.int64)
+        self._ds, self.indices = ds, Numbers(at)
+        if ((at < 0) | (at >= n)).any():
+            wrong = next(i for i in self.indices if not 0 <= i < n)
             raise DataError(
-                f'{ds.name}: index {wrong[0]} does not exist ({n} images); '
+                f'{ds.name}: index {wrong} does not exist ({n} images); '
                 'was the split made for another data set?'
             )
         self.name, self.classes, self.has_boxes = ds.name, ds.classes, ds.has_boxes
-        self.ids = [ds.ids[i] for i in self.indices]
+        self.ids = as_column([ds.ids[i] for i in self.indices])
 
     def __getitem__(self, i):
         return self._ds[self.indices[i]]
@@ -345,7 +345,7 @@ class Unlabelled(DetectionDataset):
         indices=None,  # positions in it; None: all
     ):
         self._ds = (ds if indices is None else Subset(ds, indices))._strip()
-        self.name, self.classes, self.ids = ds.name, list(ds.classes), list(self._ds.ids)
+        self.name, self.classes, self.ids = ds.name, list(ds.classes), self._ds.ids
 
     def __getitem__(self, i):
         s = self._ds[i]

@@ -82,13 +82,13 @@ class Numbers(_Column):
         self,
         values,  # (N,) int64
     ):
-        self.values = values
+        self._values = values
 
     def __len__(self):
-        return len(self.values)
+        return len(self._values)
 
     def _slice(self, start, end):
-        return self.values[start:end].tolist()
+        return self._values[start:end].tolist()
 
 
 class Texts(_Column):
@@ -99,7 +99,7 @@ class Texts(_Column):
         data,  # (B,) uint8: all texts as UTF-8, one after another
         ends,  # (N+1,) int64: text n is data[ends[n]:ends[n+1]]
     ):
-        self.data, self.ends = data, ends
+        self._data, self._ends = data, ends
 
     @classmethod
     def of(
@@ -113,11 +113,11 @@ class Texts(_Column):
         return cls(np.frombuffer(b''.join(parts), np.uint8), ends)
 
     def __len__(self):
-        return len(self.ends) - 1
+        return len(self._ends) - 1
 
     def _slice(self, start, end):
-        ends = self.ends[start : end + 1].tolist()
-        raw, first = self.data[ends[0] : ends[-1]].tobytes(), ends[0]
+        ends = self._ends[start : end + 1].tolist()
+        raw, first = self._data[ends[0] : ends[-1]].tobytes(), ends[0]
         return [str(raw[a - first : b - first], 'utf-8', 'surrogatepass') for a, b in zip(ends, ends[1:])]
 
 
@@ -126,7 +126,7 @@ names = Texts.of(['a.jpg', 'sub/ä.jpg', ''])
 numbers = Numbers(np.array([7, 3, 5]))
 assert names == ['a.jpg', 'sub/ä.jpg', ''] and names[-2] == 'sub/ä.jpg' and list(numbers) == [7, 3, 5]
 assert type(numbers[0]) is int and numbers.index(3) == 1 and [3, 7] != numbers and numbers[1:] == [3, 5]
-names.data.nbytes, names.ends.tolist()
+names._data.nbytes, names._ends.tolist()
 
 
 # %% [markdown]
@@ -151,10 +151,10 @@ def joined(
 ):  # one column
     "Columns one after another"
     if all(isinstance(c, Numbers) for c in columns):
-        return Numbers(np.concatenate([c.values for c in columns]))
-    lengths = np.concatenate([np.diff(c.ends) for c in columns])
+        return Numbers(np.concatenate([c._values for c in columns]))
+    lengths = np.concatenate([np.diff(c._ends) for c in columns])
     ends = np.concatenate([[0], np.cumsum(lengths)])
-    return Texts(np.concatenate([c.data for c in columns]), ends)
+    return Texts(np.concatenate([c._data for c in columns]), ends)
 
 
 # %%
@@ -254,9 +254,9 @@ def _flat(columns):
     for f in fields(columns):
         value = getattr(columns, f.name)
         if isinstance(value, Texts):
-            arrays[f.name], arrays[f'{f.name}_ends'] = value.data, value.ends
+            arrays[f.name], arrays[f'{f.name}_ends'] = value._data, value._ends
         elif isinstance(value, Numbers):
-            arrays[f.name] = value.values
+            arrays[f.name] = value._values
         else:
             (arrays if isinstance(value, np.ndarray) else plain)[f.name] = value
     return arrays, plain
