@@ -55,7 +55,7 @@ def quick(raw, window=2**23):
     "What the quick reader makes of bytes: columns, or None"
     try:
         return coco._parse(io.BytesIO(raw), window)[0]
-    except (coco.Unusual, ValueError, OverflowError, RecursionError):
+    except coco._NOT_PLAIN:
         return None
 
 

@@ -70,6 +70,8 @@ class Unusual(Exception):
     "A file that only the other reader understands"
 
 
+_NOT_PLAIN = Unusual, msgspec.DecodeError, ValueError, OverflowError, RecursionError
+
 _SPACE = rb'[ \t\n\r]*'
 _CUT = re.compile(rb'\}' + _SPACE + rb',' + _SPACE + rb'(?=\{)')
 _KEY = re.compile(_SPACE + rb'"([^"\\\x00-\x1f]*)"' + _SPACE + rb':' + _SPACE)
@@ -157,11 +159,9 @@ class _Windows:
             piece, after = self.piece()
             try:
                 rows = decoder.decode(b'[' + piece + b']')
-            except msgspec.ValidationError as e:
-                raise Unusual(str(e)) from None
             except msgspec.DecodeError:
                 piece, after, ended = self.last_piece(piece)
-                rows = _decoded(decoder, piece)
+                rows = decoder.decode(b'[' + piece + b']')
             _checked(piece)
             self.at = after
             yield rows
@@ -175,13 +175,6 @@ class _Windows:
             raise Unusual('no valid list') from None
         size = len(text[1 : end - 1].encode())
         return piece[:size], self.at + size + 1, True
-
-
-def _decoded(decoder, piece):
-    try:
-        return decoder.decode(b'[' + piece + b']')
-    except (msgspec.DecodeError, RecursionError) as e:
-        raise Unusual(str(e)) from None
 
 # %% ../../nbs/data/01_coco.ipynb #ccb1f9b2
 class _Image(msgspec.Struct, gc=False):
@@ -247,13 +240,12 @@ class _Found:
             ignore=np.zeros(n, dtype=bool),
             area=np.array([r.area or 0 for r in rows], dtype=np.float64),
         )
-        flags = [r.iscrowd for r in rows], [r.ignore for r in rows], [r.difficult for r in rows]
-        for values in flags:
+        for name in ('iscrowd', 'ignore', 'difficult'):
+            values = [getattr(r, name) for r in rows]
             found = set(values)
             if not found <= _FLAGS:
                 raise Unusual('a flag')
-            if 1 in found:
-                block['ignore'] |= np.fromiter(map(bool, values), bool, n)
+            block['ignore'] |= np.fromiter(map(bool, values), bool, n)
         self.blocks.append(block)
 
 # %% ../../nbs/data/01_coco.ipynb #cd16dda7
@@ -351,7 +343,7 @@ def parse_columns(
             if not stat.S_ISREG(found.st_mode) or found.st_size > TEXT_MB * MB:
                 return None
             return _parse(file)
-    except (Unusual, OSError, ValueError, OverflowError, RecursionError):
+    except (*_NOT_PLAIN, OSError):
         return None
 
 
@@ -362,12 +354,9 @@ def quick_columns(
     path,  # annotation file
 ):  # Columns, or None
     "Columns of a large COCO file, from the cache if it was parsed before; None: only the other reader can tell"
-    if not os.path.isfile(path) or os.path.getsize(path) < _LARGE:
+    if not os.path.isfile(path) or os.path.getsize(path) < _LARGE or not os.access(path, os.R_OK):
         return None
-    try:
-        known = cached_columns(file_digest(path)) if cache_folder() else None
-    except OSError:
-        return None
+    known = cached_columns(file_digest(path)) if cache_folder() else None
     if known is None and (parsed := parse_columns(path)):
         known, digest = parsed
         store_columns(digest, known)
