@@ -8,11 +8,13 @@ imports; memory is the peak of the process, and how far that is above what the p
 For `predict`, a folder of N images of 4 x 4 pixels is given, and a stub in place of the network stops at the
 first image that it is asked for.
 
+Rows that are in the record and were not measured again stay.
+
     python benchmarks/scale.py                          # 10^3 .. 10^6 images, 10^2 .. 10^4 files
     python benchmarks/scale.py --images 1000 --files 100 --out record.json
 """
 
-import argparse, json, os, random, resource, statistics, subprocess, sys, tempfile, time
+import argparse, io, json, os, random, resource, statistics, subprocess, sys, tarfile, tempfile, time
 from pathlib import Path
 from timing import machine
 
@@ -105,7 +107,17 @@ def predict_once(root):  # -> number of files, seconds and memory in MB
     return dict(files=files) | spent
 
 
-CHILD = dict(open=open_once, predict=predict_once)
+def pool_once(root):  # -> number of images in one shard, seconds and memory in MB
+    "Index a shard, and draw the first image of a pool that is a thousand times as large"
+    from semidetr.data.loader import draw_index
+    from semidetr.data.shards import ShardImages
+
+    pool, spent = timed(lambda: ShardImages([root / 'pool.tar']))
+    drawn, draw = timed(lambda: draw_index(0, 'unlabelled', 1000 * len(pool), 0))
+    return dict(images=len(pool), first=drawn) | spent | dict(draw_seconds=draw['cpu_seconds'])
+
+
+CHILD = dict(open=open_once, predict=predict_once, pool=pool_once)
 
 
 def child(what, root, cache):  # 'open' or 'predict', its folder, folder of the cache or 'off'
@@ -119,17 +131,15 @@ def child(what, root, cache):  # 'open' or 'predict', its folder, folder of the 
     return json.loads(done.stdout.splitlines()[-1])
 
 
+MEASURED = ('cpu_seconds', 'seconds', 'draw_seconds', 'peak_mb', 'above_mb')
+
+
 def summary(turns):  # results of one child, several times
     "Medians over the turns, which must have found the same"
-    counts = [
-        {k: v for k, v in t.items() if k not in ('cpu_seconds', 'seconds', 'peak_mb', 'above_mb')}
-        for t in turns
-    ]
+    counts = [{k: v for k, v in t.items() if k not in MEASURED} for t in turns]
     if any(c != counts[0] for c in counts):
         sys.exit(f'turns differ: {counts}')
-    median = {
-        k: statistics.median(t[k] for t in turns) for k in ('cpu_seconds', 'seconds', 'peak_mb', 'above_mb')
-    }
+    median = {k: statistics.median(t[k] for t in turns) for k in MEASURED if k in turns[0]}
     return (
         counts[0]
         | {k: round(v, 3 if 'seconds' in k else 0) for k, v in median.items()}
@@ -157,12 +167,34 @@ def measure_predict(files, rounds):  # -> rows: one
     return [dict(case='predict') | summary(turns)]
 
 
+def measure_pool(images, rounds):  # -> rows: one
+    "Index of a shard of tiny images"
+    with tempfile.TemporaryDirectory(prefix='scale-') as folder:
+        root = Path(folder) / 'set'
+        write_pictures(root, 1)
+        content = (root / '0.png').read_bytes()
+        with tarfile.open(root / 'pool.tar', 'w') as tar:
+            for i in range(images):
+                member = tarfile.TarInfo(f'{i:08}.png')
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        return [dict(case='pool') | summary([child('pool', root, 'off') for _ in range(rounds)])]
+
+
+def merged(rows, old):  # rows of this call, rows of the record that is there
+    "Rows that were measured again replace the old ones"
+    key = lambda r: (r['case'], r.get('images', r.get('files')))
+    new = {key(r) for r in rows}
+    return sorted([r for r in old if key(r) not in new] + rows, key=key)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument(
         '--images', type=int, nargs='*', default=IMAGES, help='of the data sets; ten times as many boxes'
     )
     p.add_argument('--files', type=int, nargs='*', default=FILES, help='of the folders to predict on')
+    p.add_argument('--pool', type=int, nargs='*', default=[10_000], help='images of the shards')
     p.add_argument('--rounds', type=int, default=3, help='openings with a cache, and predictions')
     p.add_argument('--out', type=Path, default=RECORD, help='write the record, as JSON')
     p.add_argument('--child', nargs=2, help=argparse.SUPPRESS)
@@ -171,11 +203,14 @@ def main():
         print(json.dumps(CHILD[a.child[0]](Path(a.child[1]))))
         return
     rows = []
-    for measure, sizes in ((measure_predict, a.files), (measure_open, a.images)):
+    jobs = (measure_pool, a.pool), (measure_predict, a.files), (measure_open, a.images)
+    for measure, sizes in jobs:
         for n in sizes:
             found = measure(n, a.rounds)
             rows += found
             print(*map(json.dumps, found), sep='\n', flush=True)
+    old = json.loads(a.out.read_text())['rows'] if a.out.exists() else []
+    rows = merged(rows, old)
     record = dict(what='scale', machine=machine(), load_after=round(os.getloadavg()[0], 2), rows=rows)
     a.out.write_text(json.dumps(record, indent=1) + '\n')
 

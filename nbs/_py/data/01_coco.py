@@ -1,7 +1,7 @@
 # %% [markdown]
 # # One pass over a COCO file {#sec-coco}
 #
-# > Parse ten million boxes within two gigabytes, and leave every unusual file to the reader of faults.
+# > Parse ten million boxes within three gigabytes, and leave unusual files to the reader of faults.
 
 # %%
 #| default_exp data.coco
