@@ -184,6 +184,7 @@ class Source:
     data: dict  # images, annotations, categories
     folder: Path = Path('.')  # `file_name` is relative to it
     faults: list[Fault] = field(default_factory=list)  # found while reading
+    columns: object = None  # `Columns` in place of `data`, of a file whose content has no errors
 
     def __post_init__(self):
         for key in tidy_values(self.data):
@@ -193,7 +194,8 @@ class Source:
     def all_faults(self):  # iterator of Fault
         "Faults of reading, then those of the content"
         yield from self.faults
-        yield from coco_faults(self.data, self.where)
+        if self.columns is None:
+            yield from coco_faults(self.data, self.where)
 
 # %% ../../nbs/data/00_files.ipynb #c986e6d1
 CURES = {  # kind of fault: (level, what to do)
