@@ -363,9 +363,9 @@ def test_skip_is_a_step_left_out(skipping, folder):
     assert not found.replayed, 'the fault was put in from outside'
 
 
-@pytest.mark.parametrize('until', [3, 4])
+@pytest.mark.parametrize('until', [4])
 def test_resume_after_a_skip(skipping, tmp_path, until):
-    "Stopped before and after the iteration: the same run"
+    "Stopped right after the iteration: the same run"
     cfg, run, _ = skipping
     for steps in (until, None):
         again = broken(T.Trainer(cfg, tmp_path / 'r', progress=False), [3])
