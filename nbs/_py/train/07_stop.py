@@ -357,8 +357,12 @@ class _Restoring(Saving):
 class Resumable(_Restoring):
     "Saving and continuing, for a run with networks, method, optimiser, scaler, health and `state_dict`"
 
+    is_of_today = True  # has the checkpoint the places, roles and processes of this session?
+
     def load(self):
-        "Continue from the newest generation that is whole; an error if it belongs to another run"
+        """Continue from the newest generation that is whole; an error if it belongs to another run.
+
+        One with other places or processes counts as not saved, so that this session saves its own."""
         faults = []
         for name in (LAST, PREVIOUS):
             if not (self.dir / name).is_file():
@@ -373,7 +377,7 @@ class Resumable(_Restoring):
         if faults and is_main():
             warnings.warn(f'{faults[0]}; the run goes on from iteration {self.step}, in {name}')
         self.mark()
-        if not self.current:  # data in another place, or a file of an older version: saved again at the end
+        if not self.is_of_today:
             self.saved = 0
 
     def _continued(self, name):
@@ -394,7 +398,8 @@ class Resumable(_Restoring):
             check_fields(saved, path, self.cfg.optim.iters)
             if own is not None:
                 check_fields(own, self.own_file, self.cfg.optim.iters, OWN)
-            self.current = saved['config'] == to_dict(self.cfg) and saved.get('roles') == self.roles
+            today = to_dict(self.cfg), self.roles, world_size()
+            self.is_of_today = (saved['config'], saved.get('roles'), saved.get('world')) == today
             return self._taken(saved, part_of_today(self, saved, own), path)
         except Damaged as e:
             return str(e)
