@@ -281,7 +281,7 @@ def _same_kind(*kinds):
     if len(set().union(*kinds)) > 1:
         raise Unusual('ids of several types')
 
-
+# %% ../../nbs/data/01_coco.ipynb #df5b32e1
 def _finish(found, categories):
     "Columns of a whole file"
     if not found.ids:

@@ -71,7 +71,7 @@ def _members(tar, left_out):
     if tar.fileobj.read(512) != bytes(512):
         left_out['the end'] += 1
 
-
+# %% ../../nbs/data/02_shards.ipynb #a1e2765f
 def index_shard(
     path,  # tar file
     known=None,  # suffixes of images; None: those that can be read

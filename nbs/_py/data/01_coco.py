@@ -396,6 +396,8 @@ def _same_kind(*kinds):
         raise Unusual('ids of several types')
 
 
+# %%
+#| export
 def _finish(found, categories):
     "Columns of a whole file"
     if not found.ids:

@@ -114,6 +114,8 @@ def _members(tar, left_out):
         left_out['the end'] += 1
 
 
+# %%
+#| export
 def index_shard(
     path,  # tar file
     known=None,  # suffixes of images; None: those that can be read
