@@ -38,7 +38,7 @@ def class_names(
 
 
 def _clipped(block, sizes):
-    "Corners as float32 and areas of a block; an area that is missing or contradicts the box is width x height"
+    "Corners as float32, and areas: one that is missing or contradicts the box is width x height"
     xywh, area, size = block.pop('xywh'), block.pop('area'), sizes[block['image'], ::-1]  # width, height
     corners = xywh[:, :2], xywh[:, :2] + xywh[:, 2:]
     boxes = np.concatenate([c.clip(0, size).astype(np.float32) for c in corners], 1)
@@ -95,7 +95,7 @@ def _checked(piece):
     return piece
 
 # %% ../../nbs/data/01_coco.ipynb #e4bc304e
-class _Windows:
+class _Bytes:
     "The bytes of a file, a window at a time"
 
     def __init__(self, file, window):
@@ -140,6 +140,10 @@ class _Windows:
                 self.at += size
                 return value
             self.more()
+
+# %% ../../nbs/data/01_coco.ipynb #6f9456f6
+class _Windows(_Bytes):
+    "Lists of objects in a file, some elements at a time"
 
     def piece(self):
         "(Bytes of the next elements of a list without a comma behind them, where the ones after them begin)"
@@ -194,7 +198,7 @@ class _Box(msgspec.Struct, gc=False):
     ignore: bool | int | None = None
     difficult: bool | int | None = None
 
-
+# %% ../../nbs/data/01_coco.ipynb #be30f522
 class _Codes(dict):
     "Number of each value, in the order in which they appear"
 
@@ -202,10 +206,7 @@ class _Codes(dict):
         self[key] = len(self)
         return self[key]
 
-
-_FLAGS = {0, 1, None}
-
-
+# %% ../../nbs/data/01_coco.ipynb #73fb99c0
 class _Found:
     "Columns of what was read so far"
 
@@ -243,7 +244,7 @@ class _Found:
         for name in ('iscrowd', 'ignore', 'difficult'):
             values = [getattr(r, name) for r in rows]
             found = set(values)
-            if not found <= _FLAGS:
+            if not found <= {0, 1, None}:
                 raise Unusual('a flag')
             block['ignore'] |= np.fromiter(map(bool, values), bool, n)
         self.blocks.append(block)
@@ -280,7 +281,7 @@ def _same_kind(*kinds):
     if len(set().union(*kinds)) > 1:
         raise Unusual('ids of several types')
 
-
+# %% ../../nbs/data/01_coco.ipynb #df5b32e1
 def _finish(found, categories):
     "Columns of a whole file"
     if not found.ids:
@@ -353,7 +354,7 @@ _LARGE = 1 * MB  # smaller files take no time
 def quick_columns(
     path,  # annotation file
 ):  # Columns, or None
-    "Columns of a large COCO file, from the cache if it was parsed before; None: only the other reader can tell"
+    "Columns of a large COCO file, from the cache if it was parsed before; None: it is for `read_coco`"
     if not os.path.isfile(path) or os.path.getsize(path) < _LARGE or not os.access(path, os.R_OK):
         return None
     known = cached_columns(file_digest(path)) if cache_folder() else None

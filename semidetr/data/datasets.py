@@ -208,8 +208,8 @@ def _of_entries(images, anns, cats, sizes):
     )
 
 # %% ../../nbs/data/02_datasets.ipynb #fef35b18
-class FileDataset(DetectionDataset):
-    "Images in a folder, annotations in memory; images are decoded on access, no file stays open"
+class _FileColumns(DetectionDataset):
+    "What is known of images in a folder"
 
     def __init__(self, source: Source):
         _refuse(source)
@@ -242,6 +242,10 @@ class FileDataset(DetectionDataset):
                 f'{path}: image {self.ids[n]!r} cannot be read ({reason(e)}); '
                 f'{_cure(e, self.where, self.has_boxes)}'
             ) from None
+
+# %% ../../nbs/data/02_datasets.ipynb #803fb984
+class FileDataset(_FileColumns):
+    "Images in a folder, annotations in memory; images are decoded on access, no file stays open"
 
     def annotation(self, i: int) -> dict:  # boxes (N,4) xyxy; labels, ignore, area (N,); size (H,W)
         "What the file says about image `i`, without decoding it"

@@ -164,7 +164,7 @@ def _coco_name(path):  # of the data set, from the place of its file
     home = path.parent.parent if path.parent.name == 'annotations' else path.parent
     return f'{home.absolute().name}/{path.stem}'
 
-
+# %% ../../nbs/data/01_formats.ipynb #08b4e66b
 def read_coco(
     json_path,  # instances_*.json
     image_dir=None,  # where the images are; None: look in the usual places

@@ -71,7 +71,7 @@ def _members(tar, left_out):
     if tar.fileobj.read(512) != bytes(512):
         left_out['the end'] += 1
 
-
+# %% ../../nbs/data/02_shards.ipynb #a1e2765f
 def index_shard(
     path,  # tar file
     known=None,  # suffixes of images; None: those that can be read
@@ -101,8 +101,21 @@ def index_shard(
     return names, starts, sizes, left_out
 
 # %% ../../nbs/data/02_shards.ipynb #36444f8d
-class ShardImages(DetectionDataset):
-    "Images in tar files, without boxes: what `data.unlabelled` needs"
+def _unique(groups, shards):
+    "Names of all images; a name that was used before gets that of its shard in front"
+    out, used = [], set()
+    for names, shard in zip(groups, shards):
+        for name in names:
+            new, n = name, 1
+            while new in used:
+                new, n = f'{shard.name}/{name}' if n == 1 else f'{shard.name}/{n}/{name}', n + 1
+            used.add(new)
+            out.append(new)
+    return out
+
+# %% ../../nbs/data/02_shards.ipynb #cbe6460d
+class _Shards(DetectionDataset):
+    "Places of images in tar files"
 
     has_boxes = False
 
@@ -148,6 +161,10 @@ class ShardImages(DetectionDataset):
         k = int(np.searchsorted(self._first, n, side='right')) - 1
         return self.shards[k], int(self._starts[n]), int(self._sizes[n])
 
+# %% ../../nbs/data/02_shards.ipynb #08686765
+class ShardImages(_Shards):
+    "Images in tar files, without boxes: what `data.unlabelled` needs"
+
     def _open(self, i, use):
         "`use` of the PIL image number i, not yet decoded; a DataError names it"
         path, start, size = self.place(i)
@@ -171,16 +188,3 @@ class ShardImages(DetectionDataset):
     def __getitem__(self, i: int) -> Sample:
         image = self._open(i, lambda img: decode_image(img, None, getattr(self, 'white', 0)))
         return Sample(image, self.ids[i], **no_objects(), path=None)
-
-
-def _unique(groups, shards):
-    "Names of all images; a name that was used before gets that of its shard in front"
-    out, used = [], set()
-    for names, shard in zip(groups, shards):
-        for name in names:
-            new, n = name, 1
-            while new in used:
-                new, n = f'{shard.name}/{name}' if n == 1 else f'{shard.name}/{n}/{name}', n + 1
-            used.add(new)
-            out.append(new)
-    return out

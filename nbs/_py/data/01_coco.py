@@ -63,7 +63,7 @@ def class_names(
 
 
 def _clipped(block, sizes):
-    "Corners as float32 and areas of a block; an area that is missing or contradicts the box is width x height"
+    "Corners as float32, and areas: one that is missing or contradicts the box is width x height"
     xywh, area, size = block.pop('xywh'), block.pop('area'), sizes[block['image'], ::-1]  # width, height
     corners = xywh[:, :2], xywh[:, :2] + xywh[:, 2:]
     boxes = np.concatenate([c.clip(0, size).astype(np.float32) for c in corners], 1)
@@ -152,7 +152,7 @@ _checked(b'{"a": [1, 2]}')
 
 # %%
 #| export
-class _Windows:
+class _Bytes:
     "The bytes of a file, a window at a time"
 
     def __init__(self, file, window):
@@ -197,6 +197,12 @@ class _Windows:
                 self.at += size
                 return value
             self.more()
+
+
+# %%
+#| export
+class _Windows(_Bytes):
+    "Lists of objects in a file, some elements at a time"
 
     def piece(self):
         "(Bytes of the next elements of a list without a comma behind them, where the ones after them begin)"
@@ -288,6 +294,8 @@ class _Box(msgspec.Struct, gc=False):
     difficult: bool | int | None = None
 
 
+# %%
+#| export
 class _Codes(dict):
     "Number of each value, in the order in which they appear"
 
@@ -296,9 +304,8 @@ class _Codes(dict):
         return self[key]
 
 
-_FLAGS = {0, 1, None}
-
-
+# %%
+#| export
 class _Found:
     "Columns of what was read so far"
 
@@ -336,7 +343,7 @@ class _Found:
         for name in ('iscrowd', 'ignore', 'difficult'):
             values = [getattr(r, name) for r in rows]
             found = set(values)
-            if not found <= _FLAGS:
+            if not found <= {0, 1, None}:
                 raise Unusual('a flag')
             block['ignore'] |= np.fromiter(map(bool, values), bool, n)
         self.blocks.append(block)
@@ -352,7 +359,7 @@ found_a.images, found_a.blocks[0]['image'].tolist(), found_a.blocks[0]['ignore']
 # %% [markdown]
 # ## The checks
 #
-# They are those of `coco_faults` that refuse a file (@sec-files), on whole columns: ids that occur twice or
+# They are those of `coco_faults` that refuse a file (@sec-records), on whole columns: ids that occur twice or
 # are unknown, boxes that are not finite, negative, or outside of their image.
 
 # %%
@@ -389,6 +396,8 @@ def _same_kind(*kinds):
         raise Unusual('ids of several types')
 
 
+# %%
+#| export
 def _finish(found, categories):
     "Columns of a whole file"
     if not found.ids:
@@ -479,7 +488,7 @@ _LARGE = 1 * MB  # smaller files take no time
 def quick_columns(
     path,  # annotation file
 ):  # Columns, or None
-    "Columns of a large COCO file, from the cache if it was parsed before; None: only the other reader can tell"
+    "Columns of a large COCO file, from the cache if it was parsed before; None: it is for `read_coco`"
     if not os.path.isfile(path) or os.path.getsize(path) < _LARGE or not os.access(path, os.R_OK):
         return None
     known = cached_columns(file_digest(path)) if cache_folder() else None

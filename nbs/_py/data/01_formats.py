@@ -203,6 +203,8 @@ def _coco_name(path):  # of the data set, from the place of its file
     return f'{home.absolute().name}/{path.stem}'
 
 
+# %%
+#| export
 def read_coco(
     json_path,  # instances_*.json
     image_dir=None,  # where the images are; None: look in the usual places

@@ -41,6 +41,7 @@ from semidetr.data.files import TILES, Fault, PixelRange, decode_image, image_su
 # %%
 import tempfile
 import matplotlib.pyplot as plt
+from semidetr.data.datasets import ImageFolder
 
 # %% [markdown]
 # ## Names of shards
@@ -113,6 +114,8 @@ def _members(tar, left_out):
         left_out['the end'] += 1
 
 
+# %%
+#| export
 def index_shard(
     path,  # tar file
     known=None,  # suffixes of images; None: those that can be read
@@ -166,8 +169,23 @@ index_a[1], index_a[2]
 
 # %%
 #| export
-class ShardImages(DetectionDataset):
-    "Images in tar files, without boxes: what `data.unlabelled` needs"
+def _unique(groups, shards):
+    "Names of all images; a name that was used before gets that of its shard in front"
+    out, used = [], set()
+    for names, shard in zip(groups, shards):
+        for name in names:
+            new, n = name, 1
+            while new in used:
+                new, n = f'{shard.name}/{name}' if n == 1 else f'{shard.name}/{n}/{name}', n + 1
+            used.add(new)
+            out.append(new)
+    return out
+
+
+# %%
+#| export
+class _Shards(DetectionDataset):
+    "Places of images in tar files"
 
     has_boxes = False
 
@@ -213,6 +231,12 @@ class ShardImages(DetectionDataset):
         k = int(np.searchsorted(self._first, n, side='right')) - 1
         return self.shards[k], int(self._starts[n]), int(self._sizes[n])
 
+
+# %%
+#| export
+class ShardImages(_Shards):
+    "Images in tar files, without boxes: what `data.unlabelled` needs"
+
     def _open(self, i, use):
         "`use` of the PIL image number i, not yet decoded; a DataError names it"
         path, start, size = self.place(i)
@@ -238,19 +262,6 @@ class ShardImages(DetectionDataset):
         return Sample(image, self.ids[i], **no_objects(), path=None)
 
 
-def _unique(groups, shards):
-    "Names of all images; a name that was used before gets that of its shard in front"
-    out, used = [], set()
-    for names, shard in zip(groups, shards):
-        for name in names:
-            new, n = name, 1
-            while new in used:
-                new, n = f'{shard.name}/{name}' if n == 1 else f'{shard.name}/{n}/{name}', n + 1
-            used.add(new)
-            out.append(new)
-    return out
-
-
 # %%
 pool = ShardImages([root / 'pool-0.tar', root / 'pool-1.tar'])
 assert (
@@ -266,8 +277,6 @@ pool, pool.notes[0].partition(': ')[2]
 # The same pixels come from a folder of the same images:
 
 # %%
-from semidetr.data.datasets import ImageFolder
-
 as_files = ImageFolder(root / 'photos')
 assert as_files.ids == pool.ids
 assert all(as_files[n].image.tobytes() == pool[n].image.tobytes() for n in range(5))

@@ -129,7 +129,7 @@ def keep_memory() -> bool:  # False where it does not apply
 
 
 def release_memory() -> bool:  # False where it does not apply
-    "Give freed memory back to the system, also from the middle of the heap; no number changes"
+    "Give freed memory back to the system, also from between blocks that are in use; no number changes"
     if sys.platform != 'linux' or platform.libc_ver()[0] != 'glibc':
         return False
     try:
