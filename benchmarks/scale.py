@@ -123,9 +123,9 @@ CHILD = dict(open=open_once, predict=predict_once, pool=pool_once)
 def child(what, root, cache):  # 'open' or 'predict', its folder, folder of the cache or 'off'
     "One measurement in a process of its own"
     command = [sys.executable, __file__, '--child', what, str(root)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | dict(SEMIDETR_CACHE=str(cache))
-    )
+    kept = dict(SEMIDETR_ANNOTATIONS='off') if cache == 'off' else dict(SEMIDETR_CACHE=str(cache))
+    env = os.environ | dict(SEMIDETR_ANNOTATIONS='') | kept
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         sys.exit(f'{what} failed: {done.stderr.strip()[-400:]}')
     return json.loads(done.stdout.splitlines()[-1])

@@ -142,9 +142,10 @@ _FORMAT, _KEPT, _STALE = (
 
 def cache_folder():  # Path, or None
     "Where parsed annotations are kept"
-    given = os.environ.get('SEMIDETR_CACHE')
-    if given is not None:
-        return None if given.strip().lower() in ('', 'off', '0', 'none') else Path(given) / 'annotations'
+    if os.environ.get('SEMIDETR_ANNOTATIONS', '').strip().lower() == 'off':
+        return None
+    if given := os.environ.get('SEMIDETR_CACHE'):
+        return Path(given) / 'annotations'
     home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     return Path(home) / 'semidetr' / 'annotations' if os.path.isabs(home) else None
 

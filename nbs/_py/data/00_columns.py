@@ -219,7 +219,7 @@ second[0].round(1).tolist()
 # digest, and what does not agree is as good as not there. Nothing is ever unpickled.
 #
 # The cache is `$SEMIDETR_CACHE`, or else `semidetr` in `$XDG_CACHE_HOME` or `~/.cache`. With
-# `SEMIDETR_CACHE=off` there is none, and one that cannot be written is said in a line. It keeps the files
+# `SEMIDETR_ANNOTATIONS=off` there is none, and one that cannot be written is said in a line. It keeps the files
 # that were used last, and may be deleted at any time.
 
 # %%
@@ -233,9 +233,10 @@ _FORMAT, _KEPT, _STALE = (
 
 def cache_folder():  # Path, or None
     "Where parsed annotations are kept"
-    given = os.environ.get('SEMIDETR_CACHE')
-    if given is not None:
-        return None if given.strip().lower() in ('', 'off', '0', 'none') else Path(given) / 'annotations'
+    if os.environ.get('SEMIDETR_ANNOTATIONS', '').strip().lower() == 'off':
+        return None
+    if given := os.environ.get('SEMIDETR_CACHE'):
+        return Path(given) / 'annotations'
     home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     return Path(home) / 'semidetr' / 'annotations' if os.path.isabs(home) else None
 
