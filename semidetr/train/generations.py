@@ -47,15 +47,31 @@ def _keep(folder, number):
     between.unlink(missing_ok=True)  # a rename between two names of one file leaves both
 
 
+def _seal_of(path):
+    "Digest of a file, None if it is damaged"
+    try:
+        return read_seal(path)
+    except Damaged:
+        return None
+
+
+def _belongs(folder, number, digests):
+    "Is the last part of a process the one with its digest? Another one is left over from a kill"
+    path = folder / file_of('last', number)
+    return number <= len(digests) and path.is_file() and _seal_of(path) == digests[number - 1]
+
+
 def commit(
     folder: Path,  # of the run, where each other process has written its `next` file
     state: dict,  # of the main process
     digests: list,  # of the parts of process 1, 2, ...
+    kept: list | None = (),  # digests of the parts of the generation in `last.pt`; None: it is not whole
 ):
     "Write the main file and make everything the last generation; called by the main process"
     save_checkpoint(folder / file_of('next', 0), **state, ranks=list(digests), world=1 + len(digests))
     for number in (*range(1, len(digests) + 1), 0):
-        _keep(folder, number)
+        if kept is not None and (not number or _belongs(folder, number, kept)):
+            _keep(folder, number)
         if number:
             os.replace(folder / file_of('next', number), folder / file_of('last', number))
     os.replace(folder / file_of('next', 0), folder / LAST)
@@ -65,14 +81,16 @@ def save_generation(
     folder,  # of the run
     state: dict,  # what this process saves
     device='cpu',  # for the exchange of digests
-):
+    kept: list | None = (),  # of the generation in `last.pt`, as for `commit`
+) -> list:  # digests of the parts, in the main process
     "Save one generation; every process calls it after the same step"
     folder, digest = Path(folder), ''
     if not is_main():
         digest = save_checkpoint(folder / file_of('next', rank()), **state)
     digests = _gathered(digest, device) if world_size() > 1 else []
     if is_main():
-        commit(folder, state, digests[1:])
+        commit(folder, state, digests[1:], kept)
+    return digests[1:]
 
 # %% ../../nbs/train/02_generations.ipynb #9a1fee9f
 def _part(folder, saved, number):
@@ -87,14 +105,6 @@ def _part(folder, saved, number):
         if path.is_file() and _seal_of(path) == digests[number - 1]:
             return load_checkpoint(path)
     raise Damaged(f'{folder}: the part of process {number} that belongs to iteration {saved["step"]} is gone')
-
-
-def _seal_of(path):
-    "Digest of a file, None if it is damaged"
-    try:
-        return read_seal(path)
-    except Damaged:
-        return None
 
 
 def _old_part(path, step):
@@ -195,6 +205,7 @@ def save_alone(
     folder,  # of the run
     state: dict,  # what this process saves
     seconds: float = 15.0,  # that process 0 waits for the others
+    kept: list | None = (),  # of the generation in `last.pt`, as for `commit`
 ) -> bool:  # is this step saved? Known to process 0 alone
     """Save a generation without an exchange between processes: one of them has failed.
 
@@ -209,5 +220,5 @@ def save_alone(
         if time.monotonic() > end:
             return False
         time.sleep(0.1)
-    commit(folder, state, digests)
+    commit(folder, state, digests, kept)
     return True

@@ -161,11 +161,14 @@ class SkipBroken(DetectionDataset):
         "Mark an image as broken; a DataError beyond the bound"
         if self._flags[at]:
             return
+        if not self.most:
+            raise error
+        what = str(error).rpartition('; ')[0] or str(error)  # without its cure
         if (n := len(self.broken)) >= self.most:
             bound = f'more than data.skip_broken={self.most} unlabelled images cannot be read'
-            raise DataError(f'{error}; {bound}') from None
+            raise DataError(f'{what}; {bound}; restore them, or allow more') from None
         self._flags[at] = 1
-        warnings.warn(f'{error}; skipped ({n + 1} of at most {self.most})')
+        warnings.warn(f'{what}; skipped ({n + 1} of at most {self.most})')
 
     def annotation(self, i):
         return self._ds.annotation(i)

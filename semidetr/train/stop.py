@@ -193,6 +193,7 @@ class Saving:
 
     saved = 0  # iteration of the last generation
     stamp = None  # of its file
+    parts = []  # digests of its parts; None if it is damaged
     owner = None  # `Owner` of the folder while the run trains
 
     @property
@@ -202,13 +203,20 @@ class Saving:
 
     def save(self):
         "Save a generation; every process calls it after the same iteration"
-        save_generation(self.dir, self.state_dict(), self.device)
+        self.stop_if_lost()
+        self.parts = save_generation(self.dir, self.state_dict(), self.device, self.parts)
         self.mark()
 
     def stop_if_lost(self):
         "`DataError` if this process was suspended for so long that another one trains in the folder"
-        if self.owner is not None and self.owner.lost:
+        if self.is_lost():
             raise DataError(f'{self.dir}: another process has taken over this folder; this one ends')
+
+    def is_lost(self) -> bool:
+        "Has another process taken over? Asked before anything is written"
+        if self.owner is not None:
+            self.owner.check()
+        return self.owner is not None and self.owner.lost
 
     def mark(self):
         "Remember which checkpoint is the one of this process"
@@ -219,12 +227,12 @@ class Saving:
         self.snapshot.back()
         if not self.step or self.saved == self.step:
             return ''
-        if self.owner is not None and self.owner.lost:
+        if self.is_lost():
             return 'another process has taken over'
         if self.snapshot.phase != 'whole':
             return 'the update of the weights was interrupted'
         try:
-            if save_alone(self.dir, self.state_dict()):
+            if save_alone(self.dir, self.state_dict(), kept=self.parts):
                 self.mark()
                 return ''
             return 'not all processes have saved it' if is_main() else ''
@@ -302,6 +310,7 @@ class Resumable(_Restoring):
             check_fields(saved, path, self.cfg.optim.iters)
             if own is not None:
                 check_fields(own, self.own_file, self.cfg.optim.iters, OWN)
+            self.parts = saved.get('ranks', []) if name == LAST else None
             today = to_dict(self.cfg), self.roles, world_size()
             self.is_of_today = (saved['config'], saved.get('roles'), saved.get('world')) == today
             return self._taken(saved, part_of_today(self, saved, own), path)
@@ -354,10 +363,11 @@ def ended_by(
     "The error of a run that ends before its end, in one line that says what is saved"
     is_known = run.saved == run.step or is_main()  # other processes do not see what the main one has saved
     kept = f'; {run.dir} is saved after iteration {run.saved}: {RESUME}' if run.saved and is_known else ''
-    kept += f' (iteration {run.step} could not be saved: {fault})' if fault else ''
+    lost = f' (iteration {run.step} could not be saved: {fault})' if fault else ''
+    kept += lost
     others = _is_loss_of_others(e)
     if isinstance(e, KeyboardInterrupt) or (stop.is_asked() and (others or isinstance(e, WorkerLost))):
-        where = f'stopped after iteration {run.saved}; {RESUME}' if run.saved else 'stopped'
+        where = (f'stopped after iteration {run.saved}; {RESUME}' if run.saved else 'stopped') + lost
         return KeyboardInterrupt(str(e) if isinstance(e, KeyboardInterrupt) and str(e) else where)
     if is_out_of_memory(e):
         return SemiDETRError(

@@ -40,6 +40,8 @@ from semidetr.many import rows_of_all
 from semidetr.matching.matching import NonFiniteError
 from semidetr.train.capsule import Policy
 from semidetr.train.checkpoint import (
+    LAST,
+    PREVIOUS,
     RunLog,
     cpu_seconds,
     environment,
@@ -91,7 +93,7 @@ class BuiltRun(Step):
             )
         cfg, init = resolve(cfg, self.data.classes), cfg.run.init
         seed_everything(cfg.run.seed)
-        settings, goes_on = cfg.detector, (self.dir / 'last.pt').exists()
+        settings, goes_on = cfg.detector, any((self.dir / x).exists() for x in (LAST, PREVIOUS))
         settings = settings.untrained() if init or goes_on else settings
         self.build(cfg, settings, self.data.labelled, '' if goes_on else init)
         self.health = health.HealthMonitor(self.data.truth, cfg.run.health_window)
@@ -106,7 +108,7 @@ class RunState(Policy, BuiltRun):
     def __init__(self, cfg: Config, run_dir, progress: bool = True, position: int = 0):
         super().__init__(cfg, run_dir, progress, position)
         self.roles = images_of_roles(self.data, cfg.run.test)
-        if (self.dir / 'last.pt').exists():
+        if any((self.dir / x).exists() for x in (LAST, PREVIOUS)):
             self.load()
 
     def state_dict(
@@ -285,11 +287,11 @@ class Evaluation(Session):
             return
         best = max((h['teacher']['AP'] for h in self.history), default=-1.0)
         metrics = self.evaluate(self.data.dev, both=self.step == self.cfg.optim.iters)
-        self.history.append(dict(step=self.step, **metrics))
         ap = metrics['teacher']['AP']
-        log.write({'step': self.step, 'AP': ap, 'AP_student': metrics['student']['AP']})
         if ap > best and is_main():
-            save_checkpoint(self.dir / 'best.pt', **self.weights())
+            save_checkpoint(self.dir / 'best.pt', **self.weights())  # first: a row without it is never mended
+        self.history.append(dict(step=self.step, **metrics))
+        log.write({'step': self.step, 'AP': ap, 'AP_student': metrics['student']['AP']})
 
     def report(self) -> dict:  # content of run.json
         "Evaluate both networks at the end and write run.json: all that a page may say about this run"
@@ -419,6 +421,8 @@ class Trainer(Iteration):
                 self.save()  # there must be something to go back to
             batches = self.batches()
             with Progress(self) as progress, contextlib.closing(batches):
+                if self.recent:
+                    self.write_due(progress.log)  # it could not be written when the run was saved
                 if self.evaluation_is_due():
                     self.evaluate_dev(progress.log)  # it was interrupted when the run was saved
                     self.save()
