@@ -24,6 +24,7 @@ from semidetr.cli import commands  # noqa: F401  registers the commands
 from semidetr.cli.terminal import main as semidetr
 from semidetr.semi.methods import METHODS
 from semidetr.train import api, checkpoint, stop, trainer  # noqa: F401
+from semidetr.train import step as stepping
 from semidetr.train.checkpoint import environment, load_checkpoint
 
 RECORD = Path(__file__).parent / 'results' / 'soak.json'
@@ -106,10 +107,10 @@ class Hook:
 
     def __init__(self, point):
         self.point, self.step, self.saving, self.passed = point, -1, False, 0
-        self.after(trainer, 'update_teacher', 'teacher')
-        self.after(trainer, 'total_loss', 'losses')
-        self.after(trainer, 'average_gradients', 'gradients')
-        self.after(trainer, 'clip_and_step', 'update')
+        self.after(stepping, 'update_teacher', 'teacher')
+        self.after(stepping, 'total_loss', 'losses')
+        self.after(stepping, 'average_gradients', 'gradients')
+        self.after(stepping, 'clip_and_step', 'update')
         self.iterations()
         self.log()
         self.writes()
