@@ -134,7 +134,7 @@ def _alone(folder):
     finally:
         os.close(handle)
 
-
+# %% ../../nbs/train/07_lock.ipynb #4ec10f17
 class Owner:
     "The lock of a folder that this process owns"
 

@@ -234,6 +234,8 @@ def _alone(folder):
         os.close(handle)
 
 
+# %%
+#| export
 class Owner:
     "The lock of a folder that this process owns"
 
