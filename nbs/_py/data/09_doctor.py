@@ -172,7 +172,8 @@ val = dict(
 )
 for part, content in (('train', train), ('val', val)):
     (root / f'instances_{part}.json').write_text(json.dumps(content))
-(root / 'split.json').write_text(json.dumps(dict(labelled=[1, 2], unlabelled=[2, 4], dev=[3, 9])))
+overlapping = dict(semidetr_split=1, labelled=[1, 2], unlabelled=[2, 4], dev=[3, 9])
+(root / 'split.json').write_text(json.dumps(overlapping))
 sorted(f.relative_to(root).as_posix() for f in root.rglob('*.*'))
 
 
