@@ -66,7 +66,7 @@ markdown('\n'.join(lines))
 # %%
 #| label: fig-abl-few-labels
 #| fig-cap: "fod12, test split: AP of the four methods without and with NMS. Each line is one seed, the bar is the mean."
-#| fig-alt: "AP of four methods, one line per seed; Semi-DETR plus lies highest in every line"
+#| fig-alt: "AP of four methods, one line per seed; Semi-DETR plus lies highest in three of four lines"
 #| echo: false
 n = len(studies)
 fig, axes = plt.subplots(
