@@ -311,8 +311,8 @@ wrong
 # ## Results, records and logs
 #
 # A run writes `run.json`, a study writes a record per seed, and a running training appends lines to
-# `log.jsonl`. A line may be cut off where a process was killed; such lines are left out and counted. The log was written by a program
-# that may have died, so bytes that are no text do not stop its reader.
+# `log.jsonl`. A line may be cut off where a process was killed; such lines are left out and counted. The log
+# was written by a program that may have died, so bytes that are no text do not stop its reader.
 
 # %%
 #| export

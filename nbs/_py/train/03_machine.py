@@ -106,9 +106,6 @@ plt.show()
 # settings make glibc keep the blocks. They take effect at once and for this process only. Without glibc
 # nothing happens, and the user's own `MALLOC_...` variables take precedence. The gain depends on the system:
 # from nothing to a few percent of a step.
-#
-# The price: with images of many sizes, blocks that are kept rarely fit the next ones exactly, and the process
-# grows. `release_memory` returns what is free, wherever it lies; the next step takes it again.
 
 # %%
 #| export
@@ -126,16 +123,6 @@ def keep_memory() -> bool:  # False where it does not apply
         return False
     options = {-4: 0, -1: 2**31 - 1, -2: 256 << 20}  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
     return all([mallopt(option, value) for option, value in options.items()])
-
-
-def release_memory() -> bool:  # False where it does not apply
-    "Give freed memory back to the system, also from between blocks that are in use; no number changes"
-    if sys.platform != 'linux' or platform.libc_ver()[0] != 'glibc':
-        return False
-    try:
-        return bool(ctypes.CDLL(None).malloc_trim(0))
-    except (OSError, AttributeError):
-        return False
 
 
 def prepare():

@@ -58,11 +58,11 @@ from semidetr.train.run_folder import check_same_run
 # %% [markdown]
 # ## Signals
 #
-# The first Ctrl-C or SIGTERM ends a run after its current iteration, and so does a terminal that is closed. A scheduler, `torchrun` and a terminal may
-# send the same wish two or three times within a second, so only a Ctrl-C that comes two seconds later ends it
-# at once. An update is completed even then. While networks are evaluated there is nothing to complete: the first
-# signal ends it. A process that `torchrun` started also stops when `torchrun` is gone, since the run
-# will be started again.
+# The first Ctrl-C or SIGTERM ends a run after its current iteration, and so does a terminal that is closed. A
+# scheduler, `torchrun` and a terminal may send the same wish two or three times within a second, so only a
+# Ctrl-C that comes two seconds later ends it at once. An update is completed even then. While networks are
+# evaluated there is nothing to complete: the first signal ends it. A process that `torchrun` started also
+# stops when `torchrun` is gone, since the run will be started again.
 
 # %%
 #| export
@@ -168,10 +168,10 @@ at_once
 # %% [markdown]
 # ## The beginning of a step
 #
-# Before the optimiser's update an iteration changes the teacher, running statistics, the state of the method and
-# the random state. `Snapshot` copies these: a share of the memory of one network, and of a step about as much
-# time as the update of the teacher. The optimiser's update itself cannot be undone; an error inside it is the one case where the
-# last checkpoint counts.
+# Before the optimiser's update an iteration changes the teacher, running statistics, the state of the method
+# and the random state. `Snapshot` copies these: a share of the memory of one network, and of a step about as
+# much time as the update of the teacher. The optimiser's update itself cannot be undone; an error inside it
+# is the one case where the last checkpoint counts.
 
 # %%
 #| export
@@ -455,9 +455,9 @@ def owned(
 # %% [markdown]
 # ## Whatever ends a run
 #
-# Every exception saves the last finished iteration, and then ends the run with a line that says from where the same
-# command goes on. So the line must not propose a cure after which the command is refused, because it trains
-# something else: smaller images are another run.
+# Every exception saves the last finished iteration, and then ends the run with a line that says from where
+# the same command goes on. So the line must not propose a cure after which the command is refused, because it
+# trains something else: smaller images are another run.
 
 # %%
 #| export

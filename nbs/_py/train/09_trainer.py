@@ -63,8 +63,9 @@ from semidetr.train.stop import RESUME, Stop, keep_progress, on_any_process, own
 # ## State of a run
 #
 # Weights, moments, random state, position in the data, health window, history: all of it is saved, and
-# loading compares the configuration first (@sec-generations). Processes other than the first save only what is theirs alone: the
-# random state, the window, the numbers since the last log line, the cache of mixed views (@sec-mixing).
+# loading compares the configuration first (@sec-generations). Processes other than the first save only what
+# is theirs alone: the random state, the window, the numbers since the last log line, the cache of mixed views
+# (@sec-mixing).
 
 # %%
 #| export
