@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from semidetr.train import machine as M
@@ -71,7 +72,26 @@ def test_memory_is_kept():
     on, few = kept()
     off, many = kept(SEMIDETR_KEEP_MEMORY='0')
     assert on and not off and few < many / 2  # the first blocks need new pages in any case
-    assert not kept(MALLOC_ARENA_MAX='4')[0] and not kept(GLIBC_TUNABLES='glibc.malloc.hugetlb=0')[0]
+
+
+@pytest.mark.parametrize(
+    'name, value', [('MALLOC_ARENA_MAX', '4'), ('GLIBC_TUNABLES', 'glibc.malloc.hugetlb=0')]
+)
+def test_memory_settings_of_the_user_come_first(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert not M.keep_memory()
+
+
+def test_no_subnormal_numbers():
+    "They are zero after `prepare`, in this thread and in one that starts later"
+    tiny = torch.tensor([1e-30])
+    try:
+        M.prepare()
+        with ThreadPoolExecutor(1) as pool:
+            later = pool.submit(lambda: (tiny * 1e-12).item()).result()
+        assert (tiny * 1e-12).item() == later == 0 and torch.set_flush_denormal(True)
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def test_no_glibc(monkeypatch):
