@@ -4,11 +4,7 @@ import copy
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 import pytest
 import torch
 from semidetr.core import ConfigError
@@ -38,6 +34,7 @@ from test_contract import check_extra_queries, check_gradients, check_outputs, c
 from test_contract import all_predictions, padded_batch, some_targets
 from test_study import BOOK
 from test_trainer import TINY, WORKER
+from together import run_together
 
 ON = ['detector.group.queries=12', 'method.T1=0']
 KINDS = {
@@ -492,15 +489,9 @@ def test_resuming_is_exact_and_the_checkpoint_predicts(detector, tmp_path):
 
 
 def test_two_processes_stay_equal(tmp_path):
-    script, more = tmp_path / 'w.py', [*ON, 'detector.second_head=true', 'optim.iters=3']
-    tests = str(Path(__file__).parent)
-    script.write_text(WORKER.format(tests=tests, more=', '.join(map(repr, more))))
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    folder, env = tmp_path / 'r', {**os.environ, 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(
-        [*command, str(script), str(folder)], env=env, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    more = [*ON, 'detector.second_head=true', 'optim.iters=3']
+    folder = tmp_path / 'r'
+    run_together(WORKER.format(more=', '.join(map(repr, more))), folder)
     a, b = (torch.load(folder / f'rank{i}.pt') for i in (0, 1))
     assert len(a) > 0 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 

@@ -1,7 +1,6 @@
 "Whole runs of a tiny detector: learning, exact resume, evidence of failures, several processes"
 
-import json, os, signal, subprocess, sys
-from pathlib import Path
+import json, os, signal, subprocess
 import pytest, torch
 from semidetr.detectors.contract import build_detector
 from semidetr.train import trainer as T
@@ -12,6 +11,7 @@ from semidetr.train.health import HealthMonitor
 from semidetr.matching.matching import NonFiniteError
 from semidetr.train.optim import build_optimizer, lr_factor
 from semidetr.lab.study import finished, paired, paired_difference, run_config
+from together import run_together
 
 TINY = [
     'data.data=digits:n=40,size=64',
@@ -385,7 +385,6 @@ WORKER = '''
 import sys, torch
 from semidetr.train.config import override, preset
 from semidetr.train.trainer import Trainer
-sys.path.insert(0, {tests!r})
 from test_trainer import tiny
 t = Trainer(tiny({more}), sys.argv[1], progress=False); t.fit()
 rank = __import__('os').environ['RANK']
@@ -395,26 +394,7 @@ torch.save([p.detach() for p in t.student.parameters()], f'{{sys.argv[1]}}/rank{
 
 def test_two_processes_stay_equal(tmp_path):
     "torchrun with gloo: both processes end with the same weights, and one of them writes"
-    script = tmp_path / 'w.py'
-    script.write_text(WORKER.format(tests=str(Path(__file__).parent), more="'optim.iters=4'"))
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'torch.distributed.run',
-            '--standalone',
-            '--nproc-per-node',
-            '2',
-            str(script),
-            str(tmp_path / 'r'),
-        ],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_together(WORKER.format(more="'optim.iters=4'"), tmp_path / 'r')
     a, b = (torch.load(tmp_path / 'r' / f'rank{i}.pt') for i in (0, 1))
     assert all(torch.equal(x, y) for x, y in zip(a, b))
     assert (
@@ -438,7 +418,6 @@ CHOOSER = '''
 import json, os, sys
 import semidetr.train.machine as machine
 from semidetr.lab.study import run_config
-sys.path.insert(0, {tests!r})
 from test_trainer import tiny
 machine.bf16_speed = lambda device: 2. if os.environ['RANK'] == '0' else .5
 cfg = tiny('optim.iters=1', 'run.amp=auto', 'run.device=cpu', 'run.test=false', method='supervised')
@@ -449,30 +428,12 @@ open(sys.argv[1]+'/amp'+os.environ['RANK'], 'w').write(result['config']['run']['
 
 def test_processes_choose_one_precision(tmp_path):
     "Where the probe says one thing to one process and another to the other, the first decides for both"
-    (tmp_path / 'w.py').write_text(CHOOSER.format(tests=str(Path(__file__).parent)))
-    done = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'torch.distributed.run',
-            '--standalone',
-            '--nproc-per-node',
-            '2',
-            str(tmp_path / 'w.py'),
-            str(tmp_path / 'r'),
-        ],
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_together(CHOOSER, tmp_path / 'r')
     assert [(tmp_path / 'r' / f'amp{i}').read_text() for i in (0, 1)] == ['bf16', 'bf16']
 
 
 STOPPER = """
 import os, signal, sys
-sys.path.insert(0, {tests!r})
 from test_trainer import T, tiny
 t = T.Trainer(tiny('optim.iters=9', 'run.test=false', method='supervised'), sys.argv[1], progress=False)
 real = t.method.step
@@ -486,24 +447,7 @@ except KeyboardInterrupt as e: open(sys.argv[1]+'/said'+os.environ['RANK'], 'w')
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_iteration(tmp_path):
-    (tmp_path / 'w.py').write_text(STOPPER.format(tests=str(Path(__file__).parent)))
-    done = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'torch.distributed.run',
-            '--standalone',
-            '--nproc-per-node',
-            '2',
-            str(tmp_path / 'w.py'),
-            str(tmp_path / 'r'),
-        ],
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_together(STOPPER, tmp_path / 'r')
     assert {(tmp_path / 'r' / f'said{i}').read_text() for i in (0, 1)} == {
         'stopped after iteration 3; the same command goes on from there'
     }
