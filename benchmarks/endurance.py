@@ -36,6 +36,7 @@ TINY = [
     'loader.n_labelled=1',
     'loader.n_unlabelled=2',
     'loader.num_workers=2',
+    'run.threads=1',
     'pseudo.threshold=0.005',
 ]
 

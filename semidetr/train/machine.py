@@ -65,13 +65,9 @@ def keep_memory() -> bool:  # False where it does not apply
 
 
 def prepare():
-    """Apply what costs nothing and helps every run on a CPU: `fit_threads`, `keep_memory`, no subnormal numbers
-
-    Threads that start later have the last setting too.
-    """
+    "Apply what costs nothing and helps every run on a CPU: `fit_threads` and `keep_memory`"
     fit_threads()
     keep_memory()
-    torch.set_flush_denormal(True)  # False where the CPU cannot: then nothing changes
 
 # %% ../../nbs/train/03_machine.ipynb #00dc15db
 def bf16_speed(

@@ -126,36 +126,9 @@ def keep_memory() -> bool:  # False where it does not apply
 
 
 def prepare():
-    """Apply what costs nothing and helps every run on a CPU: `fit_threads`, `keep_memory`, no subnormal numbers
-
-    Threads that start later have the last setting too.
-    """
+    "Apply what costs nothing and helps every run on a CPU: `fit_threads` and `keep_memory`"
     fit_threads()
     keep_memory()
-    torch.set_flush_denormal(True)  # False where the CPU cannot: then nothing changes
-
-
-# %% [markdown]
-# Numbers below $1.2 \cdot 10^{-38}$ in magnitude are *subnormal* in float32, and many CPUs compute with
-# them in microcode. A network that starts from random weights behind frozen norms can be full of them: its
-# signal shrinks with each layer. `prepare` rounds them to zero, as GPUs do for most operations:
-
-# %%
-faint = torch.full((16_384,), 3e-39)  # few enough for a single thread
-
-
-def seconds(flush):
-    "CPU time of a hundred products of subnormal numbers"
-    torch.set_flush_denormal(flush)
-    start = time.process_time()
-    for _ in range(100):
-        faint * 0.5
-    return time.process_time() - start
-
-
-times = [[seconds(flush) for flush in (False, True)] for _ in range(5)]
-slow, fast = (median(column) for column in zip(*times))
-f'{slow / fast:.0f} times as long with subnormal numbers'
 
 
 # %% [markdown]

@@ -1,0 +1,95 @@
+# %% [markdown]
+# # Memory over a long run {#sec-endurance}
+#
+# > Does a run that goes on for ten thousand iterations need more memory or open files at its end?
+#
+# `python benchmarks/endurance.py` wrote the record of this page. It trains Semi-DETR by the command line,
+# and every few seconds reads from outside what the processes hold: once at the smallest settings for 10,000
+# iterations, with two workers, images of several sizes, five evaluations and twenty checkpoints, and once
+# with the preset `small` on photographs (`fod12`). Both pass through burn-in, one-to-many and one-to-one
+# matching.
+
+# %%
+#| hide
+import json
+from pathlib import Path
+from statistics import median
+import matplotlib.pyplot as plt
+from IPython.display import Markdown as markdown
+from semidetr.lab.report import markdown_table
+
+# %%
+#| hide
+record = json.loads(Path('../../benchmarks/results/endurance.json').read_text())
+runs = {run['case']: run for run in record['runs']}
+
+
+def during(case, begin, end):
+    "Readings between two fractions of a run"
+    n = runs[case]['iterations']
+    return [r for r in runs[case]['rows'] if begin * n <= r['iteration'] <= end * n]
+
+
+def typical(case, key, begin, end):
+    "Median of a quantity between two fractions of a run"
+    return median(r[key] for r in during(case, begin, end))
+
+
+growth = {case: typical(case, 'main_mb', 0.9, 1) / typical(case, 'main_mb', 0.6, 0.7) for case in runs}
+handles = {case: max(r['handles'] for r in during(case, 0.6, 1)) for case in runs}
+early = {case: max(r['handles'] for r in during(case, 0, 0.6)) for case in runs}
+
+# %%
+#| hide
+lines = [
+    f'From 60-70 % to the last tenth of the run `{case}` ({runs[case]["iterations"]:,} iterations), the '
+    f'memory of its main process changes by {100 * (g - 1):+.1f} %; it never has more than '
+    f'{max(handles[case], early[case])} open files.'
+    for case, g in growth.items()
+]
+markdown('\n'.join(lines))
+
+# %%
+#| label: fig-endurance
+#| fig-cap: "Memory of the main process and of all processes, and open files of the main process. The grey lines are the changes of stage."
+#| fig-alt: "Two rows of two panels over the iteration: memory in MB and open files, for the tiny and the small run."
+#| echo: false
+fig, axes = plt.subplots(len(runs), 2, figsize=(8, 2.6 * len(runs)), dpi=80, squeeze=False)
+for row, (case, run) in zip(axes, runs.items()):
+    steps = [r['iteration'] for r in run['rows']]
+    row[0].plot(steps, [r['all_mb'] for r in run['rows']], label='all processes')
+    row[0].plot(steps, [r['main_mb'] for r in run['rows']], label='main process')
+    row[1].plot(steps, [r['handles'] for r in run['rows']], color='C2')
+    row[0].set(ylabel='MB', ylim=(0, None), title=case)
+    row[1].set(ylabel='open files', ylim=(0, None), title=case)
+    row[0].legend(fontsize=9)
+    for ax in row:
+        ax.set(xlabel='iteration')
+        for stage in (run['iterations'] // 5, 3 * run['iterations'] // 5):
+            ax.axvline(stage, color='.8', zorder=0)
+fig.tight_layout()
+plt.show()
+
+# %%
+#| label: tbl-endurance
+#| tbl-cap: "Highest readings of each run, and medians of the first fifth and the last tenth."
+#| echo: false
+table = []
+for case, run in runs.items():
+    peak = max(r['main_mb'] for r in run['rows'])
+    first, last = typical(case, 'main_mb', 0, 0.2), typical(case, 'main_mb', 0.9, 1)
+    whole = max(r['all_mb'] for r in run['rows'])
+    table.append([case, f'{run["iterations"]:,}', f'{first:,.0f}', f'{last:,.0f}', f'{peak:,}', f'{whole:,}'])
+names = ['run', 'iterations', 'first fifth, MB', 'last tenth, MB', 'main process, peak', 'all, peak']
+markdown(markdown_table(names, table))
+
+# %% [markdown]
+# Memory rises where a stage begins that keeps more: Semi-DETR has a teacher and two views of every
+# unlabelled image after the burn-in. Within a stage, images of new sizes let the allocator keep a little
+# more until it has met them all; `SEMIDETR_KEEP_MEMORY=0` gives memory back to the system at once
+# (@sec-machine). Each worker holds its own copy of the libraries.
+#
+# ## Summary
+#
+# * A long run needs no more open files, threads or processes at its end than at its beginning.
+# * Its memory is that of its last stage.
