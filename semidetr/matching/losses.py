@@ -321,6 +321,8 @@ def set_criterion(
 ) -> dict:  # scalars loss_cls, loss_l1, loss_giou with suffixes _0, ..., _enc, _dn_0, ...; minimise their sum
     """All losses of a batch (@eq-losses-o2m). NonFiniteError where a matching cost is NaN (an image without
     objects has none: there the loss becomes NaN), DataError where a label is not a class"""
+    if 'criterion' in outputs:  # of a detector that assigns its targets itself (@sec-pyramid)
+        return outputs['criterion'](targets)
     groups = [_Group(*group, targets, stage, cfg, o2m) for group in _stacked(outputs)]
     first, padded = groups[0], groups[0].padded
     if stats is not None and sum(padded.counts):

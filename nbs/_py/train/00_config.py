@@ -563,12 +563,12 @@ def with_detector(
     if old.backbone.name == new.backbone.name:
         backbone = dataclasses.replace(new.backbone, weights=old.backbone.weights)
         new = dataclasses.replace(new, backbone=backbone)
-    queries = old.num_queries if hasattr(old, 'num_queries') else old.transformer.num_queries
+    queries = getattr(old, 'num_queries', 0) or getattr(getattr(old, 'transformer', 0), 'num_queries', 0)
     if named.softmax:
         c = dataclasses.replace(c, cls_loss='focal', class_cost='probability', w_cls=1.0)
     elif hasattr(new, 'num_queries'):
         new = dataclasses.replace(new, num_queries=queries)
-    else:
+    elif hasattr(new, 'transformer'):
         new = dataclasses.replace(new, transformer=dataclasses.replace(new.transformer, num_queries=queries))
     return dataclasses.replace(cfg, detector=new, criterion=c)
 
