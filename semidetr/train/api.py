@@ -18,6 +18,7 @@ from typing import Any
 from ..core import ConfigError, DataError, is_main, pick_device, tell
 from ..reading import CONFIG, check_fields, read_result
 from ..data.catalog import open_dataset
+from ..semi.fit import check_fit
 from ..semi.methods import METHODS, WITH_UNLABELLED, MethodConfig
 from . import metrics
 from semidetr.train.config import (
@@ -159,6 +160,7 @@ def _fit_to_method(cfg, given):
 def check_method(cfg: Config):  # iterator of lines
     "Lines about settings that do not go together; `ConfigError` if the run cannot work"
     d, m, n = cfg.data, cfg.method, cfg.optim.iters
+    check_fit(cfg, METHODS)
     partly = d.unlabelled or d.split_file or d.count or d.shots or d.percent not in (0, 100)
     if not m.needs_unlabelled and partly:
         others = ' or '.join(name for name in METHODS if MethodConfig(name).needs_unlabelled)

@@ -379,6 +379,8 @@ LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value
     'pseudo.cross_nms': lambda c: c.pseudo.cross_nms >= 1,
     'mining.rate_window': lambda c: 'class_rate' not in (c.mining.sup_filter, c.mining.con_filter),
     'ema.start': lambda c: c.ema.start == 0 or (c.ema.start < 0 and not c.run.init),
+    'ema.copy': lambda c: c.ema.copy == 0,
+    'view.strong': lambda c: c.view.strong == 'geometric',
     'data.background': lambda c: c.data.background == 'negatives',  # no record's data have background images
     'data.shots': lambda c: c.data.shots == 0,
     'data.white': lambda c: c.data.white == 0,

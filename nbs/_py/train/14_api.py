@@ -40,6 +40,7 @@ from typing import Any
 from semidetr.core import ConfigError, DataError, is_main, pick_device, tell
 from semidetr.reading import CONFIG, check_fields, read_result
 from semidetr.data.catalog import open_dataset
+from semidetr.semi.fit import check_fit
 from semidetr.semi.methods import METHODS, WITH_UNLABELLED, MethodConfig
 from semidetr.train import metrics
 from semidetr.train.config import (
@@ -220,6 +221,7 @@ def _fit_to_method(cfg, given):
 def check_method(cfg: Config):  # iterator of lines
     "Lines about settings that do not go together; `ConfigError` if the run cannot work"
     d, m, n = cfg.data, cfg.method, cfg.optim.iters
+    check_fit(cfg, METHODS)
     partly = d.unlabelled or d.split_file or d.count or d.shots or d.percent not in (0, 100)
     if not m.needs_unlabelled and partly:
         others = ' or '.join(name for name in METHODS if MethodConfig(name).needs_unlabelled)
