@@ -60,6 +60,11 @@ def check_fit(
         raise ConfigError(
             f'method {m.name} does not train {_named(d)}: it trains {fitting}; {_named(d)} is trained by {others}'
         )
+    wanted = getattr(method, 'settings', None)
+    if wanted is not None and not isinstance(m, wanted):
+        raise ConfigError(
+            f"method {m.name}: its settings are a {wanted.__name__}; give that, or 'method.name={m.name}'"
+        )
     unread = {
         'method.density_guard': m.density_guard > 0,
         'criterion.soft_targets': cfg.criterion.soft_targets,

@@ -171,7 +171,7 @@ def of_class(
     labels: Tensor,  # (N,) which of them
 ) -> Tensor:  # (N,4)
     "The correction of each region's own class"
-    deltas = deltas.reshape(len(labels), -1, 4)
+    deltas = deltas.reshape(len(labels), deltas.shape[1] // 4, 4)
     return deltas[torch.arange(len(labels), device=labels.device), labels]
 
 

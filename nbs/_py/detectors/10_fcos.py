@@ -84,8 +84,10 @@ class FCOSConfig(PyramidConfig):
         super().__post_init__()
         one_of('detector', self, kind=('fcos',), quality=('iou', 'centreness'), extra_maps=(0, 2))
         in_range('detector', self, convs=1, radius=0)
-        if self.d_model % 32:
-            raise ConfigError(f'detector.d_model={self.d_model}: group norm needs a multiple of 32')
+        if self.d_model % 64:
+            raise ConfigError(
+                f'detector.d_model={self.d_model} must be a multiple of 64, for 32 groups of a norm'
+            )
 
     @property
     def strides(self) -> tuple:
@@ -172,6 +174,7 @@ class QualityHead(FCOSHead):
         wanted[image, point, labels] = 1
         at = anchors[image, point]
         found = self.box_coder.decode(head_outputs['bbox_regression'][image, point], at)
+        boxes = boxes.to(found.dtype)
         if self.quality == 'iou':
             quality = paired_iou(found.detach(), boxes)
         else:
