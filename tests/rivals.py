@@ -4,7 +4,12 @@ from semidetr.train.config import override, preset, with_detector
 from test_trainer import TINY
 
 OWN = dict(
-    faster_rcnn=['detector.d_model=32', 'detector.hidden=32', 'detector.roi_samples=32', 'detector.proposals=50'],
+    faster_rcnn=[
+        'detector.d_model=32',
+        'detector.hidden=32',
+        'detector.roi_samples=32',
+        'detector.proposals=50',
+    ],
     fcos=['detector.d_model=64', 'detector.convs=1'],
 )
 FILTERS = dict(  # so low that an untrained teacher has pseudo labels, and so high that it has none
@@ -22,4 +27,6 @@ def rival(name, method, *more):
     own = [item for item in TINY if not item.startswith('detector.')]
     cfg = with_detector(override(preset('digits'), own), name)
     first = f'method.name={method}', 'pseudo.top_k=5', 'pseudo.threshold=0', 'pseudo.min_score=0'
-    return override(cfg, [*first, 'detector.backbone.weights=none', *OWN[name], *MATCHING.get(method, []), *more])
+    return override(
+        cfg, [*first, 'detector.backbone.weights=none', *OWN[name], *MATCHING.get(method, []), *more]
+    )

@@ -23,7 +23,7 @@ from semidetr.semi.methods import METHODS, MethodConfig
 from semidetr.train.api import plan_run
 from semidetr.train.config import config_hash, from_dict, from_saved, override, preset, to_dict, with_detector
 from semidetr.train.trainer import Trainer
-from test_contract import check_parameters, check_settings, padded_batch, some_targets
+from test_contract import check_settings, padded_batch, some_targets
 
 BODY = BackboneConfig('efficientnet_lite0', weights='none', out_strides=(8, 16, 32))
 SMALL = dict(
@@ -239,7 +239,9 @@ def test_presets_choose_the_size():
         full, small = (with_detector(preset(p), name).detector for p in ('coco-10', 'small'))
         assert (full.backbone.name, full.d_model, full.min_score) == ('resnet50', width, 0.05)
         assert (small.backbone.name, small.d_model) == ('efficientnet_lite0', 128)
-        cfg = override(with_detector(preset('small'), name), ['detector.min_score=.01', 'detector.d_model=64'])
+        cfg = override(
+            with_detector(preset('small'), name), ['detector.min_score=.01', 'detector.d_model=64']
+        )
         assert from_saved(to_dict(cfg)) == cfg and from_dict(to_dict(cfg)) == cfg
         assert config_hash(cfg) != config_hash(with_detector(preset('small'), name))
         assert cfg.detector.structure == structure_of(DETECTORS[name].small(0))

@@ -108,8 +108,8 @@ def same_places(
     for w, s in zip(weak, strong, strict=True):
         if tuple(w['size']) != tuple(s['size']) or not torch.equal(w['matrix'], s['matrix']):
             raise ConfigError(
-                f"image {w['image_id']}: the strong view has another geometry than the weak one; dense_teacher "
-                'compares points: set view.strong=photometric'
+                f"image {w['image_id']}: the strong view has another geometry than the weak one, but "
+                'dense_teacher compares points: set view.strong=photometric'
             )
 
 
@@ -122,6 +122,14 @@ class DenseTeacher(Supervised):
     settings = DenseTeacherConfig
     shown = {'region_score': 'score in R'}
     curves = ('region_score', 'region_points', 'pseudo_boxes')
+
+    def __init__(self, cfg, labelled=None):
+        super().__init__(cfg, labelled)
+        if cfg.view.strong != 'photometric':
+            raise ConfigError(
+                f'view.strong={cfg.view.strong}: dense_teacher compares points, so both views need one '
+                'geometry; set view.strong=photometric'
+            )
 
     def step(self, student, teacher, batch, t):
         losses, scalars, _ = super().step(student, teacher, batch, t)
@@ -152,7 +160,7 @@ class DenseTeacher(Supervised):
 
     @classmethod
     def derived(cls, cfg):
-        "Views of one geometry, both of labelled images; the weight of the classes; a teacher that starts as a copy"
+        "Views of one geometry, both of labelled images; weight of the classes; a teacher that is first a copy"
         copied = round(0.6 * cfg.method.burn_in_iters)
         return {
             'view.strong': ('photometric', 'dense_teacher compares points, so both views have one geometry'),

@@ -183,8 +183,8 @@ def suppressor_advice(
         ''
         if fits
         else (
-            f'method.T1={cfg.method.T1} ends one-to-many matching before optim.iters={cfg.optim.iters}, but the '
-            f'suppressor is meant for one-to-many matching throughout; set method.T1={cfg.optim.iters}'
+            f'method.T1={cfg.method.T1} ends one-to-many matching before optim.iters={cfg.optim.iters}, but '
+            f'the suppressor is meant for one-to-many matching throughout; set method.T1={cfg.optim.iters}'
         )
     )
 

@@ -64,6 +64,8 @@ def box_uncertainty(
     by: str = 'sides',  # what spreads are divided by: 'sides' (x by width, y by height), or 'mean_side'
 ) -> Tensor:  # (K,)
     "How much the refined copies of a box disagree (@eq-soft-teacher-jitter)"
+    if not refined.shape[1]:
+        return refined.new_zeros(0)
     spread, mean = refined.std(0), refined.mean(0)
     sides = (mean[:, 2:] - mean[:, :2]).clamp(min=1)
     if by == 'mean_side':

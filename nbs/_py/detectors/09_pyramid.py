@@ -211,8 +211,8 @@ class EncodedPyramid:
 class PyramidDetector(nn.Module):
     """Base of detectors that assign their targets themselves.
 
-    A subclass has `losses(encoded, targets)`, with targets as for `forward`, and `detect(encoded)`, detections
-    as for `as_outputs`.
+    A subclass has `losses(encoded, targets)`, with targets as for `forward`, and `detect(encoded)`, which
+    returns detections as for `as_outputs`.
     """
 
     def __init__(
@@ -240,7 +240,7 @@ class PyramidDetector(nn.Module):
         extras=(),  # of a DETR: there are no queries here
         cached: Outputs = None,  # likewise
     ) -> Outputs:  # in training `criterion`, otherwise detections (@eq-pyramid-logits)
-        "Detections, or in training the function that gives losses for targets; `ConfigError` for extra queries"
+        "Detections, in training a function from targets to losses; `ConfigError` for extra queries"
         if extras:
             raise ConfigError(f'{type(self).__name__} has no queries to which others could be added')
         with self.full_precision(encoded):
@@ -301,9 +301,7 @@ class PyramidConfig:
             raise ConfigError(f'num_classes={self.num_classes} must not be negative')
         strides = self.backbone.out_strides
         if [2 * s for s in strides[:-1]] != list(strides[1:]):
-            raise ConfigError(
-                f'backbone.out_strides={strides}: each stride of a pyramid is twice the one before'
-            )
+            raise ConfigError(f'backbone.out_strides={strides}: each must be twice the one before')
         if not 0 <= self.min_score < 1 or not 0 < self.nms <= 1 or self.detections < 1:
             raise ConfigError('detector: min_score lies in [0, 1), nms in (0, 1], detections is at least 1')
 

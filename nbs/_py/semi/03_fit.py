@@ -104,7 +104,8 @@ def check_fit(
         fitting = ', '.join(detectors_of(method)) or 'no detector with a name'
         others = ', '.join(methods_of(d, methods))
         raise ConfigError(
-            f'method {m.name} does not train {_named(d)}: it trains {fitting}; {_named(d)} is trained by {others}'
+            f'method {m.name} does not train {_named(d)}: it trains {fitting}; '
+            f'{_named(d)} is trained by {others}'
         )
     wanted = getattr(method, 'settings', None)
     if wanted is not None and not isinstance(m, wanted):
