@@ -266,7 +266,7 @@ def test_wrong_settings(name, item, message):
     assert '\n' not in str(e.value)
 
 
-PAIRS = dict(queries=4, regions=3, points=3)  # methods that train a structure
+PAIRS = dict(queries=5, regions=3, points=3)  # methods that train a structure
 
 
 @pytest.mark.parametrize('name', DETECTORS)

@@ -94,8 +94,8 @@ def train(
     images: Images = '',
     method: _opt(
         str,
-        'supervised, mean_teacher, semi_detr, semi_detr_plus, soft_teacher (faster_rcnn) or dense_teacher '
-        '(fcos); default: mean_teacher with --unlabelled, else supervised',
+        'supervised, mean_teacher, semi_detr, semi_detr_plus, label_policy, soft_teacher (faster_rcnn) or '
+        'dense_teacher (fcos); default: mean_teacher with --unlabelled, else supervised',
     ) = '',
     detector: _opt(
         str,

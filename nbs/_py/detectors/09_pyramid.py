@@ -91,7 +91,8 @@ sizes = unpadded_sizes(torch.zeros(2, 3, 40, 60), padding)
 half = dict(labels=torch.tensor([0]), boxes=torch.tensor([[0.5, 0.5, 0.4, 0.2]]))
 in_pixels = pixel_targets([half, half], sizes, first_label=1)
 assert sizes == [(40, 60), (30, 50)]
-assert in_pixels[1]['boxes'][0].tolist() == [15, 12, 35, 18] and in_pixels[1]['labels'].tolist() == [1]
+wanted = torch.tensor([15.0, 12, 35, 18])
+assert torch.allclose(in_pixels[1]['boxes'][0], wanted) and in_pixels[1]['labels'].tolist() == [1]
 sizes, in_pixels[1]['boxes']
 
 

@@ -273,7 +273,7 @@ class DenseTeacher(Supervised):
 
     @classmethod
     def derived(cls, cfg):
-        "Views of one geometry, both of labelled images; weight of the classes; a teacher that is first a copy"
+        "Views of one geometry, labelled ones too; weight of the classes; a teacher that is first a copy"
         copied = round(0.6 * cfg.method.burn_in_iters)
         return {
             'view.strong': ('photometric', 'dense_teacher compares points, so both views have one geometry'),
