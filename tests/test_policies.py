@@ -27,7 +27,10 @@ def test_weights_of_the_background():
     "The highest score that overlaps by half or more; a box apart, and an image without detections, weigh 1"
     boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1]]).expand(2, 2, 2, 4)
     near = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.51, 0.5, 0.2, 0.2], [0.5, 0.5, 0.9, 0.9]])
-    seen = [dict(boxes=near, scores=torch.tensor([0.3, 0.6, 0.9])), dict(boxes=near[:0], scores=torch.zeros(0))]
+    seen = [
+        dict(boxes=near, scores=torch.tensor([0.3, 0.6, 0.9])),
+        dict(boxes=near[:0], scores=torch.zeros(0)),
+    ]
     wanted = torch.tensor([[0.4, 1.0], [1.0, 1.0]]).expand(2, 2, 2)
     torch.testing.assert_close(P.teacher_background(boxes, seen), wanted)
 
@@ -63,7 +66,9 @@ def test_soft_targets_are_pooled():
     p = out['pred_logits'].sigmoid()
     best = p.amax(-1).flatten().topk(3)
     assert sum(len(r['labels']) for r in rows) == 3
-    assert sorted(torch.cat([r['scores'] for r in rows]).tolist()) == pytest.approx(sorted(best.values.tolist()))
+    assert sorted(torch.cat([r['scores'] for r in rows]).tolist()) == pytest.approx(
+        sorted(best.values.tolist())
+    )
     for i, r in enumerate(rows):
         assert torch.equal(r['probabilities'].amax(1), r['scores'])
         assert torch.equal(r['probabilities'].argmax(1), r['labels'])

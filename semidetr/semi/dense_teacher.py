@@ -140,10 +140,10 @@ class DenseTeacher(Supervised):
         weak, strong = batch['weak'], batch['strong']
         same_places(weak['targets'], strong['targets'])
         with torch.no_grad():
-            seen = teacher.encode(weak['images'], weak['mask'])
-            target = teacher.dense(seen)
-            with teacher.full_precision(seen):
-                found = teacher.detect(seen)
+            weak_maps = teacher.encode(weak['images'], weak['mask'])
+            target = teacher.dense(weak_maps)
+            with teacher.full_precision(weak_maps):
+                found = teacher.detect(weak_maps)
         shown = student.encode(strong['images'], strong['mask'])
         dense = student.dense(shown)
         with student.full_precision(shown):

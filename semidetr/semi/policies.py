@@ -23,12 +23,12 @@ from .teacher import keep_boxes, pseudo_stats, teacher_detections, to_original, 
 # %% ../../nbs/semi/07_policies.ipynb #0329878b
 def teacher_background(
     boxes: Tensor,  # (L,B,Q,4) cxcywh in [0,1] of the student's queries
-    seen: list,  # per image dict(boxes (K,4) cxcywh, scores (K,)): the teacher's detections in the same view
+    detections: list,  # per image dict(boxes (K,4) cxcywh, scores (K,)): the teacher's detections in the same view
     overlap: float = 0.5,  # smallest IoU of a detection that counts
 ) -> Tensor:  # (L,B,Q) in [0,1]
     "How sure the teacher is that there is nothing (@eq-policies-background)"
     weights = torch.ones(boxes.shape[:3], device=boxes.device, dtype=boxes.dtype)
-    for b, d in enumerate(seen):
+    for b, d in enumerate(detections):
         if len(d['scores']):
             iou = box_iou(cxcywh_to_xyxy(boxes[:, b].detach()), cxcywh_to_xyxy(d['boxes']).to(boxes))
             scores = torch.where(iou >= overlap, d['scores'].to(boxes), torch.zeros_like(iou[0, 0, 0]))
@@ -108,17 +108,17 @@ class LabelPolicy(MeanTeacher):
             return StepResult(losses, scalars, {})
         weak, strong = batch['weak'], batch['strong']
         with torch.no_grad():
-            seen = teacher(weak['images'], weak['mask'])
-        found = teacher_detections(seen, weak['targets'], cfg.pseudo)
+            of_teacher = teacher(weak['images'], weak['mask'])
+        found = teacher_detections(of_teacher, weak['targets'], cfg.pseudo)
         pseudo = keep_boxes(found, [self.confident(d) for d in found])
         soft = cfg.method.policy == 'soft'
         learn = self.soft_losses if soft else self.background_losses
-        unsup, targets = learn(student, seen, found, pseudo, weak, strong, t)
+        unsup, targets = learn(student, of_teacher, found, pseudo, weak, strong, t)
         scalars |= pseudo_stats(found, pseudo, targets)
         boxes = dict(pseudo=to_original(pseudo, weak['targets']))
         return StepResult(losses | weighted(unsup, weight, 'unsup'), scalars, boxes)
 
-    def background_losses(self, student, seen, found, pseudo, weak, strong, t):
+    def background_losses(self, student, of_teacher, found, pseudo, weak, strong, t):
         "(The mean teacher's losses with weighted background, its targets)"
         cfg, views = self.cfg, (weak['targets'], strong['targets'], self.cfg.pseudo.min_side)
         everything, targets = transport(found, *views), transport(pseudo, *views)
@@ -127,9 +127,9 @@ class LabelPolicy(MeanTeacher):
         background = lambda boxes: teacher_background(boxes, everything, cfg.method.overlap)
         return self.criterion(outputs, targets, t, denoising, None, background), targets
 
-    def soft_losses(self, student, seen, found, pseudo, weak, strong, t):
+    def soft_losses(self, student, of_teacher, found, pseudo, weak, strong, t):
         "(Losses towards the likeliest queries, those that are in the strong view)"
-        cfg, rows = self.cfg, soft_targets(seen, self.cfg.method.soft_ratio)
+        cfg, rows = self.cfg, soft_targets(of_teacher, self.cfg.method.soft_ratio)
         placed = [
             {**r, 'boxes': denormalize_boxes(r['boxes'], w['size'])} for r, w in zip(rows, weak['targets'])
         ]

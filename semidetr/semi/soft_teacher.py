@@ -124,9 +124,9 @@ class SoftTeacher(Supervised):
             return StepResult(losses, scalars, {})
         weak, strong = batch['weak'], batch['strong']
         with torch.no_grad():
-            seen = teacher.encode(weak['images'], weak['mask'])
-            with teacher.full_precision(seen):
-                found, candidates = self.candidates(teacher, seen)
+            weak_maps = teacher.encode(weak['images'], weak['mask'])
+            with teacher.full_precision(weak_maps):
+                found, candidates = self.candidates(teacher, weak_maps)
         for_class, for_box = soft_filters(candidates, self.cfg.method)
         pseudo, boxes = keep_boxes(candidates, for_class), keep_boxes(candidates, for_box)
         targets, box_targets = (
@@ -134,7 +134,7 @@ class SoftTeacher(Supervised):
         )
         shown = student.encode(strong['images'], strong['mask'])
         with student.full_precision(shown):
-            unsup = self.unsup_losses(student, teacher, shown, seen, targets, box_targets, weak, strong)
+            unsup = self.unsup_losses(student, teacher, shown, weak_maps, targets, box_targets, weak, strong)
         n = max(1, len(candidates))
         scalars |= pseudo_stats(found, pseudo, targets)
         scalars |= dict(
@@ -144,9 +144,9 @@ class SoftTeacher(Supervised):
         shown_boxes = dict(pseudo=to_original(pseudo, weak['targets']))
         return StepResult(losses | weighted(unsup, weight, 'unsup'), scalars, shown_boxes)
 
-    def candidates(self, teacher, seen):
+    def candidates(self, teacher, weak_maps):
         "(The teacher's detections, those above `candidate_score` with their uncertainty), per image"
-        cfg, found = self.cfg.method, teacher.detect(seen)
+        cfg, found = self.cfg.method, teacher.detect(weak_maps)
         likely = keep_boxes(found, [d['scores'] > cfg.candidate_score for d in found])
         counts = [len(d['labels']) for d in likely]
         boxes = torch.cat([d['boxes'] for d in likely])
@@ -155,14 +155,14 @@ class SoftTeacher(Supervised):
             z = 2 * torch.rand_like(z) - 1
         copies = jittered(boxes, z, cfg.jitter_scale).split(counts, 1)
         labels = [d['labels'].repeat(cfg.jitter) for d in likely]
-        refined = teacher.refine(seen, [c.reshape(-1, 4) for c in copies], labels)
+        refined = teacher.refine(weak_maps, [c.reshape(-1, 4) for c in copies], labels)
         out = []
         for d, r in zip(likely, refined):
             r = r.reshape(cfg.jitter, len(d['labels']), 4)
             out.append({**d, 'uncertainty': box_uncertainty(r, cfg.spread_by)})
         return found, out
 
-    def unsup_losses(self, student, teacher, shown, seen, targets, box_targets, weak, strong):
+    def unsup_losses(self, student, teacher, shown, weak_maps, targets, box_targets, weak, strong):
         "Losses of both stages in the strong view (@eq-soft-teacher-background)"
         cfg = self.cfg.method
         targets, box_targets = (pixel_targets(x, shown.sizes, 1) for x in (targets, box_targets))
@@ -173,7 +173,7 @@ class SoftTeacher(Supervised):
         if cfg.background == 'teacher':
             with torch.no_grad():
                 places = carry_back(s.boxes, strong['targets'], weak['targets'])
-                background = teacher.regions(seen, places)[0].softmax(-1)[:, 0]
+                background = teacher.regions(weak_maps, places)[0].softmax(-1)[:, 0]
         b = student.sample(proposals, box_targets)
         return dict(
             loss_cls=soft_class_loss(logits, s.labels, background, cfg.soft_loss),

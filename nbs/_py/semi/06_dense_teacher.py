@@ -189,7 +189,7 @@ values
 # | decay of the teacher | .9996 | `ema.decay`, that of the preset |
 # | $\rho$, `method.dense_ratio` | .01 | .01 |
 #
-# With 1 % of 22,400 points an image of 800 x 1344 pixels has 224 points in $R$. An image of 224 x 224 has 1,029
+# With 1 % of 22,400 points images of 800 x 1344 pixels have 224 points each in $R$. An image of 224 x 224 has 1,029
 # points at strides 8 to 32 and 10 in $R$, fewer than the 18 cells of an average image of txl_pbc: sweep `dense_ratio`
 # on small images. Labelled images are seen twice, weak and strong, as in the code (`loader.two_views`).
 #
@@ -253,10 +253,10 @@ class DenseTeacher(Supervised):
         weak, strong = batch['weak'], batch['strong']
         same_places(weak['targets'], strong['targets'])
         with torch.no_grad():
-            seen = teacher.encode(weak['images'], weak['mask'])
-            target = teacher.dense(seen)
-            with teacher.full_precision(seen):
-                found = teacher.detect(seen)
+            weak_maps = teacher.encode(weak['images'], weak['mask'])
+            target = teacher.dense(weak_maps)
+            with teacher.full_precision(weak_maps):
+                found = teacher.detect(weak_maps)
         shown = student.encode(strong['images'], strong['mask'])
         dense = student.dense(shown)
         with student.full_precision(shown):
