@@ -266,7 +266,7 @@ def _without_truth(sample):
     "A sample without its annotations"
     return replace(sample, boxes=sample.boxes[:0], labels=sample.labels[:0], ignore=sample.ignore[:0])
 
-
+# %% ../../nbs/data/07_loader.ipynb #52890dc2
 class _Batches:
     "Batch number -> views; everything that a worker needs, and picklable"
 

@@ -44,7 +44,7 @@ def draw_photometric(
             ops.append(('noise', (area, ratio, r(), r(), int(r() * 2**32))))
     return tuple(ops)
 
-
+# %% ../../nbs/data/06_photometric.ipynb #579e888e
 def _noise(image, value):
     "Overwrite a patch (share of the area, height / width, relative position) with noise"
     area, ratio, v, u, seed = value

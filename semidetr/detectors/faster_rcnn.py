@@ -130,7 +130,7 @@ class RegionSample(NamedTuple):
     labels: Tensor  # (N,) of all images one after another; 0 is background
     deltas: Tensor  # (N,4) wanted corrections
 
-
+# %% ../../nbs/detectors/10_faster_rcnn.ipynb #862c0ed1
 class FasterRCNN(PyramidDetector):
     "Proposals from anchors, then classes and boxes of the proposals"
 
@@ -141,19 +141,15 @@ class FasterRCNN(PyramidDetector):
         before, after = (
             dict.fromkeys(('training', 'testing'), n) for n in (cfg.proposals_before, cfg.proposals)
         )
-        rpn = RPNHead(d, len(ratios))
-        self.rpn = RegionProposals(anchors, rpn, 0.7, 0.3, cfg.rpn_samples, 0.5, before, after, cfg.rpn_nms)
-        names = [str(i) for i in range(len(strides) - 1)]
-        pool = MultiScaleRoIAlign(names, 7, 2, canonical_scale=cfg.canonical)
+        limits = cfg.rpn_samples, 0.5, before, after, cfg.rpn_nms
+        self.rpn = RegionProposals(anchors, RPNHead(d, len(ratios)), 0.7, 0.3, *limits)
+        maps = [str(i) for i in range(len(strides) - 1)]
+        pool = MultiScaleRoIAlign(maps, 7, 2, canonical_scale=cfg.canonical)
         pool.scales = [1 / s for s in strides[:-1]]
-        levels = [s.bit_length() - 1 for s in strides[:-1]]
-        pool.map_levels = initLevelMapper(levels[0], levels[-1], cfg.canonical)
-        box_head, box_predictor = (
-            TwoMLPHead(49 * d, cfg.hidden),
-            FastRCNNPredictor(cfg.hidden, cfg.num_classes + 1),
-        )
-        limits = cfg.min_score, cfg.nms, cfg.detections
-        self.heads = RoIHeads(pool, box_head, box_predictor, 0.5, 0.5, cfg.roi_samples, 0.25, None, *limits)
+        pool.map_levels = initLevelMapper(*(strides[k].bit_length() - 1 for k in (0, -2)), cfg.canonical)
+        head, predictor = TwoMLPHead(49 * d, cfg.hidden), FastRCNNPredictor(cfg.hidden, cfg.num_classes + 1)
+        rules = 0.5, 0.5, cfg.roi_samples, 0.25, None, cfg.min_score, cfg.nms, cfg.detections
+        self.heads = RoIHeads(pool, head, predictor, *rules)
 
     def regions(
         self,

@@ -112,7 +112,7 @@ def same_places(
                 'dense_teacher compares points: set view.strong=photometric'
             )
 
-
+# %% ../../nbs/semi/06_dense_teacher.ipynb #14015571
 class DenseTeacher(Supervised):
     "Labelled losses plus losses against the teacher's predictions at the points of the same view"
 

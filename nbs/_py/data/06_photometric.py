@@ -71,6 +71,8 @@ def draw_photometric(
     return tuple(ops)
 
 
+# %%
+#| export
 def _noise(image, value):
     "Overwrite a patch (share of the area, height / width, relative position) with noise"
     area, ratio, v, u, seed = value

@@ -401,6 +401,8 @@ def _without_truth(sample):
     return replace(sample, boxes=sample.boxes[:0], labels=sample.labels[:0], ignore=sample.ignore[:0])
 
 
+# %%
+#| export
 class _Batches:
     "Batch number -> views; everything that a worker needs, and picklable"
 

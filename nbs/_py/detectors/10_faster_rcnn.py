@@ -219,6 +219,8 @@ class RegionSample(NamedTuple):
     deltas: Tensor  # (N,4) wanted corrections
 
 
+# %%
+#| export
 class FasterRCNN(PyramidDetector):
     "Proposals from anchors, then classes and boxes of the proposals"
 
@@ -229,19 +231,15 @@ class FasterRCNN(PyramidDetector):
         before, after = (
             dict.fromkeys(('training', 'testing'), n) for n in (cfg.proposals_before, cfg.proposals)
         )
-        rpn = RPNHead(d, len(ratios))
-        self.rpn = RegionProposals(anchors, rpn, 0.7, 0.3, cfg.rpn_samples, 0.5, before, after, cfg.rpn_nms)
-        names = [str(i) for i in range(len(strides) - 1)]
-        pool = MultiScaleRoIAlign(names, 7, 2, canonical_scale=cfg.canonical)
+        limits = cfg.rpn_samples, 0.5, before, after, cfg.rpn_nms
+        self.rpn = RegionProposals(anchors, RPNHead(d, len(ratios)), 0.7, 0.3, *limits)
+        maps = [str(i) for i in range(len(strides) - 1)]
+        pool = MultiScaleRoIAlign(maps, 7, 2, canonical_scale=cfg.canonical)
         pool.scales = [1 / s for s in strides[:-1]]
-        levels = [s.bit_length() - 1 for s in strides[:-1]]
-        pool.map_levels = initLevelMapper(levels[0], levels[-1], cfg.canonical)
-        box_head, box_predictor = (
-            TwoMLPHead(49 * d, cfg.hidden),
-            FastRCNNPredictor(cfg.hidden, cfg.num_classes + 1),
-        )
-        limits = cfg.min_score, cfg.nms, cfg.detections
-        self.heads = RoIHeads(pool, box_head, box_predictor, 0.5, 0.5, cfg.roi_samples, 0.25, None, *limits)
+        pool.map_levels = initLevelMapper(*(strides[k].bit_length() - 1 for k in (0, -2)), cfg.canonical)
+        head, predictor = TwoMLPHead(49 * d, cfg.hidden), FastRCNNPredictor(cfg.hidden, cfg.num_classes + 1)
+        rules = 0.5, 0.5, cfg.roi_samples, 0.25, None, cfg.min_score, cfg.nms, cfg.detections
+        self.heads = RoIHeads(pool, head, predictor, *rules)
 
     def regions(
         self,

@@ -472,6 +472,8 @@ def encode_decode(
 class CrossViewConsistency(Supervised):
     "What Semi-DETR remembers and trains beside the networks, and the consistency of its cross-view queries"
 
+    trains = ('queries',)
+
     def __init__(self, cfg, labelled=None):
         super().__init__(cfg, labelled)
         mining, consistency = cfg.mining, cfg.consistency
@@ -531,7 +533,6 @@ class CrossViewConsistency(Supervised):
 class SemiDETR(CrossViewConsistency):
     "Labelled losses plus w_u times detection losses on B^sup and consistency on B^con (@eq-methods-semi)"
 
-    trains = ('queries',)
     views = ('labelled', 'weak', 'strong')
     shown = {'pseudo_boxes': 'pseudo'}
     curves = (*MeanTeacher.curves, 'initial_boxes', 'con_boxes', 'loss_con', 'positives_per_object')

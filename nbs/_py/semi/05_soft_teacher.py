@@ -229,42 +229,8 @@ for_class, for_box
 
 # %%
 #| export
-class SoftTeacher(Supervised):
-    "Labelled losses plus w_u times losses on the teacher's boxes, with soft background and filtered boxes"
-
-    views = ('labelled', 'weak', 'strong')
-    trains = ('regions',)
-    mixes = False
-    settings = SoftTeacherConfig
-    shown = {'pseudo_boxes': 'pseudo'}
-    curves = ('pseudo_boxes', 'pseudo_score', 'empty_images', 'candidates', 'box_targets')
-
-    def step(self, student, teacher, batch, t):
-        losses, scalars, _ = super().step(student, teacher, batch, t)
-        weight = unsup_weight(t, self.cfg.method)
-        if 'weak' not in batch or weight == 0:
-            return StepResult(losses, scalars, {})
-        weak, strong = batch['weak'], batch['strong']
-        with torch.no_grad():
-            weak_maps = teacher.encode(weak['images'], weak['mask'])
-            with teacher.full_precision(weak_maps):
-                found, candidates = self.candidates(teacher, weak_maps)
-        for_class, for_box = soft_filters(candidates, self.cfg.method)
-        pseudo, boxes = keep_boxes(candidates, for_class), keep_boxes(candidates, for_box)
-        targets, box_targets = (
-            transport(kept, weak['targets'], strong['targets'], 0.0) for kept in (pseudo, boxes)
-        )
-        shown = student.encode(strong['images'], strong['mask'])
-        with student.full_precision(shown):
-            unsup = self.unsup_losses(student, teacher, shown, weak_maps, targets, box_targets, weak, strong)
-        n = max(1, len(candidates))
-        scalars |= pseudo_stats(found, pseudo, targets)
-        scalars |= dict(
-            candidates=sum(len(d['scores']) for d in candidates) / n,
-            box_targets=sum(len(d['labels']) for d in box_targets) / n,
-        )
-        shown_boxes = dict(pseudo=to_original(pseudo, weak['targets']))
-        return StepResult(losses | weighted(unsup, weight, 'unsup'), scalars, shown_boxes)
+class SoftLosses(Supervised):
+    "What the teacher says about boxes of its own and regions of the student, and the losses from it"
 
     def candidates(self, teacher, weak_maps):
         "(The teacher's detections, those above `candidate_score` with their uncertainty), per image"
@@ -311,6 +277,46 @@ class SoftTeacher(Supervised):
         deltas = student.regions(shown, kept)[1]
         full = deltas.new_zeros(len(positive), deltas.shape[1]).index_put((positive,), deltas)
         return region_box_loss(full, sample.labels, sample.deltas)
+
+
+# %%
+#| export
+class SoftTeacher(SoftLosses):
+    "Labelled losses plus w_u times losses on the teacher's boxes, with soft background and filtered boxes"
+
+    views = ('labelled', 'weak', 'strong')
+    trains = ('regions',)
+    mixes = False
+    settings = SoftTeacherConfig
+    shown = {'pseudo_boxes': 'pseudo'}
+    curves = ('pseudo_boxes', 'pseudo_score', 'empty_images', 'candidates', 'box_targets')
+
+    def step(self, student, teacher, batch, t):
+        losses, scalars, _ = super().step(student, teacher, batch, t)
+        weight = unsup_weight(t, self.cfg.method)
+        if 'weak' not in batch or weight == 0:
+            return StepResult(losses, scalars, {})
+        weak, strong = batch['weak'], batch['strong']
+        with torch.no_grad():
+            weak_maps = teacher.encode(weak['images'], weak['mask'])
+            with teacher.full_precision(weak_maps):
+                found, candidates = self.candidates(teacher, weak_maps)
+        for_class, for_box = soft_filters(candidates, self.cfg.method)
+        pseudo, boxes = keep_boxes(candidates, for_class), keep_boxes(candidates, for_box)
+        targets, box_targets = (
+            transport(kept, weak['targets'], strong['targets'], 0.0) for kept in (pseudo, boxes)
+        )
+        shown = student.encode(strong['images'], strong['mask'])
+        with student.full_precision(shown):
+            unsup = self.unsup_losses(student, teacher, shown, weak_maps, targets, box_targets, weak, strong)
+        n = max(1, len(candidates))
+        scalars |= pseudo_stats(found, pseudo, targets)
+        scalars |= dict(
+            candidates=sum(len(d['scores']) for d in candidates) / n,
+            box_targets=sum(len(d['labels']) for d in box_targets) / n,
+        )
+        shown_boxes = dict(pseudo=to_original(pseudo, weak['targets']))
+        return StepResult(losses | weighted(unsup, weight, 'unsup'), scalars, shown_boxes)
 
 
 METHODS['soft_teacher'] = SoftTeacher

@@ -226,6 +226,8 @@ def same_places(
             )
 
 
+# %%
+#| export
 class DenseTeacher(Supervised):
     "Labelled losses plus losses against the teacher's predictions at the points of the same view"
 

@@ -59,7 +59,7 @@ import matplotlib.pyplot as plt
 #| export
 def teacher_background(
     boxes: Tensor,  # (L,B,Q,4) cxcywh in [0,1] of the student's queries
-    detections: list,  # per image dict(boxes (K,4) cxcywh, scores (K,)): the teacher's detections in the same view
+    detections: list,  # per image dict(boxes (K,4) cxcywh, scores (K,)): of the teacher, in the same view
     overlap: float = 0.5,  # smallest IoU of a detection that counts
 ) -> Tensor:  # (L,B,Q) in [0,1]
     "How sure the teacher is that there is nothing (@eq-policies-background)"
@@ -158,6 +158,8 @@ class LabelPolicyConfig(MethodConfig):
         in_range('method', self, overlap=(0, 1), soft_ratio=(0, 1))
 
 
+# %%
+#| export
 class LabelPolicy(MeanTeacher):
     "Labelled losses plus w_u times losses on the teacher's detections, by the policy of a rival"
 
