@@ -66,17 +66,11 @@ def check_fit(
         raise ConfigError(
             f"method {m.name}: its settings are a {wanted.__name__}; give that, or 'method.name={m.name}'"
         )
-    unread = {
-        'method.density_guard': m.density_guard > 0,
-        'criterion.soft_targets': cfg.criterion.soft_targets,
-    }
-    for name, given in unread.items():
-        if given and structure_of(d) != 'queries':
-            raise ConfigError(
-                f'{name} is for detectors with queries; {_named(d)} does not read it: leave it out'
-            )
-    if cfg.mixing.on and not getattr(method, 'mixes', True):
-        raise ConfigError(
-            f'method {m.name} compares places in two views and cannot mix images: leave mixing out'
-        )
+    if structure_of(d) != 'queries':
+        soft = cfg.criterion.soft_targets
+        for name, given in {'method.density_guard': m.density_guard, 'criterion.soft_targets': soft}.items():
+            if given:
+                raise ConfigError(f'{name} is for detectors with queries; {_named(d)} does not read it')
+    if not getattr(method, 'mixes', True) and cfg.mixing.on:
+        raise ConfigError(f'method {m.name} compares places in two views: leave mixing out')
     return ''

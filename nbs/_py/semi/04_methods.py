@@ -223,11 +223,12 @@ def suppressor_advice(
     cfg,  # Config of the run
 ) -> str:  # one line; '' where all is well
     "What to change in a configuration with a learned suppressor"
-    text = (
+    return (
         f'method.T1={cfg.method.T1} ends one-to-many matching before optim.iters={cfg.optim.iters}, but the '
         f'suppressor is meant for one-to-many matching throughout; set method.T1={cfg.optim.iters}'
+        if suppressor_on(cfg.detector) and cfg.method.T1 < cfg.optim.iters
+        else ''
     )
-    return text if suppressor_on(cfg.detector) and cfg.method.T1 < cfg.optim.iters else ''
 
 
 # %% [markdown]
