@@ -289,7 +289,7 @@ def test_pairs(name):
 
 def test_a_pair_is_refused_before_images_are_opened(tmp_path):
     with pytest.raises(ConfigError, match='dino is trained by supervised'):
-        plan_run(method='soft_teacher', detector='dino', count=5, data='digits:n=20,size=64')
+        plan_run(method='soft_teacher', detector='dino', count=5, data='no/such/folder')
     for item in ('method.density_guard=.5', 'criterion.soft_targets=true'):
         with pytest.raises(ConfigError, match='for detectors with queries'):
             plan_run(method='mean_teacher', detector='fcos', count=5, settings=[item])

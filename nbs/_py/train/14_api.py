@@ -221,7 +221,6 @@ def _fit_to_method(cfg, given):
 def check_method(cfg: Config):  # iterator of lines
     "Lines about settings that do not go together; `ConfigError` if the run cannot work"
     d, m, n = cfg.data, cfg.method, cfg.optim.iters
-    check_fit(cfg, METHODS)
     partly = d.unlabelled or d.split_file or d.count or d.shots or d.percent not in (0, 100)
     if not m.needs_unlabelled and partly:
         others = ' or '.join(name for name in METHODS if MethodConfig(name).needs_unlabelled)
@@ -256,6 +255,7 @@ def plan_run(
     "Settings of a run: the only place where options become a configuration, for the command and for Python"
     cfg, given = _settings(preset, config, options_to_settings(options) + settings_list(settings), detector)
     pick_device(cfg.run.device)
+    check_fit(cfg, METHODS)
     changes = [*_fit_to_data(cfg, given), *_fit_to_method(cfg, given)]
     cfg = override(cfg, [c for c, _ in changes])
     return Plan(cfg, tuple(text for _, text in changes) + tuple(check_method(cfg)))
