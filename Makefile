@@ -7,6 +7,7 @@ STAMP := .venv/.installed
 DEMO ?=
 BENCH ?=
 FUZZ ?=
+SOAK ?=
 ABLATE ?=
 
 # two cores are used best by two processes of one thread each; a fixed hash seed keeps the order of sets
@@ -19,7 +20,7 @@ KEEP_MEMORY := env MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC
 # temporary files of tests and notebooks in a folder of their own, which goes when they end
 IN_TEMP := TMPDIR=$$(mktemp -d) && export TMPDIR && trap 'rm -rf "$$TMPDIR"' EXIT &&
 
-.PHONY: help book test fuzz bench gpu-check gpu-evidence ablations ablations-smoke env site nb nb-export clean
+.PHONY: help book test fuzz soak bench gpu-check gpu-evidence ablations ablations-smoke env site nb nb-export clean
 .DELETE_ON_ERROR:
 
 help:
@@ -27,6 +28,7 @@ help:
 	@echo 'make test   environment and every check'
 	@echo 'make site   the site alone'
 	@echo 'make fuzz   300,000 damaged inputs for every reader, some twenty minutes; FUZZ="--inputs 1000": fewer'
+	@echo 'make soak   every method killed at 20 random points, the same command again, the end compared with an unbroken run; SOAK="--kills 2": fewer'
 	@echo 'make bench  all timings, about a quarter of an hour on a quiet machine, and their page; BENCH=--quick: a smoke version without the page'
 	@echo 'make gpu-check  everything that only a GPU can tell, at most six minutes; needs torch and nvcc, installs nothing'
 	@echo 'make gpu-evidence  long trainings side by side on a GPU, at most nine minutes; SEMIDETR_DATA names the folder of fod12 and txl_pbc'
@@ -59,6 +61,9 @@ test: $(STAMP)
 
 fuzz: $(STAMP)
 	@$(BIN)/python benchmarks/fuzz.py $(FUZZ)
+
+soak: $(STAMP)
+	@$(BIN)/python benchmarks/soak.py $(SOAK)
 
 site: $(STAMP)
 	@$(BIN)/python -m semidetr.book.site

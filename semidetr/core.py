@@ -226,9 +226,17 @@ def _distributed():
 
 def start_processes():
     "Join the process group that torchrun describes; nothing to do for a single process"
-    if int(os.environ.get('WORLD_SIZE', 1)) == 1 or dist.is_initialized():
+    env, world = os.environ, int(os.environ.get('WORLD_SIZE', 1))
+    if world == 1 or dist.is_initialized():
         return
-    dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
+    place, again = {}, env.get('TORCHELASTIC_RESTART_COUNT', '0')
+    is_kept = env.get('TORCHELASTIC_USE_AGENT_STORE') == 'True' and env.get('LOCAL_WORLD_SIZE') == str(world)
+    if (
+        again != '0' and is_kept
+    ):  # the store of the launcher still holds the addresses of those that have ended
+        store = dist.TCPStore(env['MASTER_ADDR'], int(env['MASTER_PORT']), is_master=False)
+        place = dict(store=dist.PrefixStore(f'again {again}', store), rank=int(env['RANK']), world_size=world)
+    dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', **place)
 
 
 def world_size() -> int:

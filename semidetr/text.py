@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MB', 'TEXT_MB', 'SMALL_MB', 'DEPTH', 'text_encoding', 'read_bytes', 'decode', 'read_text', 'read_lines', 'too_deep',
-           'parse_json', 'read_json']
+           'too_dotted', 'parse_json', 'read_json']
 
 # %% ../nbs/03_text.ipynb #7e7f369e
 import codecs
@@ -114,7 +114,8 @@ def read_lines(
 
 # %% ../nbs/03_text.ipynb #6baec210
 DEPTH = 64  # brackets in brackets that a file may have
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.S)
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)', re.S)  # one that is not closed ends with the text
+_KEYS = re.compile(r'[^\w\-. \t"\']+')  # what parts the dotted keys of TOML
 
 
 def _deepest(text, block=1 << 20):
@@ -136,6 +137,15 @@ def too_deep(
 ) -> bool:
     "Are more than `most` brackets open at some place? Those in quoted strings do not count"
     return _deepest(text) > most and _deepest(_STRING.sub('""', text)) > most
+
+
+def too_dotted(
+    text: str,  # TOML
+    most: int = DEPTH,
+) -> bool:
+    "Has a key more than `most` dots? Each is a table in a table, and a search of all before it"
+    plain = _STRING.sub('""', text) if text.count('.') > most else ''
+    return any(keys.count('.') > most for keys in _KEYS.split(plain))
 
 # %% ../nbs/03_text.ipynb #1637a4cd
 _LISTS = ('"images"', '"annotations"', '"categories"')

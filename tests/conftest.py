@@ -6,6 +6,7 @@ import pytest
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('MPLBACKEND', 'Agg')
+os.environ.setdefault('SEMIDETR_ANNOTATIONS', 'off')  # data of tests do not fill the cache of the user
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = [
     'nbs',

@@ -44,7 +44,7 @@ started = time.time(); time.sleep(.5)
 log = place.parent.parent/'order.txt'
 with log.open('a') as f: f.write(f'{title} {started} {time.time()}\\n')
 data = dict(fingerprint='FINGERPRINT', labelled=1, unlabelled=2)
-result = dict(name=place.name, hash=expected, data=data, peak_memory_mb=1.0, iterations=1)
+result = dict(name=place.name, hash=expected, data=data, peak_memory_mb=1, iterations=1)
 result |= dict(commit='', machine='', seconds=1.0, cpu_seconds=1.0)
 result['metrics'] = dict(val=dict(teacher=dict(AP=12.5)))
 if 'silent' not in title: (place/'run.json').write_text(json.dumps(result))

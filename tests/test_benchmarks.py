@@ -280,27 +280,3 @@ def test_thresholds_of_a_run(short_run):
     assert thresholds.counts(found, Truth(), 0.2, 0) == [1, 2, 2]
     assert thresholds.counts(found, Truth(), 0.5, 0) == [1, 1, 2]
     assert thresholds.counts(found, Truth(), 0.2, 1) == [0, 0, 1]
-
-
-# --- opening large files -------------------------------------------------------------------
-def test_a_large_file_is_opened_whole_and_measured(tmp_path):
-    import open_large
-
-    record = open_large.measure(30, rounds=1)
-    assert (record['images'], record['boxes'], record['rounds']) == (30, 300, 1)
-    assert 0 < record['cpu_seconds'] < 60 and record['peak_mb'] > record['above_mb'] >= 0
-    files = [open_large.write_set(tmp_path / name, 5) for name in 'ab']
-    assert files[0].read_bytes() == files[1].read_bytes()
-    assert len(json.loads(files[0].read_text())['annotations']) == 50
-
-
-def test_the_record_of_openings_is_their_median_and_needs_equal_ones():
-    import open_large
-
-    turns = [dict(images=2, boxes=20, seconds=s, peak_mb=100 + s, above_mb=s) for s in (9.0, 1.0, 2.0)]
-    record = open_large.summary(turns)
-    assert (record['cpu_seconds'], record['peak_mb'], record['above_mb']) == (2.0, 102, 2)
-    assert (record['images'], record['boxes'], record['rounds']) == (2, 20, 3)
-    turns[1]['boxes'] = 19
-    with pytest.raises(SystemExit, match='openings differ'):
-        open_large.summary(turns)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from semidetr.detectors.contract import build_detector
 from semidetr.data.catalog import open_dataset
 from semidetr.train import trainer as T
 from semidetr.train.checkpoint import load_checkpoint
@@ -168,7 +169,7 @@ def test_ids_of_coco_become_the_rows_of_their_names(trained, tmp_path):
     by_id = [f'unused {i}' if i in COCO_UNUSED else name for i, name in enumerate(names)]
     saved = load_checkpoint(source)
     rename = {colour: names[i] for colour, i in ids.items()}
-    model = T.build_detector(config(detector, source, 'detector.num_classes=91').detector.untrained())
+    model = build_detector(config(detector, source, 'detector.num_classes=91').detector.untrained())
     fresh = model.state_dict()
     old = [rename[c] for c in OLD]
     for network in ('student', 'teacher'):

@@ -144,6 +144,7 @@ COMMANDS = [
     'import',
     'predict',
     'recipe',
+    'replay',
     'site',
     'split',
     'train',
@@ -834,15 +835,15 @@ def test_ctrl_c_and_go_on(shell, coco, tmp_path, monkeypatch):
         and step >= 2
         and 'Traceback' not in err
     )
-    from semidetr.train import trainer
+    from semidetr.train import step as stepping
 
-    real = trainer.clip_and_step
+    real = stepping.clip_and_step
 
     def once(*args):
         os.kill(os.getpid(), signal.SIGINT)
         return real(*args)
 
-    monkeypatch.setattr(trainer, 'clip_and_step', once)
+    monkeypatch.setattr(stepping, 'clip_and_step', once)
     code, _, err = shell(*args)
     assert (
         code == 130

@@ -1,6 +1,6 @@
 "Checkpoints: changed bits are found, fields are checked, a run falls back to the generation before."
 
-import json, shutil, warnings
+import json, os, shutil, warnings
 import pytest, torch
 from test_trainer import T, run, same, tiny
 from semidetr.core import DataError, SemiDETRError
@@ -130,15 +130,69 @@ def test_predicting_from_a_damaged_run_uses_the_generation_before(whole, tmp_pat
 
 
 # --- several processes ----------------------------------------------------------------
-def generation(folder, step):
+def generation(folder, step, kept=()):
     digest = save_checkpoint(folder / 'next.rank1.pt', step=step, rng={}, health={}, recent=[])
-    G.commit(folder, dict(step=step), [digest])
+    G.commit(folder, dict(step=step), [digest], kept)
+    return [digest]
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed(monkeypatch, folder, step, kept, renames):
+    "A generation whose process is killed after so many renames"
+    real, calls = os.replace, []
+
+    def replace(a, b):
+        calls.append(a)
+        if 'last' in str(b) or 'previous' in str(b):
+            if len(calls) > renames:
+                raise Killed
+        real(a, b)
+
+    with monkeypatch.context() as m:
+        m.setattr(G.os, 'replace', replace)
+        try:
+            generation(folder, step, kept)
+        except Killed:
+            pass
+
+
+def usable(folder):
+    "(step, digests of its parts or None if it is the previous one) of the newest generation that is whole"
+    for name in ('last.pt', 'previous.pt'):
+        try:
+            saved = load_checkpoint(folder / name)
+            assert [p['step'] for p in G.read_parts(folder, saved)] == [saved['step']]
+            return saved['step'], saved['ranks'] if name == 'last.pt' else None
+        except DataError:
+            continue
+    return None, None
+
+
+@pytest.mark.parametrize('damaged', [False, True])
+def test_two_kills_in_a_row_leave_a_whole_generation(tmp_path, monkeypatch, damaged):
+    "Each after any number of renames, also if the newest main file is damaged before the second"
+    steps = set()
+    for first in range(1, 8):
+        for second in range(1, 8):
+            folder = tmp_path / f'{first}{second}'
+            folder.mkdir()
+            generation(folder, 20, generation(folder, 10))
+            killed(monkeypatch, folder, 30, load_checkpoint(folder)['ranks'], first)
+            if damaged and usable(folder)[0] == 30:
+                flip(folder / 'last.pt', 100)
+            step, kept = usable(folder)
+            killed(monkeypatch, folder, 40, kept, second)
+            assert usable(folder)[0] in (step, 40), (first, second)
+            steps.add(usable(folder)[0])
+    assert steps == ({20, 40} if damaged else {20, 30, 40})
 
 
 def test_a_part_is_found_by_its_digest(tmp_path, monkeypatch):
     "Killed while process 0 writes: the part of the old generation has another name already"
-    generation(tmp_path, 10)
-    generation(tmp_path, 20)
+    generation(tmp_path, 20, generation(tmp_path, 10))
     monkeypatch.setattr(G, 'rank', lambda: 1)
     monkeypatch.setattr(G, 'is_main', lambda: False)
     assert G.read_generation(tmp_path)[1]['step'] == 20

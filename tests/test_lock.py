@@ -67,7 +67,7 @@ def test_a_damaged_lock_is_nobodys(tmp_path, text):
 
 
 def test_two_at_once_and_one_gets_it(tmp_path):
-    "Eight processes that start at the same time: one of them owns the folder"
+    "Three processes that start at the same time: one of them owns the folder"
     code = (
         'import sys, time\n'
         'from semidetr.core import DataError\n'

@@ -3,6 +3,7 @@
 import json, os, signal, subprocess, sys
 from pathlib import Path
 import pytest, torch
+from semidetr.detectors.contract import build_detector
 from semidetr.train import trainer as T
 from semidetr.train.checkpoint import git_commit, load_checkpoint
 from semidetr.train.config import override, preset
@@ -186,7 +187,7 @@ def test_schedules():
 
 def test_backbone_gets_its_own_rate():
     t = build_optimizer(
-        T.build_detector(T.resolve(tiny(), list('0123456789')).detector),
+        build_detector(T.resolve(tiny(), list('0123456789')).detector),
         tiny('optim.lr=1e-3', 'optim.backbone_mult=.2').optim,
     )
     assert sorted(g['lr'] for g in t.param_groups) == pytest.approx([2e-4, 1e-3]) and all(

@@ -190,7 +190,8 @@ refusal
 # %%
 #| export
 DEPTH = 64  # brackets in brackets that a file may have
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.S)
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)', re.S)  # one that is not closed ends with the text
+_KEYS = re.compile(r'[^\w\-. \t"\']+')  # what parts the dotted keys of TOML
 
 
 def _deepest(text, block=1 << 20):
@@ -214,9 +215,19 @@ def too_deep(
     return _deepest(text) > most and _deepest(_STRING.sub('""', text)) > most
 
 
+def too_dotted(
+    text: str,  # TOML
+    most: int = DEPTH,
+) -> bool:
+    "Has a key more than `most` dots? Each is a table in a table, and a search of all before it"
+    plain = _STRING.sub('""', text) if text.count('.') > most else ''
+    return any(keys.count('.') > most for keys in _KEYS.split(plain))
+
+
 # %%
 assert not too_deep('[' * 64 + ']' * 64) and too_deep('[' * 65 + ']' * 65)
 assert not too_deep('["' + '[' * 99 + '"]')
+assert too_dotted('a.' * 65 + 'a = 1') and not too_dotted('a = [' + '1.5, ' * 99 + ']')
 too_deep('{"a": ' * 1000 + '1' + '}' * 1000)
 
 # %%

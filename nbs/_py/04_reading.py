@@ -26,7 +26,7 @@ import typing
 from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 from semidetr.core import ConfigError, DataError
-from semidetr.text import DEPTH, SMALL_MB, parse_json, read_bytes, read_text, too_deep
+from semidetr.text import DEPTH, SMALL_MB, parse_json, read_bytes, read_text, too_deep, too_dotted
 
 # %%
 import tempfile
@@ -108,6 +108,8 @@ def parse_toml(
     "Text as TOML; an error names the line where it breaks"
     if too_deep(text):
         raise error(f'{path}: has more than {DEPTH} brackets in brackets; {cure}')
+    if too_dotted(text):
+        raise error(f'{path}: has a key of more than {DEPTH} parts; {cure}')
     try:
         return _bounded(tomllib.loads(text), path, error, cure)
     except (ValueError, RecursionError) as e:
@@ -309,12 +311,13 @@ wrong
 # ## Results, records and logs
 #
 # A run writes `run.json`, a study writes a record per seed, and a running training appends lines to
-# `log.jsonl`. A line may be cut off where a process was killed; such lines are left out and counted. The log was written by a program
-# that may have died, so bytes that are no text do not stop its reader.
+# `log.jsonl`. A line may be cut off where a process was killed; such lines are left out and counted. The log
+# was written by a program that may have died, so bytes that are no text do not stop its reader.
 
 # %%
 #| export
 Metrics = dict[str, dict[str, dict[str, typing.Any]]]  # part -> network -> name -> number
+RESULT_MB = 256  # a thousand classes in a hundred evaluations are 24
 RESULT = dict(hash=str, data=dict[str, typing.Any], metrics=Metrics)
 CONFIG = dict[str, dict[str, typing.Any]]  # group -> setting -> value
 _MORE = dict(config=CONFIG, iterations=int, seconds=float, cpu_seconds=float, peak_memory_mb=float)
@@ -329,7 +332,7 @@ def read_result(
 ) -> dict:
     "What a run found: hash, data, metrics; a DataError if it is damaged or of another kind"
     try:
-        return check_fields(read_small_json(path), RUN, path, optional={*RUN} - {*RESULT})
+        return check_fields(read_small_json(path, most_mb=RESULT_MB), RUN, path, optional={*RUN} - {*RESULT})
     except DataError as e:
         what = str(e).removeprefix(f'{path}: ').rpartition(';')[0]
         raise DataError(f'{path}: damaged, or not the result of a run ({what}); {cure}') from None

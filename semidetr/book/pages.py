@@ -296,14 +296,15 @@ class CrossRefs:
 # %% ../../nbs/book/00_pages.ipynb #bd1cb5d9
 _OURS = r'/?(?:details|summary|br|sub|sup|em|strong)\s*/?>|/?span\b(?: (?:class|title)="[^"<>]*")*>'
 _TAG = re.compile(rf'<(?!{_OURS})(?=[a-z/!?])', re.I)
-_SCRIPT_LINK = re.compile(r'\]\(\s*(?:javascript|vbscript|data):', re.I)
+_SCRIPT_LINK = re.compile(r'(\]\(|^ *\[[^\]\n]+\]:)\s*(?!https?://)[^)\s]*[:&][^)\s]*', re.I | re.M)
 
 
 def inert(
     text: str,  # Markdown that a run printed
 ) -> str:
-    "The same, with every tag shown as text but the few that pages of results use"
-    return outside_code(lambda t: _SCRIPT_LINK.sub('](#', _TAG.sub('&lt;', t)), text)
+    """The same, with every tag shown as text but the few that pages of results use. Code is no exception:
+    what one parser takes for code, another one may not"""
+    return _SCRIPT_LINK.sub(r'\1#', _TAG.sub('&lt;', text))
 
 
 def _inert_output(o):

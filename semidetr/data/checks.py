@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..core import DataError, printable
 from ..reading import check_fields, read_small_json
 from .datasets import DetectionDataset
-from .splits import SPLIT_MB
+from .splits import SPLIT_MB, load_split
 from semidetr.data.files import (
     TILES,
     Fault,
@@ -397,11 +397,15 @@ def _overlaps(path, known, keys, fingerprint):
                 yield 'unknown-split-id', f'{part}: no image with id {image_id!r}'
             for key in (k for k in (image_id, keys.get(str(image_id))) if k is not None):
                 at_part, at_id = owner.setdefault(key, (part, image_id))
-                if (at_part, at_id) == (part, image_id):
-                    continue
-                if at_part != part:
-                    yield 'split-overlap', f'image {image_id!r} of {part} is also {at_id!r} of {at_part}'
-                break
+                if (at_part, at_id) != (part, image_id):
+                    if at_part != part:
+                        yield 'split-overlap', f'image {image_id!r} of {part} is also {at_id!r} of {at_part}'
+                    break
+    try:
+        load_split(path)  # as a training does
+    except DataError as e:
+        what = str(e).removeprefix(f'{path}: ').rpartition(';')[0]
+        yield from [] if 'is also in' in what else [('bad-split', what)]  # said above
 
 
 def split_faults(

@@ -126,7 +126,9 @@ def _open_source(spec, split, data_root, images=None):  # path, name or data set
     if str(spec).partition(':')[0] == 'digits' and not Path(str(spec)).exists():
         return _dataset_source(open_dataset(spec, split, images=images))
     source = read_source(spec, split, data_root, images)
-    if Path(source.where).is_file() and lists_images(source) and 'annotations' not in source.data:
+    generated = isinstance(source.folder, DetectionDataset)
+    listed = Path(source.where).is_file() and not generated and lists_images(source)
+    if listed and 'annotations' not in source.data:
         item = "there is no list 'annotations'"  # left out on purpose, or lost in an export
         cure = 'fit as unlabelled data; to learn from it, export it with its boxes'
         source.faults.append(Fault('warning', 'missing-annotations', source.where, item, cure))

@@ -184,6 +184,7 @@ class Source:
     data: dict  # images, annotations, categories
     folder: Path = Path('.')  # `file_name` is relative to it
     faults: list[Fault] = field(default_factory=list)  # found while reading
+    columns: object = None  # `Columns` in place of `data`, of a file whose content has no errors
 
     def __post_init__(self):
         for key in tidy_values(self.data):
@@ -193,7 +194,8 @@ class Source:
     def all_faults(self):  # iterator of Fault
         "Faults of reading, then those of the content"
         yield from self.faults
-        yield from coco_faults(self.data, self.where)
+        if self.columns is None:
+            yield from coco_faults(self.data, self.where)
 
 # %% ../../nbs/data/00_files.ipynb #c986e6d1
 CURES = {  # kind of fault: (level, what to do)
@@ -441,7 +443,7 @@ def read_folder(
     return Source(root.absolute().name, str(root), dict(images=images, categories=[]), root, faults)
 
 # %% ../../nbs/data/00_files.ipynb #3e46c289
-TILES = 'scale it down or cut it into tiles, its boxes too'  # an image that is too large
+TILES = 'scale it down or cut it into tiles, its boxes too, or set SEMIDETR_MEGAPIXELS'  # it is too large
 
 
 def reason(
@@ -449,7 +451,8 @@ def reason(
 ) -> str:
     "What went wrong with a file, in a few words"
     if isinstance(e, Image.DecompressionBombError):
-        return f'too large, not broken: {Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels are the limit'
+        most = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        return f'too large, not broken: {most:.0f} megapixels are the limit'
     if isinstance(e, FileNotFoundError):
         return 'no such file'
     return ' '.join(str(e).split(':')[0].split()) or type(e).__name__

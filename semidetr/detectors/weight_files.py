@@ -10,6 +10,7 @@ __all__ = ['STATE_KEYS', 'CLASS_ROWS', 'COCO_CLASSES', 'COCO_UNUSED', 'VOC_CLASS
 import argparse
 import pickle
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
@@ -124,6 +125,15 @@ def _named_tensors(state, path):
     return state
 
 # %% ../../nbs/detectors/13_weight_files.ipynb #ed623263
+def _class_names(classes, path):
+    "A list of texts; None, with a line, for an entry of another kind: files name many things `classes`"
+    if isinstance(classes, dict) and sorted(classes, key=str) == sorted(range(len(classes)), key=str):
+        classes = [classes[n] for n in range(len(classes))]
+    if classes is None or (isinstance(classes, list | tuple) and all(isinstance(c, str) for c in classes)):
+        return classes and list(classes)
+    warnings.warn(f'{path}: its entry for the classes is no list of names, and is left out')
+
+
 def read_weights(
     path,  # .pth, .pt, .bin or .safetensors; a folder of `transformers`; the folder of a run of ours
     key: str = '',  # 'ema_model' of a file that holds several; '': the first of STATE_KEYS
@@ -150,13 +160,12 @@ def read_weights(
         raise DataError(f'{path}: holds no tensors; give a file that holds a state dict')
     if 'format' not in state:
         state = _named_tensors(state, path)
-    classes = list(classes) if isinstance(classes, tuple) else classes
+    classes = _class_names(classes, path)
     if labels := config.get('id2label'):
         check(dict[str, str], labels, f'{path}: id2label', cure='fetch the folder again')
         if odd := [k for k in labels if not k.isdecimal() or len(k) > 9]:
             raise DataError(f'{path}: id2label: {odd[0]!r} is no label; fetch the folder again')
         classes = [name for _, name in sorted(labels.items(), key=lambda item: int(item[0]))]
-    check(list[str] | None, classes, f'{path}: classes', cure='save their names as a list of texts')
     check(str | None, config.get('architecture'), f'{path}: architecture', cure='fetch the folder again')
     return WeightFile(str(path), state, config, classes, others, config.get('architecture', architecture))
 

@@ -33,10 +33,12 @@ from semidetr.train.config import (
 )
 from .config import preset as preset_named
 from .evaluation import evaluate_model
+from .lock import LOCK
 from .machine import prepare
 from .predict import Predictor
 from .predict_files import is_video, predict_folder, predict_video, read_formats
 from .run_data import build_data, by_name, test_split, with_white
+from .processes import tell_other_processes
 from .run_folder import finished
 from .trainer import Trainer
 
@@ -258,13 +260,13 @@ class Run:
 def no_debris(
     folder: Path,  # of a run
 ):  # yields a list for the trainer
-    "A run that fails before its first iteration leaves no folder behind, unless there was one before"
+    "A run that fails before its first iteration leaves no folder behind, unless it was there or has an owner"
     new, trainers = not folder.exists(), []
     try:
         yield trainers
     except BaseException:
-        took_steps = any(t.step for t in trainers) or list(folder.glob('*.pt'))
-        if new and is_main() and not took_steps:
+        used = any(t.step for t in trainers) or list(folder.glob('*.pt')) or (folder / LOCK).exists()
+        if new and is_main() and not used:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
@@ -281,6 +283,8 @@ def run_plan(
         if (result := finished(plan.cfg, out)) is None:
             trainers.append(Trainer(plan.cfg, out, progress))
             result = trainers[0].fit()
+        else:
+            tell_other_processes(result, out)
         return Run(out, result)
 
 # %% ../../nbs/train/14_api.ipynb #5e70b7ab

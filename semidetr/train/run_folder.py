@@ -14,7 +14,7 @@ from ..core import ConfigError, DataError, tell
 from ..reading import CONFIG, check, read_result, read_small_json
 from ..data.catalog import open_dataset, open_further
 from ..data.datasets import short_hash
-from .checkpoint import load_checkpoint
+from .checkpoint import LAST, PREVIOUS, load_checkpoint
 from .config import config_hash, differences, from_saved, override, to_dict
 
 # %% ../../nbs/train/07_run_folder.ipynb #074328b9
@@ -141,7 +141,7 @@ def folder_state(
     same = result is not None and _has_hash(result, cfg)
     if result is not None and (same or _is_moved(result, cfg)) and _same_data(result['data'], cfg):
         return FolderState('finished', result)
-    if not (folder / 'last.pt').exists():
+    if not any((folder / x).exists() for x in (LAST, PREVIOUS)):
         return FolderState('new')
     written = folder / 'config.json'
     changed = _changed_since(_read_config(written, cfg), cfg, folder) if written.exists() else []

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'RESUME', 'Stop', 'stop_gently', 'Snapshot', 'on_any_process', 'Saving', 'Resumable', 'refuse_others',
-           'owned', 'is_out_of_memory', 'ended_by', 'keep_progress']
+           'owned', 'ended_by', 'keep_progress']
 
 # %% ../../nbs/train/07_stop.ipynb #27b4c298
 import contextlib
@@ -26,7 +26,15 @@ from semidetr.core import (
     world_size,
 )
 from ..data.loader import WorkerLost
-from .checkpoint import LAST, PREVIOUS, Damaged, load_weights, pack_rng, unpack_rng
+from semidetr.train.checkpoint import (
+    LAST,
+    PREVIOUS,
+    Damaged,
+    is_out_of_memory,
+    load_weights,
+    pack_rng,
+    unpack_rng,
+)
 from .config import to_dict
 from semidetr.train.generations import (
     OWN,
@@ -35,9 +43,9 @@ from semidetr.train.generations import (
     read_generation,
     save_alone,
     save_generation,
-    tell_world,
 )
 from .lock import Owner, refuse_if_owned
+from .processes import as_before, part_of_today
 from .run_folder import check_same_run
 
 # %% ../../nbs/train/07_stop.ipynb #31f64295
@@ -185,6 +193,7 @@ class Saving:
 
     saved = 0  # iteration of the last generation
     stamp = None  # of its file
+    parts = []  # digests of its parts; None if it is damaged
     owner = None  # `Owner` of the folder while the run trains
 
     @property
@@ -194,13 +203,20 @@ class Saving:
 
     def save(self):
         "Save a generation; every process calls it after the same iteration"
-        save_generation(self.dir, self.state_dict(), self.device)
+        self.stop_if_lost()
+        self.parts = save_generation(self.dir, self.state_dict(), self.device, self.parts)
         self.mark()
 
     def stop_if_lost(self):
         "`DataError` if this process was suspended for so long that another one trains in the folder"
-        if self.owner is not None and self.owner.lost:
+        if self.is_lost():
             raise DataError(f'{self.dir}: another process has taken over this folder; this one ends')
+
+    def is_lost(self) -> bool:
+        "Has another process taken over? Asked before anything is written"
+        if self.owner is not None:
+            self.owner.check()
+        return self.owner is not None and self.owner.lost
 
     def mark(self):
         "Remember which checkpoint is the one of this process"
@@ -211,12 +227,12 @@ class Saving:
         self.snapshot.back()
         if not self.step or self.saved == self.step:
             return ''
-        if self.owner is not None and self.owner.lost:
+        if self.is_lost():
             return 'another process has taken over'
         if self.snapshot.phase != 'whole':
             return 'the update of the weights was interrupted'
         try:
-            if save_alone(self.dir, self.state_dict()):
+            if save_alone(self.dir, self.state_dict(), kept=self.parts):
                 self.mark()
                 return ''
             return 'not all processes have saved it' if is_main() else ''
@@ -244,6 +260,8 @@ class _Restoring(Saving):
         except DataError as e:
             return str(e)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as e:
+            if is_out_of_memory(e):
+                raise
             return f'{path}: damaged ({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ""})'
         return ''
 
@@ -251,8 +269,12 @@ class _Restoring(Saving):
 class Resumable(_Restoring):
     "Saving and continuing, for a run with networks, method, optimiser, scaler, health and `state_dict`"
 
+    is_of_today = True  # has the checkpoint the places, roles and processes of this session?
+
     def load(self):
-        "Continue from the newest generation that is whole; an error if it belongs to another run"
+        """Continue from the newest generation that is whole; an error if it belongs to another run.
+
+        One with other places or processes counts as not saved, so that this session saves its own."""
         faults = []
         for name in (LAST, PREVIOUS):
             if not (self.dir / name).is_file():
@@ -267,7 +289,7 @@ class Resumable(_Restoring):
         if faults and is_main():
             warnings.warn(f'{faults[0]}; the run goes on from iteration {self.step}, in {name}')
         self.mark()
-        if not self.current:  # data in another place, or a file of an older version: saved again at the end
+        if not self.is_of_today:
             self.saved = 0
 
     def _continued(self, name):
@@ -278,7 +300,7 @@ class Resumable(_Restoring):
             check_fields(saved, path)
             check_same_run(
                 saved['config'],
-                self.cfg,
+                as_before(self.cfg, saved),
                 saved['split'],
                 self.data.split.fingerprint,
                 self.dir,
@@ -288,9 +310,10 @@ class Resumable(_Restoring):
             check_fields(saved, path, self.cfg.optim.iters)
             if own is not None:
                 check_fields(own, self.own_file, self.cfg.optim.iters, OWN)
-            tell_world(saved, self.dir)
-            self.current = saved['config'] == to_dict(self.cfg) and saved.get('roles') == self.roles
-            return self._taken(saved, own, path)
+            self.parts = saved.get('ranks', []) if name == LAST else None
+            today = to_dict(self.cfg), self.roles, world_size()
+            self.is_of_today = (saved['config'], saved.get('roles'), saved.get('world')) == today
+            return self._taken(saved, part_of_today(self, saved, own), path)
         except Damaged as e:
             return str(e)
 
@@ -325,14 +348,6 @@ def owned(
     run.owner = None
 
 # %% ../../nbs/train/07_stop.ipynb #d9dc43c0
-def is_out_of_memory(
-    e,  # an exception
-) -> bool:
-    "Did memory run out, on a GPU or in main memory?"
-    is_known = isinstance(e, MemoryError | torch.OutOfMemoryError)
-    return is_known or "DefaultCPUAllocator: can't allocate" in str(e) or 'Cannot allocate memory' in str(e)
-
-
 def _is_loss_of_others(e):
     "Did a message between processes fail, because another one has ended?"
     words = ('Connection closed by peer', 'Connection reset', 'gloo', 'NCCL', 'Broken pipe')
@@ -348,10 +363,11 @@ def ended_by(
     "The error of a run that ends before its end, in one line that says what is saved"
     is_known = run.saved == run.step or is_main()  # other processes do not see what the main one has saved
     kept = f'; {run.dir} is saved after iteration {run.saved}: {RESUME}' if run.saved and is_known else ''
-    kept += f' (iteration {run.step} could not be saved: {fault})' if fault else ''
+    lost = f' (iteration {run.step} could not be saved: {fault})' if fault else ''
+    kept += lost
     others = _is_loss_of_others(e)
     if isinstance(e, KeyboardInterrupt) or (stop.is_asked() and (others or isinstance(e, WorkerLost))):
-        where = f'stopped after iteration {run.saved}; {RESUME}' if run.saved else 'stopped'
+        where = (f'stopped after iteration {run.saved}; {RESUME}' if run.saved else 'stopped') + lost
         return KeyboardInterrupt(str(e) if isinstance(e, KeyboardInterrupt) and str(e) else where)
     if is_out_of_memory(e):
         return SemiDETRError(

@@ -66,7 +66,7 @@ markdown('\n'.join(lines))
 # %%
 #| label: fig-abl-few-labels
 #| fig-cap: "fod12, test split: AP of the four methods without and with NMS. Each line is one seed, the bar is the mean."
-#| fig-alt: "AP of four methods, one line per seed; Semi-DETR plus lies highest in every line"
+#| fig-alt: "AP of four methods, one line per seed; Semi-DETR plus lies highest in three of four lines"
 #| echo: false
 n = len(studies)
 fig, axes = plt.subplots(
@@ -218,10 +218,11 @@ markdown(markdown_table(['switch', 'AP', 'AP with NMS', 'configuration'], rows, 
 # ## Summary
 #
 # - With two labelled photographs per class, one-to-many matching with a learned suppressor is the best of the four
-#   methods in each of three seeds. The seeds differ so much that the interval of its gain over supervised
-#   training still includes zero.
-# - The mean teacher and Semi-DETR gain only in the seed in which supervised training is worst.
-# - NMS adds nothing to the suppressor's scores, and one to two AP to the mean teacher and Semi-DETR.
+#   methods in three of four seeds; in the fourth the mean teacher is. Its gains over supervised training and over
+#   Semi-DETR have intervals that exclude zero, that over the mean teacher has not.
+# - The mean teacher and Semi-DETR gain in the two seeds in which supervised training is worst, and less than half
+#   an AP in the others.
+# - NMS adds nothing to the suppressor's scores, and up to two AP to the mean teacher and Semi-DETR.
 # - More supervised iterations with k = 2 gain on the development part, whose videos were seen, and not on
 #   the test split.
 # - To reproduce: `SEMIDETR_DATA=... semidetr ablate fod12 --groups k2`, `semidetr ablate fod12_plateau`,
@@ -231,12 +232,13 @@ markdown(markdown_table(['switch', 'AP', 'AP with NMS', 'configuration'], rows, 
 #| hide
 # what the summary states, for k = 2
 ap = {(a, key): values(studies[2], a, key) for a in names for key in ('AP', 'AP_nms')}
-assert all(x == max(row) for row in zip(*(ap[a, 'AP'] for a in names)) for x in row[-1:])
-gain = difference(studies[2], 'plus', 'supervised')
-assert min(gain['each']) > 0 and not found(gain)
-worst = ap['supervised', 'AP'].index(min(ap['supervised', 'AP']))
+first = [max(names, key=lambda a: ap[a, 'AP'][i]) for i in range(4)]
+assert first == ['plus', 'plus', 'plus', 'mean_teacher'] and len(studies[2]) == 4
+gains = {b: difference(studies[2], 'plus', b) for b in names if b != 'plus'}
+assert [found(gains[b]) for b in ('supervised', 'semi_detr', 'mean_teacher')] == [True, True, False]
+worst = sorted(range(4), key=lambda i: ap['supervised', 'AP'][i])[:2]
 for arm in ('mean_teacher', 'semi_detr'):
     each = difference(studies[2], arm, 'supervised')['each']
-    assert each[worst] > 2 and all(x < 0.5 for i, x in enumerate(each) if i != worst)
-    assert all(0.9 < b - a < 2.3 for a, b in zip(ap[arm, 'AP'], ap[arm, 'AP_nms']))
+    assert all(each[i] > 1.5 if i in worst else each[i] < 0.5 for i in range(4))
+    assert all(0 < b - a < 2.3 for a, b in zip(ap[arm, 'AP'], ap[arm, 'AP_nms']))
 assert all(abs(b - a) < 0.5 for a, b in zip(ap['plus', 'AP'], ap['plus', 'AP_nms']))

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # The command line {#sec-cli}
 #
-# > Put the commands together, and add the book's own: demo, ablate, site.
+# > Put the commands together, and add replay and the book's own: demo, ablate, site.
 #
 # This is the module that the command `semidetr` starts. Each command stands in a chapter of its kind:
 #
@@ -11,7 +11,7 @@
 # | @sec-training | `train` |
 # | @sec-use | `eval`, `predict` |
 # | @sec-weight-commands | `import`, `export` |
-# | this one | `demo`, `ablate`, `site` |
+# | this one | `replay`, `demo`, `ablate`, `site` |
 #
 # A chapter registers its commands when it is imported, so a further one needs a line among the imports below;
 # their order is that of `semidetr --help`. The commands contain little logic: each checks its options, calls a
@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Annotated
 import typer
 from semidetr.cli import prepare, training, use, weights  # noqa: F401 (importing a chapter registers its commands)
-from semidetr.cli.terminal import _HINT, Out, Quiet, _bad, _fail, _free, _opt, _say, command, main
+from semidetr.cli.terminal import _HINT, Device, Out, Quiet, _bad, _fail, _free, _opt, _say, command, main
 from semidetr.cli.terminal import read_options, read_seeds
 
 # %%
@@ -56,6 +56,38 @@ from semidetr.cli import terminal
 home = Path(tempfile.mkdtemp())
 shell = functools.partial(terminal.shell, home=home)
 assert shell('semidetr --version') == 0
+
+
+# %% [markdown]
+# ## Repeat a failed step
+#
+# A step whose losses or gradients are not finite leaves a file in the folder of its run (@sec-capsule).
+
+# %%
+#| export
+@command('replay')
+def replay_step(
+    file: Annotated[Path, typer.Argument(help='failed_step_N.pt in the folder of a run')],
+    device: Device = 'cpu',
+):
+    """Repeat a step that was not finite, from the file that it left, and name what failed first.
+
+    Prints every loss as it was recorded and as it is now (equal on the same machine), the first layer, loss
+    or gradient that is not finite, and the images. Needs no data. Exit code 1 if all is finite this time.
+
+    Example: semidetr replay runs/mine/failed_step_120.pt
+    """
+    from semidetr.train.replay import replay, replay_lines
+
+    found = replay(file, device)
+    for line in replay_lines(found):
+        _say(line)
+    if not found.replayed:
+        raise typer.Exit(1)
+
+
+# %%
+assert shell('semidetr replay last.pt') == 2
 
 
 # %% [markdown]

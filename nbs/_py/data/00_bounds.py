@@ -19,6 +19,7 @@ import os
 import warnings
 from pathlib import Path
 from PIL import Image
+from semidetr.core import ConfigError
 
 # %%
 import tempfile
@@ -29,12 +30,31 @@ import numpy as np
 # ## Pixels
 #
 # The header tells the size, so the check costs nothing. The limit is the number above which Pillow warns,
-# `PIL.Image.MAX_IMAGE_PIXELS`; Pillow itself decodes up to twice as many. Whoever has larger images and the
-# memory raises that number.
+# `PIL.Image.MAX_IMAGE_PIXELS`, 89 megapixels; Pillow itself decodes up to twice as many. Whoever has larger
+# images and the memory sets the variable `SEMIDETR_MEGAPIXELS`, which processes of a loader inherit.
 
 # %%
 #| export
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # refused below, not warned of
+
+
+def most_pixels(
+    text: str,  # of the variable: millions of pixels
+    default: int | None = Image.MAX_IMAGE_PIXELS,
+) -> int | None:
+    "Pixels that an image may have; `ConfigError` if the text is no positive number"
+    if not text:
+        return default
+    try:
+        most = int(float(text) * 1e6)
+    except (ValueError, OverflowError):
+        most = 0
+    if most < 1:
+        raise ConfigError(f'SEMIDETR_MEGAPIXELS={text}: no positive number; set it to, e.g., 200')
+    return most
+
+
+Image.MAX_IMAGE_PIXELS = most_pixels(os.environ.get('SEMIDETR_MEGAPIXELS', ''))
 
 
 def bounded(
@@ -49,6 +69,7 @@ def bounded(
 
 
 # %%
+assert most_pixels('200') == 200_000_000 and most_pixels('') == Image.MAX_IMAGE_PIXELS
 root = Path(tempfile.mkdtemp())
 Image.new('1', (13_000, 13_000)).save(root / 'large.png')
 size = (root / 'large.png').stat().st_size

@@ -30,8 +30,11 @@ import posixpath
 import re
 import unicodedata
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from semidetr.core import DataError
+from semidetr.data.coco import quick_columns
+from semidetr.data.columns import Texts
 from semidetr.data.entries import as_number
 from semidetr.data.files import (
     Fault,
@@ -172,36 +175,64 @@ def _find_images(
     )
 
 
-def read_coco(
-    json_path,  # instances_*.json
-    image_dir=None,  # where the images are; None: look in the usual places
-) -> Source:
-    "A COCO annotation file; DataError if it cannot be read at all"
-    path, fault = Path(json_path), None
-    data = read_json(path)
+def _coco_folder(
+    path, names, image_dir
+):  # names: of the images -> (their folder, {name: path of another spelling}, faults)
+    fault = None
     if image_dir is None:
-        files = [im.get('file_name') for im in coco_entries(data, 'images')]
-        folder, fault = _find_images(path, [f for f in files if isinstance(f, str)])
+        folder, fault = _find_images(path, names)
     else:
         folder = Path(image_dir)
         if not folder.is_dir():
             item, cure = f'no such image folder: {folder}', 'name the folder that holds the images'
             fault = Fault('error', 'missing-image-folder', str(path), item, cure)
-    faults = [fault] if fault else []
+    if fault:
+        return folder, {}, [fault]
     home = path.parent.parent if path.parent.name == 'annotations' else path.parent
-    if fault is None:
-        images = [im for im in coco_entries(data, 'images') if isinstance(im.get('file_name'), str)]
-        names = [im['file_name'] for im in images]
-        new, found = resolve_names(folder, names, str(path))
-        faults += found
-        if image_dir is not None and names and not new and not found and not _listed(folder, names):
-            item = f'none of its images, such as {names[0]}, is in {folder}'
-            cure = 'name the folder that holds the images'
-            faults.append(Fault('error', 'missing-image-folder', str(path), item, cure))
-        faults += outside_faults(folder, [new.get(n, n) for n in names], str(path), [home])
-        for im in images if new else ():
-            im['file_name'] = new.get(im['file_name'], im['file_name'])
-    return Source(f'{home.absolute().name}/{path.stem}', str(path), data, folder, faults)
+    new, faults = resolve_names(folder, names, str(path))
+    if image_dir is not None and names and not new and not faults and not _listed(folder, names):
+        item = f'none of its images, such as {names[0]}, is in {folder}'
+        cure = 'name the folder that holds the images'
+        faults.append(Fault('error', 'missing-image-folder', str(path), item, cure))
+    faults += outside_faults(folder, [new.get(n, n) for n in names], str(path), [home])
+    return folder, new, faults
+
+
+def _coco_name(path):  # of the data set, from the place of its file
+    home = path.parent.parent if path.parent.name == 'annotations' else path.parent
+    return f'{home.absolute().name}/{path.stem}'
+
+
+# %%
+#| export
+def read_coco(
+    json_path,  # instances_*.json
+    image_dir=None,  # where the images are; None: look in the usual places
+) -> Source:
+    "A COCO annotation file; DataError if it cannot be read at all"
+    path = Path(json_path)
+    data = read_json(path)
+    images = [im for im in coco_entries(data, 'images') if isinstance(im.get('file_name'), str)]
+    folder, new, faults = _coco_folder(path, [im['file_name'] for im in images], image_dir)
+    for im in images if new else ():
+        im['file_name'] = new.get(im['file_name'], im['file_name'])
+    return Source(_coco_name(path), str(path), data, folder, faults)
+
+
+def read_coco_columns(
+    json_path,  # instances_*.json
+    image_dir=None,  # as for `read_coco`
+):  # Source with columns, or None
+    "A large COCO file without faults, from the cache or in one pass; None: it is for `read_coco`"
+    path = Path(json_path)
+    columns = quick_columns(path)
+    if columns is None:
+        return None
+    names = list(columns.files)
+    folder, new, faults = _coco_folder(path, names, image_dir)
+    if new:
+        columns = replace(columns, files=Texts.of([new.get(n, n) for n in names]))
+    return Source(_coco_name(path), str(path), {}, folder, faults, columns)
 
 
 # %%

@@ -33,7 +33,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from semidetr.core import DataError
-from semidetr.data.entries import area_contradicts, as_area
+from semidetr.data.coco import class_names, pack
+from semidetr.data.columns import Columns, Numbers, Texts, as_column
+from semidetr.data.entries import as_area
 from semidetr.data.files import (
     TILES,
     PixelRange,
@@ -108,6 +110,9 @@ class DetectionDataset:
             'ids are compared with their type'
         )
 
+    def _arrays(self, i):  # `annotation` as arrays
+        return {k: v.numpy() if isinstance(v, Tensor) else v for k, v in self.annotation(i).items()}
+
     def _strip(self):  # the same images, as far as possible without boxes in memory
         return self
 
@@ -134,6 +139,10 @@ def short_hash(
     *parts,  # arrays, and whatever JSON can hold
 ) -> str:  # 16 hex digits
     "A hash of the content of a data set"
+    return _hash(parts)
+
+
+def _hash(parts):  # iterable
     h = hashlib.sha256()
     for p in parts:
         h.update(p.tobytes() if isinstance(p, np.ndarray) else json.dumps(p).encode())
@@ -142,11 +151,14 @@ def short_hash(
 
 def fingerprint(ds: DetectionDataset) -> str:  # 16 hex digits
     "Changes when an id, a size, a box, a label or a class changes; not when the folder moves"
-    parts = [ds.classes]
-    for i, image_id in enumerate(ds.ids):
-        a = ds.annotation(i)
-        parts += [[image_id, *a['size']], a['boxes'].numpy(), a['labels'].numpy(), a['ignore'].numpy()]
-    return short_hash(*parts)
+
+    def parts():
+        yield ds.classes
+        for i, image_id in enumerate(ds.ids):
+            a = ds._arrays(i)
+            yield from ([image_id, *a['size']], a['boxes'], a['labels'], a['ignore'])
+
+    return _hash(parts())
 
 
 def coco_dict(ds: DetectionDataset) -> dict:  # COCO ground truth; category id = label + 1, iscrowd = ignore
@@ -217,24 +229,23 @@ squares, squares.coco_dict()['annotations'][2]
 # %% [markdown]
 # ## Files on disk
 #
-# `_refuse` raises the first error that the rules of @sec-records find. `_pack` turns the annotations into
+# `_refuse` raises the first error that the rules of @sec-records find. `pack` turns the annotations into
 # four arrays, sorted by image, so that a million boxes take little memory and a copy for a worker process is
 # cheap. Boxes are clipped to the image; boxes without area are left out and counted in `dropped`.
 
 # %%
 #| export
-def _areas(anns, xywh):  # areas of the file, 0 where there is none or where it contradicts the box
+def _areas(anns):  # areas of the file, 0 where there is none
     values = [a.get('area', 0) for a in anns]
     if set(map(type, values)) != {float}:  # in most files all are
         values = [as_area(v) or 0 for v in values]
-    area, size = np.array(values, dtype=np.float64), (xywh[:, 2:] + 1).prod(1)
-    return np.where(area_contradicts(area, size) | np.isnan(area), 0, area).astype(np.float32)
+    return np.array(values, dtype=np.float64)
 
 
 # %%
 some_areas = [dict(area='7 px'), dict(area=900), dict(area='1_5'), dict(area=[3])]
-assert _areas(some_areas, np.array([[0, 0, 4, 4.0]] * 4)).tolist() == [7, 0, 0, 0]
-_areas(some_areas[:2], np.array([[0, 0, 4, 4.0]] * 2))
+assert _areas(some_areas).tolist() == [7, 900, 0, 0]
+_areas(some_areas[:2])
 
 
 # %%
@@ -262,51 +273,59 @@ def _refuse(source):  # the first error, as one line
             raise DataError(f'{f} (semidetr doctor lists all faults)')
 
 
-def _pack(anns, sizes, index, label):
-    """Arrays of all boxes, clipped and sorted by image; first row of each image; count of boxes without area.
-
-    sizes: (height, width) of each image; index: image id -> position; label: category id -> label"""
-    image = np.array([index[a['image_id']] for a in anns], dtype=np.int64)  # (A,)
+def _of_entries(images, anns, cats, sizes):
+    "Columns of the entries of a COCO file without errors; sizes: (height, width) of each image or None"
+    cats = label_order(cats)
+    index, label = ({e['id']: n for n, e in enumerate(entries)} for entries in (images, cats))
     xywh = np.array([a['bbox'] for a in anns], dtype=np.float64).reshape(-1, 4)
-    known = [s or (0, 0) for s in sizes]  # an image without boxes may have none
-    size = np.array(known, dtype=np.float64).reshape(-1, 2)[image, ::-1]  # width, height
-    corners = xywh[:, :2], xywh[:, :2] + xywh[:, 2:]
-    boxes = np.concatenate([c.clip(0, size).astype(np.float32) for c in corners], 1)
-    del size, corners  # millions of boxes: the rest needs the memory
-    keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    order = np.flatnonzero(keep)[np.argsort(image[keep], kind='stable')]
-    area = _areas(anns, xywh)
-    arrays = dict(
-        boxes=boxes,
+    block = dict(
+        image=np.array([index[a['image_id']] for a in anns], dtype=np.int64),
+        xywh=xywh,
         labels=np.array([label[a['category_id']] for a in anns], dtype=np.int64),
         ignore=np.array([is_ignored(a) for a in anns], dtype=bool),
-        area=np.where(area > 0, area, (boxes[:, 2:] - boxes[:, :2]).prod(1)),
+        area=_areas(anns),
     )
-    starts = np.searchsorted(image[order], np.arange(len(sizes) + 1))
-    return {k: v[order] for k, v in arrays.items()}, starts, int((~keep).sum())
+    known = np.array([s or (0, 0) for s in sizes], dtype=np.float64).reshape(-1, 2)
+    packed, starts, dropped = pack([block], known)
+    return Columns(
+        ids=as_column([im['id'] for im in images]),
+        files=Texts.of([im['file_name'] for im in images]),
+        sizes=np.array([s or (-1, -1) for s in sizes], dtype=np.int64).reshape(-1, 2),
+        starts=starts,
+        **packed,
+        classes=class_names(cats),
+        cat_ids=[c['id'] for c in cats],
+        dropped=dropped,
+        has_boxes=len(anns) > 0,
+    )
 
 
 # %%
 #| export
-class FileDataset(DetectionDataset):
-    "Images in a folder, annotations in memory; images are decoded on access, no file stays open"
+class _FileColumns(DetectionDataset):
+    "What is known of images in a folder"
 
     def __init__(self, source: Source):
         _refuse(source)
-        images, anns = source.data['images'], source.data.get('annotations') or []
         self.name, self.where, self.folder = source.name, source.where, Path(source.folder)
         self.notes = [str(f) for f in source.faults if f.level != 'error']  # what reading changed or left out
+        c = source.columns or self._columns(source.data)
+        self.ids, self.files, self.sizes = c.ids, c.files, c.sizes
+        self.classes, self.cat_ids = list(c.classes), list(c.cat_ids)  # label -> name, category id
+        self.has_boxes, self.dropped, self._starts = c.has_boxes, c.dropped, c.starts
+        self._packed = dict(boxes=c.boxes, labels=c.labels, ignore=c.ignore, area=c.area)
+
+    def _columns(self, data):  # content of a COCO file; boxes are clipped, so with them every size is read
+        images, anns = data['images'], data.get('annotations') or []
         self.ids, self.files = [im['id'] for im in images], [im['file_name'] for im in images]
-        self.has_boxes = len(anns) > 0
-        sizes = [declared_size(im) for im in images]
-        if self.has_boxes:  # boxes are clipped, so every size must be known
+        self.has_boxes, sizes = len(anns) > 0, [declared_size(im) for im in images]
+        if self.has_boxes:
             sizes = [s or self._read(n, read_size) for n, s in enumerate(sizes)]
-        cats = label_order(source.data['categories'])
-        names, self.cat_ids = [c['name'] for c in cats], [c['id'] for c in cats]  # label -> category id
-        self.classes = [n if names.count(n) == 1 else f"{n} (id {i})" for n, i in zip(names, self.cat_ids)]
-        index, label = ({k: n for n, k in enumerate(ids)} for ids in (self.ids, self.cat_ids))
-        self._packed, self._starts, self.dropped = _pack(anns, sizes, index, label)
-        self.sizes = [(int(s[0]), int(s[1])) if s else None for s in sizes]
+        return _of_entries(images, anns, data['categories'], sizes)
+
+    def _size(self, n):  # (H, W) of image n, or None
+        h, w = self.sizes[n].tolist()
+        return (h, w) if h > 0 else None
 
     def _read(self, n, read, *args):  # `load_image` or `read_size` of file number n; a DataError names it
         path = self.folder / self.files[n]
@@ -318,16 +337,26 @@ class FileDataset(DetectionDataset):
                 f'{_cure(e, self.where, self.has_boxes)}'
             ) from None
 
+
+# %%
+#| export
+class FileDataset(_FileColumns):
+    "Images in a folder, annotations in memory; images are decoded on access, no file stays open"
+
     def annotation(self, i: int) -> dict:  # boxes (N,4) xyxy; labels, ignore, area (N,); size (H,W)
         "What the file says about image `i`, without decoding it"
+        arrays = self._arrays(i)
+        return {k: torch.from_numpy(v) if k != 'size' else v for k, v in arrays.items()}
+
+    def _arrays(self, i):
         n = range(len(self))[i]
-        size = self.sizes[n] or self._read(n, read_size)
+        size = self._size(n) or self._read(n, read_size)
         rows = slice(self._starts[n], self._starts[n + 1])
-        return {k: torch.from_numpy(v[rows].copy()) for k, v in self._packed.items()} | dict(size=size)
+        return {k: np.array(v[rows]) for k, v in self._packed.items()} | dict(size=size)
 
     def __getitem__(self, i: int) -> Sample:
         n = range(len(self))[i]
-        path, image_id, size = self.folder / self.files[n], self.ids[n], self.sizes[n]
+        path, image_id, size = self.folder / self.files[n], self.ids[n], self._size(n)
         image = self._read(n, load_image, size, getattr(self, 'white', 0))  # `data.white` of a run
         if size and (image.height, image.width) != size:
             raise DataError(
@@ -446,22 +475,25 @@ class Subset(DetectionDataset):
         ds: DetectionDataset,  # the whole data set
         indices,  # positions in it
     ):
-        n = len(ds)
-        self._ds, self.indices = ds, [int(i) for i in indices]
-        wrong = [i for i in self.indices if not 0 <= i < n]
-        if wrong:
+        n, at = len(ds), np.array([int(i) for i in indices], dtype=np.int64)
+        self._ds, self.indices = ds, Numbers(at)
+        if ((at < 0) | (at >= n)).any():
+            wrong = next(i for i in self.indices if not 0 <= i < n)
             raise DataError(
-                f'{ds.name}: index {wrong[0]} does not exist ({n} images); '
+                f'{ds.name}: index {wrong} does not exist ({n} images); '
                 'was the split made for another data set?'
             )
         self.name, self.classes, self.has_boxes = ds.name, ds.classes, ds.has_boxes
-        self.ids = [ds.ids[i] for i in self.indices]
+        self.ids = as_column([ds.ids[i] for i in self.indices])
 
     def __getitem__(self, i):
         return self._ds[self.indices[i]]
 
     def annotation(self, i):
         return self._ds.annotation(self.indices[i])
+
+    def _arrays(self, i):
+        return self._ds._arrays(self.indices[i])
 
     def _strip(self):
         return Subset(self._ds._strip(), self.indices)
@@ -478,7 +510,7 @@ class Unlabelled(DetectionDataset):
         indices=None,  # positions in it; None: all
     ):
         self._ds = (ds if indices is None else Subset(ds, indices))._strip()
-        self.name, self.classes, self.ids = ds.name, list(ds.classes), list(self._ds.ids)
+        self.name, self.classes, self.ids = ds.name, list(ds.classes), self._ds.ids
 
     def __getitem__(self, i):
         s = self._ds[i]

@@ -31,7 +31,8 @@ from semidetr.data.datasets import DetectionDataset, FileDataset
 from semidetr.data.digits import DigitsScenes
 from semidetr.data.entries import coco_entries
 from semidetr.data.files import Fault, Source, declared_size, files_under, image_suffixes, read_folder
-from semidetr.data.formats import read_coco, read_voc, voc_folders
+from semidetr.data.formats import read_coco, read_coco_columns, read_voc, voc_folders
+from semidetr.data.shards import ShardImages, shard_range
 from semidetr.data.yolo import read_yolo, yolo_file
 from semidetr.text import read_text
 
@@ -162,7 +163,7 @@ def _coco_alone(spec, images):  # only COCO files leave open where their images 
 
 def _no_coco(path):  # does the name of a file say that it holds no COCO annotations?
     suffix = path.suffix.lower()
-    return suffix in ('.xml', '.txt', '.csv') or suffix in image_suffixes()
+    return suffix in ('.xml', '.txt', '.csv', '.tar') or suffix in image_suffixes()
 
 
 def _read_file(path, split, images=None):  # a file that was given itself
@@ -170,6 +171,9 @@ def _read_file(path, split, images=None):  # a file that was given itself
     if suffix in ('.yaml', '.yml'):
         _coco_alone(path, images)
         return read_yolo(path.parent, split)
+    if suffix == '.tar':
+        _coco_alone(path, images)
+        return _shard_source([path], str(path))
     if _no_coco(path):
         raise DataError(f'{path}: not an annotation file of COCO; give the folder of the data set')
     return read_coco(path, images)
@@ -188,6 +192,21 @@ def _is_voc(folder):  # is the first XML file one of VOC? CVAT's own format is r
 
 # %%
 #| export
+def _shard_source(paths, where):  # tar files of images
+    ds = ShardImages(paths, where)
+    images = [dict(id=i, file_name=i) for i in ds.ids]
+    return Source(ds.name, where, dict(images=images, categories=[]), ds, list(ds.faults))
+
+
+def _shard_files(
+    spec, data_root
+):  # files that a range of numbers stands for, here or in the folder of data sets
+    names, root = shard_range(spec), data_root or os.environ.get('SEMIDETR_DATA')
+    if names and root and not os.path.exists(names[0]):
+        return [os.path.join(root, n) for n in names]
+    return names
+
+
 def _plain_folder(root, split):  # images alone; annotations that lie there are never left out in silence
     part, known = root / split, image_suffixes()
     noted, there = None, files_under(root)
@@ -203,6 +222,9 @@ def _plain_folder(root, split):  # images alone; annotations that lie there are 
             root, there = part, files_under(part)
             if any(root.glob('*.xml')) and _is_voc(root):
                 return read_voc(root, 'train')
+    shards = [root / f for f in there if f.suffix.lower() == '.tar']
+    if shards and not any(f.suffix.lower() in known for f in there):
+        return _shard_source(shards, str(root))
     source = read_folder(root, there)
     source.faults += [noted] if noted else []
     stems = {os.path.splitext(im['file_name'])[0] for im in source.data['images']}
@@ -224,6 +246,9 @@ def read_source(
     images=None,  # folder of the images of a COCO file; None or '': look in the usual places
 ) -> Source:
     "Detect the format and read the annotations; they may still hold faults"
+    if shards := _shard_files(str(spec), data_root):
+        _coco_alone(spec, images)
+        return _shard_source(shards, str(spec))
     root = _locate(str(spec), data_root)
     if root.is_file():
         return _read_file(root, split, images or None)
@@ -258,7 +283,8 @@ _split_of(Path('rf/valid'))
 # split. Parsing is most of the time that this takes, so the last few COCO files are kept as they were opened.
 # An entry counts as long as the file and the folders of its images have the same time, size and place; entries
 # whose files were written in the last two seconds are not kept, since a change within a tick of the clock of
-# the disk would not be seen. A file about which there is something to say is read again, and so is one without sizes.
+# the disk would not be seen. A file about which there is something to say is read again, and so is one without
+# sizes. Between commands, large files are kept as columns on the disk (@sec-columns), by their content.
 
 # %%
 #| export
@@ -283,13 +309,13 @@ def _parsed(path, images):  # a COCO file as a data set, from memory where nothi
     _KEPT.pop(key, None)
     with contextlib.suppress(OSError):
         before = _stamps([path])
-        source = read_coco(path, images)
-        declared = all(map(declared_size, coco_entries(source.data, 'images')))
+        source = read_coco_columns(path, images) or read_coco(path, images)
         ds = FileDataset(source)
-        folders = {os.path.dirname(os.path.join(ds.folder, f)) for f in ds.files}
-        stamps = before | _stamps([ds.folder, *folders])
+        folders = {os.path.dirname(f) for f in ds.files}
+        stamps = before | _stamps([ds.folder, *(os.path.join(ds.folder, d) for d in folders)])
         newest = max(time for time, *_ in stamps.values())
-        if declared and not source.faults and time_ns() - newest > 2e9:
+        sized = source.columns or all(map(declared_size, coco_entries(source.data, 'images')))
+        if sized and not source.faults and time_ns() - newest > 2e9:
             _KEPT[key] = stamps, ds
             while len(_KEPT) > _MOST:
                 del _KEPT[next(iter(_KEPT))]
@@ -316,9 +342,12 @@ def open_dataset(
     if str(spec).partition(':')[0] == 'digits' and not Path(spec).exists():
         _coco_alone(spec, images)
         return _digits(spec, split)
-    if (path := _coco_of(_locate(str(spec), data_root), split)) and not _no_coco(path):
-        return _parsed(path, images or None)
-    return FileDataset(read_source(spec, split, data_root, images))
+    if shard_range(str(spec)) is None:
+        path = _coco_of(_locate(str(spec), data_root), split)
+        if path and not _no_coco(path):
+            return _parsed(path, images or None)
+    source = read_source(spec, split, data_root, images)
+    return source.folder if isinstance(source.folder, ShardImages) else FileDataset(source)
 
 
 def open_further(

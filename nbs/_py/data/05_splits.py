@@ -16,6 +16,7 @@
 #| export
 import json
 import typing
+from collections import Counter
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from numbers import Integral
@@ -314,34 +315,56 @@ ax.grid(which='minor', axis='x', color='w', lw=0.6)
 ax.tick_params(which='minor', length=0)
 plt.show()
 
-
 # %% [markdown]
 # ## On disk
 #
-# A stored split is one JSON file of ids. `load_split` compares fingerprints if it is given the data set.
+# A stored split is one JSON file of ids. Its parts are disjoint and at least one image is labelled, whoever wrote the
+# file. `load_split` compares fingerprints and looks up every id if it is given the data set.
 
 # %%
 #| export
+PARTS = ('labelled', 'unlabelled', 'dev')
+REPEAT = 'make the split again with `semidetr split`'  # the cure
+
+
+def _disjoint(split, path):
+    "DataError if an image is in two parts of a split, or twice in one, or if none is labelled"
+    owner = {}
+    for part in PARTS:
+        for image_id in getattr(split, part):
+            if image_id in owner:
+                where = f'also in {owner[image_id]}' if owner[image_id] != part else 'there twice'
+                raise DataError(f'{path}: image {image_id!r} of {part} is {where}; {REPEAT}')
+            owner[image_id] = part
+    if not split.labelled:
+        raise DataError(f'{path}: no image is labelled; {REPEAT}')
+
+
 def save_split(
     split: Split,
     path,  # JSON file
 ):
-    "Store a split"
+    "Store a split; a DataError if its parts overlap"
+    _disjoint(split, path)
     atomic_write(path, json.dumps(dict(semidetr_split=1, **asdict(split))) + '\n')
 
 
+# %%
+#| export
 SPLIT_MB = 2000  # largest file of a split or of an index list: 10**8 numbers
 
 
-def _disjoint(split, path):
-    "DataError if an image is in two parts of a split, or twice in one"
-    owner = {}
-    for part in ('labelled', 'unlabelled', 'dev'):
-        for image_id in getattr(split, part):
-            if image_id in owner:
-                twice = f'image {image_id!r} of {part} is also in {owner[image_id]}'
-                raise DataError(f'{path}: {twice}; make the split again with `semidetr split`')
-            owner[image_id] = part
+def _of_data(split, ds, path):
+    "DataError if a split names images that a data set does not have; a note if it leaves some out"
+    known = set(map(_plain, ds.ids))
+    for part in PARTS:
+        if odd := [i for i in getattr(split, part) if i not in known]:
+            raise DataError(
+                f"{path}: {part} names {len(odd)} images that '{ds.name}' does not have, e.g. {odd[0]!r} "
+                f'(its first one is {_plain(ds.ids[0])!r}); {REPEAT}'
+            )
+    if n := len(known) - sum(len(getattr(split, part)) for part in PARTS):
+        tell([f"{path}: {n} of {len(known)} images of '{ds.name}' are in no part and are not used"])
 
 
 def load_split(
@@ -362,7 +385,7 @@ def load_split(
     try:
         split = Split(**d)
     except TypeError as e:
-        raise DataError(f"{path}: damaged split ({e}); make it again with `semidetr split`") from None
+        raise DataError(f'{path}: damaged split ({e}); {REPEAT}') from None
     _disjoint(split, path)
     if ds is not None and split.fingerprint != ds.fingerprint():
         raise DataError(
@@ -370,6 +393,8 @@ def load_split(
             f"but '{ds.name}' has {ds.fingerprint()}; "
             "the images, boxes or classes changed: make the split again"
         )
+    if ds is not None:
+        _of_data(split, ds, path)
     return split
 
 
@@ -478,7 +503,8 @@ def split_from_ids(
     if not labelled:
         raise DataError(f'{ds.name}: no labelled image given')
     if len(chosen) < len(labelled):
-        raise DataError(f'{ds.name}: an image is listed twice among the labelled ones')
+        twice = next(i for i, n in Counter(labelled).items() if n > 1)
+        raise DataError(f'{ds.name}: image {twice!r} is listed twice among the labelled ones; list it once')
     if chosen - known:
         raise DataError(f'{ds.name}: {sorted(map(str, chosen - known))[0]} is not an image of this data set')
     rest = rank_ids(known - chosen, seed, 'dev')
@@ -505,7 +531,10 @@ def read_index_list(
 ):  # (Split with the labelled images in the order of the file; how the list was interpreted)
     "Read another project's list of labelled images and say how it was interpreted"
     ids, found = _read_ids(path, ds, percent, fold, convention)
-    return split_from_ids(ds, ids, percent, fold or 0, dev, seed), found
+    try:
+        return split_from_ids(ds, ids, percent, fold or 0, dev, seed), found
+    except DataError as e:
+        raise DataError(f'{path}: {e}') from None
 
 
 # %%

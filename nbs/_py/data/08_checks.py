@@ -35,7 +35,7 @@ from tqdm import tqdm
 from semidetr.core import DataError, printable
 from semidetr.reading import check_fields, read_small_json
 from semidetr.data.datasets import DetectionDataset
-from semidetr.data.splits import SPLIT_MB
+from semidetr.data.splits import SPLIT_MB, load_split
 from semidetr.data.files import (
     TILES,
     Fault,
@@ -540,11 +540,15 @@ def _overlaps(path, known, keys, fingerprint):
                 yield 'unknown-split-id', f'{part}: no image with id {image_id!r}'
             for key in (k for k in (image_id, keys.get(str(image_id))) if k is not None):
                 at_part, at_id = owner.setdefault(key, (part, image_id))
-                if (at_part, at_id) == (part, image_id):
-                    continue
-                if at_part != part:
-                    yield 'split-overlap', f'image {image_id!r} of {part} is also {at_id!r} of {at_part}'
-                break
+                if (at_part, at_id) != (part, image_id):
+                    if at_part != part:
+                        yield 'split-overlap', f'image {image_id!r} of {part} is also {at_id!r} of {at_part}'
+                    break
+    try:
+        load_split(path)  # as a training does
+    except DataError as e:
+        what = str(e).removeprefix(f'{path}: ').rpartition(';')[0]
+        yield from [] if 'is also in' in what else [('bad-split', what)]  # said above
 
 
 def split_faults(
@@ -558,7 +562,8 @@ def split_faults(
 
 
 # %%
-(root / 'split.json').write_text(json.dumps(dict(labelled=[1, 2], unlabelled=[2, 4], dev=[3, 9])))
+parts = dict(labelled=[1, 2], unlabelled=[2, 4], dev=[3, 9])
+(root / 'split.json').write_text(json.dumps(parts | dict(semidetr_split=1)))
 overlaps = list(split_faults(root / 'split.json', [1, 2, 3, 4], {'1': 'aa', '3': 'aa'}))
 assert [f.kind for f in overlaps] == ['split-overlap', 'split-overlap', 'unknown-split-id']
 [f.item for f in overlaps]  # image 3 has the pixels of image 1

@@ -274,7 +274,7 @@ def denoising_queries(
     """
     if not cfg.num:
         return None
-    device = targets[0]['labels'].device
+    device = label_embed.weight.device
     counts, own = counts_of_all([len(t['labels']) for t in targets], device=device)
     if not any(counts):
         return None

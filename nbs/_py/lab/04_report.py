@@ -36,7 +36,8 @@ from IPython.display import Markdown as markdown
 
 # %%
 #| export
-_CODE_SPAN = re.compile(r'(`+)[^`\n]+\1')
+_CODE_SPAN = re.compile('`[^`]+`')
+_NO_SPAN = re.compile(r'``|\\`')  # other runs of backticks, and escaped ones
 
 
 def cell_text(
@@ -46,7 +47,7 @@ def cell_text(
     if isinstance(value, Markup):
         return str(value)
     text, out, pos = ' '.join(str(value).split('\n')), [], 0
-    for m in _CODE_SPAN.finditer(text):
+    for m in _CODE_SPAN.finditer('' if _NO_SPAN.search(text) else text):
         out += [text[pos : m.start()].replace('<', '&lt;'), m[0]]
         pos = m.end()
     out.append(text[pos:].replace('<', '&lt;'))

@@ -523,7 +523,8 @@ def cross_view_extras(
     "The same queries for both decoders (@eq-consistency-content)"
     counts, weight = [len(p['weight']) for p in pairs], [p['weight'] for p in pairs]
     device = student.features[0].device
-    n_max = max(counts_of_all(counts, cfg.normalise, device)[0]) if cfg.needs_queries else 0
+    everywhere = counts_of_all(counts, cfg.normalise, device)[0] if cfg.needs_queries else []
+    n_max = max(everywhere, default=0)
     if not n_max:
         return [], []
 

@@ -123,9 +123,17 @@ class RunConfig:
     checkpoint_every: int = 500
     log_every: int = 20
     health_window: int = 200  # iterations without pseudo labels before the warning
+    non_finite: str = 'stop'  # at NaN or infinity: 'stop', 'skip' the iteration, or 'back' to the checkpoint
+    max_skipped: int = 10  # most iterations that 'skip' leaves out, then the run stops
 
     def __post_init__(self):
-        one_of('run', self, amp=('off', 'bf16', 'fp16', 'auto'), init_from=('teacher', 'student'))
+        one_of(
+            'run',
+            self,
+            amp=('off', 'bf16', 'fp16', 'auto'),
+            init_from=('teacher', 'student'),
+            non_finite=('stop', 'skip', 'back'),
+        )
         in_range(
             'run',
             self,
@@ -135,6 +143,7 @@ class RunConfig:
             checkpoint_every=1,
             log_every=1,
             health_window=1,
+            max_skipped=0,
         )
 
 
@@ -309,7 +318,7 @@ def override(
         if key.strip() == 'detector':
             cfg = with_detector(cfg, text.strip())
             continue
-        value, path = _parse(text), key.strip().split('.')
+        value, path = _parse(text[:10_000]), key.strip().split('.')
         if what := excess(value) or ('too long' if len(item) > 10_000 or len(path) > 9 else ''):
             raise ConfigError(f"'{item[:60]}': {what}; write group.field=value, e.g. optim.lr=1e-3")
         old = cfg
@@ -409,8 +418,10 @@ LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value
     'loader.repeat_threshold': lambda c: c.loader.repeat_threshold == 0,
     **{f'mixing.{f.name}': _no_mixing for f in dataclasses.fields(MixingConfig)},
 }
-UNHASHED = (  # settings that cannot change a number of a run that ends with the same images
+UNHASHED = (  # settings that cannot change a number of a run with the same images and finite values
     'data.skip_broken',
+    'run.non_finite',
+    'run.max_skipped',
     'run.device',
     'run.threads',
     'run.log_every',

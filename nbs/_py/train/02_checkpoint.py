@@ -147,6 +147,14 @@ def save_checkpoint(
     return digest
 
 
+def is_out_of_memory(
+    e,  # an exception
+) -> bool:
+    "Did memory run out, on a GPU or in main memory?"
+    is_known = isinstance(e, MemoryError | torch.OutOfMemoryError)
+    return is_known or "DefaultCPUAllocator: can't allocate" in str(e) or 'Cannot allocate memory' in str(e)
+
+
 def load_checkpoint(
     path,  # file written by `save_checkpoint`, or a run's folder: its `last.pt`, if damaged `previous.pt`
     device='cpu',  # where the tensors go
@@ -160,11 +168,11 @@ def load_checkpoint(
     try:
         read_seal(path)
         state = torch.load(path, map_location=device, weights_only=True)
-    except MemoryError:
-        raise
     except OSError as e:
         raise DataError(f'{path}: cannot be read now ({e.strerror or e})') from None
     except Exception as e:
+        if is_out_of_memory(e):
+            raise
         why = (str(e) or type(e).__name__).splitlines()[0][:100]
         raise Damaged(
             f'{path}: not readable as a checkpoint ({why}); the file is damaged or from another program'

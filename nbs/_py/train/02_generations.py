@@ -21,7 +21,7 @@ import time
 import warnings
 from pathlib import Path
 import torch
-from semidetr.core import all_gather_cat, is_main, rank, tell, world_size
+from semidetr.core import all_gather_cat, is_main, rank, world_size
 from semidetr.train.checkpoint import LAST, PREVIOUS, Damaged, load_checkpoint, read_seal, save_checkpoint
 
 
@@ -36,7 +36,8 @@ from semidetr.train.checkpoint import LAST, PREVIOUS, Damaged, load_checkpoint, 
 # | `next.pt`, `next.rank1.pt`, ... | | while they are written |
 #
 # Files are renamed in an order that leaves a whole generation at every moment. A part is looked up by its
-# digest, under whatever name it has.
+# digest, under whatever name it has. Only what belongs to the generation that the run goes on from becomes the
+# previous one: a damaged `last.pt`, and parts that a killed process left there, are replaced and not kept.
 
 # %%
 #| export
@@ -69,15 +70,31 @@ def _keep(folder, number):
     between.unlink(missing_ok=True)  # a rename between two names of one file leaves both
 
 
+def _seal_of(path):
+    "Digest of a file, None if it is damaged"
+    try:
+        return read_seal(path)
+    except Damaged:
+        return None
+
+
+def _belongs(folder, number, digests):
+    "Is the last part of a process the one with its digest? Another one is left over from a kill"
+    path = folder / file_of('last', number)
+    return number <= len(digests) and path.is_file() and _seal_of(path) == digests[number - 1]
+
+
 def commit(
     folder: Path,  # of the run, where each other process has written its `next` file
     state: dict,  # of the main process
     digests: list,  # of the parts of process 1, 2, ...
+    kept: list | None = (),  # digests of the parts of the generation in `last.pt`; None: it is not whole
 ):
     "Write the main file and make everything the last generation; called by the main process"
     save_checkpoint(folder / file_of('next', 0), **state, ranks=list(digests), world=1 + len(digests))
     for number in (*range(1, len(digests) + 1), 0):
-        _keep(folder, number)
+        if kept is not None and (not number or _belongs(folder, number, kept)):
+            _keep(folder, number)
         if number:
             os.replace(folder / file_of('next', number), folder / file_of('last', number))
     os.replace(folder / file_of('next', 0), folder / LAST)
@@ -87,14 +104,16 @@ def save_generation(
     folder,  # of the run
     state: dict,  # what this process saves
     device='cpu',  # for the exchange of digests
-):
+    kept: list | None = (),  # of the generation in `last.pt`, as for `commit`
+) -> list:  # digests of the parts, in the main process
     "Save one generation; every process calls it after the same step"
     folder, digest = Path(folder), ''
     if not is_main():
         digest = save_checkpoint(folder / file_of('next', rank()), **state)
     digests = _gathered(digest, device) if world_size() > 1 else []
     if is_main():
-        commit(folder, state, digests[1:])
+        commit(folder, state, digests[1:], kept)
+    return digests[1:]
 
 
 # %%
@@ -103,10 +122,11 @@ import tempfile
 import matplotlib.pyplot as plt
 
 # %%
-toy = Path(tempfile.mkdtemp())
+toy, before = Path(tempfile.mkdtemp()), []
 for step in (10, 20, 30):
     part_digest = save_checkpoint(toy / 'next.rank1.pt', step=step, rng=step + 1)
-    commit(toy, dict(step=step), [part_digest])
+    commit(toy, dict(step=step), [part_digest], before)
+    before = [part_digest]
 found = {p.name: load_checkpoint(p)['step'] for p in sorted(toy.iterdir())}
 assert found == {'last.pt': 30, 'last.rank1.pt': 30, 'previous.pt': 20, 'previous.rank1.pt': 20}
 found
@@ -120,9 +140,9 @@ found
 
 # %%
 #| export
-def _part(folder, saved):
-    "What this process saved beside the main file, None if the run had fewer processes then"
-    number, digests = rank(), saved.get('ranks')
+def _part(folder, saved, number):
+    "What a process saved beside the main file, None if the run had fewer processes then"
+    digests = saved.get('ranks')
     if digests is None:
         return _old_part(folder / file_of('last', number), saved['step'])
     if number > len(digests):
@@ -132,14 +152,6 @@ def _part(folder, saved):
         if path.is_file() and _seal_of(path) == digests[number - 1]:
             return load_checkpoint(path)
     raise Damaged(f'{folder}: the part of process {number} that belongs to iteration {saved["step"]} is gone')
-
-
-def _seal_of(path):
-    "Digest of a file, None if it is damaged"
-    try:
-        return read_seal(path)
-    except Damaged:
-        return None
 
 
 def _old_part(path, step):
@@ -158,7 +170,18 @@ def read_generation(
     "Read what one step of all processes left; `Damaged` if that is not all there"
     folder = Path(folder)
     saved = load_checkpoint(folder / name)
-    return saved, None if is_main() else _part(folder, saved)
+    return saved, None if is_main() else _part(folder, saved, rank())
+
+
+def read_parts(
+    folder,  # of the run
+    saved: dict,  # main file of a generation
+) -> list:  # what process 1, 2, ... saved beside it
+    "The parts of a generation; `Damaged` if one is missing"
+    parts = [_part(Path(folder), saved, number) for number in range(1, 1 + len(saved.get('ranks', ())))]
+    for number, part in enumerate(parts, 1):
+        check_fields(part, Path(folder) / file_of('last', number), saved['step'], OWN)
+    return parts
 
 
 # %%
@@ -265,6 +288,7 @@ def save_alone(
     folder,  # of the run
     state: dict,  # what this process saves
     seconds: float = 15.0,  # that process 0 waits for the others
+    kept: list | None = (),  # of the generation in `last.pt`, as for `commit`
 ) -> bool:  # is this step saved? Known to process 0 alone
     """Save a generation without an exchange between processes: one of them has failed.
 
@@ -279,7 +303,7 @@ def save_alone(
         if time.monotonic() > end:
             return False
         time.sleep(0.1)
-    commit(folder, state, digests)
+    commit(folder, state, digests, kept)
     return True
 
 
@@ -302,10 +326,11 @@ class Killed(BaseException):
 
 def survivor(after):
     "Step that a resume finds when process 0 is killed after so many renames"
-    folder = Path(tempfile.mkdtemp())
+    folder, kept = Path(tempfile.mkdtemp()), []
     for step in (10, 20):
         digest = save_checkpoint(folder / 'next.rank1.pt', step=step)
-        commit(folder, dict(step=step), [digest])
+        commit(folder, dict(step=step), [digest], kept)
+        kept = [digest]
     digest, real, calls = save_checkpoint(folder / 'next.rank1.pt', step=30), os.replace, []
 
     def replace(a, b):
@@ -316,7 +341,7 @@ def survivor(after):
 
     os.replace = replace
     try:
-        commit(folder, dict(step=30), [digest])
+        commit(folder, dict(step=30), [digest], kept)
     except Killed:
         pass
     finally:
@@ -339,37 +364,6 @@ fig, ax = plt.subplots(figsize=(4, 2), dpi=80)
 ax.bar(range(6), steps, color=['#1f77b4'] * 5 + ['#2ca02c'])
 ax.set(xlabel='renames before the kill', ylabel='step found', yticks=[0, 10, 20, 30])
 plt.show()
-
-
-# %% [markdown]
-# ## Another number of processes
-#
-# Random draws belong to a process. A run that is resumed by another number of processes draws other numbers
-# than an unbroken one.
-
-# %%
-#| export
-def tell_world(
-    saved: dict,  # main file of a generation
-    folder,  # of the run, for the line
-):
-    "Say that a run is resumed by another number of processes than it had"
-    world = saved.get('world', world_size())
-    if world != world_size():
-        tell(
-            [
-                f'{folder}: was trained by {world} processes until iteration {saved["step"]} and is resumed '
-                f'by {world_size()}: other batches and random numbers than those of an unbroken run'
-            ]
-        )
-
-
-# %%
-with warnings.catch_warnings(record=True) as told:
-    warnings.simplefilter('always')
-    tell_world(dict(step=30, world=2), 'runs/mine')
-assert len(told) == 1
-str(told[0].message)
 
 # %% [markdown]
 # ## Summary

@@ -30,7 +30,8 @@ from pathlib import Path
 from statistics import median
 import torch
 import torch.nn.functional as F
-from semidetr.train.checkpoint import load_checkpoint
+from semidetr.train.checkpoint import LAST, PREVIOUS, Damaged, load_checkpoint
+from semidetr.train.generations import check_fields as check_saved
 from semidetr.core import ConfigError, DataError, all_reduce_mean, is_main, pick_device, world_size
 from semidetr.detectors.build import build_ops
 from semidetr.detectors.native import ops_status
@@ -172,6 +173,19 @@ def bf16_speed(
 
 # %%
 #| export
+def _amp_of(folder):
+    "The precision of the newest generation that is whole, '' without one"
+    for path in (folder / LAST, folder / PREVIOUS):
+        try:
+            if path.is_file():
+                saved = load_checkpoint(path)
+                check_saved(saved, path)
+                return saved['config']['run']['amp']
+        except Damaged:
+            continue
+    return ''
+
+
 def choose_amp(
     cfg,  # Config
     folder='',  # of the run, which may have a checkpoint already
@@ -181,9 +195,8 @@ def choose_amp(
     if cfg.run.amp != 'auto':
         return cfg
     device = pick_device(cfg.run.device)
-    checkpoint = Path(folder) / 'last.pt'
-    if checkpoint.is_file():
-        amp = load_checkpoint(Path(folder))['config']['run']['amp']
+    if saved := _amp_of(Path(folder)):
+        amp = saved
     elif device.type == 'cuda':
         amp = 'bf16' if torch.cuda.is_bf16_supported() else 'fp16'
     else:

@@ -147,11 +147,9 @@ def refuse_if_owned(
     "`DataError` if another process trains in this folder"
     who, alive = other_owner(folder)
     if alive:
-        far = (
-            '; 5 minutes after its death the same command goes on'
-            if not who.endswith(f' on {socket.gethostname()}')
-            else ''
-        )
+        owner, me = _read(Path(folder) / LOCK), this_process()
+        here = [owner.get(k) for k in ('host', 'space')] == [me['host'], me['space']]
+        far = '' if here else '; 5 minutes after its death the same command goes on'
         raise DataError(f'{folder}: {who} trains in this folder; end it, or choose another folder{far}')
 
 
@@ -236,6 +234,8 @@ def _alone(folder):
         os.close(handle)
 
 
+# %%
+#| export
 class Owner:
     "The lock of a folder that this process owns"
 
@@ -267,6 +267,10 @@ class Owner:
                 os.utime(self.path)
         elif _read(self.path):
             self.lost = True
+        else:  # somebody has deleted it
+            with contextlib.suppress(OSError), _alone(self.path.parent):
+                if not _read(self.path):
+                    atomic_write(self.path, json.dumps(self.me))
 
     def __exit__(self, *_):
         self._ended.set()

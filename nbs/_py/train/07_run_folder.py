@@ -31,7 +31,7 @@ from semidetr.core import ConfigError, DataError, tell
 from semidetr.reading import CONFIG, check, read_result, read_small_json
 from semidetr.data.catalog import open_dataset, open_further
 from semidetr.data.datasets import short_hash
-from semidetr.train.checkpoint import load_checkpoint
+from semidetr.train.checkpoint import LAST, PREVIOUS, load_checkpoint
 from semidetr.train.config import config_hash, differences, from_saved, override, to_dict
 
 # %%
@@ -178,7 +178,7 @@ def folder_state(
     same = result is not None and _has_hash(result, cfg)
     if result is not None and (same or _is_moved(result, cfg)) and _same_data(result['data'], cfg):
         return FolderState('finished', result)
-    if not (folder / 'last.pt').exists():
+    if not any((folder / x).exists() for x in (LAST, PREVIOUS)):
         return FolderState('new')
     written = folder / 'config.json'
     changed = _changed_since(_read_config(written, cfg), cfg, folder) if written.exists() else []

@@ -221,11 +221,14 @@ class SkipBroken(DetectionDataset):
         "Mark an image as broken; a DataError beyond the bound"
         if self._flags[at]:
             return
+        if not self.most:
+            raise error
+        what = str(error).rpartition('; ')[0] or str(error)  # without its cure
         if (n := len(self.broken)) >= self.most:
             bound = f'more than data.skip_broken={self.most} unlabelled images cannot be read'
-            raise DataError(f'{error}; {bound}') from None
+            raise DataError(f'{what}; {bound}; restore them, or allow more') from None
         self._flags[at] = 1
-        warnings.warn(f'{error}; skipped ({n + 1} of at most {self.most})')
+        warnings.warn(f'{what}; skipped ({n + 1} of at most {self.most})')
 
     def annotation(self, i):
         return self._ds.annotation(i)
@@ -422,16 +425,18 @@ def _file_size(path):
 
 def images_of_roles(
     data: RunData,
-    test: bool = True,  # is the test split measured?
+    test: bool = True,  # is the test split measured, if there is one?
 ) -> dict:  # role -> dict(ids, bytes: size of each file, -1 where there is none, content: of the test split)
     "Which images have which role, for `check_same_run`"
     roles = dict(labelled=data.labelled, unlabelled=data.unlabelled, development=data.dev)
-    roles |= dict(test=data.val) if test and data.val is not None else {}
+    roles |= dict(test=data.val) if test else {}
     out = {}
     for role, ds in roles.items():
         files = image_files(ds) if ds is not None else []
         ids = [] if ds is None else list(ds.ids)
-        content = ds.fingerprint() if role == 'test' else ''  # the training set has its own fingerprint
+        content = (
+            ds.fingerprint() if role == 'test' and ids else ''
+        )  # the training set has its own fingerprint
         out[role] = dict(ids=ids, bytes=[_file_size(f) for f in files], content=content)
     return out
 

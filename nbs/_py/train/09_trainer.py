@@ -4,9 +4,9 @@
 # > Train any method on any data: resume exactly, follow pseudo labels, stop at non-finite values.
 #
 # A training loop is easy to write and hard to trust. This one makes four promises. A run that was stopped, by a
-# signal or by an error, and resumed gives the numbers of a run that was not (@sec-stop). A loss that is not finite stops the run and keeps the
-# batch, the weights and the random state that produced it. Pseudo labels are compared with hidden truth that
-# no method gets. And the folder of a run holds everything that is needed to repeat it.
+# signal or by an error, and resumed gives the numbers of a run that was not (@sec-stop). A step that is not
+# finite leaves a file from which it can be repeated (@sec-capsule). Pseudo labels are compared with hidden
+# truth that no method gets. And the folder of a run holds everything that is needed to repeat it.
 #
 # The loop itself is the last listing, `Trainer.fit`: teacher update, losses, backward, optimiser step, log,
 # evaluation, checkpoint.
@@ -18,7 +18,6 @@
 #| export
 import contextlib
 import json
-import math
 import time
 import warnings
 from pathlib import Path
@@ -37,48 +36,40 @@ from semidetr.core import (
     world_size,
 )
 from semidetr.data.loader import SemiLoader
-from semidetr.detectors.contract import build_detector
 from semidetr.many import rows_of_all
 from semidetr.matching.matching import NonFiniteError
-from semidetr.semi.teacher import ema_decay, make_teacher, update_teacher
+from semidetr.train.capsule import Policy
 from semidetr.train.checkpoint import (
+    LAST,
+    PREVIOUS,
     RunLog,
     cpu_seconds,
     environment,
     pack_rng,
     peak_memory_mb,
     save_checkpoint,
-    start_from,
 )
 from semidetr.train.config import Config, config_hash, to_dict
-from semidetr.train.evaluation import evaluate_model, same_rng, to_device
+from semidetr.train.evaluation import evaluate_model, same_rng
 from semidetr.train import health
 from semidetr.train.machine import choose_amp
-from semidetr.train.optim import average_gradients, build_optimizer, gradient_norm, lr_factor
+from semidetr.train.optim import gradient_norm
 from semidetr.train.run_data import RunData, build_data, images_of_roles, resolve
-from semidetr.train.stop import (
-    RESUME,
-    Resumable,
-    Snapshot,
-    Stop,
-    keep_progress,
-    on_any_process,
-    owned,
-    refuse_others,
-    stop_gently,
-)
+from semidetr.train.step import Step, clip_and_step, total_loss  # noqa: F401 (readers look for them here)
+from semidetr.train.stop import RESUME, Stop, keep_progress, on_any_process, owned, refuse_others, stop_gently
 
 
 # %% [markdown]
 # ## State of a run
 #
 # Weights, moments, random state, position in the data, health window, history: all of it is saved, and
-# loading compares the configuration first (@sec-generations). Processes other than the first save only what is theirs alone: the
-# random state, the window, the numbers since the last log line, the cache of mixed views (@sec-mixing).
+# loading compares the configuration first (@sec-generations). Processes other than the first save only what
+# is theirs alone: the random state, the window, the numbers since the last log line, the cache of mixed views
+# (@sec-mixing).
 
 # %%
 #| export
-class BuiltRun:
+class BuiltRun(Step):
     "What a configuration builds: data, networks, method, optimiser, monitor"
 
     def __init__(
@@ -101,41 +92,36 @@ class BuiltRun:
                 f'{cfg.data.data}: no labelled image is left to train on; give more percent or a smaller '
                 'data.dev'
             )
-        self.cfg = resolve(cfg, self.data.classes)
+        cfg, init = resolve(cfg, self.data.classes), cfg.run.init
         seed_everything(cfg.run.seed)
-        settings, goes_on = self.cfg.detector, (self.dir / 'last.pt').exists()
-        self.student = build_detector(settings.untrained() if cfg.run.init or goes_on else settings)
-        self.student.to(self.device, memory_format=torch.channels_last)  # a third faster on CPUs
-        self.teacher = make_teacher(self.student)
-        self.method = cfg.method.build(self.cfg, self.data.labelled).to(self.device)
-        if cfg.run.init and not goes_on:
-            start_from(self, cfg.run.init)
-        self.optimizer = build_optimizer(self.student, cfg.optim, [self.method])
-        self.snapshot = Snapshot(self.student, self.teacher, self.method, self.optimizer)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.run.amp == 'fp16')
+        settings, goes_on = cfg.detector, any((self.dir / x).exists() for x in (LAST, PREVIOUS))
+        settings = settings.untrained() if init or goes_on else settings
+        self.build(cfg, settings, self.data.labelled, '' if goes_on else init)
         self.health = health.HealthMonitor(self.data.truth, cfg.run.health_window)
-        self.step, self.recent, self.history, self.spent = 0, [], [], dict(seconds=0.0, cpu=0.0)
         seed_everything(stable_hash(cfg.run.seed, 'train', rank()) % 2**32)  # processes draw differently
 
 
 # %%
 #| export
-class RunState(Resumable, BuiltRun):
+class RunState(Policy, BuiltRun):
     "What a checkpoint holds; a run whose folder has one continues from it"
 
     def __init__(self, cfg: Config, run_dir, progress: bool = True, position: int = 0):
         super().__init__(cfg, run_dir, progress, position)
         self.roles = images_of_roles(self.data, cfg.run.test)
-        if (self.dir / 'last.pt').exists():
+        if any((self.dir / x).exists() for x in (LAST, PREVIOUS)):
             self.load()
 
-    def state_dict(self) -> dict:  # tensors and plain values
+    def state_dict(
+        self,
+        whole: bool = False,  # also in other processes than the main one
+    ) -> dict:  # tensors and plain values
         "All state that this process saves"
         own = dict(
             step=self.step, rng=pack_rng(rng_state()), health=self.health.state_dict(), recent=self.recent
         )
         parts = self.method.state_dict()
-        if not is_main():
+        if not (whole or is_main()):
             return own | dict(parts={k: v for k, v in parts.items() if k.endswith('_extra_state')})
         return dict(
             own | self.weights(),
@@ -143,6 +129,7 @@ class RunState(Resumable, BuiltRun):
             roles=self.roles,
             history=self.history,
             spent=self.spent,
+            faults=self.faults,
             parts=parts,
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
@@ -160,14 +147,9 @@ class RunState(Resumable, BuiltRun):
 
 
 # %% [markdown]
-# ## Pieces of a step {#sec-trainer-step}
+# ## Batches and numbers
 #
-# The gradients of `accumulate` batches add up before the optimiser step, so one GPU, or a laptop, takes the
-# steps of many GPUs, in more time. The average over processes is one message after the last batch, so it does
-# not matter which parameters a stage leaves unused.
-#
-# A loss that is not finite ends the run. The file it leaves behind holds the batch, the weights and the
-# random state *before* the step, so the failure can be reproduced.
+# What a step computes is in @sec-step. Around it there are batches, and numbers for the log.
 
 # %%
 #| export
@@ -202,16 +184,6 @@ def make_loader(
     )
 
 
-def total_loss(
-    losses: dict,  # of a step
-) -> torch.Tensor:  # scalar, float32
-    "Sum of all terms; NonFiniteError names those that are not finite"
-    total = torch.stack([v.float() for v in losses.values()]).sum()
-    if not torch.isfinite(total):
-        raise NonFiniteError('not finite: ' + ', '.join(k for k, v in losses.items() if not v.isfinite()))
-    return total
-
-
 # %%
 #| export
 CURVES = ('step', 'loss', 'grad_norm', 'parts_grad_norm')  # numbers of every run that records keep
@@ -223,40 +195,6 @@ LOGGED = [
 ]
 
 
-def clip_and_step(
-    optimizer,
-    scaler,  # torch.amp.GradScaler
-    clip: float,  # largest L2 norm of the gradient; 0: any
-    factor: float,  # of the learning rates, from `lr_factor`
-) -> float:  # norm of the gradient before clipping, without groups that are `apart`
-    "Clip (groups that are `apart` each by itself), update"
-    apart = [g['params'] for g in optimizer.param_groups if g.get('apart')]
-    together = [p for g in optimizer.param_groups if not g.get('apart') for p in g['params']]
-    scaler.unscale_(optimizer)
-    norms = [torch.nn.utils.clip_grad_norm_(params, clip or math.inf).item() for params in (together, *apart)]
-    if not all(map(math.isfinite, norms)) and not scaler.is_enabled():
-        raise NonFiniteError('the gradient is not finite')
-    for g in optimizer.param_groups:
-        g['lr'] = g['base_lr'] * factor
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return norms[0]
-
-
-# %%
-with same_rng():
-    torch.manual_seed(0)
-    weight = torch.nn.Parameter(torch.ones(3))
-(weight * torch.tensor([3.0, 4.0, 0.0])).sum().backward()
-toy_optimizer = torch.optim.SGD([dict(params=[weight], base_lr=1.0)], lr=1.0)
-norm = clip_and_step(toy_optimizer, torch.amp.GradScaler('cpu', enabled=False), 1.0, 0.5)
-assert norm == 5.0 and torch.allclose(weight.detach(), torch.tensor([0.7, 0.6, 1.0]))
-norm, weight.detach()
-
-
-# %%
-#| export
 def mean_scalars(
     rows: list,  # scalars of the iterations since the last log line, of all processes
 ) -> dict:
@@ -278,30 +216,26 @@ mean_scalars(rows)
 # ## What surrounds the updates
 #
 # Batches come from the loader of the phase, numbers go to the log, the bar and the health monitor, and both
-# networks are evaluated on the development part now and then.
+# networks are evaluated on the development part now and then. After an iteration that is not finite, the run
+# stops, goes on or goes back (@sec-capsule-policy).
 
 # %%
 #| export
 class Session(RunState):
-    "What surrounds the updates of a run: batches, precision, numbers for the log, evidence of failures"
+    "What surrounds the updates of a run: batches, and numbers for the log"
 
     def batches(self):
-        "Batches of each iteration that is left, over burn-in and main phase"
+        "Batches of each iteration that is left, over burn-in and main phase, also after the run went back"
         iters = self.cfg.optim.iters
-        for burn_in, last in ((True, self.cfg.method.burn_in(iters)), (False, iters)):
-            if self.step >= last:
-                continue
+        burn_in = self.cfg.method.burn_in(iters)
+        while self.step < iters:
+            last = burn_in if self.step < burn_in else iters
             with same_rng():
-                batches = iter(make_loader(self.cfg, self.data, self.step, burn_in))
+                batches = iter(make_loader(self.cfg, self.data, self.step, self.step < burn_in))
             with contextlib.closing(batches):
-                while self.step < last:
+                self.went_back = False
+                while self.step < last and not self.went_back:
                     yield [next(batches) for _ in range(self.cfg.optim.accumulate)]
-
-    def autocast(self):
-        "The precision of `run.amp`"
-        kind = self.cfg.run.amp
-        dtype = torch.float16 if kind == 'fp16' else torch.bfloat16
-        return torch.autocast(self.device.type, dtype=dtype, enabled=kind != 'off')
 
     def scalars_of(self, result, loss) -> dict:
         "Numbers of a step for the log, before the gradient is clipped"
@@ -311,23 +245,18 @@ class Session(RunState):
             scalars['parts_grad_norm'] = gradient_norm(own) / self.scaler.get_scale()
         return scalars
 
-    def failure(self, error, batch, batches) -> NonFiniteError:
-        "Save what led to a value that is not finite, as it was before the iteration, and name the images"
-        path = self.dir / f'failed_step_{self.step}.pt'
-        self.snapshot.back()
-        save_checkpoint(path, **self.state_dict(), batches=batches)
-        ids = {k: [t['image_id'] for t in part['targets']] for k, part in batch.items()}
-        return NonFiniteError(
-            f'iteration {self.step}: {error}; images {ids}; batch, weights and random state are in {path}'
-        )
-
     def count(self, scalars, boxes, log):
         "Add one iteration to the health monitor and to the log"
         if message := self.health.add(scalars, boxes):
             warnings.warn(message)
         self.recent.append(scalars)
+        self.write_due(log)
+
+    def write_due(self, log):
+        "Write a line if this iteration has one"
         if self.step % self.cfg.run.log_every == 0 or self.step == self.cfg.optim.iters:
             last = dict(step=self.step, lr=self.optimizer.param_groups[0]['lr'])
+            last |= {k: n for k, n in self.faults.items() if n}
             log.write(mean_scalars(rows_of_all(self.recent)) | self.health.summary() | last)
             self.recent = []
 
@@ -363,11 +292,11 @@ class Evaluation(Session):
             return
         best = max((h['teacher']['AP'] for h in self.history), default=-1.0)
         metrics = self.evaluate(self.data.dev, both=self.step == self.cfg.optim.iters)
-        self.history.append(dict(step=self.step, **metrics))
         ap = metrics['teacher']['AP']
-        log.write({'step': self.step, 'AP': ap, 'AP_student': metrics['student']['AP']})
         if ap > best and is_main():
-            save_checkpoint(self.dir / 'best.pt', **self.weights())
+            save_checkpoint(self.dir / 'best.pt', **self.weights())  # first: a row without it is never mended
+        self.history.append(dict(step=self.step, **metrics))
+        log.write({'step': self.step, 'AP': ap, 'AP_student': metrics['student']['AP']})
 
     def report(self) -> dict:  # content of run.json
         "Evaluate both networks at the end and write run.json: all that a page may say about this run"
@@ -383,6 +312,7 @@ class Evaluation(Session):
         marks = {k: v for k, v in d.marks.items() if k != 'test' or self.cfg.run.test}
         if skipped := len(getattr(d.unlabelled, 'broken', ())):
             marks['skipped'] = skipped  # unlabelled images that could not be read
+        faults = dict(non_finite=self.faults) if any(self.faults.values()) else {}
         result = dict(
             name=self.dir.name,
             hash=config_hash(self.cfg),
@@ -395,6 +325,7 @@ class Evaluation(Session):
             cpu_seconds=round(self.spent['cpu'], 1),
             peak_memory_mb=round(peak_memory_mb()),
             health=self.health.summary(),
+            **faults,
             history=self.history,
             curves=[*CURVES, *health.CURVES, *self.method.curves],
             metrics=metrics,
@@ -424,14 +355,19 @@ class Progress:
 
     def show(self, run, scalars):
         "One iteration on the bar"
-        shown = dict(loss=f"{scalars['loss']:.2f}")
+        shown = dict(loss=f"{scalars['loss']:.2f}") if scalars else {}
         for key, name in run.method.shown.items():
             if key in scalars:
                 shown[name] = f'{scalars[key]:.1f}'
         if run.history:
             shown['AP'] = f"{run.history[-1]['teacher']['AP']:.1f}"
         self.bar.set_postfix(shown, refresh=False)
-        self.bar.update()
+        self.bar.update(run.step - self.bar.n)
+
+    def rewind(self, run):
+        "The run went back: so does its log"
+        self.log.close()
+        self.log = RunLog(run.dir, run.step)
 
     def __enter__(self):
         return self
@@ -452,27 +388,24 @@ class Iteration(Evaluation):
         progress,  # Progress
     ):
         "One iteration, from the update of the teacher to the line in the log and to metrics that are due"
-        cfg, optim = self.cfg.run, self.cfg.optim
+        scalars, policy = {}, self.cfg.run.non_finite
         self.snapshot.take()
-        update_teacher(self.teacher, self.student, ema_decay(self.step, self.cfg.ema, bool(cfg.init)))
-        self.student.train()
         try:
-            for batch in accumulated:
-                with self.autocast():
-                    part = to_device(batch, self.device)
-                    result = self.method.step(self.student, self.teacher, part, self.step)
-                loss = total_loss(result.losses)
-                self.scaler.scale(loss / optim.accumulate).backward()
-            average_gradients(p for g in self.optimizer.param_groups for p in g['params'])
+            with self.tape.recording(self.device, together=policy != 'stop'):
+                result, loss = self.passes(accumulated)
+            self.average()
             scalars = self.scalars_of(result, loss)
             with self.stop.hold():
-                factor = lr_factor(self.step, optim)
-                scalars['grad_norm'] = clip_and_step(self.optimizer, self.scaler, optim.clip, factor)
+                scalars['grad_norm'] = self.update()
                 self.step += 1
                 self.snapshot.done()
                 self.count(scalars, result.boxes, progress.log)
         except NonFiniteError as e:
-            raise self.failure(e, batch, accumulated) from None
+            self.after_failure(e, accumulated)
+            if self.went_back:
+                progress.rewind(self)
+            else:
+                self.write_due(progress.log)
         if self.evaluation_is_due():
             self.evaluate_dev(progress.log)
         progress.show(self, scalars)
@@ -489,8 +422,12 @@ class Trainer(Iteration):
     ) -> dict | None:  # content of run.json; None if it was stopped at `until`
         "Train, evaluate on the development part and the test split, write run.json"
         with stop_gently() as self.stop, owned(self), keep_progress(self, self.stop):
+            if self.cfg.run.non_finite == 'back' and self.stamp is None:
+                self.save()  # there must be something to go back to
             batches = self.batches()
             with Progress(self) as progress, contextlib.closing(batches):
+                if self.recent:
+                    self.write_due(progress.log)  # it could not be written when the run was saved
                 if self.evaluation_is_due():
                     self.evaluate_dev(progress.log)  # it was interrupted when the run was saved
                     self.save()
@@ -499,7 +436,8 @@ class Trainer(Iteration):
                     self.stop_if_lost()
                     self.spent = progress.time()
                     stopped = on_any_process(self.stop.is_asked(), self.device)
-                    if stopped or self.step == until or self.step % self.cfg.run.checkpoint_every == 0:
+                    due = self.step % self.cfg.run.checkpoint_every == 0
+                    if stopped or self.step == until or due or self.went_back:
                         self.save()
                     if stopped:
                         raise KeyboardInterrupt(f'stopped after iteration {self.step}; {RESUME}')
@@ -591,7 +529,7 @@ message
 #
 # - `Trainer(cfg, folder).fit()` runs any method; the folder tells everything about the run.
 # - Stopping is part of training: one signal, one checkpoint, and the same command continues bit for bit.
-# - A loss or gradient that is not finite ends the run and leaves its evidence.
+# - A loss or gradient that is not finite leaves its evidence; the run stops, leaves the step out or goes back.
 # - Gradients accumulate over batches and average over processes, so the recipe for 8 GPUs runs on one.
 #
 # ## Exercises

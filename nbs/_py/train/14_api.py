@@ -55,10 +55,12 @@ from semidetr.train.config import (
 )
 from semidetr.train.config import preset as preset_named
 from semidetr.train.evaluation import evaluate_model
+from semidetr.train.lock import LOCK
 from semidetr.train.machine import prepare
 from semidetr.train.predict import Predictor
 from semidetr.train.predict_files import is_video, predict_folder, predict_video, read_formats
 from semidetr.train.run_data import build_data, by_name, test_split, with_white
+from semidetr.train.processes import tell_other_processes
 from semidetr.train.run_folder import finished
 from semidetr.train.trainer import Trainer
 
@@ -334,13 +336,13 @@ class Run:
 def no_debris(
     folder: Path,  # of a run
 ):  # yields a list for the trainer
-    "A run that fails before its first iteration leaves no folder behind, unless there was one before"
+    "A run that fails before its first iteration leaves no folder behind, unless it was there or has an owner"
     new, trainers = not folder.exists(), []
     try:
         yield trainers
     except BaseException:
-        took_steps = any(t.step for t in trainers) or list(folder.glob('*.pt'))
-        if new and is_main() and not took_steps:
+        used = any(t.step for t in trainers) or list(folder.glob('*.pt')) or (folder / LOCK).exists()
+        if new and is_main() and not used:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
@@ -357,6 +359,8 @@ def run_plan(
         if (result := finished(plan.cfg, out)) is None:
             trainers.append(Trainer(plan.cfg, out, progress))
             result = trainers[0].fit()
+        else:
+            tell_other_processes(result, out)
         return Run(out, result)
 
 
