@@ -1,6 +1,7 @@
 "Tiny runs of the detectors with anchors and points, for several test files."
 
 from semidetr.train.config import override, preset, with_detector
+from test_many import whole
 from test_trainer import TINY
 
 OWN = dict(
@@ -22,6 +23,13 @@ MATCHING = dict(
 )
 
 
+PARTNER = dict(soft_teacher='faster_rcnn', dense_teacher='fcos')  # method that needs a detector -> detector
+WEIGHTS = dict(  # of a layer behind the backbone
+    soft_teacher='heads.box_head.fc6.weight',
+    dense_teacher='points.head.classification_head.cls_logits.weight',
+)
+
+
 def rival(name, method, *more):
     "Settings of six iterations, two of them burn-in"
     own = [item for item in TINY if not item.startswith('detector.')]
@@ -30,3 +38,11 @@ def rival(name, method, *more):
     return override(
         cfg, [*first, 'detector.backbone.weights=none', *OWN[name], *MATCHING.get(method, []), *more]
     )
+
+
+def whole_of(name, *items):
+    "As `whole` of test_many for every method, also for those that do not train a transformer"
+    if name not in PARTNER:
+        return whole(name, *items)
+    images = 'loader.n_labelled=4', 'loader.n_unlabelled=4', 'data.count=12'
+    return rival(PARTNER[name], name, *images, 'run.test=false', 'method.burn_in_iters=0', *items)

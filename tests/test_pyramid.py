@@ -158,6 +158,16 @@ def test_outputs_without_detections():
     assert [len(d['scores']) for d in post_process(out, [(9, 9)] * 2, nms=0.5, score_threshold=0.1)] == [0, 0]
 
 
+def test_outputs_are_finite():
+    "A score of one, and classes and rows without a detection: an infinite logit would look like a fault"
+    boxes, scores = torch.tensor([[1.0, 2, 5, 6]] * 2), torch.tensor([1.0, 0.5])
+    some = dict(boxes=boxes, labels=torch.tensor([1, 0]), scores=scores)
+    none = {k: v[:0] for k, v in some.items()}
+    z = as_outputs([some, none], [(9, 9)] * 2, 3)['pred_logits']
+    assert z.isfinite().all()
+    assert z.sigmoid().tolist() == [[[0, 1, 0], [0.5, 0, 0]], [[0, 0, 0]] * 2]
+
+
 def test_valid_points(models):
     "Points at (column, row) x stride; those beyond the image are padding"
     model = models['fcos'].eval()

@@ -6,7 +6,6 @@
 __all__ = ['unpadded_sizes', 'pixel_targets', 'as_outputs', 'StrideAnchors', 'EncodedPyramid', 'PyramidDetector', 'PyramidConfig']
 
 # %% ../../nbs/detectors/09_pyramid.ipynb #23766406
-import math
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 import torch
@@ -54,11 +53,12 @@ def as_outputs(
     most = max((len(d['scores']) for d in detections), default=0)
     dtype = detections[0]['boxes'].dtype if detections else torch.float32
     device = detections[0]['boxes'].device if detections else None
-    logits = torch.full((len(detections), most, num_classes), -math.inf, dtype=dtype, device=device)
+    largest = torch.finfo(dtype).max
+    logits = torch.full((len(detections), most, num_classes), -largest, dtype=dtype, device=device)
     boxes = torch.zeros(len(detections), most, 4, dtype=dtype, device=device)
     for z, b, d, (h, w) in zip(logits, boxes, detections, sizes):
         rows = torch.arange(len(d['scores']), device=device)
-        z[rows, d['labels']] = d['scores'].to(dtype).logit(eps=torch.finfo(dtype).tiny)
+        z[rows, d['labels']] = d['scores'].to(dtype).logit().clamp(-largest, largest)
         b[rows] = xyxy_to_cxcywh(d['boxes'] / b.new_tensor([w, h, w, h]))
     return dict(pred_logits=logits, pred_boxes=boxes)
 

@@ -504,8 +504,9 @@ def with_detector(
     """
     named, c, old = named_detector(name), cfg.criterion, cfg.detector
     if not isinstance(old, (DetectorConfig, type(named.small(0)))):
-        has = type(old).__name__
-        raise ConfigError(f'detector={name}: the settings have a {has} already; start from a preset')
+        raise ConfigError(
+            f'detector={name}: the settings have a {type(old).__name__} already; start from a preset'
+        )
     if 'resnet' in old.backbone.name:
         new, criterion = named.full(0), dataclasses.replace(c, **named.criterion)
         rates = dict(lr=2e-4, points_mult=0.1) if name.startswith('deformable') else {}

@@ -18,10 +18,11 @@
 # class $c$ as logits
 #
 # $$
-# z_{kc'} = \begin{cases} \log\dfrac{s_k}{1-s_k} & c' = c_k\\ -\infty & \text{otherwise,}\end{cases}
+# z_{kc'} = \begin{cases} \log\dfrac{s_k}{1-s_k} & c' = c_k\\ -M & \text{otherwise,}\end{cases}
 # $$ {#eq-pyramid-logits}
 #
-# so that everything that reads boxes from a DETR reads them from here: evaluation, prediction, pseudo labels.
+# with the largest number $M$ of the type, so that everything that reads boxes from a DETR reads them from here:
+# evaluation, prediction, pseudo labels. An infinite logit would look like a fault (@sec-replay).
 # The settings say how a network predicts, so that a method can tell whether it can train it: `structure` is
 # `'regions'` or `'points'`, without it `'queries'`.
 
@@ -30,7 +31,6 @@
 
 # %%
 #| export
-import math
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 import torch
@@ -113,11 +113,12 @@ def as_outputs(
     most = max((len(d['scores']) for d in detections), default=0)
     dtype = detections[0]['boxes'].dtype if detections else torch.float32
     device = detections[0]['boxes'].device if detections else None
-    logits = torch.full((len(detections), most, num_classes), -math.inf, dtype=dtype, device=device)
+    largest = torch.finfo(dtype).max
+    logits = torch.full((len(detections), most, num_classes), -largest, dtype=dtype, device=device)
     boxes = torch.zeros(len(detections), most, 4, dtype=dtype, device=device)
     for z, b, d, (h, w) in zip(logits, boxes, detections, sizes):
         rows = torch.arange(len(d['scores']), device=device)
-        z[rows, d['labels']] = d['scores'].to(dtype).logit(eps=torch.finfo(dtype).tiny)
+        z[rows, d['labels']] = d['scores'].to(dtype).logit().clamp(-largest, largest)
         b[rows] = xyxy_to_cxcywh(d['boxes'] / b.new_tensor([w, h, w, h]))
     return dict(pred_logits=logits, pred_boxes=boxes)
 
@@ -341,5 +342,5 @@ plt.show()
 # ## Exercises
 #
 # 1. Which of the 49 anchors of the coarse map has the right place under inferred strides?
-# 2. What does `post_process` return for rows of $-\infty$ with `score_threshold=0`?
+# 2. What does `post_process` return for rows of $-M$ with `score_threshold=0`?
 # 3. Where would a detector with both queries and anchors (DETR with dense auxiliary heads) put its losses?

@@ -224,6 +224,8 @@ class RegionSample(NamedTuple):
 class FasterRCNN(PyramidDetector):
     "Proposals from anchors, then classes and boxes of the proposals"
 
+    draws = ('random regions',)  # whose numbers depend on the process that has an image
+
     def __init__(self, cfg: FasterRCNNConfig):
         super().__init__(cfg, LastLevelMaxPool())
         d, strides, ratios = cfg.d_model, cfg.strides, (0.5, 1.0, 2.0)
@@ -231,8 +233,9 @@ class FasterRCNN(PyramidDetector):
         before, after = (
             dict.fromkeys(('training', 'testing'), n) for n in (cfg.proposals_before, cfg.proposals)
         )
-        limits = cfg.rpn_samples, 0.5, before, after, cfg.rpn_nms
-        self.rpn = RegionProposals(anchors, RPNHead(d, len(ratios)), 0.7, 0.3, *limits)
+        self.rpn = RegionProposals(
+            anchors, RPNHead(d, len(ratios)), 0.7, 0.3, cfg.rpn_samples, 0.5, before, after, cfg.rpn_nms
+        )
         maps = [str(i) for i in range(len(strides) - 1)]
         pool = MultiScaleRoIAlign(maps, 7, 2, canonical_scale=cfg.canonical)
         pool.scales = [1 / s for s in strides[:-1]]
