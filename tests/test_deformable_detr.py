@@ -243,11 +243,7 @@ def test_an_untrained_network_starts_where_the_release_does(form):
 
 @pytest.mark.parametrize(
     'method,form',
-    [
-        *((m, 'two_stage') for m in methods_of(None, METHODS)),
-        ('semi_detr', 'plain'),
-        ('semi_detr', 'refine'),
-    ],
+    [*((m, 'two_stage') for m in methods_of(None, METHODS)), ('semi_detr', 'plain'), ('semi_detr', 'refine')],
 )
 def test_it_trains_with_every_method(tmp_path, method, form):
     cfg = tiny('run.test=false', 'pseudo.top_k=5', 'pseudo.min_score=0', 'mining.init=all', method=method)
