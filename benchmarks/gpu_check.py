@@ -353,15 +353,18 @@ def need_op(device):
 
 # --- step: each detector once, here and on the CPU ----------------------------------------------------------
 def small_detectors():  # {name: (settings, criterion)}
-    "Every detector that the commands know, small, with a random ResNet-18"
+    "Every detection transformer that the commands know, small, with a random ResNet-18"
     from dataclasses import replace
     from semidetr.detectors.backbone import BackboneConfig
     from semidetr.detectors.from_detr import DETECTORS
     from semidetr.matching.losses import CriterionConfig
+    from semidetr.semi.fit import structure_of
 
     made = {}
     for name, named in DETECTORS.items():
         cfg = named.small(5).untrained()
+        if structure_of(cfg) != 'queries':
+            continue
         body = BackboneConfig('resnet18', 'none', cfg.backbone.out_strides)
         made[name] = replace(cfg, backbone=body), CriterionConfig(**named.criterion)
     return made

@@ -41,13 +41,7 @@ TINY = [
     'run.test=false',
     f'run.log_every={LOGGED}',
     f'run.checkpoint_every={SAVED}',
-    'detector.transformer.d_model=32',
-    'detector.transformer.ffn=32',
-    'detector.transformer.n_heads=4',
-    'detector.transformer.dec_layers=2',
-    'detector.transformer.num_queries=20',
     'detector.backbone.weights=none',
-    'detector.denoising.num=8',
     'loader.n_labelled=2',
     'loader.n_unlabelled=2',
     'pseudo.threshold=0.005',
@@ -55,6 +49,29 @@ TINY = [
     f'method.T1={T1}',
     f'optim.iters={ITERS}',
 ]
+DINO = [
+    'detector.transformer.d_model=32',
+    'detector.transformer.ffn=32',
+    'detector.transformer.n_heads=4',
+    'detector.transformer.dec_layers=2',
+    'detector.transformer.num_queries=20',
+    'detector.denoising.num=8',
+]
+OTHERS = {  # method -> (detector that it needs, settings)
+    'soft_teacher': (
+        'faster_rcnn',
+        [
+            'detector.d_model=32',
+            'detector.hidden=32',
+            'detector.roi_samples=32',
+            'detector.proposals=50',
+            'method.candidate_score=0',
+            'method.class_score=0',
+            'method.max_uncertainty=9',
+        ],
+    ),
+    'dense_teacher': ('fcos', ['detector.d_model=64', 'detector.convs=1', 'method.dense_ratio=0.2']),
+}
 SETTINGS = {  # name -> (processes, settings); a run of one of them is compared with an unbroken one of `LIKE`
     'one process': (1, ['loader.num_workers=0']),
     'two processes': (2, ['loader.num_workers=0']),
@@ -248,8 +265,10 @@ def together(words, world, point, log):
 
 def words_of(method, settings, folder):
     "The command of a run"
-    items = [f'method.name={method}', *TINY, *SETTINGS[settings][1]]
-    return ['train', '--preset', 'digits', '-q', '-o', str(folder), *items]
+    detector, own = OTHERS.get(method, ('', DINO))
+    named = ['--detector', detector] if detector else []
+    items = [f'method.name={method}', *TINY, *own, *SETTINGS[settings][1]]
+    return ['train', '--preset', 'digits', *named, '-q', '-o', str(folder), *items]
 
 
 # --- comparison ------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@ import math
 import pytest
 import torch
 from semidetr.core import ConfigError
-from semidetr.detectors.from_detr import DETECTORS
 from semidetr.matching.losses import CriterionConfig, set_criterion
 import semidetr.semi.thresholds as thresholds
+from semidetr.semi.fit import detectors_of
+from semidetr.semi.methods import SemiDETR
 from semidetr.semi.mining import MiningConfig, mining_threshold
 from semidetr.semi.thresholds import ClassMixtures, background_weights, expected_boxes, mixture_score
 from semidetr.semi.variants import (
@@ -200,7 +201,7 @@ def test_denoising_queries_and_encoder():
 
 # --- whole runs ----------------------------------------------------------------------------------
 @pytest.mark.parametrize('pseudo', ['boxes', 'empty'])
-@pytest.mark.parametrize('name', DETECTORS)
+@pytest.mark.parametrize('name', detectors_of(SemiDETR))
 def test_every_detector_trains_with_all_of_them(tmp_path, name, pseudo):
     wanted = ALL if pseudo == 'boxes' else EMPTY
     loss = 'focal' if name == 'detr' else 'position'

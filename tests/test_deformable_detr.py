@@ -16,6 +16,7 @@ from semidetr.detectors.backbone import _RESNET, Backbone, BackboneConfig, _Chai
 from semidetr.detectors.contract import build_detector
 from semidetr.detectors.deformable_detr import DeformableDETRConfig, from_original
 from semidetr.detectors.transformer import token_geometry
+from semidetr.semi.fit import methods_of
 from semidetr.semi.methods import METHODS
 from test_contract import check_contract
 from test_trainer import tiny
@@ -241,7 +242,8 @@ def test_an_untrained_network_starts_where_the_release_does(form):
 
 
 @pytest.mark.parametrize(
-    'method,form', [*((m, 'two_stage') for m in METHODS), ('semi_detr', 'plain'), ('semi_detr', 'refine')]
+    'method,form',
+    [*((m, 'two_stage') for m in methods_of(None, METHODS)), ('semi_detr', 'plain'), ('semi_detr', 'refine')],
 )
 def test_it_trains_with_every_method(tmp_path, method, form):
     cfg = tiny('run.test=false', 'pseudo.top_k=5', 'pseudo.min_score=0', 'mining.init=all', method=method)

@@ -8,10 +8,12 @@ import pytest
 import torch
 from semidetr.detectors.contract import build_detector
 from semidetr.detectors.from_detr import DETECTORS
-from semidetr.semi.methods import METHODS
+from semidetr.semi.fit import detectors_of
+from semidetr.semi.methods import METHODS, SemiDETR
 from semidetr.train.checkpoint import load_checkpoint
 from semidetr.train.config import override, preset, with_detector
 from semidetr.train.trainer import Trainer
+from rivals import FILTERS, rival
 from test_trainer import TINY, same, stop_after
 
 ALL = ['pseudo.threshold=0', 'pseudo.min_score=0', 'mining.init=all']
@@ -25,8 +27,10 @@ SMALLER = [
     'data.dev=0',
     'optim.iters=3',
 ]
-CASES = [('supervised', 'boxes')]
-CASES += [(m, pseudo) for m in METHODS if m != 'supervised' for pseudo in ('boxes', 'empty')]
+CASES = [(name, 'supervised', 'boxes') for name in DETECTORS]
+for _method in METHODS:
+    if _method != 'supervised':
+        CASES += [(n, _method, p) for n in detectors_of(METHODS[_method]) for p in ('boxes', 'empty')]
 
 
 def small(name, method, *more):
@@ -34,6 +38,8 @@ def small(name, method, *more):
     own = [item for item in TINY if not item.startswith('detector.')]
     base = override(preset('digits'), ['detector.transformer.num_queries=15', *own])
     cfg = with_detector(base, name)
+    if name not in detectors_of(SemiDETR):
+        return override(rival(name, method), [*SMALLER, *more])
     if hasattr(cfg.detector, 'denoising'):
         sizes = [f'detector.{x}' for x in ('transformer.d_model=32', 'transformer.ffn=32', 'denoising.num=8')]
         sizes += ['detector.transformer.n_heads=4', 'detector.transformer.dec_layers=2']
@@ -51,11 +57,11 @@ def log_of(folder):
     return [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
 
 
-@pytest.mark.parametrize('method,pseudo', CASES)
-@pytest.mark.parametrize('name', DETECTORS)
+@pytest.mark.parametrize('name,method,pseudo', CASES)
 def test_it_trains_in_both_stages(tmp_path, name, method, pseudo):
     "Finite losses, and weights that move, also where no unlabelled image has a pseudo label"
     wanted = ALL if pseudo == 'boxes' else EMPTY
+    wanted = wanted + (FILTERS[pseudo] if method == 'soft_teacher' else [])
     run = Trainer(small(name, method, *stages(method), *wanted), tmp_path / 'r', progress=False)
     before = {n: p.detach().clone() for n, p in run.student.named_parameters() if p.requires_grad}
     run.fit()
@@ -127,6 +133,7 @@ def test_constants_of_deformable_detr(form):
 # Millions of parameters as published, with the 91 rows of COCO's ids
 PUBLISHED = dict(dino=47, dino_5scale=47, detr=41, deformable_detr=40)
 PUBLISHED |= dict(deformable_detr_refine=41, deformable_detr_two_stage=41)
+PUBLISHED |= dict(faster_rcnn=42, fcos=32)  # torchvision's
 
 
 @pytest.fixture(scope='module')

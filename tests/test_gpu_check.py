@@ -4,7 +4,8 @@ import json, os, subprocess, sys
 import pytest, torch
 from conftest import ROOT
 from semidetr.core import ConfigError
-from semidetr.detectors.from_detr import DETECTORS
+from semidetr.semi.fit import detectors_of
+from semidetr.semi.methods import SemiDETR
 
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 import gpu_check as G  # noqa: E402
@@ -32,7 +33,7 @@ def test_small_version_on_the_cpu(tmp_path):
         assert part['state'] in ('done', 'skipped') and part['seconds'] < part['limit_s']
         assert (part['state'] == 'done') == (part['reason'] is None)
     steps = {r['detector']: r for r in parts['step']['rows']}
-    assert set(steps) == set(DETECTORS)
+    assert set(steps) == set(detectors_of(SemiDETR))
     assert parts['step']['state'] == 'skipped' or all(r['gradient_difference'] < 1e-4 for r in steps.values())
     rows = parts['dino']['rows']
     cases = {(r['method'], r['precision']) for r in rows}

@@ -9,6 +9,7 @@ from semidetr.core import ConfigError, is_main, rank, start_processes, world_siz
 from semidetr.many import rows_of_all
 from semidetr.matching.losses import CriterionConfig, set_criterion
 from semidetr.semi import methods
+from semidetr.semi.fit import methods_of
 from semidetr.semi.methods import METHODS, SemiDETRPlus
 from semidetr.train.config import config_hash, override, with_detector
 from semidetr.train.optim import average_gradients
@@ -59,7 +60,7 @@ def softmax():
 def cases():
     "Name -> (settings, boxes that images of the second process keep)"
     found = {}
-    for name in METHODS:
+    for name in methods_of(None, METHODS):  # the others: test_soft_teacher, test_dense_teacher
         for stage, t1 in STAGES.items():
             for what, kept in KEPT.items():
                 found[f'{name} {stage} {what} boxes'] = whole(name, f'method.T1={t1}'), kept

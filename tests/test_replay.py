@@ -4,6 +4,7 @@ import dataclasses, functools, json, math, random, warnings
 from types import SimpleNamespace
 import numpy as np
 import pytest, torch
+from rivals import PARTNER, WEIGHTS, whole_of
 from test_every_detector import small
 from test_many import STAGES, share, whole
 from test_trainer import T, same, tiny
@@ -42,7 +43,7 @@ def failed(run, batches):
 @functools.cache
 def prepared(name, stage, folder):
     "A run of a method in a stage, and its first batch"
-    cfg = share(whole(name, f'method.T1={STAGES[stage]}', 'data.dev=0'), 2)
+    cfg = share(whole_of(name, f'method.T1={STAGES[stage]}', 'data.dev=0'), 2)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         run = T.Trainer(cfg, folder / f'{name} {stage}', progress=False)
@@ -69,7 +70,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp('runs')
 
 
-CASES = [(name, stage) for name in METHODS for stage in STAGES]
+CASES = [(name, stage) for name in METHODS for stage in STAGES if stage == 'o2m' or name not in PARTNER]
 
 
 @pytest.mark.parametrize('name,stage', CASES)
@@ -87,8 +88,8 @@ def test_nan_in_an_image(name, stage, folder):
 def test_nan_in_a_weight(name, stage, folder):
     "The replay names the weight and its layer; the state is that before the step"
     run, batches = prepared(name, stage, folder)
-    weight = 'transformer.decoder.layers.1.linear1.weight'
-    old = run.student.get_parameter(weight).data[3, 2].item()
+    weight = WEIGHTS.get(name, 'transformer.decoder.layers.1.linear1.weight')
+    old = run.student.get_parameter(weight).data[3, 2].clone()
     run.student.get_parameter(weight).data[3, 2] = NAN
     try:
         path = failed(run, batches)
@@ -99,7 +100,9 @@ def test_nan_in_a_weight(name, stage, folder):
     found = replay(path)
     assert found.equal and found.weight == f'student.{weight}'
     assert found.layer == f'student.{weight.removesuffix(".weight")}'
-    assert set(found.images) <= {t['image_id'] for t in batches[0]['labelled']['targets']}
+    rows_are_regions = name == 'soft_teacher'  # no hint at single images
+    parts = batches[0].values() if rows_are_regions else [batches[0]['labelled']]
+    assert set(found.images) <= {t['image_id'] for part in parts for t in part['targets']}
 
 
 @pytest.mark.parametrize('name,stage', CASES)
@@ -457,15 +460,17 @@ def start(folder):
     results = {}
     for name in METHODS:
         items = 'run.non_finite=skip', 'optim.iters=2', 'method.T1=1', 'run.log_every=1', 'data.dev=0'
-        run = T.Trainer(share(whole(name, *items), 2), f'{folder}/{name}', progress=False)
+        run = T.Trainer(share(whole_of(name, *items), 2), f'{folder}/{name}', progress=False)
         real = run.passes
 
-        def passes(batches, run=run, real=real):
+        weight = WEIGHTS.get(name, 'transformer.decoder.layers.0.linear1.weight')
+
+        def passes(batches, run=run, real=real, weight=weight):
             if run.step == 0 and rank() == 1:
                 batches[:] = with_nan(batches, 'labelled')
             done = real(batches)
             if run.step == 1 and rank() == 1:
-                run.student.get_parameter('transformer.decoder.layers.0.linear1.weight').grad *= NAN
+                run.student.get_parameter(weight).grad *= NAN
             return done
 
         run.passes = passes

@@ -9,6 +9,7 @@ import torch
 from semidetr import Trainer
 from semidetr.detectors.contract import split_parameters
 from semidetr.detectors.denoising import combine_extras
+from semidetr.semi.fit import methods_of
 from semidetr.semi.methods import METHODS
 from test_contract import check_contract
 from test_trainer import tiny
@@ -79,7 +80,7 @@ def test_it_honours_the_contract():
     check_contract(ToySettings(num_classes=3))
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', methods_of(ToySettings(), METHODS))
 def test_it_trains_with_every_method(tmp_path, method):
     cfg = tiny('run.test=false', 'pseudo.top_k=5', 'pseudo.min_score=0', 'mining.init=all', method=method)
     cfg = dataclasses.replace(cfg, detector=ToySettings())

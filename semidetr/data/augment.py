@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from ..boxes import transform_boxes
-from ..core import ConfigError, stable_hash, suggest
+from ..core import ConfigError, one_of, stable_hash, suggest
 
 # %% ../../nbs/data/06_augment.ipynb #d30966a9
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class ViewConfig:
     erase_side: float = 0.2  # a patch is at most this share of either side
     min_box: float = 1.0  # boxes whose shorter side is not above this after the transform are dropped, pixels
     pad_multiple: int = 1  # batches are padded to a multiple of this
+    # strong views: 'geometric' (also turned, shifted, erased), or 'photometric' (@sec-photometric)
+    strong: str = 'geometric'
 
     def __post_init__(self):
         for k in ('short_sides', 'mean', 'std', 'erase_patches'):
@@ -61,6 +63,7 @@ class ViewConfig:
             raise ConfigError('erase_patches is (fewest, most) and erase_side a share below 1')
         if self.pad_multiple < 1 or self.min_side < 1:
             raise ConfigError('pad_multiple and min_side are at least 1')
+        one_of('view', self, strong=('geometric', 'photometric'))
 
 # %% ../../nbs/data/06_augment.ipynb #7a6caf9c
 def scaled_views(

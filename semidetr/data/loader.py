@@ -27,6 +27,7 @@ from semidetr.data.augment import (
 )
 from ..boxes import normalize_boxes
 from ..core import ConfigError, DataError, SemiDETRError, in_range, one_of, stable_hash
+from .photometric import photometric_view
 from .repeat import Repeats, labels_of, repeat_factors
 
 # %% ../../nbs/data/07_loader.ipynb #ac13c73e
@@ -265,7 +266,7 @@ def _without_truth(sample):
     "A sample without its annotations"
     return replace(sample, boxes=sample.boxes[:0], labels=sample.labels[:0], ignore=sample.ignore[:0])
 
-
+# %% ../../nbs/data/07_loader.ipynb #52890dc2
 class _Batches:
     "Batch number -> views; everything that a worker needs, and picklable"
 
@@ -294,6 +295,12 @@ class _Batches:
         "Views of one kind, seeded by (seed, kind, draw number)"
         return [make(s, self.view, stable_hash(self.seed, kind, k), raw=True) for k, s in samples]
 
+    def _strong_views(self, kind, samples, weak):
+        "Strong views with operations of their own, or made of the weak ones (@sec-photometric)"
+        if self.view.strong == 'geometric':
+            return self._views(kind, strong_view, samples)
+        return [photometric_view(v, stable_hash(self.seed, kind, k)) for v, (k, _) in zip(weak, samples)]
+
     def _labelled_views(self, draws):
         "One view of each labelled image, or all weak views and then all strong ones"
         samples = ((k, self.labelled[i]) for k, i in draws)  # decoded one at a time
@@ -301,7 +308,7 @@ class _Batches:
             return self._views('labelled', labelled_view, samples)
         samples = list(samples)  # decoded once for both
         weak = self._views('labelled weak', weak_view, samples)
-        return weak + self._views('labelled strong', strong_view, samples)
+        return weak + self._strong_views('labelled strong', samples, weak)
 
     def __call__(self, t):
         first, second = self.draws(t)
@@ -309,8 +316,9 @@ class _Batches:
         out = dict(labelled=(self._labelled_views(first), multiple, True))
         if second:
             samples = [(k, _without_truth(self.unlabelled[i])) for k, i in second]  # decoded once for both
-            out['weak'] = self._views('weak', weak_view, samples), multiple, False
-            out['strong'] = self._views('strong', strong_view, samples), multiple, False
+            weak = self._views('weak', weak_view, samples)
+            out['weak'] = weak, multiple, False
+            out['strong'] = self._strong_views('strong', samples, weak), multiple, False
         return out
 
 # %% ../../nbs/data/07_loader.ipynb #e64dd65d

@@ -16,6 +16,8 @@ from semidetr.detectors.deformable_detr import (
 )
 from .detector import DetectorConfig, detector_small, dino_r50
 from .detr import DETRConfig, detr_r50, detr_small
+from .faster_rcnn import FasterRCNNConfig, faster_rcnn_r50, faster_rcnn_small
+from .fcos import FCOSConfig, fcos_r50, fcos_small
 
 # %% ../../nbs/detectors/11_from_detr.ipynb #93e8f975
 @dataclass(frozen=True)
@@ -65,8 +67,15 @@ DETECTORS = {
     'dino_5scale': Named(dino_5scale_r50, dino_5scale_small, {}),
     'detr': Named(detr_r50, detr_small, _DETR, softmax=True),
     **{f'deformable_detr{suffix}': _deformable(form) for suffix, form in _FORMS.items()},
+    'faster_rcnn': Named(faster_rcnn_r50, faster_rcnn_small, {}),
+    'fcos': Named(fcos_r50, fcos_small, {}),
 }
-KINDS = {'detr': DETRConfig, 'deformable_detr': DeformableDETRConfig}  # `kind` in a saved file; none: DINO
+KINDS = {  # `kind` in a saved file; none: DINO
+    'detr': DETRConfig,
+    'deformable_detr': DeformableDETRConfig,
+    'faster_rcnn': FasterRCNNConfig,
+    'fcos': FCOSConfig,
+}
 
 
 def named_detector(

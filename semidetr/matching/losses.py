@@ -81,13 +81,14 @@ def softmax_losses(
     logits: Tensor,  # (L,B,Q,C+1) raw class scores, the no-object class at the end
     y: Tensor,  # (L,B,Q,C) targets in [0,1], at most one positive per query
     no_object: float = 0.1,  # weight of the no-object class
-    background: Tensor | None = None,  # (B,) factor on the losses of queries without a target
+    background: Tensor | None = None,  # (B,) or (L,B,Q) factor on the losses of queries without a target
 ) -> tuple:  # (sum (L,) over the queries, sum of their weights (L,))
     "Numerator and denominator of the class loss (@eq-softmax-loss) of each layer"
     log_p, rest = logits.log_softmax(-1), no_object * (1 - y.sum(-1))
     losses = -(y * log_p[..., :-1]).sum(-1) - rest * log_p[..., -1]
     if background is not None:
-        losses = torch.where(y.sum(-1) > 0, losses, losses * background[:, None])
+        factor = background[:, None] if background.ndim == 1 else background
+        losses = torch.where(y.sum(-1) > 0, losses, losses * factor)
     return losses.flatten(1).sum(1), (y.sum(-1) + rest).flatten(1).sum(1)
 
 # %% ../../nbs/matching/01_losses.ipynb #0c216054
@@ -185,7 +186,7 @@ def layer_losses(
     stage: str,  # 'o2m' or 'o2o'
     slot_weight: Tensor | None = None,  # (B,Q) weight of each query in the class loss
     softmax: bool = False,  # do the logits (L,B,Q,C+1) end with a no-object class?
-    background: Tensor | None = None,  # (B,) weight of the entries without a target in the class loss
+    background=None,  # (B,) weight of the entries without a target in the class loss, or boxes -> (L,B,Q)
 ):  # dict of cls, l1, giou, each (L,): weighted sums over the batch, not yet normalised; softmax: z_cls too
     "Sums of the three losses of all layers (@eq-losses-o2m); without pairs 0, still connected to the graph"
     n_layers = logits.shape[0]
@@ -200,11 +201,14 @@ def layer_losses(
         y = position_targets(y)
     if cfg.soft_targets:
         y[at] = y[at] * padded.scores[m.image, m.target].to(y.dtype)
+    background = background(boxes) if callable(background) else background
     if softmax:
         cls, z_cls = softmax_losses(logits, y, cfg.no_object, background)
     else:
         cls = _class_loss(logits, y, cfg, stage)
-        cls = cls if background is None else torch.where(y > 0, cls, cls * background[:, None, None])
+        if background is not None:
+            factor = background[:, None] if background.ndim == 1 else background
+            cls = torch.where(y > 0, cls, cls * factor[..., None])
     if slot_weight is not None:
         cls = cls * slot_weight[..., None]
 
@@ -317,10 +321,13 @@ def set_criterion(
     denoising: bool = True,  # False: denoising queries get no loss (unlabelled images of stage 1)
     stats: dict = None,  # gets positives_per_object of the last decoder layer, where there is an object
     o2m=assign_o2m,  # one-to-many assignment, see `assign`
-    background: Tensor = None,  # (B,) weight of the background of each image (@eq-thresholds-guard)
+    # (B,) weight of the background of each image (@eq-thresholds-guard), or boxes (L,B,Q,4) -> (L,B,Q)
+    background=None,
 ) -> dict:  # scalars loss_cls, loss_l1, loss_giou with suffixes _0, ..., _enc, _dn_0, ...; minimise their sum
     """All losses of a batch (@eq-losses-o2m). NonFiniteError where a matching cost is NaN (an image without
     objects has none: there the loss becomes NaN), DataError where a label is not a class"""
+    if 'criterion' in outputs:  # of a detector that assigns its targets itself (@sec-pyramid)
+        return outputs['criterion'](targets)
     groups = [_Group(*group, targets, stage, cfg, o2m) for group in _stacked(outputs)]
     first, padded = groups[0], groups[0].padded
     if stats is not None and sum(padded.counts):

@@ -12,7 +12,6 @@ import warnings
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 import torch
-from torch import nn
 from ..core import ConfigError, in_range, one_of, suggest
 from ..detectors.contract import add_suppressed, has_suppressor, suppressor_on
 from ..detectors.group import parallel_group, parallel_parts
@@ -26,6 +25,7 @@ from semidetr.semi.consistency import (
     cross_view_losses,
     pair_boxes,
 )
+from .fit import check_fit
 from semidetr.semi.mining import (
     gather_costs,
     initial_boxes,
@@ -73,7 +73,7 @@ class StepResult(NamedTuple):
     boxes: dict  # name -> boxes per image, as `to_original` gives them
 
 
-class Method(nn.Module):
+class Method(torch.nn.Module):
     """Base class: settings in `cfg`, learnt or remembered state in its submodules and buffers, one `step`
 
     `guard(targets)` gives the weights of the background of unlabelled images for `set_criterion`, or None.
@@ -169,7 +169,7 @@ class MethodConfig:
         labelled=None,  # data set of the labelled images
     ) -> Method:
         "The method, with fresh state; a warning where a part of the detector is not used as intended"
-        if advice := suppressor_advice(cfg) or parallel_advice(cfg):
+        if advice := check_fit(cfg, METHODS) or suppressor_advice(cfg) or parallel_advice(cfg):
             warnings.warn(advice, stacklevel=2)
         return self.implementation(cfg, labelled)
 
@@ -178,11 +178,11 @@ def suppressor_advice(
     cfg,  # Config of the run
 ) -> str:  # one line; '' where all is well
     "What to change in a configuration with a learned suppressor"
-    if not suppressor_on(cfg.detector) or cfg.method.T1 >= cfg.optim.iters:
-        return ''
     return (
         f'method.T1={cfg.method.T1} ends one-to-many matching before optim.iters={cfg.optim.iters}, but the '
         f'suppressor is meant for one-to-many matching throughout; set method.T1={cfg.optim.iters}'
+        if suppressor_on(cfg.detector) and cfg.method.T1 < cfg.optim.iters
+        else ''
     )
 
 # %% ../../nbs/semi/04_methods.ipynb #813851db
@@ -313,7 +313,7 @@ def mine_pseudo_labels(
     strong: list,  # targets of the strong views
     cfg,  # Config: `pseudo`, `mining`, `criterion`
     memory: CostMemory | None = None,  # costs of past iterations that join the fit
-    rates: nn.Module | None = None,  # of `class_memory`: score per class
+    rates: torch.nn.Module | None = None,  # of `class_memory`: score per class
 ) -> dict:  # detections; weak, strong: B^0 in both views; sup, con: masks of B^0; costs, tau, mixture
     "From the teacher's detections to B^sup and B^con (@sec-mining)"
     detections = teacher_detections(teacher_out, weak, cfg.pseudo)
@@ -360,6 +360,8 @@ def encode_decode(
 # %% ../../nbs/semi/04_methods.ipynb #9d5714ea
 class CrossViewConsistency(Supervised):
     "What Semi-DETR remembers and trains beside the networks, and the consistency of its cross-view queries"
+
+    trains = ('queries',)
 
     def __init__(self, cfg, labelled=None):
         super().__init__(cfg, labelled)

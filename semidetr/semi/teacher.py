@@ -24,9 +24,10 @@ class EmaConfig:
     decay: float = 0.999  # ceiling m of the decay
     warmup: int = 0  # w; with a larger one the decay rises more slowly
     start: int = -1  # t_0: updates that the first teacher stands for; -1: 0, but no ramp after run.init
+    copy: int = 0  # first iterations in which the teacher is a copy of the student (Dense Teacher: 3000)
 
     def __post_init__(self):
-        in_range('ema', self, decay=(0, 1), warmup=0, start=-1)
+        in_range('ema', self, decay=(0, 1), warmup=0, start=-1, copy=0)
 
 
 def ema_decay(
@@ -35,6 +36,8 @@ def ema_decay(
     trained: bool = False,  # does the teacher begin as a trained network?
 ) -> float:  # m_t in [0, cfg.decay]
     "Decay of update `step` (@eq-teacher-ema)"
+    if step < cfg.copy:
+        return 0.0
     if trained and cfg.start < 0:
         return cfg.decay
     return min(cfg.decay, 1 - (1 + cfg.warmup) / (step + max(0, cfg.start) + 1 + cfg.warmup))

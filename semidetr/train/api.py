@@ -18,6 +18,7 @@ from typing import Any
 from ..core import ConfigError, DataError, is_main, pick_device, tell
 from ..reading import CONFIG, check_fields, read_result
 from ..data.catalog import open_dataset
+from ..semi.fit import check_fit
 from ..semi.methods import METHODS, WITH_UNLABELLED, MethodConfig
 from . import metrics
 from semidetr.train.config import (
@@ -195,6 +196,7 @@ def plan_run(
     "Settings of a run: the only place where options become a configuration, for the command and for Python"
     cfg, given = _settings(preset, config, options_to_settings(options) + settings_list(settings), detector)
     pick_device(cfg.run.device)
+    check_fit(cfg, METHODS)
     changes = [*_fit_to_data(cfg, given), *_fit_to_method(cfg, given)]
     cfg = override(cfg, [c for c, _ in changes])
     return Plan(cfg, tuple(text for _, text in changes) + tuple(check_method(cfg)))

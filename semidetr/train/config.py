@@ -346,6 +346,8 @@ LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value
     'pseudo.cross_nms': lambda c: c.pseudo.cross_nms >= 1,
     'mining.rate_window': lambda c: 'class_rate' not in (c.mining.sup_filter, c.mining.con_filter),
     'ema.start': lambda c: c.ema.start == 0 or (c.ema.start < 0 and not c.run.init),
+    'ema.copy': lambda c: c.ema.copy == 0,
+    'view.strong': lambda c: c.view.strong == 'geometric',
     'data.background': lambda c: c.data.background == 'negatives',  # no record's data have background images
     'data.shots': lambda c: c.data.shots == 0,
     'data.white': lambda c: c.data.white == 0,
@@ -502,8 +504,9 @@ def with_detector(
     """
     named, c, old = named_detector(name), cfg.criterion, cfg.detector
     if not isinstance(old, (DetectorConfig, type(named.small(0)))):
-        has = type(old).__name__
-        raise ConfigError(f'detector={name}: the settings have a {has} already; start from a preset')
+        raise ConfigError(
+            f'detector={name}: the settings have a {type(old).__name__} already; start from a preset'
+        )
     if 'resnet' in old.backbone.name:
         new, criterion = named.full(0), dataclasses.replace(c, **named.criterion)
         rates = dict(lr=2e-4, points_mult=0.1) if name.startswith('deformable') else {}
@@ -513,11 +516,11 @@ def with_detector(
     if old.backbone.name == new.backbone.name:
         backbone = dataclasses.replace(new.backbone, weights=old.backbone.weights)
         new = dataclasses.replace(new, backbone=backbone)
-    queries = old.num_queries if hasattr(old, 'num_queries') else old.transformer.num_queries
+    queries = getattr(old, 'num_queries', 0) or getattr(getattr(old, 'transformer', 0), 'num_queries', 0)
     if named.softmax:
         c = dataclasses.replace(c, cls_loss='focal', class_cost='probability', w_cls=1.0)
     elif hasattr(new, 'num_queries'):
         new = dataclasses.replace(new, num_queries=queries)
-    else:
+    elif hasattr(new, 'transformer'):
         new = dataclasses.replace(new, transformer=dataclasses.replace(new.transformer, num_queries=queries))
     return dataclasses.replace(cfg, detector=new, criterion=c)

@@ -57,7 +57,12 @@ class HealthMonitor:
             if name == 'pseudo':
                 row['truth_n'] = truth_n
         self.rows.append(row)
-        if self.warned or len(self.rows) < self.window or any(r['pseudo_boxes'] for r in self.rows):
+        if (
+            self.warned
+            or 'region_points' in scalars  # labels at points (@sec-dense-teacher) are no boxes
+            or len(self.rows) < self.window
+            or any(r['pseudo_boxes'] for r in self.rows)
+        ):
             return None
         self.warned = True
         score = f'{row["top_score"]:.2f}'

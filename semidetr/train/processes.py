@@ -72,6 +72,7 @@ def bound_to_processes(
         if any(is_one(m) for m in student.train().modules()):
             out.append(name)
     student.train(mode)
+    out += getattr(student, 'draws', ())
     if any(name.endswith('_extra_state') for name in method.state_dict()):
         out.append('mixing with earlier views')
     return out

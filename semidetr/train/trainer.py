@@ -158,7 +158,11 @@ def make_loader(
 # %% ../../nbs/train/09_trainer.ipynb #9abe771e
 CURVES = ('step', 'loss', 'grad_norm', 'parts_grad_norm')  # numbers of every run that records keep
 # losses that are logged: those of the last decoder layer
-LOGGED = [f'loss_{kind}{term}' for kind in ('', 'unsup_') for term in ('cls', 'l1', 'giou', 'mds')]
+LOGGED = [
+    f'loss_{kind}{term}'
+    for kind in ('', 'unsup_')
+    for term in ('cls', 'l1', 'giou', 'mds', 'rpn_cls', 'rpn_l1', 'quality')
+]
 
 
 def mean_scalars(

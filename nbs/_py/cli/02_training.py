@@ -94,13 +94,13 @@ def train(
     images: Images = '',
     method: _opt(
         str,
-        'supervised, mean_teacher, semi_detr or semi_detr_plus; default: mean_teacher with --unlabelled, '
-        'else supervised',
+        'supervised, mean_teacher, semi_detr, semi_detr_plus, label_policy, soft_teacher (faster_rcnn) or '
+        'dense_teacher (fcos); default: mean_teacher with --unlabelled, else supervised',
     ) = '',
     detector: _opt(
         str,
-        'dino, dino_5scale, detr, deformable_detr, deformable_detr_refine or deformable_detr_two_stage; '
-        'default: dino',
+        'dino, dino_5scale, detr, deformable_detr, deformable_detr_refine, deformable_detr_two_stage, '
+        'faster_rcnn or fcos; default: dino',
     ) = '',
     preset: _opt(
         str,

@@ -34,6 +34,7 @@ from semidetr.data.augment import (
 )
 from semidetr.boxes import normalize_boxes
 from semidetr.core import ConfigError, DataError, SemiDETRError, in_range, one_of, stable_hash
+from semidetr.data.photometric import photometric_view
 from semidetr.data.repeat import Repeats, labels_of, repeat_factors
 
 
@@ -400,6 +401,8 @@ def _without_truth(sample):
     return replace(sample, boxes=sample.boxes[:0], labels=sample.labels[:0], ignore=sample.ignore[:0])
 
 
+# %%
+#| export
 class _Batches:
     "Batch number -> views; everything that a worker needs, and picklable"
 
@@ -428,6 +431,12 @@ class _Batches:
         "Views of one kind, seeded by (seed, kind, draw number)"
         return [make(s, self.view, stable_hash(self.seed, kind, k), raw=True) for k, s in samples]
 
+    def _strong_views(self, kind, samples, weak):
+        "Strong views with operations of their own, or made of the weak ones (@sec-photometric)"
+        if self.view.strong == 'geometric':
+            return self._views(kind, strong_view, samples)
+        return [photometric_view(v, stable_hash(self.seed, kind, k)) for v, (k, _) in zip(weak, samples)]
+
     def _labelled_views(self, draws):
         "One view of each labelled image, or all weak views and then all strong ones"
         samples = ((k, self.labelled[i]) for k, i in draws)  # decoded one at a time
@@ -435,7 +444,7 @@ class _Batches:
             return self._views('labelled', labelled_view, samples)
         samples = list(samples)  # decoded once for both
         weak = self._views('labelled weak', weak_view, samples)
-        return weak + self._views('labelled strong', strong_view, samples)
+        return weak + self._strong_views('labelled strong', samples, weak)
 
     def __call__(self, t):
         first, second = self.draws(t)
@@ -443,8 +452,9 @@ class _Batches:
         out = dict(labelled=(self._labelled_views(first), multiple, True))
         if second:
             samples = [(k, _without_truth(self.unlabelled[i])) for k, i in second]  # decoded once for both
-            out['weak'] = self._views('weak', weak_view, samples), multiple, False
-            out['strong'] = self._views('strong', strong_view, samples), multiple, False
+            weak = self._views('weak', weak_view, samples)
+            out['weak'] = weak, multiple, False
+            out['strong'] = self._strong_views('strong', samples, weak), multiple, False
         return out
 
 

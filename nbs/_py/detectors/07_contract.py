@@ -15,7 +15,7 @@
 
 # %%
 #| export
-from typing import NotRequired, Protocol, TypedDict, runtime_checkable
+from typing import Callable, NotRequired, Protocol, TypedDict, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
@@ -69,6 +69,8 @@ class Outputs(TypedDict, total=False):
     suppressed: Prediction  # of `forward`: queries with new logits, copied boxes; absent without suppressor
     second: 'Outputs'  # in training: the same boxes with one-to-many logits (@sec-group); absent without
     states: list  # what `decode` needs to add extra queries later; absent where it needs nothing
+    # targets -> losses, alone and in training, of a detector that assigns targets itself (@sec-pyramid)
+    criterion: Callable
 
 
 # %% [markdown]

@@ -89,6 +89,7 @@ as_before(single, of_pair, 1).loader
 # | `loader.ratio=binomial` | each process draws how many of its images are labelled |
 # | `criterion.normalise=process`, `consistency.normalise=process` | counts of each process are asked for |
 # | dropout, batch norm that is trained | masks and statistics of each process |
+# | random regions (@sec-faster-rcnn) | each process draws which of its regions train |
 # | views of earlier batches (@sec-mixing) | each process has its own |
 
 # %%
@@ -121,6 +122,7 @@ def bound_to_processes(
         if any(is_one(m) for m in student.train().modules()):
             out.append(name)
     student.train(mode)
+    out += getattr(student, 'draws', ())
     if any(name.endswith('_extra_state') for name in method.state_dict()):
         out.append('mixing with earlier views')
     return out
@@ -128,12 +130,13 @@ def bound_to_processes(
 
 # %%
 plain, dropping = nn.Linear(2, 2), nn.Sequential(nn.Dropout(0.1), nn.BatchNorm1d(2)).eval()
+dropping.draws = ('random regions',)
 published = override(
     pair, ['loader.ratio=binomial', 'criterion.normalise=process', 'method.name=mean_teacher']
 )
 assert bound_to_processes(pair, plain, plain) == []
 bound = bound_to_processes(published, dropping, plain)
-assert len(bound) == 4 and not dropping.training
+assert len(bound) == 5 and not dropping.training
 bound
 
 

@@ -36,6 +36,7 @@ from semidetr.core import ConfigError, DataError, atomic_write, need
 from semidetr.detectors.deformable_detr import DeformableDETRConfig
 from semidetr.detectors.detr import DETRConfig
 from semidetr.detectors.group import for_inference
+from semidetr.detectors.pyramid import PyramidDetector
 from semidetr.detectors.weight_names import COUNTER, foreign_name, rules_of
 from semidetr.train.exported import SAFE_FORMAT, description
 from semidetr.train.predict import load_model
@@ -73,6 +74,19 @@ def output_path(
     if path.exists() and not overwrite:
         raise ConfigError(f'{path}: exists already; choose another output, or overwrite=True to replace it')
     return path
+
+
+def refuse_assigned(
+    model,  # a detector
+    run,  # where it comes from, for the message
+    format: str,  # that is to be written
+):
+    "`ConfigError` for a detector whose suppression is part of it (@sec-pyramid)"
+    if isinstance(model, PyramidDetector):
+        name = type(model).__name__
+        raise ConfigError(
+            f'{run}: {name} suppresses boxes inside, which {format} cannot hold; use safetensors'
+        )
 
 
 def _plain_tensors(state):
@@ -487,6 +501,7 @@ def to_transformers(
     path = output_path(run, 'transformers', out, overwrite)
     write = need('safetensors.torch', 'semidetr export', 'export').save
     model, cfg, classes = load_model(run, which, 'cpu', like)
+    refuse_assigned(model, run, 'transformers')
     try:
         settings, processor, weights = _translated(model, cfg.detector, cfg.view, classes)
     except ConfigError as e:

@@ -40,7 +40,7 @@ from semidetr.core import ConfigError, atomic_write, need, suggest
 from semidetr.detectors import attention, backbone, deformable_detr, detector, detr, suppressor, transformer
 from semidetr.detectors.contract import candidate_scores, reported
 from semidetr.train.exported import description, open_session
-from semidetr.train.export import output_path, to_safetensors, to_transformers
+from semidetr.train.export import output_path, refuse_assigned, to_safetensors, to_transformers
 from semidetr.train.predict import Predictor, load_model
 
 # %%
@@ -395,6 +395,7 @@ def to_onnx(
     need('onnx', 'semidetr export', 'export')
     need('onnxruntime', 'semidetr export', 'export')
     model, cfg, classes = load_model(run, which, 'cpu', like)
+    refuse_assigned(model, run, 'onnx')
     if not isinstance(model, nn.Module):
         raise ConfigError(f'{run}: is exported already; give the folder of the run')
     proto = _record(model, None, opset)
@@ -504,6 +505,7 @@ def to_exported(
     "The network as a program of `torch.export` with the outputs of `to_onnx`, for any batch and any size"
     path = output_path(run, 'model.pt2', out, overwrite)
     model, cfg, classes = load_model(run, which, 'cpu', like)
+    refuse_assigned(model, run, 'a torch program')
     if not isinstance(model, nn.Module):
         raise ConfigError(f'{run}: is exported already; give the folder of the run')
     b, h, w = size or (2, cfg.view.eval_short, cfg.view.eval_short * 5 // 4)

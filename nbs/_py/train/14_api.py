@@ -40,6 +40,7 @@ from typing import Any
 from semidetr.core import ConfigError, DataError, is_main, pick_device, tell
 from semidetr.reading import CONFIG, check_fields, read_result
 from semidetr.data.catalog import open_dataset
+from semidetr.semi.fit import check_fit
 from semidetr.semi.methods import METHODS, WITH_UNLABELLED, MethodConfig
 from semidetr.train import metrics
 from semidetr.train.config import (
@@ -256,6 +257,7 @@ def plan_run(
     "Settings of a run: the only place where options become a configuration, for the command and for Python"
     cfg, given = _settings(preset, config, options_to_settings(options) + settings_list(settings), detector)
     pick_device(cfg.run.device)
+    check_fit(cfg, METHODS)
     changes = [*_fit_to_data(cfg, given), *_fit_to_method(cfg, given)]
     cfg = override(cfg, [c for c, _ in changes])
     return Plan(cfg, tuple(text for _, text in changes) + tuple(check_method(cfg)))

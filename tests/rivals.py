@@ -1,0 +1,48 @@
+"Tiny runs of the detectors with anchors and points, for several test files."
+
+from semidetr.train.config import override, preset, with_detector
+from test_many import whole
+from test_trainer import TINY
+
+OWN = dict(
+    faster_rcnn=[
+        'detector.d_model=32',
+        'detector.hidden=32',
+        'detector.roi_samples=32',
+        'detector.proposals=50',
+    ],
+    fcos=['detector.d_model=64', 'detector.convs=1'],
+)
+FILTERS = dict(  # so low that an untrained teacher has pseudo labels, and so high that it has none
+    boxes=['method.candidate_score=0', 'method.class_score=0', 'method.max_uncertainty=9'],
+    empty=['method.candidate_score=1'],
+)
+MATCHING = dict(
+    soft_teacher=FILTERS['boxes'],
+    dense_teacher=['view.strong=photometric', 'method.dense_ratio=.2', 'pseudo.threshold=0'],
+)
+
+
+PARTNER = dict(soft_teacher='faster_rcnn', dense_teacher='fcos')  # method that needs a detector -> detector
+WEIGHTS = dict(  # of a layer behind the backbone
+    soft_teacher='heads.box_head.fc6.weight',
+    dense_teacher='points.head.classification_head.cls_logits.weight',
+)
+
+
+def rival(name, method, *more):
+    "Settings of six iterations, two of them burn-in"
+    own = [item for item in TINY if not item.startswith('detector.')]
+    cfg = with_detector(override(preset('digits'), own), name)
+    first = f'method.name={method}', 'pseudo.top_k=5', 'pseudo.threshold=0', 'pseudo.min_score=0'
+    return override(
+        cfg, [*first, 'detector.backbone.weights=none', *OWN[name], *MATCHING.get(method, []), *more]
+    )
+
+
+def whole_of(name, *items):
+    "As `whole` of test_many for every method, also for those that do not train a transformer"
+    if name not in PARTNER:
+        return whole(name, *items)
+    images = 'loader.n_labelled=4', 'loader.n_unlabelled=4', 'data.count=12'
+    return rival(PARTNER[name], name, *images, 'run.test=false', 'method.burn_in_iters=0', *items)
