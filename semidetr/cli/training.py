@@ -53,8 +53,8 @@ def train(
     images: Images = '',
     method: _opt(
         str,
-        'supervised, mean_teacher, semi_detr or semi_detr_plus; default: mean_teacher with --unlabelled, '
-        'else supervised',
+        'supervised, mean_teacher, semi_detr or semi_detr_plus; default: mean_teacher where there are images '
+        'without labels (--percent, --count, --shots, --split-file, --unlabelled), else supervised',
     ) = '',
     detector: _opt(
         str,
@@ -75,6 +75,9 @@ def train(
     seed: _opt(int, 'seed') = None,
     threads: _opt(int, 'CPU threads; 0: all cores') = 0,
     out: Out = Path('runs/train'),
+    log: _opt(
+        str, 'mlflow, wandb, or both with a comma (extras of these names); TensorBoard is always on'
+    ) = '',
     device: Device = None,
     quiet: Quiet = False,
     show_config: _opt(bool, 'print the settings as JSON and stop', '--show-config') = False,
@@ -83,7 +86,7 @@ def train(
 
     With several GPUs: torchrun --nproc-per-node N -m semidetr.cli train ...
 
-    Example: semidetr train --data path/to/coco --percent 5 --method mean_teacher -o runs/mine
+    Example: semidetr train --data path/to/coco --percent 5 -o runs/mine
     """
     from semidetr.train.api import OPTIONS, plan_run, run_plan
 
@@ -97,4 +100,4 @@ def train(
     _free(out)
     for text in plan.notes:
         _say(f'note: {text}')
-    _summary(run_plan(plan, out, not quiet).result, out)
+    _summary(run_plan(plan, out, not quiet, log).result, out)

@@ -22,7 +22,6 @@ import time
 import warnings
 from pathlib import Path
 import torch
-from tqdm import tqdm
 from semidetr.core import (
     DataError,
     atomic_write,
@@ -37,6 +36,7 @@ from semidetr.core import (
 )
 from semidetr.data.loader import SemiLoader
 from semidetr.many import rows_of_all
+from semidetr.progress import Progress as Bar
 from semidetr.matching.matching import NonFiniteError
 from semidetr.train.capsule import Policy
 from semidetr.train.checkpoint import (
@@ -49,6 +49,7 @@ from semidetr.train.checkpoint import (
     peak_memory_mb,
     save_checkpoint,
 )
+from semidetr.train.card import flat_settings, write_card
 from semidetr.train.config import Config, config_hash, to_dict
 from semidetr.train.evaluation import evaluate_model, same_rng
 from semidetr.train import health
@@ -220,6 +221,12 @@ mean_scalars(rows)
 class Session(RunState):
     "What surrounds the updates of a run: batches, and numbers for the log"
 
+    loggers = ()  # subclasses of `Logger`, beside TensorBoard
+
+    def open_log(self):
+        "The log from this iteration on"
+        return RunLog(self.dir, self.step, self.loggers, flat_settings(to_dict(self.cfg)))
+
     def batches(self):
         "Batches of each iteration that is left, over burn-in and main phase, also after the run went back"
         iters = self.cfg.optim.iters
@@ -328,6 +335,7 @@ class Evaluation(Session):
         )
         if is_main():
             atomic_write(self.dir / 'run.json', json.dumps(result, indent=1))
+            write_card(result, self.dir)
         return result
 
 
@@ -340,10 +348,10 @@ class Progress:
     "Log file, bar and clock of a run"
 
     def __init__(self, run):
-        self.log, self.spent = RunLog(run.dir, run.step), run.spent
+        self.log, self.spent = run.open_log(), run.spent
         self.start = time.perf_counter(), cpu_seconds()
         bar = dict(total=run.cfg.optim.iters, initial=run.step, desc=run.dir.name, unit='it')
-        self.bar = tqdm(**bar, disable=not run.progress, position=run.position)
+        self.bar = Bar(**bar, show=run.progress, position=run.position)
 
     def time(self) -> dict:  # seconds and CPU-seconds of the run, earlier sessions included
         seconds, cpu = time.perf_counter() - self.start[0], cpu_seconds() - self.start[1]
@@ -357,13 +365,13 @@ class Progress:
                 shown[name] = f'{scalars[key]:.1f}'
         if run.history:
             shown['AP'] = f"{run.history[-1]['teacher']['AP']:.1f}"
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.values(shown)
         self.bar.update(run.step - self.bar.n)
 
     def rewind(self, run):
         "The run went back: so does its log"
         self.log.close()
-        self.log = RunLog(run.dir, run.step)
+        self.log = run.open_log()
 
     def __enter__(self):
         return self
