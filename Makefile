@@ -42,8 +42,8 @@ $(STAMP): settings.ini setup.py pyproject.toml
 	@$(PY) -c 'import sys; sys.exit("semidetr needs Python 3.11 or newer, but %s is %d.%d; name another: make PY=/path/to/python3.12 book" % ((sys.executable,) + tuple(sys.version_info[:2])) if sys.version_info < (3, 11) else 0)'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf .venv; $(PY) -m venv .venv; } || { \
 		echo 'cannot make .venv: the venv module is missing (Debian and Ubuntu: apt-get install python3-venv)'; exit 1; }
-	@echo 'installing semidetr and the tools of the book into .venv (a few minutes the first time)'
-	@$(BIN)/python -m pip install --quiet --no-input -e '.[book]'
+	@echo 'installing semidetr and the tools of the book into .venv (a few minutes the first time; on Linux about 6 GB)'
+	@$(BIN)/python -m pip install --no-input -e '.[book]'
 	@touch $(STAMP)
 
 # --- the two commands --------------------------------------------------------------------------------------------------

@@ -158,14 +158,27 @@ def _class(node, rows):
 _AS_FOR = re.compile(r'parameters as for `(\w+)`')
 
 
+def _filled(d, other):
+    "The same, with what another one says of parameters that are not described here"
+    known = {p.name: p.about for p in other.parameters}
+    filled = [replace(p, about=p.about or known.get(p.name, '')) for p in d.parameters]
+    return replace(d, parameters=tuple(filled))
+
+
 def _as_for(d, out):
     "A function whose docstring says that its parameters are those of another one"
     found = _AS_FOR.search(d.doc)
-    if not found or found.group(1) not in out:
-        return d
-    known = {p.name: p.about for p in out[found.group(1)].parameters}
-    filled = [replace(p, about=p.about or known.get(p.name, '')) for p in d.parameters]
-    return replace(d, parameters=tuple(filled))
+    return _filled(d, out[found.group(1)]) if found and found.group(1) in out else d
+
+
+def _inherited(d, out):
+    "A class with the parameters and public methods of its bases in the same module"
+    for base in (out[b] for b in d.bases if b in out):
+        own = {m.name.rpartition('.')[2] for m in d.methods}
+        more = [m for m in base.methods if m.name.rpartition('.')[2] not in own]
+        d = replace(d, parameters=d.parameters or base.parameters, methods=(*d.methods, *more))
+        d = _filled(d, base)
+    return d
 
 
 def describe_source(
@@ -184,7 +197,9 @@ def describe_source(
             out[name] = _class(node, rows)
         else:
             out[name] = Described(name, 'value', _about(rows, node.lineno, node.lineno))
-    return {k: _as_for(v, out) for k, v in out.items()}
+    for k, d in out.items():
+        out[k] = _as_for(_inherited(d, out), out)
+    return out
 
 # %% ../nbs/05_docs.ipynb #16bd606d
 def _paragraph(title, rows):

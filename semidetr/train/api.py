@@ -22,6 +22,7 @@ from ..data.catalog import open_dataset
 from ..data.checks import image_files
 from ..data.splits import Split, make_split, read_index_list, save_split
 from . import metrics
+from .checkpoint import LAST, PREVIOUS
 from .config import Config, config_hash, from_saved
 from .evaluation import evaluate_model, suppress
 from .lock import LOCK
@@ -110,16 +111,28 @@ def run_plan(
     out: str | Path,  # folder of the run
     progress: bool = True,  # a bar, or lines where there is no terminal
     log: str | Sequence = (),  # 'mlflow', 'wandb', or subclasses of `Logger`; TensorBoard is always on
+    say: Callable[[str], Any]
+    | None = None,  # gets the notes of the plan, or a line about what is there already
 ) -> Run:
-    "Look up a finished run in the folder, resume a stopped one, or start a new one"
+    """Look up a finished run in the folder, resume a stopped one, or start a new one.
+
+    The notes of a plan are told once: not again when a run goes on, or is looked up.
+    """
+    say = say or (lambda line: None)
     out, loggers = writable_place(out), read_loggers(log)
     prepare()
     with no_debris(out) as trainers:
         if (result := finished(plan.cfg, out)) is None:
+            begun = any((out / name).exists() for name in (LAST, PREVIOUS))
+            for line in () if begun else plan.notes:
+                say(line)
             trainers.append(Trainer(plan.cfg, out, progress))
             trainers[0].loggers = loggers
+            if begun:
+                say(f'{out}: goes on after iteration {trainers[0].step} of {plan.cfg.optim.iters}')
             result = trainers[0].fit()
         else:
+            say(f'{out}: this run is finished, its result follows; to train again, choose another folder')
             tell_other_processes(result, out)
         return Run(out, result)
 
@@ -161,9 +174,7 @@ def train(
     names = locals()
     options = {k: names[k] for k in OPTIONS}
     plan = plan_run(preset, config, settings, detector, **options)
-    for text in plan.notes if say else ():
-        say(f'note: {text}')
-    return run_plan(plan, out, progress, log)
+    return run_plan(plan, out, progress, log, say and (lambda line: say(f'note: {line}')))
 
 # %% ../../nbs/train/14_api.ipynb #d1e9b92a
 def open_predictor(

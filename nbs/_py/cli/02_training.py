@@ -139,9 +139,8 @@ def train(
 
         return _say(json.dumps(to_dict(plan.cfg), indent=1))
     _free(out)
-    for text in plan.notes:
-        _say(f'note: {text}')
-    _summary(run_plan(plan, out, not quiet, log).result, out)
+    say = lambda line: _say(f'note: {line}')
+    _summary(run_plan(plan, out, not quiet, log, say).result, out)
 
 
 # %% [markdown]

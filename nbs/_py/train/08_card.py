@@ -181,7 +181,7 @@ def _data_lines(result):
         ['labelled', d.get('labelled'), 'supervised losses'],
         ['unlabelled', d.get('unlabelled'), 'pseudo labels; their boxes, if any, were removed'],
         ['development', d.get('dev'), 'held out; settings may be chosen on it'],
-        ['test', d.get('val'), 'reported numbers only'],
+        ['test', d.get('val'), 'reported numbers only' if 'val' in result['metrics'] else 'not measured'],
     ]
     places = {k: settings[k] for k in ('data', 'unlabelled', 'val', 'split_file') if settings.get(k)}
     chosen = [f'{k} {settings[k]:g}' for k in ('percent', 'count', 'shots') if settings.get(k)]
