@@ -397,7 +397,7 @@ def test_a_training_in_a_pipe_writes_lines(tmp_path):
 def test_every_run_has_a_card(run):
     text = (run.folder / 'card.md').read_text()
     result = json.loads((run.folder / 'run.json').read_text())
-    assert text == card.model_card(result)
+    assert text == card.model_card(result) == run.card
     for words in ('## Data', '## Training', '## Metrics', '## Limits', result['hash'], '| labelled | '):
         assert words in text
     assert '| method.name | mean\\_teacher | supervised |' in text

@@ -6,6 +6,7 @@
 __all__ = ['doctor', 'build_the_op', 'split', 'recipe']
 
 # %% ../../nbs/cli/01_prepare.ipynb #9df61bc8
+import shlex
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -63,6 +64,8 @@ def doctor(
         _say(f"written: {out / 'report.json'}{sheet}")
     if report.errors:
         raise typer.Exit(2)
+    if report.verdict == 'fit for training' and split == 'train':
+        _say(f'next: semidetr train --data {shlex.quote(data)} --percent 5 -o runs/mine')
 
 # %% ../../nbs/cli/01_prepare.ipynb #569a71e9
 @command('build-ops')

@@ -22,6 +22,7 @@ from ..data.catalog import open_dataset
 from ..data.checks import image_files
 from ..data.splits import Split, make_split, read_index_list, save_split
 from . import metrics
+from .card import model_card
 from .checkpoint import LAST, PREVIOUS
 from .config import Config, config_hash, from_saved
 from .evaluation import evaluate_model, suppress
@@ -76,6 +77,11 @@ class Run:
     def classes(self) -> list:
         "Names, in the order of the labels"
         return self.result['data']['classes']
+
+    @property
+    def card(self) -> str:  # Markdown
+        "Model card: data, splits, settings, metrics and limits (@sec-card)"
+        return model_card(self.result)
 
     def predictor(
         self,

@@ -364,8 +364,10 @@ class Iteration(Evaluation):
 class Trainer(Iteration):
     """Run a configuration: `Trainer(cfg, 'runs/mine').fit()`; a stopped run in that folder is continued.
 
-    `cfg` is taken as it is. `plan_run` (@sec-run-plan) makes the one that the command trains, with what follows
-    from data, length and method: `Trainer(plan_run(data='photos', percent=5).cfg, 'runs/mine').fit()`.
+    `cfg` is taken as it is. `plan_run` (@sec-run-plan) makes the one that the command trains, with what
+    follows from data, length and method.
+
+    Example: `Trainer(plan_run(data='photos', percent=5).cfg, 'runs/mine').fit()`
     """
 
     def fit(

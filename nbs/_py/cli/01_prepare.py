@@ -20,6 +20,7 @@ warnings.filterwarnings('ignore', message='IProgress')
 
 # %%
 #| export
+import shlex
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -103,6 +104,8 @@ def doctor(
         _say(f"written: {out / 'report.json'}{sheet}")
     if report.errors:
         raise typer.Exit(2)
+    if report.verdict == 'fit for training' and split == 'train':
+        _say(f'next: semidetr train --data {shlex.quote(data)} --percent 5 -o runs/mine')
 
 
 # %%

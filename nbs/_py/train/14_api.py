@@ -51,6 +51,7 @@ from semidetr.data.catalog import open_dataset
 from semidetr.data.checks import image_files
 from semidetr.data.splits import Split, make_split, read_index_list, save_split
 from semidetr.train import metrics
+from semidetr.train.card import model_card
 from semidetr.train.checkpoint import LAST, PREVIOUS
 from semidetr.train.config import Config, config_hash, from_saved
 from semidetr.train.evaluation import evaluate_model, suppress
@@ -118,6 +119,11 @@ class Run:
     def classes(self) -> list:
         "Names, in the order of the labels"
         return self.result['data']['classes']
+
+    @property
+    def card(self) -> str:  # Markdown
+        "Model card: data, splits, settings, metrics and limits (@sec-card)"
+        return model_card(self.result)
 
     def predictor(
         self,
