@@ -73,7 +73,7 @@ bench: .venv/.bench-installed
 	@$(BIN)/python benchmarks/run.py $(BENCH)
 	@case '$(BENCH)' in *--quick*|*--out*) ;; *) $(BIN)/python tests/nbtool.py run benchmarks/01_speed ;; esac
 .venv/.bench-installed: $(STAMP)
-	@$(BIN)/python -m pip install --quiet --no-input -e '.[bench]'
+	@$(BIN)/python -m pip install --no-input -e '.[bench]'
 	@touch $@
 
 # --- on a machine with a GPU, with the Python that is there: `make gpu-check PY=/path/to/python` ---

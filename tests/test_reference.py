@@ -6,6 +6,7 @@ import pydoc
 import subprocess
 import sys
 import pytest
+import yaml
 import semidetr
 from conftest import ROOT
 from semidetr.book.describe import (
@@ -192,3 +193,20 @@ _HIDDEN = 4
     assert d['VALUE'].doc == 'three'
     assert full_text(d['g']).splitlines()[2:4] == ['Parameters:', '    x - first']
     assert module_names('semidetr.nowhere') == {} and document(len) is len
+
+
+def test_the_citation_names_paper_and_software():
+    cff = yaml.safe_load((ROOT / 'CITATION.cff').read_text(encoding='utf-8'))
+    assert cff['version'] == semidetr.__version__ and cff['license'] == 'Apache-2.0'
+    paper, readme = cff['preferred-citation'], (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert paper['title'] in readme and paper['year'] == 2023
+    for author in paper['authors']:
+        assert f"{author['family-names']}, {author['given-names']}" in readme
+
+
+def test_the_installation_shows_what_it_does():
+    "pip's own lines, no silence of minutes; the README tells the size and the way without CUDA"
+    lines = [line for line in (ROOT / 'Makefile').read_text().splitlines() if 'pip install' in line]
+    assert lines and not any('--quiet' in line or ' -q ' in line for line in lines)
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert 'CPU build of torch' in readme and '5 GB' in readme
