@@ -1,7 +1,7 @@
 # %% [markdown]
 # # What a name is for {#sec-docs}
 #
-# > Collect signature, parameters, result and errors of a public name from its source, for `help` and the site.
+# > Read signature, parameters, result and errors of a name from its source, for `help` and the site.
 #
 # *Why.* The parameters of this package are described where they are declared, in a comment behind each; a
 # second list in the docstring would be wrong after the next change. But `help(name)` shows docstrings only. So
@@ -74,6 +74,8 @@ class Described:
         return self.name if self.kind in ('value', 'property') else f"{self.name}({', '.join(parts)})"
 
 
+# %%
+#| export
 def _comments(lines, node):
     "Of a statement and the comment lines above it: {row: comment}, and the rows that hold nothing else"
     first = min([node.lineno, *(d.lineno for d in getattr(node, 'decorator_list', ()))])
@@ -178,6 +180,8 @@ def _class(node, rows):
     return Described(node.name, 'class', doc, parameters, '', raises, bases, tuple(methods))
 
 
+# %%
+#| export
 _AS_FOR = re.compile(r'parameters as for `(\w+)`')
 
 

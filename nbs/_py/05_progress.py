@@ -90,9 +90,8 @@ class Progress:
     def text(self) -> str:
         "The line of this moment: `name: 120/1200 it, 34 s, loss=3.2`"
         count = f'{self.n}' if self.total is None else f'{self.n}/{self.total}'
-        seconds = f'{self.clock() - self.start[1]:.0f} s'
-        values = [f'{k}={v}' for k, v in self.shown.items()]
-        return f"{self.desc}: {', '.join([f'{count} {self.unit}', seconds, *values])}"
+        parts = [f'{count} {self.unit}', f'{self.clock() - self.start[1]:.0f} s']
+        return f"{self.desc}: {', '.join([*parts, *(f'{k}={v}' for k, v in self.shown.items())])}"
 
     def values(
         self,

@@ -202,7 +202,7 @@ def _check_roles(old, new, folder):
         if rewritten:
             tell([f'{folder}: {role} images have other bytes than when this run began: {rewritten}'])
 
-
+# %% ../../nbs/train/07_run_folder.ipynb #ff0f01a8
 def _found_again(old, cfg, same, then, now):
     "`cfg` with the places of `old`, wherever these hold the same images"
 

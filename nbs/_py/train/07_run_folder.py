@@ -294,6 +294,8 @@ def _check_roles(old, new, folder):
             tell([f'{folder}: {role} images have other bytes than when this run began: {rewritten}'])
 
 
+# %%
+#| export
 def _found_again(old, cfg, same, then, now):
     "`cfg` with the places of `old`, wherever these hold the same images"
 

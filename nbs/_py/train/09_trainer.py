@@ -107,6 +107,8 @@ class BuiltRun(Step):
 class RunState(Policy, BuiltRun):
     "What a checkpoint holds; a run whose folder has one continues from it"
 
+    loggers = ()  # subclasses of `Logger`, beside TensorBoard
+
     def __init__(self, cfg: Config, run_dir, progress: bool = True, position: int = 0):
         super().__init__(cfg, run_dir, progress, position)
         self.roles = images_of_roles(self.data, cfg.run.test)
@@ -145,6 +147,10 @@ class RunState(Policy, BuiltRun):
             student=self.student.state_dict(),
             teacher=self.teacher.state_dict(),
         )
+
+    def open_log(self) -> RunLog:
+        "The log from this iteration on"
+        return RunLog(self.dir, self.step, self.loggers, flat_settings(to_dict(self.cfg)))
 
 
 # %% [markdown]
@@ -220,12 +226,6 @@ mean_scalars(rows)
 #| export
 class Session(RunState):
     "What surrounds the updates of a run: batches, and numbers for the log"
-
-    loggers = ()  # subclasses of `Logger`, beside TensorBoard
-
-    def open_log(self):
-        "The log from this iteration on"
-        return RunLog(self.dir, self.step, self.loggers, flat_settings(to_dict(self.cfg)))
 
     def batches(self):
         "Batches of each iteration that is left, over burn-in and main phase, also after the run went back"
@@ -335,7 +335,6 @@ class Evaluation(Session):
         )
         if is_main():
             atomic_write(self.dir / 'run.json', json.dumps(result, indent=1))
-            write_card(result, self.dir)
         return result
 
 
@@ -455,7 +454,10 @@ class Trainer(Iteration):
                         return None
             if self.saved != self.step:
                 self.save()
-            return self.report()
+            result = self.report()
+            if is_main():
+                write_card(result, self.dir)
+            return result
 
 
 # %% [markdown]
