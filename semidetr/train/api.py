@@ -29,7 +29,15 @@ from .evaluation import evaluate_model, suppress
 from .lock import LOCK
 from .loggers import read_loggers
 from .machine import prepare
-from .plan import OPTIONS, Plan, check_method, plan_run  # noqa: F401 (of this module, too)
+from semidetr.train.plan import (  # noqa: F401 (readers look for them here)
+    OPTIONS,
+    Plan,
+    check_method,
+    options_to_settings,
+    plan_run,
+    settings_list,
+    starting_point,
+)
 from .predict import Predictor, nms_hint
 from .predict_files import is_video, predict_folder, predict_video, read_formats
 from .run_data import build_data, by_name, drawn_positions, test_split, with_white

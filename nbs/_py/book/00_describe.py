@@ -99,13 +99,34 @@ def _calls(node, name):
     )
 
 
+_DATA = "ds = semidetr.open_dataset('digits:n=6,size=64')\n"
+_CAUGHT = "try:\n    semidetr.open_dataset('no/such/folder')\nexcept semidetr.{} as e:\n    print(e)"
+EXAMPLES = {  # of names that no chapter calls by themselves
+    'SemiDETRError': _CAUGHT.format('SemiDETRError'),
+    'DataError': _CAUGHT.format('DataError'),
+    'DetectionDataset': _DATA + "ds.annotation(0)['labels']",
+    'Unlabelled': _DATA + 'semidetr.Unlabelled(ds)[0].boxes  # none',
+    'Subset': _DATA + 'semidetr.Subset(ds, [0, 2]).ids',
+    'Split': _DATA + 'semidetr.make_split(ds, count=2, dev=1).labelled',
+    'eval_view': _DATA + 'semidetr.eval_view(ds[0], semidetr.ViewConfig()).size',
+    'EvalLoader': _DATA
+    + 'batch = next(iter(semidetr.EvalLoader(ds, semidetr.ViewConfig(eval_short=64), 2)))',
+    'Detector': "model = semidetr.build_detector(semidetr.DetectorConfig(num_classes=3))  # a Detector",
+    'load_config': "cfg = semidetr.load_config('mine.toml', semidetr.preset('small'))",
+    'with_detector': "cfg = semidetr.with_detector(semidetr.preset('small'), 'detr')",
+    'Plan': "semidetr.plan_run(data='digits', count=20).notes",
+    'Logger': 'class Shown(semidetr.Logger):\n    def write(self, numbers, step):\n        print(numbers)',
+}
+_RANK = {ast.With: 1, ast.For: 1, ast.Assert: 2, ast.Try: 3}  # plain statements are the best examples
+
+
 def example_of(
     name: str,  # of a function or class
     notebook: Path | None,  # its chapter
     most: int = 12,  # lines
 ) -> str:  # code; '' if there is none
-    "The first statement outside the exported cells that calls a name"
-    cells = json.loads(notebook.read_text(encoding='utf-8'))['cells'] if notebook else []
+    "The plainest statement outside the exported cells that calls a name, the first of several"
+    cells, found = json.loads(notebook.read_text(encoding='utf-8'))['cells'] if notebook else [], []
     for c in cells:
         source = ''.join(c['source'])
         if c['cell_type'] != 'code' or re.search(r'^#\| *(export|hide|default_exp)', source, re.M):
@@ -113,9 +134,8 @@ def example_of(
         for node in ast.parse(source).body:
             text = ast.get_source_segment(source, node) or ''
             if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) and _calls(node, name):
-                if text.count('\n') < most:
-                    return text
-    return ''
+                found += [(_RANK.get(type(node), 0), text)] if text.count('\n') < most else []
+    return min(found, key=lambda pair: pair[0], default=(0, ''))[1]
 
 
 # %%
@@ -195,7 +215,8 @@ def names_page() -> list:  # paragraphs of Markdown
             d = module_names(f'semidetr.{module}').get(name)
             if module.rpartition('.')[0] != layer or d is None:
                 continue
-            out += name_lines(d, module, example_of(name, chapter_of(module, folder.parent / 'nbs')))
+            example = EXAMPLES.get(name) or example_of(name, chapter_of(module, folder.parent / 'nbs'))
+            out += name_lines(d, module, example)
         if layer == 'train':
             d = module_names('semidetr.train.api')['train']
             example = example_of('train', chapter_of('train.api', folder.parent / 'nbs'))

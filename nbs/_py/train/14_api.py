@@ -58,7 +58,15 @@ from semidetr.train.evaluation import evaluate_model, suppress
 from semidetr.train.lock import LOCK
 from semidetr.train.loggers import read_loggers
 from semidetr.train.machine import prepare
-from semidetr.train.plan import OPTIONS, Plan, check_method, plan_run  # noqa: F401 (of this module, too)
+from semidetr.train.plan import (  # noqa: F401 (readers look for them here)
+    OPTIONS,
+    Plan,
+    check_method,
+    options_to_settings,
+    plan_run,
+    settings_list,
+    starting_point,
+)
 from semidetr.train.predict import Predictor, nms_hint
 from semidetr.train.predict_files import is_video, predict_folder, predict_video, read_formats
 from semidetr.train.run_data import build_data, by_name, drawn_positions, test_split, with_white
