@@ -42,8 +42,8 @@ $(STAMP): settings.ini setup.py pyproject.toml
 	@$(PY) -c 'import sys; sys.exit("semidetr needs Python 3.11 or newer, but %s is %d.%d; name another: make PY=/path/to/python3.12 book" % ((sys.executable,) + tuple(sys.version_info[:2])) if sys.version_info < (3, 11) else 0)'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf .venv; $(PY) -m venv .venv; } || { \
 		echo 'cannot make .venv: the venv module is missing (Debian and Ubuntu: apt-get install python3-venv)'; exit 1; }
-	@echo 'installing semidetr and the tools of the book into .venv (a few minutes the first time)'
-	@$(BIN)/python -m pip install --quiet --no-input -e '.[book]'
+	@echo 'installing semidetr and the tools of the book into .venv (a few minutes the first time; on Linux about 6 GB)'
+	@$(BIN)/python -m pip install --no-input -e '.[book]'
 	@touch $(STAMP)
 
 # --- the two commands --------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ bench: .venv/.bench-installed
 	@$(BIN)/python benchmarks/run.py $(BENCH)
 	@case '$(BENCH)' in *--quick*|*--out*) ;; *) $(BIN)/python tests/nbtool.py run benchmarks/01_speed ;; esac
 .venv/.bench-installed: $(STAMP)
-	@$(BIN)/python -m pip install --quiet --no-input -e '.[bench]'
+	@$(BIN)/python -m pip install --no-input -e '.[bench]'
 	@touch $@
 
 # --- on a machine with a GPU, with the Python that is there: `make gpu-check PY=/path/to/python` ---

@@ -52,6 +52,8 @@ setup(
         "cluster": words("cluster_requirements"),
         "export": words("export_requirements"),
         "video": words("video_requirements"),
+        "mlflow": words("mlflow_requirements"),
+        "wandb": words("wandb_requirements"),
     },
     entry_points={
         "console_scripts": lines("console_scripts"),

@@ -17,11 +17,15 @@ _PUBLIC = {
     'detectors.detector': 'DetectorConfig Detector',
     'matching.matching': 'hungarian one_to_many',
     'matching.losses': 'CriterionConfig set_criterion',
-    'train.config': 'Config preset load_config',
+    'train.config': 'Config preset load_config override with_detector config_hash',
+    'train.plan': 'Plan plan_run',
+    'train.loggers': 'Logger',
     'train.checkpoint': 'save_checkpoint load_checkpoint',
     'train.trainer': 'Trainer',
     'train.predict': 'Predictor',
-    'train.api': 'Run predict evaluate',
+    'train.api': 'Run predict evaluate split',
+    'train.imports': 'import_weights',
+    'train.onnx': 'export_run',
 }
 _WHERE = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 __all__ = ['__version__', *_WHERE, 'train']
@@ -35,7 +39,8 @@ def __getattr__(name):
         return import_module('semidetr.train')
     if name not in _WHERE:
         raise AttributeError(f"module 'semidetr' has no attribute '{name}'")
-    value = globals()[name] = getattr(import_module(f'semidetr.{_WHERE[name]}'), name)
+    value = getattr(import_module(f'semidetr.{_WHERE[name]}'), name)
+    globals()[name] = import_module('semidetr.docs').document(value)
     return value
 
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['printable', 'SemiDETRError', 'DataError', 'ConfigError', 'Note', 'tell', 'suggest', 'need', 'one_of', 'in_range',
-           'atomic_write', 'stable_hash', 'seed_everything', 'rng_state', 'set_rng_state', 'pick_device',
-           'at_least_float32', 'start_processes', 'world_size', 'rank', 'is_main', 'all_reduce_mean', 'all_gather_cat']
+           'atomic_write', 'writable_place', 'stable_hash', 'seed_everything', 'rng_state', 'set_rng_state',
+           'pick_device', 'at_least_float32', 'start_processes', 'world_size', 'rank', 'is_main', 'all_reduce_mean',
+           'all_gather_cat']
 
 # %% ../nbs/00_core.ipynb #1052b046
 import difflib
@@ -130,6 +131,23 @@ def atomic_write(
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def writable_place(
+    path,  # where results go; it need not exist
+    option: str = 'out',  # name of the option, for the message
+    folder: bool = True,  # is it a folder, or a file?
+) -> Path:
+    "The path, if results can be written there, else a `DataError`; nothing is created"
+    path = Path(path)
+    if path.exists() and path.is_dir() != folder:
+        raise DataError(f"{path}: is {'a file' if folder else 'a folder'}; choose another {option}")
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if there.is_file() and there != path:
+        raise DataError(f'{there}: is a file, so {path} cannot be made; choose another {option}')
+    if not os.access(there, os.W_OK):
+        raise DataError(f'{there}: no permission to write; choose another {option}')
+    return path
 
 # %% ../nbs/00_core.ipynb #c1531947
 def _stable_repr(p):

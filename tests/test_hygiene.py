@@ -57,7 +57,7 @@ def test_the_book_is_not_in_the_wheel(tmp_path):
     assert done.returncode == 0, done.stderr
     names = zipfile.ZipFile(next(tmp_path.glob('*.whl'))).namelist()
     assert {'semidetr/train/trainer.py', 'semidetr/cli/__main__.py'} <= set(names)
-    assert any(n.startswith('semidetr/csrc/') for n in names)
+    assert 'semidetr/py.typed' in names and any(n.startswith('semidetr/csrc/') for n in names)
     assert not [n for n in names if n.startswith(('semidetr/book', 'nbs', 'tests'))]
 
 

@@ -94,9 +94,10 @@ def test_threshold_and_suppression(run):
     assert scores() == pytest.approx([0.9, 0.6])
     assert scores(threshold=0.7) == pytest.approx([0.9])
     assert scores(threshold=0.95) == []
+    assert scores(nms=0.0) == scores(), 'as on the command line'
     assert scores(threshold=0.1, nms=0.5) == pytest.approx([0.9, 0.2])
     assert scores(threshold=0.1, nms=1.0) == pytest.approx([0.9, 0.6, 0.2])
-    for bad in (dict(threshold=1.5), dict(threshold=-0.1), dict(nms=0.0), dict(nms=2.0)):
+    for bad in (dict(threshold=1.5), dict(threshold=-0.1), dict(nms=-0.1), dict(nms=2.0)):
         with pytest.raises(ConfigError, match='outside'):
             Predictor(run, 'cpu', **bad)
 

@@ -140,7 +140,9 @@ def test_both_networks_are_evaluated_or_the_one_that_there_is(run, tmp_path):  #
     _, one = api.evaluate_run(to_safetensors(run, tmp_path / 'm.safetensors', 'student'))
     assert set(whole) == {'teacher', 'student'} and set(one) == {'teacher'}
     assert one['teacher']['AP'] == whole['student']['AP']
-    for given in (Predictor(run, 'cpu'), tmp_path / 'm.onnx', str(tmp_path / 'm.onnx')):
+    _, network = api.evaluate_run(Predictor(run, 'cpu', which='student'))
+    assert network['student']['AP'] == whole['student']['AP'] and len(network) == 1
+    for given in (tmp_path / 'm.onnx', str(tmp_path / 'm.onnx')):
         with pytest.raises(ConfigError, match='both networks of a run are evaluated: give its folder'):
             api.evaluate_run(given)
 
@@ -201,7 +203,7 @@ def test_each_picture_of_many_is_looked_up_a_few_times(tmp_path, monkeypatch):
 # --- bars ----------------------------------------------------------------------------------------
 def test_bars_of_predict_and_eval_are_shown_unless_quiet(shell, run, photos, tmp_path):  # noqa: F811
     predict = ['predict', '--run', run, '-s', photos, '--no-draw', '--device', 'cpu', '--batch', 1]
-    commands = {'predict: 100%': predict, 'evaluate teacher': ['eval', '--run', run, '--device', 'cpu']}
+    commands = {'predict: 4/4 batch': predict, 'evaluate teacher': ['eval', '--run', run, '--device', 'cpu']}
     for text, words in commands.items():
         more = ['-o', tmp_path / 'out'] if words is predict else []
         code, loud, err = shell(*words, *more)

@@ -181,6 +181,23 @@ def atomic_write(
         tmp.unlink(missing_ok=True)
 
 
+def writable_place(
+    path,  # where results go; it need not exist
+    option: str = 'out',  # name of the option, for the message
+    folder: bool = True,  # is it a folder, or a file?
+) -> Path:
+    "The path, if results can be written there, else a `DataError`; nothing is created"
+    path = Path(path)
+    if path.exists() and path.is_dir() != folder:
+        raise DataError(f"{path}: is {'a file' if folder else 'a folder'}; choose another {option}")
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if there.is_file() and there != path:
+        raise DataError(f'{there}: is a file, so {path} cannot be made; choose another {option}')
+    if not os.access(there, os.W_OK):
+        raise DataError(f'{there}: no permission to write; choose another {option}')
+    return path
+
+
 # %% [markdown]
 # A write that fails (here because the content has the wrong type) leaves the old file and no temporary one:
 
@@ -193,6 +210,10 @@ with tempfile.TemporaryDirectory() as d:
     except TypeError:
         pass
     left = {p.name: p.read_text() for p in target.parent.iterdir()}
+    try:
+        writable_place(target)
+    except DataError as e:
+        assert 'is a file; choose another out' in str(e)
 assert left == {'run.json': '{"AP": 30.5}'}
 left
 

@@ -138,7 +138,7 @@ def show_image(
     mean=None,  # 3 numbers, for normalised tensors
     std=None,  # 3 numbers, for normalised tensors
     title=None,  # text above
-):
+):  # the axes
     "Show an image so that pixel (0,0) covers the square from 0 to 1, as in the coordinates of boxes"
     img = to_pil(img, mean, std)
     ax.imshow(img, extent=(0, img.width, img.height, 0), interpolation='nearest')

@@ -15,6 +15,7 @@ import re
 import string
 from importlib import import_module
 from pathlib import Path
+from .describe import fill_markers
 
 # %% ../../nbs/book/00_pages.ipynb #db028739
 def fail(
@@ -183,7 +184,7 @@ def filter_notebook(
 ) -> dict:  # the notebook to render
     "Hide, tag, anchor and link the cells of one notebook"
     module, cells = notebook_module(nb), []
-    for i, c in enumerate(nb['cells']):
+    for i, c in enumerate(fill_markers(nb)['cells']):
         source = cell_text(c['source'])
         if c['cell_type'] != 'code':
             cells.append({**c, 'source': link_names(source, index, page_dir)})

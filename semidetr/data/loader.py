@@ -36,9 +36,9 @@ class LoaderConfig:
     "How many images of each kind make one batch on one process"
 
     n_labelled: int = 1  # paper: 5 images on a GPU, 1 : 4
-    n_unlabelled: int = 4
+    n_unlabelled: int = 4  # 0: labelled images alone
     ratio: str = 'binomial'  # 'binomial' (code: the numbers vary around the ratio) or 'fixed'
-    num_workers: int = 2
+    num_workers: int = 2  # processes that load images; 0: in the training process
     two_views: bool = False  # labelled images in a weak and a strong view instead of one labelled view
     repeat_threshold: float = 0.0  # t of @eq-repeat-factor: rare classes are drawn more often; 0: never
 

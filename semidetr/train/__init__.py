@@ -19,5 +19,12 @@ class _TrainPackage(ModuleType):
 
         return inspect.signature(train)
 
+    @property
+    def __doc__(self):
+        from semidetr.docs import full_text, module_names
+
+        described = module_names('semidetr.train.api').get('train')
+        return vars(self)['__doc__'] if described is None else full_text(described)
+
 
 sys.modules[__name__].__class__ = _TrainPackage

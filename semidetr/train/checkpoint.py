@@ -23,6 +23,7 @@ from ..core import DataError, atomic_write, is_main, tell, world_size
 from ..reading import read_rows
 from ..detectors.group import start_parallel
 from ..detectors.weight_files import map_class_rows
+from .loggers import Loggers, TensorBoard
 
 # %% ../../nbs/train/02_checkpoint.ipynb #e00f2646
 FORMAT = 1  # goes up when the layout of the file changes
@@ -327,15 +328,17 @@ def peak_memory_mb() -> float:
 
 # %% ../../nbs/train/02_checkpoint.ipynb #06348f27
 class RunLog:
-    "log.jsonl and TensorBoard of the main process; on resuming, lines later than the checkpoint are dropped"
+    "log.jsonl and loggers of the main process; on resuming, lines later than the checkpoint are dropped"
 
     def __init__(
         self,
         folder,  # of the run
         step: int = 0,  # finished iterations
+        loggers=(),  # subclasses of `Logger`, beside TensorBoard
+        settings: dict | None = None,  # name -> value, for them
     ):
         self.path = Path(folder) / 'log.jsonl'
-        self.board = None
+        self.loggers = None
         if not is_main():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -345,24 +348,20 @@ class RunLog:
                 f'{self.path}: {len(bad)} lines are damaged and left out, the first is line {bad[0]}'
             )
         atomic_write(self.path, ''.join(json.dumps(r) + '\n' for r in rows if r['step'] <= step))
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.board = SummaryWriter(str(self.path.parent), purge_step=step)
+        self.loggers = Loggers((TensorBoard, *loggers), self.path.parent, step, settings or {})
 
     def write(
         self,
         row: dict,  # names and plain values; `step` counts finished iterations
     ):
-        "Append one line; numbers also go to TensorBoard"
+        "Append one line; numbers also go to the loggers"
         if not is_main():
             return
         with self.path.open('a') as f:
             f.write(json.dumps(row) + '\n')
-        for k, v in row.items():
-            if isinstance(v, (int, float)) and k != 'step':
-                self.board.add_scalar(k, v, row['step'])
+        self.loggers.write(row)
 
     def close(self):
-        "Close the TensorBoard file"
-        if self.board is not None:
-            self.board.close()
+        "Close the loggers"
+        if self.loggers is not None:
+            self.loggers.close()

@@ -45,7 +45,7 @@ class DataConfig:
     count: int = 0  # number of labelled images; 0 with percent 0: all
     shots: int = 0  # number of labelled images of each class, instead of percent and count
     fold: int = 0  # which draw of the labelled images
-    split_seed: int = 0
+    split_seed: int = 0  # of all draws that divide the images; another one, another development part
     split_file: str = ''  # a split written by `semidetr split`, instead of percent, count and fold
     dev: int = 100  # images held out of training to choose settings on
     cover_classes: bool = False  # make sure that each class has a labelled image
@@ -62,13 +62,13 @@ class DataConfig:
 class OptimConfig:
     "AdamW, constant rate as in the published code for COCO-Partial and VOC; iterations are optimiser steps"
 
-    iters: int = 120_000
-    lr: float = 1e-4
+    iters: int = 120_000  # optimiser steps of the whole run
+    lr: float = 1e-4  # learning rate per step, of all but the parts below
     backbone_mult: float = 0.1  # learning rate of the backbone relative to lr
-    weight_decay: float = 1e-4
+    weight_decay: float = 1e-4  # of AdamW, decoupled from the gradient
     clip: float = 0.1  # largest L2 norm of the gradient; 0: any
     schedule: str = 'constant'  # 'constant', 'cosine' (to 0 at the end), or 'step' (x0.1 at each of `steps`)
-    steps: tuple[int, ...] = ()
+    steps: tuple[int, ...] = ()  # iterations of schedule 'step'
     points_mult: float = (
         1.0  # rate of sampling offsets and reference points relative to lr (Deformable-DETR: .1)
     )
@@ -99,8 +99,8 @@ class OptimConfig:
 class RunConfig:
     "Device, precision, evaluation, checkpoints and logs of a run"
 
-    seed: int = 0
-    device: str = 'auto'
+    seed: int = 0  # of initial weights, batches, views and noise
+    device: str = 'auto'  # auto, cpu, cuda, cuda:N
     amp: str = 'off'  # 'off', 'bf16', 'fp16', or 'auto': what is fastest on this machine (@sec-machine)
     threads: int = 0  # CPU threads; 0: torch's choice
     init: str = ''  # checkpoint whose weights start this run (a burn-in shared by several runs)
@@ -108,8 +108,8 @@ class RunConfig:
     eval_every: int = 0  # iterations between evaluations on the development part; 0: only at the end
     test: bool = True  # evaluate on the test split at the end; switch it off while choosing settings
     eval_nms: float = 0.0  # IoU of per-class suppression when evaluating; 0: none (DETR needs none)
-    checkpoint_every: int = 500
-    log_every: int = 20
+    checkpoint_every: int = 500  # iterations between checkpoints
+    log_every: int = 20  # iterations between lines of the log
     health_window: int = 200  # iterations without pseudo labels before the warning
     non_finite: str = 'stop'  # at NaN or infinity: 'stop', 'skip' the iteration, or 'back' to the checkpoint
     max_skipped: int = 10  # most iterations that 'skip' leaves out, then the run stops

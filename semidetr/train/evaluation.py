@@ -10,10 +10,10 @@ import contextlib
 import torch
 import torch.distributed as dist
 from torchvision.ops import batched_nms
-from tqdm import tqdm
 from ..core import rank, rng_state, set_rng_state, world_size
 from ..data.datasets import Subset
 from ..detectors.contract import has_suppressor, post_process
+from ..progress import track
 from ..data.loader import EvalLoader
 from ..semi.teacher import keep_boxes
 from .metrics import evaluate
@@ -53,7 +53,7 @@ def detect(
     out = {}
     try:
         loader = EvalLoader(ds, view, batch_size, num_workers)
-        for batch in tqdm(loader, desc=progress, disable=not progress, leave=False):
+        for batch in track(loader, progress, 'batch', show=bool(progress), leave=False):
             batch = to_device(batch, device)
             outputs = model(batch['images'], batch['mask'])
             sizes = [t['size'] for t in batch['targets']]
@@ -106,6 +106,7 @@ def evaluate_model(
     both: bool = False,  # evaluate again after `suppress`: adds AP_nms and AP50_nms
     max_dets: int = 100,  # detections per image that count
     suppressor: bool = True,  # False: the last decoder layer is evaluated, whatever follows it
+    measured: dict | None = None,  # gets the detections that are counted
 ) -> dict:  # from `evaluate`
     """COCO metrics of one network; several processes share the images
 
@@ -121,6 +122,8 @@ def evaluate_model(
         shares = [None] * world_size()
         dist.all_gather_object(shares, found)
         found = {k: v for s in shares for k, v in s.items()}
+    if measured is not None:
+        measured.update(found)
     result = evaluate(ds, found, max_dets=max_dets)
     if both:
         result |= {f'{k}_nms': v for k, v in evaluate(ds, suppress(found), True, max_dets).items()}

@@ -18,7 +18,7 @@ from pathlib import Path
 from ..core import ConfigError, DataError, atomic_write, tell
 from ..data.files import read_folder
 from ..data.datasets import CocoDataset
-from .predict import Predictor
+from .predict import Predictor, nms_hint
 
 # %% ../../nbs/train/13_predict_files.ipynb #c5a20d8c
 def to_coco(
@@ -188,6 +188,17 @@ class ResultFiles:
         "The file, or the folder, of each format"
         names = dict(json='detections.json', csv='detections.csv', yolo='labels')
         return [self.out / names[f] for f in self.formats]
+
+    def notes(
+        self,
+        predictor,  # whose detections these are
+        prefix: str = '',  # of options in the text: '--' for a command
+    ) -> list:
+        "Lines about threshold and suppression, where one of them leaves out too much or too little"
+        if not self.rows:
+            return [f'no score reaches {predictor.threshold:g}; try a lower {prefix}threshold']
+        hint = '' if predictor.nms else nms_hint(self.found.values(), predictor.threshold, f'{prefix}nms')
+        return [hint] if hint else []
 
     def write(self):
         "The files that hold all detections"

@@ -8,6 +8,7 @@ __all__ = ['KINDS', 'DATA_CHANGED', 'PLACES', 'FolderState', 'changed_settings',
 
 # %% ../../nbs/train/07_run_folder.ipynb #f4206849
 import contextlib
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from ..core import ConfigError, DataError, tell
@@ -201,7 +202,7 @@ def _check_roles(old, new, folder):
         if rewritten:
             tell([f'{folder}: {role} images have other bytes than when this run began: {rewritten}'])
 
-
+# %% ../../nbs/train/07_run_folder.ipynb #ff0f01a8
 def _found_again(old, cfg, same, then, now):
     "`cfg` with the places of `old`, wherever these hold the same images"
 
@@ -217,7 +218,23 @@ def _found_again(old, cfg, same, then, now):
     if old.data.split_file and cfg.data.split_file and same:
         if agree('labelled', 'development', 'unlabelled'):
             names.append('split_file')
-    return at_places(cfg, to_dict(old)['data'], names)
+    cfg, where = at_places(cfg, to_dict(old)['data'], names), 'detector.backbone.weights'
+    if _is_same_file(old.run.init, cfg.run.init):
+        cfg = override(cfg, [f'run.init={old.run.init}'])
+    before, weights = (getattr(getattr(c.detector, 'backbone', None), 'weights', '') for c in (old, cfg))
+    return override(cfg, [f'{where}={before}']) if _is_same_file(before, weights) else cfg
+
+
+def _is_same_file(old, new):
+    "Is a file that a run started from the same by another path, or has it moved? The latter is said"
+    if not old or not new or old == new or not os.path.exists(new):
+        return False
+    if os.path.exists(old):
+        return os.path.samefile(old, new)
+    if Path(old).name != Path(new).name:
+        return False
+    tell([f'{old} is gone; {new} has the same name and is taken for it (a resumed run does not read it)'])
+    return True
 
 
 def _longer(old, cfg, folder):

@@ -13,7 +13,6 @@ import time
 import warnings
 from pathlib import Path
 import torch
-from tqdm import tqdm
 from semidetr.core import (
     DataError,
     atomic_write,
@@ -28,6 +27,7 @@ from semidetr.core import (
 )
 from ..data.loader import SemiLoader
 from ..many import rows_of_all
+from ..progress import Progress as Bar
 from ..matching.matching import NonFiniteError
 from .capsule import Policy
 from semidetr.train.checkpoint import (
@@ -40,6 +40,7 @@ from semidetr.train.checkpoint import (
     peak_memory_mb,
     save_checkpoint,
 )
+from .card import flat_settings, write_card
 from .config import Config, config_hash, to_dict
 from .evaluation import evaluate_model, same_rng
 from . import health
@@ -85,6 +86,8 @@ class BuiltRun(Step):
 class RunState(Policy, BuiltRun):
     "What a checkpoint holds; a run whose folder has one continues from it"
 
+    loggers = ()  # subclasses of `Logger`, beside TensorBoard
+
     def __init__(self, cfg: Config, run_dir, progress: bool = True, position: int = 0):
         super().__init__(cfg, run_dir, progress, position)
         self.roles = images_of_roles(self.data, cfg.run.test)
@@ -123,6 +126,10 @@ class RunState(Policy, BuiltRun):
             student=self.student.state_dict(),
             teacher=self.teacher.state_dict(),
         )
+
+    def open_log(self) -> RunLog:
+        "The log from this iteration on"
+        return RunLog(self.dir, self.step, self.loggers, flat_settings(to_dict(self.cfg)))
 
 # %% ../../nbs/train/09_trainer.ipynb #a66936c7
 def make_loader(
@@ -292,10 +299,10 @@ class Progress:
     "Log file, bar and clock of a run"
 
     def __init__(self, run):
-        self.log, self.spent = RunLog(run.dir, run.step), run.spent
+        self.log, self.spent = run.open_log(), run.spent
         self.start = time.perf_counter(), cpu_seconds()
         bar = dict(total=run.cfg.optim.iters, initial=run.step, desc=run.dir.name, unit='it')
-        self.bar = tqdm(**bar, disable=not run.progress, position=run.position)
+        self.bar = Bar(**bar, show=run.progress, position=run.position)
 
     def time(self) -> dict:  # seconds and CPU-seconds of the run, earlier sessions included
         seconds, cpu = time.perf_counter() - self.start[0], cpu_seconds() - self.start[1]
@@ -309,13 +316,13 @@ class Progress:
                 shown[name] = f'{scalars[key]:.1f}'
         if run.history:
             shown['AP'] = f"{run.history[-1]['teacher']['AP']:.1f}"
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.values(shown)
         self.bar.update(run.step - self.bar.n)
 
     def rewind(self, run):
         "The run went back: so does its log"
         self.log.close()
-        self.log = RunLog(run.dir, run.step)
+        self.log = run.open_log()
 
     def __enter__(self):
         return self
@@ -358,7 +365,13 @@ class Iteration(Evaluation):
 
 # %% ../../nbs/train/09_trainer.ipynb #f6d93481
 class Trainer(Iteration):
-    "Run a configuration: `Trainer(cfg, 'runs/mine').fit()`; a stopped run in that folder is continued"
+    """Run a configuration: `Trainer(cfg, 'runs/mine').fit()`; a stopped run in that folder is continued.
+
+    `cfg` is taken as it is. `plan_run` (@sec-run-plan) makes the one that the command trains, with what
+    follows from data, length and method.
+
+    Example: `Trainer(plan_run(data='photos', percent=5).cfg, 'runs/mine').fit()`
+    """
 
     def fit(
         self,
@@ -389,4 +402,7 @@ class Trainer(Iteration):
                         return None
             if self.saved != self.step:
                 self.save()
-            return self.report()
+            result = self.report()
+            if is_main():
+                write_card(result, self.dir)
+            return result

@@ -20,6 +20,7 @@ import re
 import string
 from importlib import import_module
 from pathlib import Path
+from semidetr.book.describe import fill_markers
 
 # %%
 import tempfile
@@ -251,7 +252,7 @@ def filter_notebook(
 ) -> dict:  # the notebook to render
     "Hide, tag, anchor and link the cells of one notebook"
     module, cells = notebook_module(nb), []
-    for i, c in enumerate(nb['cells']):
+    for i, c in enumerate(fill_markers(nb)['cells']):
         source = cell_text(c['source'])
         if c['cell_type'] != 'code':
             cells.append({**c, 'source': link_names(source, index, page_dir)})

@@ -219,15 +219,9 @@ _HINT = (
 
 def _free(path, option='--out', folder=True):
     "DataError if results cannot be written there; nothing is created"
-    path = Path(path)
-    if path.exists() and path.is_dir() != folder:
-        raise _bad(f"{path}: is {'a file' if folder else 'a folder'}; choose another {option}")
-    there = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if there.is_file() and there != path:
-        raise _bad(f'{there}: is a file, so {path} cannot be made; choose another {option}')
-    if not os.access(there, os.W_OK):
-        raise _bad(f'{there}: no permission to write; choose another {option}')
-    return path
+    from semidetr.core import writable_place
+
+    return writable_place(path, option, folder)
 
 
 def _no_nan(x):

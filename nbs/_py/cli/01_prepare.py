@@ -20,6 +20,7 @@ warnings.filterwarnings('ignore', message='IProgress')
 
 # %%
 #| export
+import shlex
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -103,6 +104,8 @@ def doctor(
         _say(f"written: {out / 'report.json'}{sheet}")
     if report.errors:
         raise typer.Exit(2)
+    if report.verdict == 'fit for training' and split == 'train':
+        _say(f'next: semidetr train --data {shlex.quote(data)} --percent 5 -o runs/mine')
 
 
 # %%
@@ -173,32 +176,24 @@ def split(
 
     Example: semidetr split --data path/to/coco --shots 10 -o ten_shots.json
     """
-    from semidetr import make_split, open_dataset, read_index_list, save_split
-    from semidetr.core import tell
-    from semidetr.train.run_data import drawn_positions
+    from semidetr.train.api import split as divide
 
-    _free(out, folder=False)
-    ds = open_dataset(data, 'train', images=images)
-    tell(getattr(ds, 'notes', ()))
-    if from_file:
-        s, found = read_index_list(from_file, ds, percent, fold, convention, dev or 0, seed)
-        _say(f'{from_file}: read as {found}')
-    else:
-        dev = min(100, len(ds) // 5) if dev is None else dev
-        s = make_split(ds, percent, count, fold, dev, seed, cover_classes, shots)
-    labelled, empty, kept = [ds.index_of(i) for i in s.labelled], 0, None
-    if ds.has_boxes:
-        kept, empty = drawn_positions(ds, labelled)
-    save_split(s, out)
+    s = divide(
+        data,
+        percent,
+        count,
+        shots,
+        fold,
+        dev,
+        seed,
+        cover_classes,
+        from_file,
+        convention,
+        images,
+        _free(out, folder=False),
+    )
     counts = f'{len(s.labelled)} labelled, {len(s.unlabelled)} unlabelled, {len(s.dev)} development images'
     _say(f'{out}: {counts}')
-    if empty:
-        _say(
-            f'note: {empty} of the labelled images have no box; they are used as negatives (data.background)'
-        )
-    if kept is not None and len(kept) < len(labelled):
-        n = len(labelled) - len(kept)
-        _say(f'note: {n} of the labelled images have only boxes to be ignored and are left out of training')
 
 
 # %%

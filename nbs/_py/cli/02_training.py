@@ -95,7 +95,8 @@ def train(
     method: _opt(
         str,
         'supervised, mean_teacher, semi_detr, semi_detr_plus, label_policy, soft_teacher (faster_rcnn) or '
-        'dense_teacher (fcos); default: mean_teacher with --unlabelled, else supervised',
+        'dense_teacher (fcos); default: mean_teacher where there are images without labels (--percent, --count, '
+        '--shots, --split-file, --unlabelled), else supervised',
     ) = '',
     detector: _opt(
         str,
@@ -116,6 +117,9 @@ def train(
     seed: _opt(int, 'seed') = None,
     threads: _opt(int, 'CPU threads; 0: all cores') = 0,
     out: Out = Path('runs/train'),
+    log: _opt(
+        str, 'mlflow, wandb, or both with a comma (extras of these names); TensorBoard is always on'
+    ) = '',
     device: Device = None,
     quiet: Quiet = False,
     show_config: _opt(bool, 'print the settings as JSON and stop', '--show-config') = False,
@@ -124,7 +128,7 @@ def train(
 
     With several GPUs: torchrun --nproc-per-node N -m semidetr.cli train ...
 
-    Example: semidetr train --data path/to/coco --percent 5 --method mean_teacher -o runs/mine
+    Example: semidetr train --data path/to/coco --percent 5 -o runs/mine
     """
     from semidetr.train.api import OPTIONS, plan_run, run_plan
 
@@ -136,9 +140,8 @@ def train(
 
         return _say(json.dumps(to_dict(plan.cfg), indent=1))
     _free(out)
-    for text in plan.notes:
-        _say(f'note: {text}')
-    _summary(run_plan(plan, out, not quiet).result, out)
+    say = lambda line: _say(f'note: {line}')
+    _summary(run_plan(plan, out, not quiet, log, say).result, out)
 
 
 # %% [markdown]

@@ -78,7 +78,7 @@ def evaluate(
 
     if out:
         _free(out, folder=False)
-    ds, result = evaluate_run(run, data, part, nms, device, not quiet, max_dets, images)
+    ds, result = evaluate_run(run, data, part, nms, device, not quiet, max_dets, images, '--nms')
     _say(f'{ds.name}: {len(ds)} images')
     for which, m in result.items():
         _say(_row(which, m))
@@ -140,9 +140,8 @@ def predict(
 
     Example: semidetr predict --run runs/mine --source clip.mp4 --format csv --classes car,bus --threshold .5
     """
-    from tqdm import tqdm
-    from semidetr.train.api import open_predictor
-    from semidetr.train.predict_files import is_video, predict_folder, predict_video, read_formats
+    from semidetr.train.api import open_predictor, predict_to_files
+    from semidetr.train.predict_files import is_video, read_formats
 
     kinds, video = read_formats(formats), is_video(source)
     if not kinds and not draw:
@@ -150,16 +149,11 @@ def predict(
     if video and ids:
         raise _bad('--ids is for images: the id of a frame is its number')
     model = open_predictor(run, device, threshold, nms, which, _class_names(classes))
-    unit = 'frame' if video else 'batch'
-    bar = lambda x: tqdm(x, desc='predict', unit=unit, disable=quiet)
-    if video:
-        results = predict_video(model, source, _free(out), draw, batch, bar, kinds)
-    else:
-        results = predict_folder(model, source, _free(out), draw, ids, batch, bar, kinds)
+    results = predict_to_files(model, source, _free(out), draw, ids, batch, kinds, not quiet)
     places = [str(p) for p in results.places()] + ([f'pictures in {out}'] if draw else [])
     _say(f"{len(results.rows)} detections in {', '.join(places)}")
-    if not results.rows:
-        _say(f'note: no score reaches {threshold:g}; try a lower --threshold')
+    for line in results.notes(model, '--'):
+        _say(f'note: {line}')
     for line in results.broken:
         _fail(line)
     if results.broken:

@@ -47,8 +47,8 @@ class TransformerConfig:
     n_heads: int = 8  # M
     n_levels: int = 4  # L feature maps, the coarsest ones made by stride-2 convolutions
     n_points: int = 4  # K samples per head and level
-    enc_layers: int = 6
-    dec_layers: int = 6
+    enc_layers: int = 6  # layers of the encoder
+    dec_layers: int = 6  # layers of the decoder
     ffn: int = 2048  # hidden width of the feed-forward blocks
     dropout: float = 0.0  # after attention and in the feed-forward block (DINO 0, Deformable-DETR .1)
     activation: str = 'relu'  # 'relu' or 'gelu'

@@ -28,11 +28,11 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tqdm import tqdm
 from semidetr.core import ConfigError, DataError, atomic_write, need, suggest
 from semidetr.reading import read_record, read_result, read_rows, read_small_json
 from semidetr.lab.plan import STUDIES, Run, distinct, plan, state, without_data
 from semidetr.lab.study import pick_studies, record
+from semidetr.progress import Progress
 from semidetr.train.config import config_hash, to_dict
 from semidetr.train.machine import usable_cores
 from semidetr.train.run_folder import finished
@@ -432,20 +432,18 @@ def run_all(
         return steps_done(folder) if folder in left else iters[folder]
 
     before = sum(n for folder, n in iters.items() if folder not in left)
-    bar = tqdm(total=sum(iters.values()), initial=before, unit='it', mininterval=1, disable=not progress)
+    bar = Progress(sum(iters.values()), 'runs', initial=before, show=progress)
 
     def ended(r, cause):
         if cause:
             broken.add(r.folder)
-            if progress:
-                bar.write(f'failed: {cause}', file=sys.stderr)
+            bar.write(f'failed: {cause}')
         elif r is not None:
             left.discard(r.folder)
             seed_done(r)
-        bar.n = sum(map(done, iters))
         failed = f', {len(broken)} failed' if broken else ''
-        bar.set_postfix_str(f'{len(iters) - len(left)} of {len(iters)} runs{failed}', refresh=False)
-        bar.update(0)
+        bar.values(dict(runs=f'{len(iters) - len(left)}/{len(iters)}{failed}'))
+        bar.update(sum(map(done, iters)) - bar.n)
 
     can_run = [r for r in todo if r.folder not in lost]
     with contextlib.closing(bar), stoppable():

@@ -27,6 +27,7 @@ from semidetr.core import DataError, atomic_write, is_main, tell, world_size
 from semidetr.reading import read_rows
 from semidetr.detectors.group import start_parallel
 from semidetr.detectors.weight_files import map_class_rows
+from semidetr.train.loggers import Loggers, TensorBoard
 
 # %%
 #| export
@@ -342,7 +343,8 @@ def _start_projector(method, parts, path):
 # The folder of a run holds `run.json` (the resolved configuration, versions, commit, data fingerprint, times,
 # metrics), `log.jsonl` (one line every `log_every` iterations), `last.pt` (all state), `previous.pt` (the same,
 # one checkpoint earlier), `best.pt` (the weights
-# that scored best on the development part, if it is evaluated during training) and TensorBoard events.
+# that scored best on the development part, if it is evaluated during training), events of TensorBoard
+# (@sec-loggers) and, at the end, a model card (@sec-card).
 # Reports read `run.json` and `log.jsonl` only.
 
 # %%
@@ -409,15 +411,17 @@ def peak_memory_mb() -> float:
 # %%
 #| export
 class RunLog:
-    "log.jsonl and TensorBoard of the main process; on resuming, lines later than the checkpoint are dropped"
+    "log.jsonl and loggers of the main process; on resuming, lines later than the checkpoint are dropped"
 
     def __init__(
         self,
         folder,  # of the run
         step: int = 0,  # finished iterations
+        loggers=(),  # subclasses of `Logger`, beside TensorBoard
+        settings: dict | None = None,  # name -> value, for them
     ):
         self.path = Path(folder) / 'log.jsonl'
-        self.board = None
+        self.loggers = None
         if not is_main():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -427,27 +431,23 @@ class RunLog:
                 f'{self.path}: {len(bad)} lines are damaged and left out, the first is line {bad[0]}'
             )
         atomic_write(self.path, ''.join(json.dumps(r) + '\n' for r in rows if r['step'] <= step))
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.board = SummaryWriter(str(self.path.parent), purge_step=step)
+        self.loggers = Loggers((TensorBoard, *loggers), self.path.parent, step, settings or {})
 
     def write(
         self,
         row: dict,  # names and plain values; `step` counts finished iterations
     ):
-        "Append one line; numbers also go to TensorBoard"
+        "Append one line; numbers also go to the loggers"
         if not is_main():
             return
         with self.path.open('a') as f:
             f.write(json.dumps(row) + '\n')
-        for k, v in row.items():
-            if isinstance(v, (int, float)) and k != 'step':
-                self.board.add_scalar(k, v, row['step'])
+        self.loggers.write(row)
 
     def close(self):
-        "Close the TensorBoard file"
-        if self.board is not None:
-            self.board.close()
+        "Close the loggers"
+        if self.loggers is not None:
+            self.loggers.close()
 
 
 # %% [markdown]

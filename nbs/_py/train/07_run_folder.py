@@ -25,6 +25,7 @@
 # %%
 #| export
 import contextlib
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from semidetr.core import ConfigError, DataError, tell
@@ -293,6 +294,8 @@ def _check_roles(old, new, folder):
             tell([f'{folder}: {role} images have other bytes than when this run began: {rewritten}'])
 
 
+# %%
+#| export
 def _found_again(old, cfg, same, then, now):
     "`cfg` with the places of `old`, wherever these hold the same images"
 
@@ -308,7 +311,23 @@ def _found_again(old, cfg, same, then, now):
     if old.data.split_file and cfg.data.split_file and same:
         if agree('labelled', 'development', 'unlabelled'):
             names.append('split_file')
-    return at_places(cfg, to_dict(old)['data'], names)
+    cfg, where = at_places(cfg, to_dict(old)['data'], names), 'detector.backbone.weights'
+    if _is_same_file(old.run.init, cfg.run.init):
+        cfg = override(cfg, [f'run.init={old.run.init}'])
+    before, weights = (getattr(getattr(c.detector, 'backbone', None), 'weights', '') for c in (old, cfg))
+    return override(cfg, [f'{where}={before}']) if _is_same_file(before, weights) else cfg
+
+
+def _is_same_file(old, new):
+    "Is a file that a run started from the same by another path, or has it moved? The latter is said"
+    if not old or not new or old == new or not os.path.exists(new):
+        return False
+    if os.path.exists(old):
+        return os.path.samefile(old, new)
+    if Path(old).name != Path(new).name:
+        return False
+    tell([f'{old} is gone; {new} has the same name and is taken for it (a resumed run does not read it)'])
+    return True
 
 
 def _longer(old, cfg, folder):
@@ -376,7 +395,8 @@ lines
 #   or damaged.
 # - A finished run is looked up by its hash and the fingerprint of its data; a checkpoint is not read for it.
 # - `check_same_run` compares the contents of a checkpoint, when the trainer has read it: settings, training
-#   data, and the images of each role. Data in another place are the same if their content is.
+#   data, and the images of each role. Data in another place are the same if their content is, and files of
+#   weights if their name is.
 # - Who may write into a folder is said in @sec-lock, how a run ends before its end in @sec-stop.
 #
 # ## Exercises

@@ -22,7 +22,6 @@ import time
 import warnings
 from pathlib import Path
 import torch
-from tqdm import tqdm
 from semidetr.core import (
     DataError,
     atomic_write,
@@ -37,6 +36,7 @@ from semidetr.core import (
 )
 from semidetr.data.loader import SemiLoader
 from semidetr.many import rows_of_all
+from semidetr.progress import Progress as Bar
 from semidetr.matching.matching import NonFiniteError
 from semidetr.train.capsule import Policy
 from semidetr.train.checkpoint import (
@@ -49,6 +49,7 @@ from semidetr.train.checkpoint import (
     peak_memory_mb,
     save_checkpoint,
 )
+from semidetr.train.card import flat_settings, write_card
 from semidetr.train.config import Config, config_hash, to_dict
 from semidetr.train.evaluation import evaluate_model, same_rng
 from semidetr.train import health
@@ -106,6 +107,8 @@ class BuiltRun(Step):
 class RunState(Policy, BuiltRun):
     "What a checkpoint holds; a run whose folder has one continues from it"
 
+    loggers = ()  # subclasses of `Logger`, beside TensorBoard
+
     def __init__(self, cfg: Config, run_dir, progress: bool = True, position: int = 0):
         super().__init__(cfg, run_dir, progress, position)
         self.roles = images_of_roles(self.data, cfg.run.test)
@@ -144,6 +147,10 @@ class RunState(Policy, BuiltRun):
             student=self.student.state_dict(),
             teacher=self.teacher.state_dict(),
         )
+
+    def open_log(self) -> RunLog:
+        "The log from this iteration on"
+        return RunLog(self.dir, self.step, self.loggers, flat_settings(to_dict(self.cfg)))
 
 
 # %% [markdown]
@@ -344,10 +351,10 @@ class Progress:
     "Log file, bar and clock of a run"
 
     def __init__(self, run):
-        self.log, self.spent = RunLog(run.dir, run.step), run.spent
+        self.log, self.spent = run.open_log(), run.spent
         self.start = time.perf_counter(), cpu_seconds()
         bar = dict(total=run.cfg.optim.iters, initial=run.step, desc=run.dir.name, unit='it')
-        self.bar = tqdm(**bar, disable=not run.progress, position=run.position)
+        self.bar = Bar(**bar, show=run.progress, position=run.position)
 
     def time(self) -> dict:  # seconds and CPU-seconds of the run, earlier sessions included
         seconds, cpu = time.perf_counter() - self.start[0], cpu_seconds() - self.start[1]
@@ -361,13 +368,13 @@ class Progress:
                 shown[name] = f'{scalars[key]:.1f}'
         if run.history:
             shown['AP'] = f"{run.history[-1]['teacher']['AP']:.1f}"
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.values(shown)
         self.bar.update(run.step - self.bar.n)
 
     def rewind(self, run):
         "The run went back: so does its log"
         self.log.close()
-        self.log = RunLog(run.dir, run.step)
+        self.log = run.open_log()
 
     def __enter__(self):
         return self
@@ -414,7 +421,13 @@ class Iteration(Evaluation):
 # %%
 #| export
 class Trainer(Iteration):
-    "Run a configuration: `Trainer(cfg, 'runs/mine').fit()`; a stopped run in that folder is continued"
+    """Run a configuration: `Trainer(cfg, 'runs/mine').fit()`; a stopped run in that folder is continued.
+
+    `cfg` is taken as it is. `plan_run` (@sec-run-plan) makes the one that the command trains, with what
+    follows from data, length and method.
+
+    Example: `Trainer(plan_run(data='photos', percent=5).cfg, 'runs/mine').fit()`
+    """
 
     def fit(
         self,
@@ -445,7 +458,10 @@ class Trainer(Iteration):
                         return None
             if self.saved != self.step:
                 self.save()
-            return self.report()
+            result = self.report()
+            if is_main():
+                write_card(result, self.dir)
+            return result
 
 
 # %% [markdown]

@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.ops import batched_nms
 from semidetr.core import ConfigError, DataError, pick_device, suggest
 from semidetr.draw import draw_on_image
 from semidetr.data.files import TILES, PixelRange, load_image, read_folder, reason, scale_pixels, to_rgb
@@ -294,10 +295,11 @@ class BatchPredictor:
 
     def __init__(
         self,
-        path,  # folder of a run, or its .pt file
+        path,  # folder of a run, its .pt file, a .safetensors or .onnx file, or a `Run`
         device: str = 'auto',  # as for `pick_device`
         threshold: float = 0.3,  # scores must be larger
-        nms: float = None,  # IoU of per-class suppression; None: none, as DETR is meant to be used
+        nms: float
+        | None = None,  # IoU of per-class suppression; None or 0: none, as DETR is meant to be used
         which: str = 'teacher',  # or 'student'
         like=None,  # Config with settings classes of your own, if the run has such
         classes=None,  # names of the classes to keep; None: all
@@ -305,11 +307,12 @@ class BatchPredictor:
     ):
         if not 0 <= threshold <= 1:
             raise ConfigError(f'threshold={threshold} is outside [0, 1]; scores are probabilities')
-        if nms is not None and not 0 < nms <= 1:
-            raise ConfigError(f'nms={nms} is outside (0, 1]; it is an IoU')
-        self.device = pick_device(device)
+        if nms is not None and not 0 <= nms <= 1:
+            raise ConfigError(f'nms={nms} is outside [0, 1]; it is an IoU, and 0 stands for no suppression')
+        path = path if isinstance(path, (str, Path)) else getattr(path, 'folder', path)
+        self.device, self.which = pick_device(device), which
         self.model, self.cfg, self.classes = load_model(path, which, self.device, like)
-        self.threshold, self.nms, self.suppressor = threshold, nms, suppressor
+        self.threshold, self.nms, self.suppressor = threshold, nms or None, suppressor
         self.keep = _check_names(classes, self.classes)
 
     def _same_size(self, views):
@@ -450,6 +453,51 @@ for ax, (name, p) in zip(axes, hasty.items()):
     show_image(ax, p.draw(photo.resize((150, 150))), title=name)
 plt.tight_layout()
 plt.show()
+
+# %% [markdown]
+# Whether suppression would change much can be counted without any truth: it is the share of the boxes shown
+# that overlap a better one of their class. `nms_hint` says so above a tenth.
+
+# %%
+#| export
+OVERLAP, MANY = 0.7, 0.1  # IoU of the suppression in question, share of boxes from which the hint is given
+
+
+def removed_by_nms(
+    detections,  # iterable of dict(boxes (K,4) xyxy pixels, labels (K,), scores (K,))
+    threshold: float = 0.0,  # boxes with lower scores are not counted
+    iou: float = OVERLAP,  # of the suppression
+) -> tuple:  # (number of boxes that it removes, number of boxes)
+    "What per-class suppression would remove from the detections of some images"
+    gone = total = 0
+    for d in detections:
+        shown = d['scores'] > threshold
+        boxes, scores, labels = d['boxes'][shown].float(), d['scores'][shown].float(), d['labels'][shown]
+        total += len(boxes)
+        gone += len(boxes) - len(batched_nms(boxes, scores, labels, iou))
+    return gone, total
+
+
+def nms_hint(
+    detections,  # as for `removed_by_nms`
+    threshold: float = 0.0,  # boxes with lower scores are not counted
+    option: str = 'nms',  # what switches suppression on, for the message
+) -> str:  # a line, '' if suppression would remove at most a tenth of the boxes
+    "A hint where suppression would change much"
+    gone, total = removed_by_nms(detections, threshold)
+    if gone <= MANY * total:
+        return ''
+    return (
+        f'{gone} of {total} boxes overlap a better one of their class (IoU above {OVERLAP}); '
+        f'{option}={OVERLAP} leaves them out'
+    )
+
+
+# %%
+assert removed_by_nms([answers['threshold .3']], iou=0.5) == (n_true, 2 * n_true)
+assert nms_hint([strict]) == '' and nms_hint([]) == ''
+doubled = {k: strict[k].repeat_interleave(2, 0) for k in ('boxes', 'labels', 'scores')}
+nms_hint([strict, doubled])
 
 # %% [markdown]
 # The boxes are drawn on a larger copy of the scene and lie in the right places, by @eq-predict-pixels.

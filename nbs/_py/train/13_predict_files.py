@@ -37,7 +37,7 @@ from pathlib import Path
 from semidetr.core import ConfigError, DataError, atomic_write, tell
 from semidetr.data.files import read_folder
 from semidetr.data.datasets import CocoDataset
-from semidetr.train.predict import Predictor
+from semidetr.train.predict import Predictor, nms_hint
 
 # %%
 #| hide
@@ -281,6 +281,17 @@ class ResultFiles:
         "The file, or the folder, of each format"
         names = dict(json='detections.json', csv='detections.csv', yolo='labels')
         return [self.out / names[f] for f in self.formats]
+
+    def notes(
+        self,
+        predictor,  # whose detections these are
+        prefix: str = '',  # of options in the text: '--' for a command
+    ) -> list:
+        "Lines about threshold and suppression, where one of them leaves out too much or too little"
+        if not self.rows:
+            return [f'no score reaches {predictor.threshold:g}; try a lower {prefix}threshold']
+        hint = '' if predictor.nms else nms_hint(self.found.values(), predictor.threshold, f'{prefix}nms')
+        return [hint] if hint else []
 
     def write(self):
         "The files that hold all detections"
