@@ -281,10 +281,7 @@ def test_coco_without_test_split(shell, tmp_path):
     told = [line for line in again.splitlines() if line.startswith('note: ')]
     assert len(told) == 1 and 'this run is finished' in told[0], 'notes are told once'
     rest = [[line for line in t.splitlines() if not line.startswith('note: ')] for t in (again, text)]
-    assert (
-        rest[0] == rest[1]
-        and {f.name: f.stat().st_mtime_ns for f in out.iterdir()} == before
-    )
+    assert rest[0] == rest[1] and {f.name: f.stat().st_mtime_ns for f in out.iterdir()} == before
     code, _, err = shell('train', '--data', data, '-q', '--seed', '3', '-o', out, '--threads', '1', *FAST)
     assert code == 2 and 'run.seed: 0 -> 3' in err and (out / 'run.json').exists()
 

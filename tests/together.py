@@ -34,6 +34,7 @@ def run_together(
 ):
     "The finished command; the script can import the package and what is in the folder of the tests"
     path = Path(f'{folder}.py')
+    Path(folder).mkdir(parents=True, exist_ok=True)
     path.write_text(f'import sys\nsys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent)!r}]\n{script}')
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node']
     done = subprocess.run(

@@ -95,8 +95,8 @@ def train(
     method: _opt(
         str,
         'supervised, mean_teacher, semi_detr, semi_detr_plus, label_policy, soft_teacher (faster_rcnn) or '
-        'dense_teacher (fcos); default: mean_teacher where there are images without labels (--percent, --count, '
-        '--shots, --split-file, --unlabelled), else supervised',
+        'dense_teacher (fcos); default: mean_teacher where there are images without labels (--percent, '
+        '--count, --shots, --split-file, --unlabelled), else supervised',
     ) = '',
     detector: _opt(
         str,
