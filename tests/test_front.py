@@ -273,11 +273,11 @@ def doubled(n, copies):
     return dict(boxes=boxes, scores=scores, labels=torch.zeros(n + copies, dtype=torch.long))
 
 
-def test_the_hint_comes_from_a_tenth_on():
+def test_the_hint_comes_above_the_bound():
     "Counted by hand; other classes and boxes below the threshold do not count"
-    assert MANY == 0.1
+    assert MANY == 0.15
     assert removed_by_nms([doubled(9, 1), doubled(5, 5)]) == (6, 20)
-    assert nms_hint([doubled(9, 1)]) == '' and nms_hint([doubled(8, 1)]).startswith('1 of 9 boxes')
+    assert nms_hint([doubled(17, 3)]) == '' and nms_hint([doubled(16, 3)]).startswith('3 of 19 boxes')
     assert removed_by_nms([doubled(5, 5)], threshold=0.6) == (0, 5) and nms_hint([doubled(5, 5)], 0.6) == ''
     apart = doubled(5, 5)
     apart['labels'][5:] = 1
