@@ -456,8 +456,8 @@ plt.show()
 
 # %% [markdown]
 # Whether suppression would change much can be counted without any truth: it is the share of the boxes shown
-# that overlap a better one of their class. `nms_hint` says so above 15 %, which separates the runs on fod12 with
-# two labels per class (@sec-abl-few-labels). On 40 test images, among boxes with scores above 0.3:
+# that overlap a better one of their class. `nms_hint` says so above 15 %, which separates the runs on fod12
+# with two labels per class (@sec-abl-few-labels). On 40 test images, among boxes with scores above 0.3:
 #
 # | run (seed) | share | AP | AP with suppression |
 # | :--- | ---: | ---: | ---: |
