@@ -270,7 +270,7 @@ class Predictor(BatchPredictor):
         return draw_on_image(image, d['boxes'], d['labels'], d['scores'], self.classes, kind='teacher')
 
 # %% ../../nbs/train/10_predict.ipynb #221c1d65
-OVERLAP, MANY = 0.7, 0.1  # IoU of the suppression in question, share of boxes from which the hint is given
+OVERLAP, MANY = 0.7, 0.15  # IoU of the suppression in question, share of boxes from which the hint is given
 
 
 def removed_by_nms(
@@ -292,7 +292,7 @@ def nms_hint(
     detections,  # as for `removed_by_nms`
     threshold: float = 0.0,  # boxes with lower scores are not counted
     option: str = 'nms',  # what switches suppression on, for the message
-) -> str:  # a line, '' if suppression would remove at most a tenth of the boxes
+) -> str:  # a line, '' if suppression would remove at most 15 % of the boxes
     "A hint where suppression would change much"
     gone, total = removed_by_nms(detections, threshold)
     if gone <= MANY * total:
