@@ -18,7 +18,7 @@ from typing import Any
 from ..core import ConfigError, DataError, is_main, pick_device, tell
 from ..reading import CONFIG, check_fields, read_result
 from ..data.catalog import open_dataset
-from ..semi.fit import check_fit
+from ..semi.fit import check_fit, without_effect
 from ..semi.methods import METHODS, WITH_UNLABELLED, MethodConfig
 from . import metrics
 from semidetr.train.config import (
@@ -199,7 +199,7 @@ def plan_run(
     check_fit(cfg, METHODS)
     changes = [*_fit_to_data(cfg, given), *_fit_to_method(cfg, given)]
     cfg = override(cfg, [c for c, _ in changes])
-    return Plan(cfg, tuple(text for _, text in changes) + tuple(check_method(cfg)))
+    return Plan(cfg, (*(text for _, text in changes), *check_method(cfg), *without_effect(cfg, given)))
 
 # %% ../../nbs/train/14_api.ipynb #1884c9d5
 class Run:

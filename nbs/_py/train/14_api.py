@@ -40,7 +40,7 @@ from typing import Any
 from semidetr.core import ConfigError, DataError, is_main, pick_device, tell
 from semidetr.reading import CONFIG, check_fields, read_result
 from semidetr.data.catalog import open_dataset
-from semidetr.semi.fit import check_fit
+from semidetr.semi.fit import check_fit, without_effect
 from semidetr.semi.methods import METHODS, WITH_UNLABELLED, MethodConfig
 from semidetr.train import metrics
 from semidetr.train.config import (
@@ -260,7 +260,7 @@ def plan_run(
     check_fit(cfg, METHODS)
     changes = [*_fit_to_data(cfg, given), *_fit_to_method(cfg, given)]
     cfg = override(cfg, [c for c, _ in changes])
-    return Plan(cfg, tuple(text for _, text in changes) + tuple(check_method(cfg)))
+    return Plan(cfg, (*(text for _, text in changes), *check_method(cfg), *without_effect(cfg, given)))
 
 
 # %%
