@@ -6,7 +6,6 @@ from dataclasses import fields
 import pytest
 import torch
 from rivals import FILTERS
-from semidetr.detectors.from_detr import DETECTORS
 from semidetr.semi.fit import UNREAD, check_fit, detectors_of, unread, without_effect
 from semidetr.semi.methods import METHODS
 from semidetr.train.api import plan_run
