@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from ..core import ConfigError, DataError, pick_device
 from ..data.catalog import open_dataset
-from ..semi.fit import check_fit, methods_of
+from ..semi.fit import check_fit, methods_of, without_effect
 from ..semi.methods import METHODS, WITH_UNLABELLED, MethodConfig
 from semidetr.train.config import (
     Config,
@@ -262,4 +262,4 @@ def plan_run(
         lines = list(_not_adapted(cfg))
     else:
         cfg, lines = _adapted(cfg, start, given)
-    return Plan(cfg, (*lines, *check_method(cfg)))
+    return Plan(cfg, (*lines, *check_method(cfg), *without_effect(cfg, given)))

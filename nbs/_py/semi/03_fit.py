@@ -1,14 +1,14 @@
 # %% [markdown]
 # # Which method trains which detector {#sec-fit}
 #
-# > Tell from the settings whether a method can train a detector, and name those that it can.
+# > Tell from the settings whether a method can train a detector, and which settings the two do not read.
 #
 # *Why.* Supervised training and a mean teacher need boxes and a loss for boxes; every detector has both. Other
 # methods look inside: Semi-DETR reads the matching costs of queries and adds queries of its own, Soft Teacher
 # asks the box head about regions, Dense Teacher compares points. With a detector that lacks the part such a method
 # fails in the middle of a step, or, worse, trains without the part that gives it its name. So each method says
 # what it needs, each detector says what it has, and a pair that does not fit is refused before any image is
-# opened.
+# opened. A setting that neither of the two reads is milder, but as silent: the run is that without it.
 #
 # ## What a detector has, what a method needs
 #
@@ -26,7 +26,9 @@
 # %%
 #| export
 from semidetr.core import ConfigError
+from semidetr.detectors.contract import suppressor_on
 from semidetr.detectors.from_detr import DETECTORS
+from semidetr.detectors.group import parallel_parts
 
 # %%
 from dataclasses import dataclass
@@ -149,12 +151,101 @@ ax.set_yticks(range(len(some)), some, fontsize=7)
 plt.show()
 
 # %% [markdown]
+# ## Settings without effect
+#
+# Groups of settings are shared by all detectors and methods, and no pair reads all of them. Faster R-CNN and FCOS
+# bring their own losses, so weights of the criterion change nothing there; mining and consistency belong to
+# Semi-DETR. Such a setting is no fault in a preset or in a file that serves several runs. It is one where a user
+# gave it for this run and waits for its effect, so the names that were given, and no others, are compared with
+# those that are not read.
+
+# %%
+#| export
+UNREAD = {  # method -> settings that it does not read, whatever the detector; a method without a row reads all
+    'supervised': (
+        'method.unsup_weight',
+        'method.unsup_ramp',
+        'method.unsup_cdn',
+        'method.burn_in_iters',
+        'method.mds_unsup',
+        'method.mds_threshold',
+        'method.density_guard',
+        'method.group_threshold',
+        'pseudo',
+        'mining',
+        'consistency',
+    ),
+    'mean_teacher': ('mining', 'consistency'),
+    'label_policy': (
+        'method.mds_unsup',
+        'method.mds_threshold',
+        'method.density_guard',
+        'method.group_threshold',
+        'mining',
+        'consistency',
+    ),
+    'soft_teacher': ('pseudo', 'mining', 'consistency'),
+    'dense_teacher': (
+        'method.unsup_ramp',
+        'pseudo.nms',
+        'pseudo.cross_nms',
+        'pseudo.min_score',
+        'pseudo.min_side',
+        'pseudo.top_k',
+        'mining',
+        'consistency',
+    ),
+}
+_SUPPRESSOR = ('w_mds', 'mds_cost', 'mds_target')
+
+
+def unread(
+    cfg,  # Config of a run
+) -> list:  # of 'group' or 'group.field'
+    "Settings that a detector and a method do not read"
+    d, names = cfg.detector, list(UNREAD.get(cfg.method.name, ()))
+    if structure_of(d) != 'queries':
+        names += ['criterion', 'method.T1', 'method.unsup_cdn']
+    if not hasattr(d, 'denoising'):
+        names += ['criterion.w_dn', 'criterion.w_position_dn', 'method.unsup_cdn']
+    if not suppressor_on(d):
+        names += ['optim.suppressor_mult', 'method.mds_unsup', 'method.mds_threshold']
+        names += [f'criterion.{name}' for name in _SUPPRESSOR]
+    if not parallel_parts(d):
+        names += ['criterion.w_group', 'method.group_threshold']
+    return names
+
+
+def without_effect(
+    cfg,  # Config of a run
+    given,  # names of the settings that the user gave, 'group.field'
+) -> list:  # of one line for the user, or of none
+    "Say which of the given settings change nothing with this detector and this method"
+    names = unread(cfg)
+    lost = sorted(g for g in given if any(g == name or g.startswith(f'{name}.') for name in names))
+    if not lost:
+        return []
+    return [f"no effect with {_named(cfg.detector)} and {cfg.method.name}: {', '.join(lost)}"]
+
+
+# %%
+points = Space(detector=OnPoints(), method=Space(name='dense_teacher'))
+line = without_effect(points, {'criterion.k', 'pseudo.nms', 'pseudo.threshold', 'optim.lr'})
+assert line == ['no effect with OnPoints and dense_teacher: criterion.k, pseudo.nms']
+assert without_effect(points, {'optim.lr'}) == []
+dino = Space(detector=DETECTORS['dino'].small(0), method=Space(name='mean_teacher'))
+assert without_effect(dino, {'criterion.k', 'detector.denoising.num'}) == []
+without_effect(dino, {'consistency.weight', 'mining.top_k', 'criterion.k'})
+
+# %% [markdown]
 # ## Summary
 #
 # - A method says which structures it trains, a detector which structure it has.
 # - A pair that does not fit is refused in one line, with the names of those that do.
+# - A given setting that neither of the two reads is named in one line; what a preset brings is not.
 #
 # ## Exercises
 #
 # 1. What would Semi-DETR need from a detector on points to train it?
 # 2. Add a structure `masks`. Which of the functions change?
+# 3. A method of your own has no row in `UNREAD`. What does its user not learn, and where would you add it?

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from semidetr.core import ConfigError, DataError, pick_device
 from semidetr.data.catalog import open_dataset
-from semidetr.semi.fit import check_fit, methods_of
+from semidetr.semi.fit import check_fit, methods_of, without_effect
 from semidetr.semi.methods import METHODS, WITH_UNLABELLED, MethodConfig
 from semidetr.train.config import (
     Config,
@@ -334,7 +334,7 @@ def plan_run(
         lines = list(_not_adapted(cfg))
     else:
         cfg, lines = _adapted(cfg, start, given)
-    return Plan(cfg, (*lines, *check_method(cfg)))
+    return Plan(cfg, (*lines, *check_method(cfg), *without_effect(cfg, given)))
 
 
 # %%
