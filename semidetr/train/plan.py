@@ -262,4 +262,5 @@ def plan_run(
         lines = list(_not_adapted(cfg))
     else:
         cfg, lines = _adapted(cfg, start, given)
-    return Plan(cfg, (*lines, *check_method(cfg), *without_effect(cfg, given)))
+    single = {n for n in given if not any(other.startswith(f'{n}.') for other in given)}  # no groups
+    return Plan(cfg, (*lines, *check_method(cfg), *without_effect(cfg, single)))
