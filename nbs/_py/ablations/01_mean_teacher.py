@@ -22,7 +22,6 @@ import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
 from semidetr.draw import COLORS
 from semidetr.lab.demo import picture, table
-from semidetr.book.pages import write_home
 from semidetr.lab.report import (
     arm_table,
     difference,
@@ -105,31 +104,6 @@ plt.show()
 #| fig-alt: "Grid of scenes with true boxes and the detections of all methods"
 #| echo: false
 picture(mine or committed, n=4)
-
-# %%
-#| hide
-picture(committed, n=3).savefig('results/home.png', dpi=90, bbox_inches='tight')
-cells = []
-for a, n in names.items():
-    each = ', '.join(f'{x:.1f}' for x in values(runs, a))
-    cells.append([n, *(spread(values(runs, a, key)) for key in ('AP', 'AP50', 'AP_nms')), each])
-caption = (
-    'Scenes of the test split: ground truth, supervised training, mean teacher and Semi-DETR (seed 0), '
-    'all trained with the same twenty labelled scenes.'
-)
-result = (
-    f'Twenty labelled scenes, {len(runs)} seeds, means and standard deviations on 300 test scenes: '
-    f"unlabelled scenes add {gains['mean_teacher']['mean']:.1f} AP with a mean teacher "
-    f"and {gains['shm_cqc_cpm']['mean']:.1f} with Semi-DETR"
-)
-write_home(
-    'results/_home.md',
-    'nbs/ablations/results/home.png',
-    caption,
-    'Three scenes with true boxes and the detections of all methods',
-    markdown_table(['method', 'AP', 'AP50', 'AP with NMS', 'AP of each seed'], cells),
-    result,
-)
 
 # %% [markdown]
 # ## Your run
