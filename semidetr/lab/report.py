@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METHOD_NAMES', 'METHOD_COLORS', 'cell_text', 'markdown_table', 'read_records', 'with_arm', 'values', 'class_values',
            'difference', 'with_interval', 'found', 'signed', 'plus_minus', 'spread', 'three_digits', 'verdict',
-           'compared', 'finding', 'verdicts', 'arm_rows', 'arm_table', 'scale_line', 'published', 'as_published',
-           'arm_color', 'plot_arms', 'plot_differences']
+           'statement', 'sorted_out', 'finding', 'verdicts', 'arm_rows', 'arm_table', 'scale_line', 'published',
+           'as_published', 'arm_color', 'plot_arms', 'plot_differences']
 
 # %% ../../nbs/lab/04_report.ipynb #1606bc9e
 import re
@@ -209,7 +209,7 @@ def verdict(
     return text + ('.' if found(d) else '; no difference found at this scale.')
 
 
-def compared(
+def statement(
     a: str,  # name of an arm at the start of a sentence
     b: str,  # name of the arm that it is compared with
     d: dict,  # of `difference`
@@ -222,6 +222,23 @@ def compared(
         return f'between {a} and {b} no difference was found ({plus_minus(d)} {unit})'
     more = 'more' if d['mean'] > 0 else 'less'
     return f"{a} has {abs(d['mean']):.1f}\u00a0±\u00a0{d['half']:.1f} {unit} {more} than {b}"
+
+
+def sorted_out(
+    runs: list,  # of `read_records`
+    names: dict,  # arm -> its name on the page
+    base: str,  # arm that the others are compared with
+    key: str = 'AP',  # of the metrics
+) -> list:  # sentences without full stops
+    "Which arms are better than one, which are worse, and for how many no difference was found"
+    others = {n: difference(runs, a, base, key) for a, n in names.items() if a != base}
+    listed = lambda keep: ', '.join(f'{n} ({plus_minus(d)})' for n, d in others.items() if keep(d))
+    better, worse = (listed(lambda d: found(d) and sign * d['mean'] > 0) for sign in (1, -1))
+    open_ = [n for n, d in others.items() if not found(d)]
+    rest = 'the other' if better or worse else 'any of the'
+    out = [f'better than {names[base]}: {better}'] if better else []
+    out += [f'worse than {names[base]}: {worse}'] if worse else []
+    return out + ([f'for {rest} {len(open_)} no difference was found'] if open_ else [])
 
 
 def finding(
@@ -259,7 +276,7 @@ def arm_rows(
     classes=(),  # columns with the AP of these classes
 ) -> tuple:  # headings, rows
     "One study, one row per arm"
-    columns = ['arm', 'AP', 'AP50', 'AP with NMS', *classes, 'AP of each seed']
+    columns = ['arm', 'AP', 'AP50', 'AP with NMS', *classes]
     columns += [f'against {names[base]}', 'CPU-minutes'] if base else ['CPU-minutes']
     rows = []
     for arm, name in names.items():
@@ -267,7 +284,6 @@ def arm_rows(
         row = [name, spread(values(runs, arm)), f"{mean(values(runs, arm, 'AP50')):.1f}"]
         row.append(f"{mean(values(runs, arm, 'AP_nms')):.1f}" if counted else 'not counted')
         row += [f'{mean(class_values(runs, arm, c)):.1f}' for c in classes]
-        row.append(', '.join(f'{x:.1f}' for x in values(runs, arm)))
         if base:
             row.append('' if arm == base else plus_minus(difference(runs, arm, base)))
         row.append(f"{mean(r['arms'][arm]['cpu_seconds'] for r in runs) / 60:.1f}")
@@ -282,14 +298,17 @@ def arm_table(*args, **kwargs) -> str:  # those of `arm_rows`
 # %% ../../nbs/lab/04_report.ipynb #f240d09e
 def _run_table(runs, names):
     "Every run of these arms with its configuration, commit, iterations and times"
-    columns = ['seed', 'arm', 'configuration', 'commit', 'iterations', 'CPU-minutes', 'minutes']
+    columns = ['seed', 'arm', 'AP', 'configuration', 'commit', 'iterations', 'CPU-minutes', 'minutes']
     rows = []
     for r in runs:
         for arm, name in names.items():
             x = r['arms'][arm]
             minutes = [f"{x[key] / 60:.1f}" for key in ('cpu_seconds', 'seconds')]
-            rows.append([r['seed'], name, f"`{x['hash']}`", f"`{x['commit']}`", x['iterations'], *minutes])
-    return markdown_table(columns, rows, align='rlllrrr')
+            ap = f"{x['metrics']['val']['teacher']['AP']:.1f}"
+            rows.append(
+                [r['seed'], name, ap, f"`{x['hash']}`", f"`{x['commit']}`", x['iterations'], *minutes]
+            )
+    return markdown_table(columns, rows, align='rlrllrrr')
 
 
 def scale_line(

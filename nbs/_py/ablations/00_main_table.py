@@ -19,7 +19,7 @@ from semidetr.lab.report import (
     METHOD_COLORS,
     METHOD_NAMES,
     as_published,
-    compared,
+    statement,
     difference,
     finding,
     found,
@@ -77,8 +77,8 @@ on, real = ('digits', '20 scenes'), ('fod12', '2 per class')
 assert all(best[key] == 'plus' for key in tried)
 several = [key for key in enough if len(rows[key]) > 1]
 text = finding(
-    f"With few labels the unlabelled images help: {compared('Semi-DETR plus', 'supervised training', gain(on, 'plus'))} "
-    f"on digits with 20 labelled scenes, and {compared('it', 'supervised training', gain(real, 'plus'))} on photographs "
+    f"With few labels the unlabelled images help: {statement('Semi-DETR plus', 'supervised training', gain(on, 'plus'))} "
+    f"on digits with 20 labelled scenes, and {statement('it', 'supervised training', gain(real, 'plus'))} on photographs "
     'with two labelled ones per class',
     f'it has the highest mean wherever it was trained ({len(tried)} of {len(rows)} rows)',
     f'with more labels no method was found to be better than supervised training ({called(several)})',
