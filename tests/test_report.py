@@ -201,7 +201,7 @@ def test_statements(tmp_path):
     assert statement('A', 'B', d(-2.0, 1.0)) == 'A has 2.0\u00a0±\u00a01.0 AP less than B'
     assert (
         statement('A', 'B', d(0.5, 1.0))
-        == 'between A and B no difference was found (+0.5\u00a0±\u00a01.0 AP)'
+        == 'no difference was found between A and B (+0.5\u00a0±\u00a01.0 AP)'
     )
     assert statement('A', 'B', d(0.5, math.inf, 1)) == 'A has +0.5 AP against B in the one seed'
     assert finding('one thing', '', 'another.') == '::: {.finding}\nOne thing. Another.\n:::\n'

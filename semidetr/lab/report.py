@@ -214,14 +214,16 @@ def statement(
     b: str,  # name of the arm that it is compared with
     d: dict,  # of `difference`
     unit: str = 'AP',  # behind the number
+    when: str = '',  # where it holds, before the statement
 ) -> str:  # without a full stop
     "A difference as a statement for the top of a page: more, less, or none found"
+    before = f'{when}, ' if when else ''
     if d['n'] == 1:
-        return f"{a} has {signed(d['mean'])} {unit} against {b} in the one seed"
+        return f"{before}{a} has {signed(d['mean'])} {unit} against {b} in the one seed"
     if not found(d):
-        return f'between {a} and {b} no difference was found ({plus_minus(d)} {unit})'
+        return f'{before}no difference was found between {a} and {b} ({plus_minus(d)} {unit})'
     more = 'more' if d['mean'] > 0 else 'less'
-    return f"{a} has {abs(d['mean']):.1f}\u00a0±\u00a0{d['half']:.1f} {unit} {more} than {b}"
+    return f"{before}{a} has {abs(d['mean']):.1f}\u00a0±\u00a0{d['half']:.1f} {unit} {more} than {b}"
 
 
 def sorted_out(
@@ -235,10 +237,10 @@ def sorted_out(
     listed = lambda keep: ', '.join(f'{n} ({plus_minus(d)})' for n, d in others.items() if keep(d))
     better, worse = (listed(lambda d: found(d) and sign * d['mean'] > 0) for sign in (1, -1))
     open_ = [n for n, d in others.items() if not found(d)]
-    rest = 'the other' if better or worse else 'any of the'
     out = [f'better than {names[base]}: {better}'] if better else []
     out += [f'worse than {names[base]}: {worse}'] if worse else []
-    return out + ([f'for {rest} {len(open_)} no difference was found'] if open_ else [])
+    which = ', '.join(open_) if len(open_) < 6 else f"any of {len(open_)} {'others' if out else 'arms'}"
+    return out + ([f'no difference to {names[base]} was found for {which}'] if open_ else [])
 
 
 def finding(

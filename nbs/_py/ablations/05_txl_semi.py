@@ -48,20 +48,13 @@ assert all(len({r['arms'][a]['iterations'] for r in runs for a in names}) == 1 f
 
 # %%
 #| echo: false
-told = [
-    statement(
-        f'with {titles[f]} of the labels the mean teacher',
-        'supervised training',
-        difference(studies[f], 'mean_teacher', 'supervised'),
-    )
-    for f in studies
-]
-text = finding(
-    *told,
-    statement(
-        'Semi-DETR with 1 %', 'supervised training', difference(studies['p1'], 'semi_detr', 'supervised')
-    ),
-)
+told = []
+for fraction, runs in studies.items():
+    for arm in ('mean_teacher', 'semi_detr') if fraction == 'p1' else ('mean_teacher',):
+        what = names[arm] if arm == 'semi_detr' else 'the mean teacher'
+        d, when = difference(runs, arm, 'supervised'), f'with {titles[fraction]} of the labels'
+        told.append(statement(what, 'supervised training', d, when=when))
+text = finding(*told)
 markdown(text)
 
 # %%

@@ -15,9 +15,7 @@ from IPython.display import Markdown as markdown
 from semidetr.draw import COLORS
 from semidetr.lab.report import (
     arm_table,
-    difference,
     finding,
-    found,
     plot_differences,
     read_records,
     scale_line,
@@ -39,10 +37,7 @@ assert all(r['arms'][a]['config']['criterion']['o2m'] == a for r in runs for a i
 
 # %%
 #| echo: false
-text = finding(
-    'which rule assigns several queries to an object matters little here' if not any(found(difference(runs, a, 'task_aligned')) for a in names if a != 'task_aligned') else 'the rule that assigns queries matters',
-    *sorted_out(runs, names, 'task_aligned'),
-)
+text = finding(*sorted_out(runs, names, 'task_aligned'))
 markdown(text)
 
 # %%

@@ -56,7 +56,6 @@ markdown(text)
 plot_differences(runs, names, 'mined', ('AP', 'AP_nms'))
 plt.show()
 
-
 # %%
 #| label: tbl-abl-consistency
 #| tbl-cap: "COCO AP on 300 test scenes, twenty labels: mean and standard deviation over the seeds; the paired difference to the reference with its 95 % interval; the cost of a run."
@@ -81,6 +80,7 @@ markdown(arm_table(runs, names, 'mined'))
 #| echo: false
 compared = {a: f"{n} against {names['mined']}" for a, n in names.items()}
 markdown(f"{verdicts(runs, compared, 'mined')}\n\n{scale_line(runs, names)}")
+
 
 # %% [markdown]
 # ## The loss during training {.fold}

@@ -69,7 +69,10 @@ assert (
 
 # %%
 #| echo: false
-text = finding(*sorted_out(runs, names, 'reference'), 'an interval that barely excludes zero among ten is a reason for more seeds')
+text = finding(
+    *sorted_out(runs, names, 'reference'),
+    'an interval that barely excludes zero among ten is a reason for more seeds',
+)
 markdown(text)
 
 # %%

@@ -136,7 +136,7 @@ for r in runs:
 
 # %%
 #| echo: false
-text = finding(*sorted_out(runs, names, 'reference'), 'with twelve comparisons one such interval by chance is as likely as not')
+text = finding(*sorted_out(runs, names, 'reference'))
 markdown(text)
 
 # %%

@@ -19,10 +19,7 @@ from torchvision.ops import box_iou
 from semidetr.draw import compare, draw_boxes, draw_points, show_image
 from semidetr.data.catalog import open_dataset
 from semidetr.lab.demo import shown_scenes, stored
-from semidetr.lab.report import (
-    finding,
-    markdown_table,
-)
+from semidetr.lab.report import finding, markdown_table
 
 # %%
 #| hide
@@ -30,6 +27,7 @@ saved = json.loads((Path(results) / 'qualitative.json').read_text())
 names = dict(supervised='supervised', mean_teacher='mean teacher', shm_cqc_cpm='Semi-DETR')
 scenes = shown_scenes(3)
 samples = [scenes[i] for i in range(len(scenes))]
+
 
 # %%
 #| hide
@@ -54,8 +52,10 @@ def counts(arm, min_iou=0.5):
 
 # %%
 #| echo: false
-found_by = {names[a]: counts(a) for a in names}
-told = [f'{name} finds {n[0]} objects, with {n[1]} duplicates and {n[2]} wrong boxes' for name, n in found_by.items()]
+told = []
+for arm, name in names.items():
+    correct, duplicate, wrong, missed = counts(arm)
+    told.append(f'{name} finds {correct} of {correct + missed} objects (duplicates: {duplicate}, wrong boxes: {wrong})')
 text = finding('On three test scenes, without NMS and above a score of 0.3: ' + '; '.join(told))
 markdown(text)
 
@@ -70,7 +70,6 @@ compare(
     [dict(boxes=s.boxes, labels=s.labels) for s in samples],
     scenes.classes,
 )
-
 
 # %%
 #| label: tbl-abl-qualitative-scenes

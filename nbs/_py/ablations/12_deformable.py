@@ -36,7 +36,8 @@ compared = {a: f'{n} against supervised' for a, n in names.items()}
 #| echo: false
 told = []
 for runs, burn in ((long, 'the longer burn-in'), (short, "a burn-in of DINO's length")):
-    told.append(statement(f'after {burn} Semi-DETR', 'supervised training', difference(runs, 'semi_detr', 'supervised')))
+    d = difference(runs, 'semi_detr', 'supervised')
+    told.append(statement('Semi-DETR', 'supervised training', d, when=f'after {burn}'))
 text = finding('with two-stage Deformable-DETR the teacher of the burn-in decides', *told)
 markdown(text)
 

@@ -47,9 +47,13 @@ controls = dict(supervised='supervised', mean_teacher='the mean teacher', semi_d
 
 # %%
 #| echo: false
-told = [statement(f'on {name}, it', 'Semi-DETR', difference(runs, arm, 'semi_detr')) for name, (runs, arm) in sets.items()]
+told = [
+    statement(f'on {name}, it', 'Semi-DETR', difference(runs, arm, 'semi_detr'))
+    for name, (runs, arm) in sets.items()
+]
 text = finding(
-    '`semi_detr_plus` keeps one-to-many matching to the end and learns to suppress duplicates; it needs no NMS', *told
+    '`semi_detr_plus` keeps one-to-many matching to the end and learns to suppress duplicates; it needs no NMS',
+    *told,
 )
 markdown(text)
 

@@ -12,10 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
 from semidetr.draw import COLORS
-from semidetr.lab.report import (
-    finding,
-    markdown_table,
-)
+from semidetr.lab.report import finding, markdown_table
 
 # %%
 #| hide
@@ -54,6 +51,7 @@ FORM = {'op': 'op', 'op bf16': 'op, bfloat16', 'fused': 'fused', 'fused bf16': '
 detector_part = results.pop('detectors')  # a part with a machine of its own (@sec-speed-detectors)
 timed = [r for p in results.values() for r in p['rows'] if 'rounds' in r]
 fewest, load = min(r['rounds'] for r in timed), max(p['load'] for p in results.values())
+
 
 # %%
 #| hide
@@ -102,9 +100,7 @@ shown = [j for j in judged if j[3] is not None][::-1]
 assert [j[3] < 1 for j in shown] == [j in missed for j in shown]
 fig, ax = plt.subplots(figsize=(6, 0.3 * len(shown) + 0.7), dpi=90, layout='constrained')
 ax.barh(
-    [j[0] for j in shown],
-    [j[3] for j in shown],
-    color=['#ff7f0e' if j[3] < 1 else '#1f77b4' for j in shown],
+    [j[0] for j in shown], [j[3] for j in shown], color=['#ff7f0e' if j[3] < 1 else '#1f77b4' for j in shown]
 )
 ax.axvline(1, color='black', lw=1)
 ax.tick_params(labelsize=9)
@@ -131,7 +127,6 @@ if not quiet:
 if not any('amx' in i for i in results['op']['machine']['isa']):
     note += ' Its CPU has no AMX, so bfloat16 runs on vector instructions here.'
 markdown(note)
-
 
 # %% [markdown]
 # ## How it was measured {.fold}

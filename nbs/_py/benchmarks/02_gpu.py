@@ -10,11 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
 from semidetr.draw import COLORS
-from semidetr.lab.report import (
-    finding,
-    markdown_table,
-    three_digits,
-)
+from semidetr.lab.report import finding, markdown_table, three_digits
 
 # %%
 #| hide
@@ -29,6 +25,10 @@ place = 'GPU' if on_gpu else 'CPU'
 def rows(part, *keys):
     "Rows of a part that have all of these keys"
     return [r for r in parts.get(part, {}).get('rows', []) if all(k in r for k in keys)]
+
+
+METHOD = {'supervised': 'supervised', 'semi_detr': 'Semi-DETR'}
+dino = rows('dino', 'images')
 
 
 def pair(d):
@@ -60,9 +60,10 @@ speeds = [r['images_per_second'] for r in bars]
 fig, ax = plt.subplots(figsize=(6, 0.28 * len(bars) + 0.8), dpi=80)
 colors = [COLORS['student' if r['method'] == 'supervised' else 'teacher'] for r in bars]
 ax.barh(names[::-1], speeds[::-1], color=colors[::-1])
-ax.tick_params(labelsize=7)
+ax.tick_params(labelsize=9)
 ax.set(xlabel=f'images per second ({place})')
 plt.show()
+
 
 # %%
 #| label: tbl-gpu-dino
@@ -75,8 +76,6 @@ def speed_line(r, *first):
     return [*first, three_digits(r['ms']), three_digits(r['images_per_second']), three_digits(r['peak_MB'])]
 
 
-METHOD = {'supervised': 'supervised', 'semi_detr': 'Semi-DETR'}
-dino = rows('dino', 'images')
 lines = [speed_line(r, METHOD[r['method']], r['batch'], r['images'], r['precision']) for r in dino]
 columns = ['step', 'batch', 'images', 'precision', 'ms', 'images/s', 'peak, MB']
 markdown(markdown_table(columns, lines, 'lrrlrrr'))
@@ -189,7 +188,6 @@ broken = [f"{r['detector']}: {r['error']}" for r in rows('step', 'error')]
 apart = [r['detector'] for r in rows('step', 'loss') if not r['ok']]
 text = f"**Beyond the limits: {', '.join(apart)}.**" if apart else 'All rows lie within the limits.'
 markdown(text + (f" **Not run: {'; '.join(broken)}.**" if broken else ''))
-
 
 # %% [markdown]
 # ## Images per second {.fold}

@@ -34,6 +34,7 @@ ARMS = {
     'semi_detr': 'Semi-DETR',
     'semi_detr_plus': 'Semi-DETR plus',
 }
+studies = list(dict.fromkeys(r['study'] for r in runs))
 precision = dict(bf16='bfloat16', fp16='float16', off='float32')
 control = f"{record['settings']['control']}_fp32"
 ARMS[control] = f"{ARMS.get(record['settings']['control'], '')}, float32"
@@ -91,7 +92,6 @@ plt.show()
 #| tbl-cap: "AP of the teacher in percent (for supervised training the averaged student), without and with suppression, on the development part and the test split; mean and standard deviation over seeds."
 #| echo: false
 lines = []
-studies = list(dict.fromkeys(r['study'] for r in runs))
 for study in studies:
     for arm, name in ARMS.items():
         seeds = [s for s in finished(study) if arm in s['arms']]

@@ -9,10 +9,7 @@ import json
 from pathlib import Path
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
-from semidetr.lab.report import (
-    finding,
-    markdown_table,
-)
+from semidetr.lab.report import finding, markdown_table
 
 # %%
 #| hide

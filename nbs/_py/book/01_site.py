@@ -380,7 +380,7 @@ fig, axes = plt.subplots(1, 2, figsize=(6, 0.22 * len(chapters) + 1), dpi=80, sh
 for ax, values, name, color in zip(axes, (words, lines), ('words', 'lines'), ('#1f77b4', '#ff7f0e')):
     ax.barh(range(len(chapters)), values, color=color)
     ax.set_xlabel(name)
-axes[0].set_yticks(range(len(chapters)), [name for name, _ in chapters], fontsize=7)
+axes[0].set_yticks(range(len(chapters)), [name for name, _ in chapters], fontsize=9)
 axes[0].invert_yaxis()
 plt.tight_layout()
 plt.show()
