@@ -9,6 +9,7 @@ from semidetr.book.pages import (
     chapter_files,
     cross_references,
     filter_notebook,
+    fresh_copy,
     load_pages,
     read_book,
     stored_notebook,
@@ -469,6 +470,74 @@ def test_mathml():
 def test_figure_caption_is_html_and_alt_is_escaped():
     out = figure_output('AAAA', 'A *b* `c`', 'a "quoted" <alt>')['data']['text/html']
     assert '<em>b</em>' in out and '<code>c</code>' in out and 'alt="a &quot;quoted&quot; &lt;alt&gt;"' in out
+
+
+def test_a_page_that_was_executed_here_is_shown(tmp_path):
+    "`make book` writes into `runs/book`; the committed notebook is shown where its cells are other ones"
+    cell = lambda source, out: dict(cell_type='code', metadata={}, source=source, outputs=[out])
+    committed, fresh = (dict(cells=[cell('run()', out)]) for out in ('old', 'new'))
+    folder = tmp_path / 'runs' / 'book' / 'nbs' / 'ablations'
+    folder.mkdir(parents=True)
+    (folder / 'page.ipynb').write_text(json.dumps(fresh))
+    assert fresh_copy(tmp_path, 'nbs/ablations', committed) == fresh
+    assert fresh_copy(tmp_path, 'nbs', committed) == committed
+    changed = dict(cells=[cell('other()', 'old')])
+    assert fresh_copy(tmp_path, 'nbs/ablations', changed) == changed
+
+
+def test_make_book_leaves_committed_files_alone(root):
+    "Its page is executed into a folder that git ignores"
+    book = (root / 'Makefile').read_text().split('\nbook:')[1].split('\n\n')[0]
+    assert 'nbtool.py fresh' in book and 'nbtool.py run' not in book
+    assert '/runs/' in (root / '.gitignore').read_text().split()
+
+
+def test_folds_and_pictures_of_a_chapter():
+    "A fold ends at the next heading, whatever stands between; ids stay unique; a code block has no headings"
+    text = '# A {#sec-a}\n\n> Do.\n\nWhy.\n\n## Runs {.fold}\n\n```\n# no\n```'
+    figure = dict(data={'image/png': 'AAAA'})
+    nb = dict(
+        cells=[
+            dict(cell_type='code', id='x', metadata={}, source='#| default_exp a', outputs=[]),
+            dict(cell_type='markdown', id='a', metadata={}, source=text),
+            dict(cell_type='code', id='b', metadata={}, source='#| label: fig-a\nplot()', outputs=[figure]),
+            dict(cell_type='markdown', id='c', metadata={}, source='### Next\n\n## Last {.fold}\n\nEnd.'),
+        ]
+    )
+    cells = filter_notebook(nb, {}, 'nbs')['cells']
+    starts = [c['source'].split('\n')[0] for c in cells]
+    assert starts[0] == '# A {#sec-a}' and starts[1].startswith('<div class="lead-picture"><a href="#fig-a">')
+    assert starts[2:] == [
+        'Why.',
+        '## Runs {.fold}',
+        '<details class="fold">',
+        '```',
+        '#| label: fig-a',
+        '</details>',
+        '### Next',
+        '## Last {.fold}',
+        '<details class="fold">',
+        'End.',
+        '</details>',
+    ]
+    assert '<summary>Show 1 figure</summary>' in cells[4]['source']
+    assert len({c['id'] for c in cells}) == len(cells)
+
+
+def test_references_are_titles(tmp_path):
+    "In prose, captions and outputs; an unknown label stays, and is reported"
+    (tmp_path / 'one.qmd').write_text('# One {#sec-one}\n\n## A `part` {#sec-part}\n')
+    titles = title_index(tmp_path, ['one.qmd'])
+    assert titles == {'sec-one': ('one.qmd', 'One'), 'sec-part': ('one.qmd', 'A `part`')}
+    out = dict(output_type='display_data', metadata={}, data={'text/markdown': 'see @sec-part'})
+    code = dict(
+        cell_type='code', id='a', source='#| fig-cap: "as in @sec-one"\nx = "@sec-one"', outputs=[out]
+    )
+    prose = dict(cell_type='markdown', id='b', source='@sec-one, `@sec-one`, @sec-none')
+    a, b = filter_notebook(dict(cells=[code, prose]), {}, 'deep', titles)['cells']
+    assert a['source'] == '#| fig-cap: "as in [One](../one.html#sec-one)"\nx = "@sec-one"'
+    assert a['outputs'][0]['data']['text/markdown'] == 'see [A `part`](../one.html#sec-part)'
+    assert b['source'] == '[One](../one.html#sec-one), `@sec-one`, @sec-none'
 
 
 def test_titles_of_callouts_are_no_sections():
