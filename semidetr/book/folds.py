@@ -102,12 +102,18 @@ def _quoted(source, key):
     return found.group(1).replace('\\"', '"') if found else ''
 
 
+def _concludes(cells):
+    "Does the page begin with a finding, which its first figure follows anyway?"
+    shown = [o.get('data', {}).get('text/markdown', '') for c in cells for o in c.get('outputs', [])]
+    return any('{.finding}' in ''.join(text) for text in shown)
+
+
 def lead_picture(
     cells: list,  # of a chapter; every source is a string
 ) -> list:  # cells
-    "The first figure of a chapter below the sentence under its title"
+    "The first figure of a chapter below the sentence under its title; pages of results stay as they are"
     found = _first_figure(cells)
-    if not found or not cells[0]['source'].startswith('# '):
+    if not found or not cells[0]['source'].startswith('# ') or _concludes(cells):
         return cells
     label, source, png = found
     lines = cells[0]['source'].split('\n')

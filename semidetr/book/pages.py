@@ -238,8 +238,9 @@ def filter_notebook(
             )
         shown = dict(outputs=[_inert_output(o, titled) for o in c['outputs']]) if 'outputs' in c else {}
         cells.append({**c, 'source': '\n'.join([*map(titled, options), code]), **shown})
-    cells = fold_cells(lead_picture(cells) if module else cells)
-    if Path(page_dir).name == 'runs':  # executed runs: found from the pages of results, not by searching
+    executed = Path(page_dir).name == 'runs'  # found from the pages of results, not by searching
+    cells = fold_cells(cells if executed else lead_picture(cells))
+    if executed:
         cells.insert(0, make_cell('raw', '---\nsearch: false\n---', id='unsearched'))
     return {**nb, 'cells': cells}
 

@@ -55,7 +55,9 @@ def counts(arm, min_iou=0.5):
 told = []
 for arm, name in names.items():
     correct, duplicate, wrong, missed = counts(arm)
-    told.append(f'{name} finds {correct} of {correct + missed} objects (duplicates: {duplicate}, wrong boxes: {wrong})')
+    told.append(
+        f'{name} finds {correct} of {correct + missed} objects (duplicates: {duplicate}, wrong boxes: {wrong})'
+    )
 text = finding('On three test scenes, without NMS and above a score of 0.3: ' + '; '.join(told))
 markdown(text)
 

@@ -513,14 +513,15 @@ def plot_arms(
     names: dict,  # arm -> its name in the plot
     key: str = 'AP',  # of the metrics
     ax=None,  # axes to draw into
+    color: str = '',  # of all runs; '': the methods in their colours
 ):
-    "Each seed a line through the arms, the mean, and the methods in their colours; returns the axes"
+    "Each seed a line through the arms, and the mean; returns the axes"
     ax = ax or plt.subplots(figsize=(max(4, 0.95 * len(names)), 2.8), dpi=80, layout='constrained')[1]
     table, x = [values(runs, arm, key) for arm in names], range(len(names))
     for i in range(len(runs)):
         ax.plot(x, [row[i] for row in table], '-', color='grey', alpha=0.6, linewidth=0.8)
     for at, arm, numbers in zip(x, names, table):
-        ax.plot([at] * len(numbers), numbers, 'o', color=arm_color(arm), markersize=5)
+        ax.plot([at] * len(numbers), numbers, 'o', color=color or arm_color(arm), markersize=5)
     ax.plot(x, [mean(row) for row in table], 'k_', markersize=18, markeredgewidth=2, label='mean')
     ax.set(xticks=list(x), ylabel=key.replace('_nms', ' with NMS'))
     ax.set_xticklabels(map(_broken_name, names.values()), fontsize=9)
