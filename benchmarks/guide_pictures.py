@@ -31,7 +31,7 @@ def situations():
     "Three layouts that are read in place"
     trees = {
         'COCO': 'data/\n  instances_train.json\n  instances_val.json\n  images/\n    0001.jpg',
-        'Pascal VOC': 'data/\n  Annotations/0001.xml\n  JPEGImages/0001.jpg\n  ImageSets/Main/\n    train.txt',
+        'Pascal VOC': 'data/\n  Annotations/0001.xml\n  JPEGImages/0001.jpg\n  ImageSets/Main/train.txt',
         'YOLO': 'data/\n  data.yaml\n  images/train/\n    0001.jpg\n  labels/train/0001.txt',
     }
     fig, ax = canvas(6.4, 1.9)

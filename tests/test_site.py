@@ -209,7 +209,8 @@ WIDE = """() => {
     document.querySelectorAll('details').forEach(d => d.open = true);
     const wide = e => e.clientWidth > 0 && e.scrollWidth > e.clientWidth + 1;
     const inside = ['pre', 'table', 'math[display=block]', '.equation > div', '.cell-output-markdown'];
-    const name = e => e.closest('[data-page]').dataset.page + ' ' + e.tagName + ': ' + e.textContent.slice(0, 50);
+    const page = e => e.closest('[data-page]').dataset.page;
+    const name = e => page(e) + ' ' + e.tagName + ': ' + e.textContent.slice(0, 50);
     return [...document.querySelectorAll(inside.map(x => 'main ' + x).join(','))].filter(wide).map(name);
 }"""
 

@@ -77,8 +77,10 @@ on, real = ('digits', '20 scenes'), ('fod12', '2 per class')
 assert all(best[key] == 'plus' for key in tried)
 several = [key for key in enough if len(rows[key]) > 1]
 text = finding(
-    f"With few labels the unlabelled images help: {statement('Semi-DETR plus', 'supervised training', gain(on, 'plus'))} "
-    f"on digits with 20 labelled scenes, and {statement('it', 'supervised training', gain(real, 'plus'))} on photographs "
+    'With few labels the unlabelled images help: '
+    f"{statement('Semi-DETR plus', 'supervised training', gain(on, 'plus'))} "
+    'on digits with 20 labelled scenes, and '
+    f"{statement('it', 'supervised training', gain(real, 'plus'))} on photographs "
     'with two labelled ones per class',
     f'it has the highest mean wherever it was trained ({len(tried)} of {len(rows)} rows)',
     f'with more labels no method was found to be better than supervised training ({called(several)})',
@@ -144,7 +146,8 @@ advice = [
     [
         'few labels (tens of images), or no NMS wanted',
         '`--method semi_detr_plus`',
-        f'{plus_minus(gain(on, "plus"))} on {", ".join(on)}; {plus_minus(gain(real, "plus"))} on {", ".join(real)}',
+        f'{plus_minus(gain(on, "plus"))} on {", ".join(on)}; {plus_minus(gain(real, "plus"))} on '
+        f'{", ".join(real)}',
     ],
     [
         'few settings to choose',
@@ -294,7 +297,8 @@ told = [
 rules = seen['rules']
 caption = (
     f"Test photographs of fod12 (FOD-A, MIT licence) after training with two "
-    f"labelled ones per class (seed {seen['seed']}): boxes with a score of at least {rules['min_score']}, after "
+    f"labelled ones per class (seed {seen['seed']}): boxes with a score of at least "
+    f"{rules['min_score']}, after "
     f"per-class suppression (NMS) at an IoU of {rules['nms']}. Coloured: right class, IoU of at least "
     f"{rules['min_iou']}; white: wrong; green dots: truth. Class by class, the first photograph on which the "
     f"methods disagree whether the object is found, four classes. On all {seen['images']}: {'; '.join(told)}"
@@ -305,7 +309,8 @@ for title, key in (('digits, 20 labelled scenes', on), ('photographs, 2 per clas
 n, k = len(rows[on]), len(rows[real])
 about = (
     f'COCO AP without NMS, mean and standard deviation over {n} and {k} seeds. Gain of Semi-DETR plus: '
-    f"{plus_minus(gain(on, 'plus'))} and {plus_minus(gain(real, 'plus'))}; on blood cells with 5 % of the labels "
+    f"{plus_minus(gain(on, 'plus'))} and {plus_minus(gain(real, 'plus'))}; on blood cells with 5 "
+    '% of the labels '
     'no gain was found'
 )
 assert ('txl_pbc', '5 %') in enough
@@ -313,7 +318,8 @@ write_home(
     Path(results) / '_home.md',
     'nbs/ablations/results/home.jpg',
     caption,
-    'Four photographs in three columns: supervised training finds the object in one of them, the mean teacher in all four, Semi-DETR in two',
+    'Four photographs in three columns: supervised training finds the object in one of them, the '
+    'mean teacher in all four, Semi-DETR in two',
     markdown_table(['test AP', *METHOD_NAMES.values()], table),
     about,
 )

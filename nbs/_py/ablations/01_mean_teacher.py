@@ -20,13 +20,10 @@ from semidetr.lab.report import (
     arm_table,
     difference,
     finding,
-    markdown_table,
     plot_arms,
     read_records,
     scale_line,
-    spread,
     statement,
-    values,
     verdict,
 )
 
@@ -46,8 +43,8 @@ assert all(g['n'] >= 3 for g in gains.values())
 both = (runs, 'shm_cqc_cpm', 'mean_teacher')
 more = difference(runs, 'shm_cqc_cpm', 'mean_teacher')
 text = finding(
-    f"{statement('with twenty labelled scenes the mean teacher', 'supervised training', gains['mean_teacher'])}",
-    f"{statement('Semi-DETR', 'supervised training', gains['shm_cqc_cpm'])}",
+    statement('with twenty labelled scenes the mean teacher', 'supervised training', gains['mean_teacher']),
+    statement('Semi-DETR', 'supervised training', gains['shm_cqc_cpm']),
     statement('Semi-DETR', 'the mean teacher', more),
 )
 markdown(text)

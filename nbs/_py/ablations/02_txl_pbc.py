@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
 from semidetr.draw import COLORS
-from semidetr.lab.report import finding, markdown_table, signed
+from semidetr.lab.report import finding, markdown_table
 
 # %%
 #| hide
@@ -34,7 +34,8 @@ assert all(r['cpu_seconds'] <= 30 * 60 for r in records.values())
 gain = ap['mean_teacher_5'] - ap['supervised_5_longer']
 word = 'adds' if gain > 0 else 'loses'
 text = finding(
-    f"with all labels the detector reaches {ap['supervised_100']:.1f} AP, with 10 % {ap['supervised_10']:.1f} "
+    f"with all labels the detector reaches {ap['supervised_100']:.1f} AP, with 10 % "
+    f"{ap['supervised_10']:.1f} "
     f"and with 5 % {ap['supervised_5']:.1f}, one seed each",
     f"continued from the 5 % run, the mean teacher {word} {abs(gain):.1f} AP compared with the labels alone: "
     'in 250 iterations it gains nothing',

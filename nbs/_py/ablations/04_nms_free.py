@@ -52,8 +52,10 @@ gain = {arm: interval(values(runs, arm), values(runs, arm, 'AP_nms')) for arm in
 #| echo: false
 best = difference(runs, 'hybrid', 'only_o2o')
 text = finding(
-    f'NMS adds {plus_minus(gain["only_o2m"])} AP after one-to-many matching, {plus_minus(gain["hybrid"])} after '
-    f'hybrid matching and {plus_minus(gain["only_o2o"])} after one-to-one matching: none of them is free of duplicates',
+    f'NMS adds {plus_minus(gain["only_o2m"])} AP after one-to-many matching, '
+    f'{plus_minus(gain["hybrid"])} after '
+    f'hybrid matching and {plus_minus(gain["only_o2o"])} after one-to-one matching: none of them '
+    'is free of duplicates',
     statement('without NMS, hybrid matching', 'one-to-one matching alone', best),
 )
 assert all(d['mean'] > 0.5 for d in gain.values())

@@ -56,7 +56,8 @@ told = []
 for arm, name in names.items():
     correct, duplicate, wrong, missed = counts(arm)
     told.append(
-        f'{name} finds {correct} of {correct + missed} objects (duplicates: {duplicate}, wrong boxes: {wrong})'
+        f'{name} finds {correct} of {correct + missed} objects (duplicates: {duplicate}, wrong '
+        f'boxes: {wrong})'
     )
 text = finding('On three test scenes, without NMS and above a score of 0.3: ' + '; '.join(told))
 markdown(text)

@@ -51,7 +51,8 @@ text = finding(
         'with two labelled photographs per class Semi-DETR plus', 'supervised training', gains['supervised']
     ),
     '; '.join(statement('it', names[b], gains[b]) for b in ('semi_detr', 'mean_teacher')),
-    f'for mean teacher and Semi-DETR no gain over supervised training was found ({", ".join(map(plus_minus, each))} AP)',
+    'for mean teacher and Semi-DETR no gain over supervised training was found '
+    f'({", ".join(map(plus_minus, each))} AP)',
 )
 assert not any(map(found, each))
 markdown(text)

@@ -52,7 +52,8 @@ told = [
     for name, (runs, arm) in sets.items()
 ]
 text = finding(
-    '`semi_detr_plus` keeps one-to-many matching to the end and learns to suppress duplicates; it needs no NMS',
+    '`semi_detr_plus` keeps one-to-many matching to the end and learns to suppress duplicates; '
+    'it needs no NMS',
     *told,
 )
 markdown(text)

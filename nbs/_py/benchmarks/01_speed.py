@@ -85,9 +85,12 @@ fused = rows('op', name='fused', quantity='step', threads=1)
 encoder = [r['ratio'][1] for r in fused if r['case'].startswith('enc')]
 steps = [r['ratio'][1] for r in rows('step', quantity='training step', name='float32', threads=1)]
 text = finding(
-    f'one thread, float32, forward and backward: the attention pipeline of the encoder is {min(encoder):.1f} to '
-    f'{max(encoder):.1f} times as fast as that of transformers, a whole training step {min(steps):.2f} to {max(steps):.2f} times',
-    f'{len(met)} of {len(judged)} targets are reached; {len(missed)} are missed, most of them by whole steps, '
+    'one thread, float32, forward and backward: the attention pipeline of the encoder is '
+    f'{min(encoder):.1f} to '
+    f'{max(encoder):.1f} times as fast as that of transformers, a whole training step '
+    f'{min(steps):.2f} to {max(steps):.2f} times',
+    f'{len(met)} of {len(judged)} targets are reached; {len(missed)} are missed, most of them by '
+    'whole steps, '
     'whose convolutions both implementations share',
 )
 assert sum('step' in j[0] or 'inference' in j[0] for j in missed) > len(missed) / 2

@@ -30,9 +30,11 @@ assert largest['boxes'] == 10 * largest['images']
 # %%
 #| echo: false
 text = finding(
-    f"{largest['images']:,} images with {largest['boxes']:,} boxes open in {parsed[-1]['cpu_seconds']:.0f} CPU seconds the first time "
+    f"{largest['images']:,} images with {largest['boxes']:,} boxes open in "
+    f"{parsed[-1]['cpu_seconds']:.0f} CPU seconds the first time "
     f"and in {largest['cpu_seconds']:.1f} from the cache, with a peak of {largest['peak_mb']:,.0f} MB",
-    f"`predict` begins with {predicted[-1]['files']:,} files after {predicted[-1]['cpu_seconds']:.1f} CPU seconds",
+    f"`predict` begins with {predicted[-1]['files']:,} files after "
+    f"{predicted[-1]['cpu_seconds']:.1f} CPU seconds",
 )
 markdown(text)
 
