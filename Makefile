@@ -49,7 +49,7 @@ $(STAMP): settings.ini setup.py pyproject.toml
 # --- the two commands --------------------------------------------------------------------------------------------------
 book: $(STAMP)
 	@$(KEEP_MEMORY) $(BIN)/semidetr demo $(DEMO)
-	@$(BIN)/python tests/nbtool.py run ablations/01_mean_teacher
+	@$(BIN)/python tests/nbtool.py fresh ablations/01_mean_teacher
 	@$(BIN)/python -m semidetr.book.site >/dev/null
 	@echo 'Done. Open _docs/index.html in a browser.'
 

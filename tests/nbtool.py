@@ -1,8 +1,9 @@
-"""Keep one notebook, its text twin and its module together: `nbtool.py export|run NAME ...`, or
+"""Keep one notebook, its text twin and its module together: `nbtool.py export|run|fresh NAME ...`, or
 `make nb NB=semi/01_mining`.
 
 export: text twin -> notebook (outputs and cell ids of unchanged cells stay) -> module and index of names.
 run:    the same, then execute the notebook in place and clean it, so that the committed outputs are fresh.
+fresh:  execute a copy into `runs/book`, which the site shows instead; the committed notebook stays as it is.
 check:  say which twins differ from their notebooks.
 Without a NAME: all notebooks. Names are paths below nbs/: 00_core, semi/01_mining."""
 
@@ -113,14 +114,14 @@ def export(path):
         _build_modidx()
 
 
-def run(path, timeout=900):
+def run(path, timeout=900, to=None):
     from nbclient import NotebookClient
 
     nb = nbformat.read(path, 4)
     NotebookClient(
         nb, timeout=timeout, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}
     ).execute()
-    write(nb, path)
+    write(nb, to or path)
 
 
 def main(job, names):
@@ -129,6 +130,11 @@ def main(job, names):
     if job == 'check':
         bad = stale()
         return f"text and notebook differ: {', '.join(bad)} (run `make nb NB=name`)" if bad else 0
+    if job == 'fresh':
+        for name in names:
+            path = NBS / f'{name}.ipynb'
+            run(path, to=ROOT / 'runs' / 'book' / path.relative_to(ROOT))
+        return 0
     for name in names or sorted(str(t.relative_to(TWINS).with_suffix('')) for t in TWINS.rglob('*.py')):
         with one_at_a_time():
             path = update(name)
@@ -138,6 +144,6 @@ def main(job, names):
 
 
 if __name__ == '__main__':
-    if len(sys.argv) < 2 or sys.argv[1] not in ('export', 'run', 'check'):
+    if len(sys.argv) < 2 or sys.argv[1] not in ('export', 'run', 'fresh', 'check'):
         sys.exit(__doc__)
     sys.exit(main(sys.argv[1], sys.argv[2:]))

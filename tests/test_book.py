@@ -288,8 +288,8 @@ def test_labels():
         2,
     )
     assert (
-        refs.labels['sec-y'][1] == 'Section 2.1.1'
-        and refs.labels['sec-z'][1] == 'Section 2.2'
+        refs.labels['sec-y'][1:] == ('Y', '2.1.1')
+        and refs.labels['sec-z'][1:] == ('Z', '2.2')
         and 'fig-no' not in refs.labels
     )
     assert refs.problems == ['a: label fig-a is used twice, first in a']

@@ -5,14 +5,21 @@ import pytest
 from conftest import ROOT
 from semidetr.core import DataError
 from semidetr.lab.report import (
+    METHOD_COLORS,
+    METHOD_NAMES,
+    arm_color,
     arm_rows,
     as_published,
     difference,
+    finding,
     found,
     plus_minus,
     published,
     read_records,
     scale_line,
+    signed,
+    sorted_out,
+    statement,
     verdict,
     verdicts,
     with_arm,
@@ -141,16 +148,7 @@ def test_rows(tmp_path, nms):
     write(tmp_path / 'results' / 's', [(10.0, 12.0), (20.0, 24.0)], nms)
     runs, names = read_records(tmp_path / 'results', 's'), dict(a='one', b='two')
     columns, (one, two) = arm_rows(runs, names, 'a', ['cat'])
-    assert columns == [
-        'arm',
-        'AP',
-        'AP50',
-        'AP with NMS',
-        'cat',
-        'AP of each seed',
-        'against one',
-        'CPU-minutes',
-    ]
+    assert columns == ['arm', 'AP', 'AP50', 'AP with NMS', 'cat', 'against one', 'CPU-minutes']
     assert (
         two
         == [
@@ -159,18 +157,17 @@ def test_rows(tmp_path, nms):
             '19.0',
             '21.0' if nms else 'not counted',
             '20.0',
-            '12.0, 24.0',
             plus_minus(difference(runs, 'b', 'a')),
             '2.0',
         ]
-        and one[6] == ''
+        and one[5] == ''
     )
     text = scale_line(runs, names)
     assert text.startswith(
         '*Scale: 2 seeds; 3 labelled and 4 unlabelled images; 7 iterations; 1 thread of m; '
         '8 CPU-minutes for all arms, 12 minutes by the clock one after the other.*\n'
     )
-    assert text.count('| `h` | `c` | 7 | 2.0 | 3.0 |') == 4
+    assert text.count('| `h` | `c` | 7 | 2.0 | 3.0 |') == 4 and '| 0 | two | 12.0 | `h` |' in text
     (tmp_path / '_quarto.yml').write_text('appendices:\n  - nbs/ablations/runs/s.ipynb\n')
     with_page = scale_line([r | dict(study='s') for r in read_records(tmp_path / 'results', 's')], names)
     assert 'Executed runs: @sec-runs-s.' in with_page
@@ -182,4 +179,42 @@ def test_published_rows_are_marked():
         [r['ap'][0] for r in rows] == [41.6, 42.7, 43.1, 43.5]
         and 'class="published"' in as_published(41.6)
         and 'not measured here' in as_published(41.6)
+    )
+
+
+def test_nothing_is_minus_zero():
+    assert [signed(x) for x in (-0.04, 0.04, -0.06, 0.0, -0.0, 12.34)] == [
+        '+0.0',
+        '+0.0',
+        '-0.1',
+        '+0.0',
+        '+0.0',
+        '+12.3',
+    ]
+    assert plus_minus(dict(mean=-0.01, half=1.0, n=3)) == '+0.0\u00a0±\u00a01.0'
+
+
+def test_statements(tmp_path):
+    "More, less, nothing found, one seed; and a box that holds them as sentences"
+    d = lambda mean, half, n=3: dict(mean=mean, half=half, n=n)
+    assert statement('A', 'B', d(2.0, 1.0)) == 'A has 2.0\u00a0±\u00a01.0 AP more than B'
+    assert statement('A', 'B', d(-2.0, 1.0)) == 'A has 2.0\u00a0±\u00a01.0 AP less than B'
+    assert (
+        statement('A', 'B', d(0.5, 1.0))
+        == 'no difference was found between A and B (+0.5\u00a0±\u00a01.0 AP)'
+    )
+    assert statement('A', 'B', d(0.5, math.inf, 1)) == 'A has +0.5 AP against B in the one seed'
+    assert finding('one thing', '', 'another.') == '::: {.finding}\nOne thing. Another.\n:::\n'
+    write(tmp_path / 's', [(10.0, 12.0), (20.0, 22.1), (30.0, 31.9)])
+    runs, names = read_records(tmp_path, 's'), dict(a='one', b='two')
+    [better] = sorted_out(runs, names, 'a')
+    assert better.startswith('better than one: two (+2.0')
+    assert sorted_out(runs, names, 'b')[0].startswith('worse than two: one (-2.0')
+
+
+def test_a_method_has_one_colour():
+    assert set(METHOD_NAMES) == set(METHOD_COLORS) and len(set(METHOD_COLORS.values())) == 4
+    assert (
+        arm_color('shm_cqc_cpm') == METHOD_COLORS['semi_detr']
+        and arm_color('distilled') == METHOD_COLORS['plus']
     )

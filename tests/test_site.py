@@ -1,6 +1,6 @@
 "The site as a reader gets it: links, pictures, formulas, navigation, a phone; and faults that stop the build"
 
-import html.parser, json, shutil, subprocess, sys, urllib.parse
+import html, html.parser, json, os, re, shutil, subprocess, sys, urllib.parse
 import nbformat, pytest
 from conftest import ROOT, copy_book
 from semidetr.core import ConfigError
@@ -9,10 +9,12 @@ from semidetr.book.pages import (
     chapter_files,
     cross_references,
     filter_notebook,
+    fresh_copy,
     load_pages,
     read_book,
     stored_notebook,
     symbol_index,
+    title_index,
     write_home,
 )
 from semidetr.book.site import build_site, figure_output, main, mathml, number_headings, resolve
@@ -20,6 +22,8 @@ from semidetr.lab.report import markdown_table
 
 FILES = chapter_files(read_book(ROOT))
 RESULT = next((f for f in FILES if f.startswith('nbs/ablations/01_')), None)
+RESULTS = [f for f in FILES if re.match(r'nbs/(ablations|benchmarks)/[0-9]', f)]
+TITLES = title_index(ROOT, FILES)
 
 
 class Links(html.parser.HTMLParser):
@@ -201,6 +205,103 @@ def test_phone(visit, path):
     assert p.evaluate('document.documentElement.scrollWidth <= window.innerWidth')
 
 
+WIDE = """() => {
+    document.querySelectorAll('details').forEach(d => d.open = true);
+    const wide = e => e.clientWidth > 0 && e.scrollWidth > e.clientWidth + 1;
+    const inside = ['pre', 'table', 'math[display=block]', '.equation > div', '.cell-output-markdown'];
+    const page = e => e.closest('[data-page]').dataset.page;
+    const name = e => page(e) + ' ' + e.tagName + ': ' + e.textContent.slice(0, 50);
+    return [...document.querySelectorAll(inside.map(x => 'main ' + x).join(','))].filter(wide).map(name);
+}"""
+
+
+def test_nothing_overflows(site, browser):
+    "At 1280 pixels no code, table or formula is wider than its column, on any page but the executed runs"
+    around = (site / 'nbs' / '01_boxes.html').read_text(encoding='utf-8')
+    main = re.compile(r'(<main\b[^>]*>)(.*)(</main>)', re.S)
+    parts = []  # what stands in the main column of all pages, together on one: loading is what takes time
+    for f in sorted(f for f in site.rglob('*.html') if f.parent.name != 'runs'):
+        text = main.search(f.read_text(encoding='utf-8')).group(2)
+        text = re.sub(r'<script\b.*?</script>', '', text, flags=re.S)
+        text = re.sub(r'src="[^"]*"', 'src="data:,"', text)  # pictures never overflow
+        parts.append(f'<div data-page="{f.name}">{text}</div>')
+    together = site / 'nbs' / 'together.html'
+    together.write_text(main.sub(lambda m: m.group(1) + ''.join(parts) + m.group(3), around, count=1))
+    try:
+        page = browser.new_page(viewport=dict(width=1280, height=900))
+        page.goto(together.as_uri(), wait_until='domcontentloaded')
+        assert page.evaluate(WIDE) == []
+        page.close()
+    finally:
+        together.unlink()
+
+
+def test_the_sidebar_opens_at_the_page(visit):
+    "One part is open, and its current page is on the screen"
+    p = visit('nbs/train/10_predict.html')
+    assert p.locator('#quarto-sidebar .sidebar-section.show').count() == 1
+    assert p.locator('#quarto-sidebar a[href*="/runs/"]').count() == 0
+    box = p.locator('#quarto-sidebar .sidebar-link.active').bounding_box()
+    assert 0 < box['y'] < 900
+
+
+def test_search_finds_chapters(visit):
+    "The chapter of a word comes first, the words are marked, and executed runs are not searched"
+    p = visit('index.html')
+    p.locator('#quarto-search input').fill('pseudo labels')
+    p.wait_for_selector('.search-result')
+    first = p.locator('.search-result').first
+    assert 'pseudo label' in first.inner_text().lower() and p.locator('.search-result mark').count()
+    links = p.eval_on_selector_all('.search-result', 'all => all.map(a => a.getAttribute("href"))')
+    assert links and not any('/runs/' in link for link in links)
+
+
+def test_title_and_author_once(visit):
+    p = visit('index.html')
+    assert p.locator('h1.title').count() == 1 and p.inner_text('h1.title') == 'semidetr'
+    assert p.inner_text('main').count('semidetr authors') == 1
+    assert visit('nbs/00_core.html').inner_text('main').count('semidetr authors') == 0
+
+
+def test_home_is_one_screen(visit):
+    "What it is, the picture, the result, install, shell, Python and links above the fold at 1280 x 900"
+    p = visit('index.html')
+    box = p.locator('.home').bounding_box()
+    assert box['y'] + box['height'] <= 900
+    assert p.locator('.home img').count() == 1 and p.locator('.home table').count() == 1
+    assert p.locator('.home pre').count() == 3 and p.locator('.home a').count() >= 4
+
+
+def prose(page):
+    "Text of paragraphs and list items of a page"
+    main = re.sub(r'<(script|style|math|pre|table|svg)\b.*?</\1>', ' ', page.split('<main', 1)[1], flags=re.S)
+    parts = re.findall(r'<(?:p|li)\b[^>]*>(.*?)</(?:p|li)>', main, re.S)
+    return [' '.join(html.unescape(re.sub(r'<[^>]+>', '', part)).split()) for part in parts]
+
+
+@pytest.mark.parametrize('page', RESULTS)
+def test_a_page_of_results_concludes(site, page):
+    "Finding, picture, table, in this order; no sentence twice; nothing is minus zero"
+    text = (site / html_of(page)).read_text(encoding='utf-8')
+    places = [text.find(mark) for mark in ('class="finding"', '<figure', '<table', '<details class="fold"')]
+    assert -1 < places[0] < places[1] < places[3] and places[0] < places[2] < places[3]
+    visible = prose(text)
+    assert not [part for part in visible if re.search(r'[-−]0\.0(?!\d)', part)]
+    assert not re.search(r'<td[^>]*>[^<]*[-−]0\.0(?!\d)', text)
+    sentences = [x for part in visible for x in re.split(r'(?<=[.;:]) ', part) if len(x) > 70]
+    assert {x for x in sentences if sentences.count(x) > 1} == set()
+
+
+@pytest.mark.parametrize('page', [f for f in FILES if f.startswith('nbs/') and '/runs/' not in f])
+def test_a_picture_at_once(site, page):
+    "Every guide and chapter has a picture near its top"
+    if page in ('nbs/guides/notation.qmd', 'nbs/guides/glossary.qmd', 'nbs/guides/references.qmd'):
+        return
+    text = (site / html_of(page)).read_text(encoding='utf-8').split('<main', 1)[1]
+    before = re.sub(r'<[^>]+>', ' ', text[: text.index('<img')])
+    assert len(before.split()) < 160, 'a screen of text above the first picture'
+
+
 # --- the parts, and what goes wrong ----------------------------------------------------
 def build(folder, *options):
     return subprocess.run(
@@ -236,7 +337,7 @@ def small(tmp_path):
 
 def test_small_book(small):
     assert build(small, '--engine', 'fallback').stdout.strip() == 'open _docs/index.html'
-    assert 'href="nbs/00_one.html#sec-one">Chapter 1</a>' in (small / '_docs' / 'index.html').read_text()
+    assert 'href="nbs/00_one.html#sec-one">One</a>' in (small / '_docs' / 'index.html').read_text()
 
 
 def test_a_page_of_text_alone(small):
@@ -250,11 +351,9 @@ def test_a_page_of_text_alone(small):
     (small / 'index.qmd').write_text('# Home {.unnumbered}\n\nSee @sec-two.\n')
     assert build(small, '--engine', 'fallback').returncode == 0
     home, page = ((small / '_docs' / f).read_text() for f in ('index.html', 'nbs/01_two.html'))
-    assert 'href="nbs/01_two.html#sec-two">Chapter 2</a>' in home and '2 Two' in home
+    assert 'href="nbs/01_two.html#sec-two">Two</a>' in home and '2 Two' in home
     assert (
-        'sec-two' in Links(page).ids
-        and '2.1 Half' in page
-        and 'href="00_one.html#sec-one">Chapter 1</a>' in page
+        'sec-two' in Links(page).ids and '2.1 Half' in page and 'href="00_one.html#sec-one">One</a>' in page
     )
 
 
@@ -330,7 +429,9 @@ def test_the_filter_that_quarto_calls(root):
         text=True,
     )
     page = json.loads(done.stdout)
-    assert page == stored_notebook(filter_notebook(json.loads(source), symbol_index(root, FILES), 'nbs'))
+    titles = title_index(root, FILES)
+    there = filter_notebook(json.loads(source), symbol_index(root, FILES), 'nbs', titles)
+    assert page == stored_notebook(there)
     code = [''.join(c['source']) for c in page['cells'] if c['cell_type'] == 'code']
     assert any('def generalized_box_iou' in c for c in code), 'exported code is shown'
     assert not any(
@@ -341,7 +442,8 @@ def test_the_filter_that_quarto_calls(root):
 @pytest.mark.parametrize('page', [f for f in FILES if f.endswith('.ipynb')])
 def test_what_the_filter_writes_is_a_notebook(root, page):
     "Lines keep their newlines, which Quarto loses if a source is one string; nbformat accepts the whole"
-    nb = stored_notebook(filter_notebook(json.loads((root / page).read_text(encoding='utf-8')), {}, ''))
+    nb = json.loads((root / page).read_text(encoding='utf-8'))
+    nb = stored_notebook(filter_notebook(nb, {}, os.path.dirname(page), TITLES))
     nbformat.validate(nb)
     for c in nb['cells']:
         assert isinstance(c['source'], list) and all(line.endswith('\n') for line in c['source'][:-1])
@@ -372,11 +474,79 @@ def test_figure_caption_is_html_and_alt_is_escaped():
     assert '<em>b</em>' in out and '<code>c</code>' in out and 'alt="a &quot;quoted&quot; &lt;alt&gt;"' in out
 
 
+def test_a_page_that_was_executed_here_is_shown(tmp_path):
+    "`make book` writes into `runs/book`; the committed notebook is shown where its cells are other ones"
+    cell = lambda source, out: dict(cell_type='code', metadata={}, source=source, outputs=[out])
+    committed, fresh = (dict(cells=[cell('run()', out)]) for out in ('old', 'new'))
+    folder = tmp_path / 'runs' / 'book' / 'nbs' / 'ablations'
+    folder.mkdir(parents=True)
+    (folder / 'page.ipynb').write_text(json.dumps(fresh))
+    assert fresh_copy(tmp_path, 'nbs/ablations', committed) == fresh
+    assert fresh_copy(tmp_path, 'nbs', committed) == committed
+    changed = dict(cells=[cell('other()', 'old')])
+    assert fresh_copy(tmp_path, 'nbs/ablations', changed) == changed
+
+
+def test_make_book_leaves_committed_files_alone(root):
+    "Its page is executed into a folder that git ignores"
+    book = (root / 'Makefile').read_text().split('\nbook:')[1].split('\n\n')[0]
+    assert 'nbtool.py fresh' in book and 'nbtool.py run' not in book
+    assert '/runs/' in (root / '.gitignore').read_text().split()
+
+
+def test_folds_and_pictures_of_a_chapter():
+    "A fold ends at the next heading, whatever stands between; ids stay unique; a code block has no headings"
+    text = '# A {#sec-a}\n\n> Do.\n\nWhy.\n\n## Runs {.fold}\n\n```\n# no\n```'
+    figure = dict(data={'image/png': 'AAAA'})
+    nb = dict(
+        cells=[
+            dict(cell_type='code', id='x', metadata={}, source='#| default_exp a', outputs=[]),
+            dict(cell_type='markdown', id='a', metadata={}, source=text),
+            dict(cell_type='code', id='b', metadata={}, source='#| label: fig-a\nplot()', outputs=[figure]),
+            dict(cell_type='markdown', id='c', metadata={}, source='### Next\n\n## Last {.fold}\n\nEnd.'),
+        ]
+    )
+    cells = filter_notebook(nb, {}, 'nbs')['cells']
+    starts = [c['source'].split('\n')[0] for c in cells]
+    assert starts[0] == '# A {#sec-a}' and starts[1].startswith('<div class="lead-picture"><a href="#fig-a">')
+    assert starts[2:] == [
+        'Why.',
+        '## Runs {.fold}',
+        '<details class="fold">',
+        '```',
+        '#| label: fig-a',
+        '</details>',
+        '### Next',
+        '## Last {.fold}',
+        '<details class="fold">',
+        'End.',
+        '</details>',
+    ]
+    assert '<summary>Show 1 figure</summary>' in cells[4]['source']
+    assert len({c['id'] for c in cells}) == len(cells)
+
+
+def test_references_are_titles(tmp_path):
+    "In prose, captions and outputs; an unknown label stays, and is reported"
+    (tmp_path / 'one.qmd').write_text('# One {#sec-one}\n\n## A `part` {#sec-part}\n')
+    titles = title_index(tmp_path, ['one.qmd'])
+    assert titles == {'sec-one': ('one.qmd', 'One'), 'sec-part': ('one.qmd', 'A `part`')}
+    out = dict(output_type='display_data', metadata={}, data={'text/markdown': 'see @sec-part'})
+    code = dict(
+        cell_type='code', id='a', source='#| fig-cap: "as in @sec-one"\nx = "@sec-one"', outputs=[out]
+    )
+    prose = dict(cell_type='markdown', id='b', source='@sec-one, `@sec-one`, @sec-none')
+    a, b = filter_notebook(dict(cells=[code, prose]), {}, 'deep', titles)['cells']
+    assert a['source'] == '#| fig-cap: "as in [One](../one.html#sec-one)"\nx = "@sec-one"'
+    assert a['outputs'][0]['data']['text/markdown'] == 'see [A `part`](../one.html#sec-part)'
+    assert b['source'] == '[One](../one.html#sec-one), `@sec-one`, @sec-none'
+
+
 def test_titles_of_callouts_are_no_sections():
     text = '# A {#sec-a}\n## One {#sec-one}\n\n::: {.callout-note}\n## Title\n:::\n\n## Two {#sec-two}\n'
     refs = CrossRefs()
     refs.scan('a.qmd', [('markdown', text)], 3)
-    assert refs.labels['sec-two'][1] == 'Section 3.2'
+    assert refs.labels['sec-two'][1:] == ('Two', '3.2')
     lines = number_headings(text, 3, [0, 0]).splitlines()
     assert lines[1].startswith('## 3.1 One') and '## Title' in lines and lines[-1].startswith('## 3.2 Two')
 
@@ -399,13 +569,8 @@ def test_appendices_have_letters(tmp_path):
     labels = cross_references(
         load_pages(tmp_path, ['index.qmd', 'one.qmd', 'more.qmd', 'last.qmd'], ['more.qmd', 'last.qmd'])
     ).labels
-    assert [labels[f'sec-{k}'][1] for k in ('one', 'one-part', 'more', 'last', 'last-part')] == [
-        'Chapter 1',
-        'Section 1.1',
-        'Appendix A',
-        'Appendix B',
-        'Section B.1',
-    ]
+    names = ('one', 'one-part', 'more', 'last', 'last-part')
+    assert [labels[f'sec-{k}'][2] for k in names] == ['1', '1.1', 'A', 'B', 'B.1']
 
 
 def test_home_include(tmp_path):
@@ -413,9 +578,9 @@ def test_home_include(tmp_path):
     assert table == '| a | b |\n| :--- | ---: |\n| 1 | 2.5 |'
     write_home(tmp_path / 'deep' / '_home.md', 'x.png', 'Caption.', 'say "hi"', table, 'Table.')
     text = (tmp_path / 'deep' / '_home.md').read_text()
-    assert '![Caption.](x.png){#fig-home fig-alt="say \'hi\'"}' in text and text.rstrip().endswith(
-        ': Table. {#tbl-home}'
-    )
+    assert '![Caption.](x.png){#fig-home fig-alt="say \'hi\'"}' in text
+    text = (tmp_path / 'deep' / '_home_table.md').read_text()
+    assert text.startswith(table) and text.rstrip().endswith(': Table. {#tbl-home}')
 
 
 def test_main_reports_faults_in_one_line(tmp_path, monkeypatch, capsys):

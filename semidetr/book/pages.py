@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'CALLOUT', 'REF', 'fail', 'need', 'read_book', 'chapter_files', 'split_directives', 'defined_names',
-           'cell_text', 'notebook_module', 'is_exported', 'symbol_index', 'link_names', 'make_cell', 'filter_notebook',
-           'stored_notebook', 'outside_code', 'CrossRefs', 'inert', 'load_pages', 'cross_references', 'write_home']
+           'cell_text', 'notebook_module', 'is_exported', 'symbol_index', 'title_index', 'link_names', 'outside_code',
+           'make_cell', 'filter_notebook', 'fresh_copy', 'stored_notebook', 'CrossRefs', 'inert', 'load_pages',
+           'cross_references', 'write_home']
 
 # %% ../../nbs/book/00_pages.ipynb #79f9d05e
 import ast
@@ -16,6 +17,7 @@ import string
 from importlib import import_module
 from pathlib import Path
 from .describe import fill_markers
+from .folds import fold_cells, lead_picture, link_titles, section_titles
 
 # %% ../../nbs/book/00_pages.ipynb #db028739
 def fail(
@@ -143,6 +145,23 @@ def symbol_index(
                 index[name] = index[f'{module}.{name}'] = (page, f'{module}.{name}')
     return {k: v for k, v in index.items() if k not in twice}
 
+
+def title_index(
+    root,  # folder of the checkout
+    pages: list[str],  # from `chapter_files`
+) -> dict[str, tuple[str, str]]:  # label -> (page, title)
+    "What the sections with a label are called (@sec-folds)"
+    index = {}
+    for page in pages:
+        text = (Path(root) / page).read_text(encoding='utf-8')
+        texts = [text]
+        if page.endswith('.ipynb'):
+            cells = json.loads(text)['cells']
+            texts = [cell_text(c['source']) for c in cells if c['cell_type'] == 'markdown']
+        for label, title in section_titles(texts).items():
+            index.setdefault(label, (page, title))
+    return index
+
 # %% ../../nbs/book/00_pages.ipynb #88912c15
 def link_names(
     text: str,  # Markdown
@@ -167,57 +186,9 @@ def link_names(
         out.append(line)
     return '\n'.join(out)
 
-# %% ../../nbs/book/00_pages.ipynb #5673161f
-def make_cell(
-    kind: str,  # 'markdown', 'code' or 'raw'
-    source: str,  # its text
-    **more,  # outputs, id
-) -> dict:
-    "A cell of a notebook"
-    return dict(cell_type=kind, metadata={}, source=source, **more)
-
-
-def filter_notebook(
-    nb: dict,  # a notebook as JSON
-    index: dict,  # from `symbol_index`
-    page_dir: str,  # folder of the page, relative to the root
-) -> dict:  # the notebook to render
-    "Hide, tag, anchor and link the cells of one notebook"
-    module, cells = notebook_module(nb), []
-    for i, c in enumerate(fill_markers(nb)['cells']):
-        source = cell_text(c['source'])
-        if c['cell_type'] != 'code':
-            cells.append({**c, 'source': link_names(source, index, page_dir)})
-            continue
-        words, options, code = split_directives(source)
-        if words & {'hide', 'default_exp'} or not code.strip():
-            continue
-        if re.search(r'^show_doc\(', code, re.M):
-            options = ['#| echo: false', *options]
-        elif is_exported(words) and module:
-            anchors = ''.join(f'<span id="{module}.{name}"></span>' for name in defined_names(code))
-            cells.append(
-                make_cell('markdown', f'<span class="module-tag">{module}</span>{anchors}', id=f'tag{i:03d}')
-            )
-        shown = dict(outputs=[_inert_output(o) for o in c['outputs']]) if 'outputs' in c else {}
-        cells.append({**c, 'source': '\n'.join([*options, code]), **shown})
-    return {**nb, 'cells': cells}
-
-
-def stored_notebook(
-    nb: dict,  # from `filter_notebook`: the source of a cell is one string
-) -> dict:  # the same: every source is a list of lines with their newlines
-    "A notebook in the form that nbformat prescribes for files; Quarto's reader joins the lines as they are"
-    return {**nb, 'cells': [{**c, 'source': c['source'].splitlines(keepends=True)} for c in nb['cells']]}
-
-# %% ../../nbs/book/00_pages.ipynb #2d78e8cc
-KINDS = dict(fig='Figure', tbl='Table', eq='Equation', sec='Section', lst='Listing')
+# %% ../../nbs/book/00_pages.ipynb #a00d68ff
 _CODE = re.compile(r'(^(`{3,}|~{3,})[^\n]*\n.*?^\2[ \t]*$|`[^`\n]+`)', re.S | re.M)
 _FENCED = re.compile(r'^(`{3,}|~{3,})[^\n]*\n.*?^\1[ \t]*$', re.S | re.M)
-CALLOUT = r'^:{3,} *\{\.callout[^\n]*\n'  # the heading after it is a title, not a section
-REF = re.compile(r'(?<![\w/\[])@((?:fig|tbl|eq|sec|lst)-[\w-]+)')
-_LABEL = re.compile(r'^(#{1,6}) (.*?)\s*(?:\{([^}]*)\})?\s*$|\{#((?:fig|tbl|eq|lst)-[\w-]+)[^}]*\}', re.M)
-_CELL_LABEL = re.compile(r'^#\|\s*label:\s*((?:fig|tbl|lst)-[\w-]+)', re.M)
 
 
 def outside_code(
@@ -232,7 +203,77 @@ def outside_code(
         pos = m.end()
     return ''.join([*out, f(text[pos:])])
 
-# %% ../../nbs/book/00_pages.ipynb #6ce51402
+# %% ../../nbs/book/00_pages.ipynb #5673161f
+def make_cell(
+    kind: str,  # 'markdown', 'code' or 'raw'
+    source: str,  # its text
+    **more,  # outputs, id
+) -> dict:
+    "A cell of a notebook"
+    return dict(cell_type=kind, metadata={}, source=source, **more)
+
+
+def filter_notebook(
+    nb: dict,  # a notebook as JSON
+    index: dict,  # from `symbol_index`
+    page_dir: str,  # folder of the page, relative to the root
+    titles=None,  # from `title_index`; None: references to sections stay
+) -> dict:  # the notebook to render
+    "Hide, tag, anchor, link and fold the cells of one notebook"
+    module, cells = notebook_module(nb), []
+    titled = lambda text: outside_code(lambda t: link_titles(t, titles or {}, page_dir), text)
+    for i, c in enumerate(fill_markers(nb)['cells']):
+        source = cell_text(c['source'])
+        if c['cell_type'] != 'code':
+            cells.append({**c, 'source': titled(link_names(source, index, page_dir))})
+            continue
+        words, options, code = split_directives(source)
+        if words & {'hide', 'default_exp'} or not code.strip():
+            continue
+        if re.search(r'^show_doc\(', code, re.M):
+            options = ['#| echo: false', *options]
+        elif is_exported(words) and module:
+            anchors = ''.join(f'<span id="{module}.{name}"></span>' for name in defined_names(code))
+            cells.append(
+                make_cell('markdown', f'<span class="module-tag">{module}</span>{anchors}', id=f'tag{i:03d}')
+            )
+        shown = dict(outputs=[_inert_output(o, titled) for o in c['outputs']]) if 'outputs' in c else {}
+        cells.append({**c, 'source': '\n'.join([*map(titled, options), code]), **shown})
+    executed = Path(page_dir).name == 'runs'  # found from the pages of results, not by searching
+    cells = fold_cells(cells if executed else lead_picture(cells))
+    if executed:
+        cells.insert(0, make_cell('raw', '---\nsearch: false\n---', id='unsearched'))
+    return {**nb, 'cells': cells}
+
+
+def fresh_copy(
+    root,  # folder of the checkout
+    page_dir: str,  # folder of the page, relative to the root
+    nb: dict,  # a committed notebook
+) -> dict:  # the notebook, or its copy that was executed here
+    "`make book` executes a page into `runs/book`; a copy with the same cells is shown instead"
+    sources = [cell_text(c['source']) for c in nb['cells']]
+    for path in sorted((Path(root) / 'runs' / 'book' / page_dir).glob('*.ipynb')):
+        other = json.loads(path.read_text(encoding='utf-8'))
+        if [cell_text(c['source']) for c in other['cells']] == sources:
+            return other
+    return nb
+
+
+def stored_notebook(
+    nb: dict,  # from `filter_notebook`: the source of a cell is one string
+) -> dict:  # the same: every source is a list of lines with their newlines
+    "A notebook in the form that nbformat prescribes for files; Quarto's reader joins the lines as they are"
+    return {**nb, 'cells': [{**c, 'source': c['source'].splitlines(keepends=True)} for c in nb['cells']]}
+
+# %% ../../nbs/book/00_pages.ipynb #2d78e8cc
+KINDS = dict(fig='Figure', tbl='Table', eq='Equation', sec='Section', lst='Listing')
+CALLOUT = r'^:{3,} *\{\.callout[^\n]*\n'  # the heading after it is a title, not a section
+REF = re.compile(r'(?<![\w/\[])@((?:fig|tbl|eq|sec|lst)-[\w-]+)')
+_LABEL = re.compile(r'^(#{1,6}) (.*?)\s*(?:\{([^}]*)\})?\s*$|\{#((?:fig|tbl|eq|lst)-[\w-]+)[^}]*\}', re.M)
+_CELL_LABEL = re.compile(r'^#\|\s*label:\s*((?:fig|tbl|lst)-[\w-]+)', re.M)
+
+# %% ../../nbs/book/00_pages.ipynb #2e0089d5
 class CrossRefs:
     "Labels of all pages: where they are and what they are called"
 
@@ -261,15 +302,12 @@ class CrossRefs:
             number = f'{n}.{count[kind]}' if n else str(count[kind])
             self.add(label, page, f'{KINDS[kind]} {number}', number)
 
-        def heading(level, attributes):
+        def heading(level, title, attributes):
             depth[level] += 1
             depth[level + 1 :] = [0] * (6 - level)
             number = '.'.join(map(str, [n, *depth[2 : level + 1]]))
-            kind = 'Appendix' if isinstance(n, str) else 'Chapter'
-            if level > 1:
-                kind = 'Section'
             if label := re.search(r'#(sec-[\w-]+)', attributes):
-                self.add(label.group(1), page, f'{kind} {number}', number)
+                self.add(label.group(1), page, title, number)
 
         for kind, source in cells:
             if kind == 'code':
@@ -282,7 +320,7 @@ class CrossRefs:
                 if m.group(4):
                     numbered(m.group(4))
                 elif '.unnumbered' not in attributes and n:
-                    heading(len(m.group(1)), attributes)
+                    heading(len(m.group(1)), m.group(2), attributes)
 
     def check(
         self,
@@ -308,11 +346,11 @@ def inert(
     return _SCRIPT_LINK.sub(r'\1#', _TAG.sub('&lt;', text))
 
 
-def _inert_output(o):
-    "An output without HTML, its Markdown inert"
+def _inert_output(o, titled=str):
+    "An output without HTML, its Markdown inert, with titles for references"
     kept = {k: v for k, v in o.get('data', {}).items() if k not in ('text/html', 'application/javascript')}
     if 'text/markdown' in kept:
-        kept['text/markdown'] = inert(cell_text(kept['text/markdown']))
+        kept['text/markdown'] = titled(inert(cell_text(kept['text/markdown'])))
     return {**o, 'data': kept} if 'data' in o else o
 
 # %% ../../nbs/book/00_pages.ipynb #7186866d
@@ -322,17 +360,18 @@ def load_pages(
     appendices=(),  # those of them that are counted with letters
 ) -> list:  # (path, notebook or None, [(kind, source)], chapter number or letter; 0 for an unnumbered page)
     "Read and filter every page, includes written out"
-    index, out = symbol_index(root, files), []
+    index, titles, out = symbol_index(root, files), title_index(root, files), []
     chapter, letters = 0, iter(string.ascii_uppercase)
     for page in files:
         folder = os.path.dirname(page)
         text = (Path(root) / page).read_text(encoding='utf-8')
         if page.endswith('.ipynb'):
-            nb = filter_notebook(json.loads(text), index, folder)
+            nb = filter_notebook(fresh_copy(root, folder, json.loads(text)), index, folder, titles)
             cells = [(c['cell_type'], c['source']) for c in nb['cells']]
         else:
             nb, whole = None, _with_includes(text, Path(root) / folder)
-            cells = [('markdown', link_names(whole, index, folder))]
+            linked = link_names(whole, index, folder)
+            cells = [('markdown', outside_code(lambda t: link_titles(t, titles, folder), linked))]
         title = next((s for k, s in cells if k == 'markdown' and s.lstrip().startswith('# ')), '')
         number = 0
         if page != files[0] and '.unnumbered' not in title.lstrip().split('\n')[0]:
@@ -364,16 +403,18 @@ def cross_references(
 
 # %% ../../nbs/book/00_pages.ipynb #42c27c22
 def write_home(
-    path,  # include file of the home page
+    path,  # include file of the home page, for the picture; the table stands in `<name>_table` beside it
     picture: str,  # image, relative to the top folder
     caption: str,  # of the picture
     alt: str,  # its description
     table: str,  # from `markdown_table`
     table_caption: str,  # what was run: data, scale, seeds
 ):
-    "Write the part of the home page that shows results"
+    "Write the two parts of the home page that show results"
     from semidetr.core import atomic_write
 
+    path = Path(path)
     alt = alt.replace('"', "'")
     figure = f'![{caption}]({picture}){{#fig-home fig-alt="{alt}"}}'
-    atomic_write(path, f'{figure}\n\n{table}\n\n: {table_caption} {{#tbl-home}}\n')
+    atomic_write(path, f'{figure}\n')
+    atomic_write(path.with_stem(f'{path.stem}_table'), f'{table}\n\n: {table_caption} {{#tbl-home}}\n')

@@ -26,6 +26,7 @@ from semidetr.book.pages import (
     cross_references,
     fail,
     filter_notebook,
+    fresh_copy,
     load_pages,
     make_cell,
     need,
@@ -34,6 +35,7 @@ from semidetr.book.pages import (
     split_directives,
     stored_notebook,
     symbol_index,
+    title_index,
 )
 
 # %% ../../nbs/book/01_site.ipynb #d10848a1
@@ -86,9 +88,10 @@ def resolve(
         t = re.sub(r'!\[([^\]]*)\](\([^)]*\)\{#(fig-[\w-]+))', picture, t)
         return REF.sub(ref, _INLINE.sub(lambda m: mathml(m.group(1)), _EQ.sub(equation, t)))
 
+    sources = lambda t: re.sub(r'(\]\((?!\w+:)[^)\s]*?)\.(?:qmd|ipynb)(#[^)\s]*)?\)', r'\1.html\2)', t)
     captions = lambda t: re.sub(r'^: (.*?) \{#(tbl-[\w-]+)', caption, t, flags=re.M)
     try:
-        return outside_code(replace, outside_code(captions, text, inline=False))
+        return outside_code(lambda t: replace(sources(t)), outside_code(captions, text, inline=False))
     except ValueError as e:
         raise ValueError(f'{page}: {e}') from None
 
@@ -168,15 +171,31 @@ def _titled(cells, n):
     label = re.search(r'#([\w-]+)', m.group(2) or '')
     anchor = f'<span id="{label.group(1)}"></span>\n\n' if label else ''
     title = json.dumps(f'{n} {m.group(1)}' if n else m.group(1), ensure_ascii=False)
-    front = make_cell('raw', f'---\ntitle: {title}\n---', id='title')
-    return [front, *cells[:i], {**cells[i], 'source': anchor + rest}, *cells[i + 1 :]]
+    settings = [c['source'].strip('-\n') for c in cells[:i] if c['cell_type'] == 'raw']
+    front = make_cell('raw', '\n'.join(['---', f'title: {title}', *settings, '---']), id='title')
+    before = [c for c in cells[:i] if c['cell_type'] != 'raw']
+    return [front, *before, {**cells[i], 'source': anchor + rest}, *cells[i + 1 :]]
+
+
+def _front(book):
+    "Title and author of the book, which stand on the home page alone, as under Quarto"
+    about = {key: book['book'][key] for key in ('title', 'author') if key in book['book']}
+    return make_cell('raw', '---\n' + need('yaml').safe_dump(about) + '---')
+
+
+def _contents(chapters, pages):
+    "The chapters, the home page by its heading"
+    text = pages[0][2][0][1]
+    heading = re.search(r'^# (.*?)\s*(?:\{[^}]*\})?$', text, re.M)
+    home = dict(href=chapters[0], text=heading.group(1)) if heading else chapters[0]
+    return [home, *chapters[1:]]
 
 
 def _copy_assets(root, dest, book):
     "Style sheets, favicon and other resources"
     css = book['format']['html'].get('css', [])
     patterns = [*([css] if isinstance(css, str) else css), *book['project'].get('resources', [])]
-    patterns.append(book['book'].get('favicon', ''))
+    patterns += [book['book'].get('favicon', ''), book['format']['html'].get('include-after-body', '')]
     for pattern in filter(None, patterns):
         for file in Path(root).glob(pattern):
             target = Path(dest) / file.relative_to(root)
@@ -198,7 +217,7 @@ def stage(
         finish = lambda text: number_headings(resolve(refs, text, page), n, count)
         if nb is None:  # a page of text alone is one cell
             text = make_cell(*cells[0])
-            parts = [finish(c['source']) for c in (_titled([text], n) if n else [text])]
+            parts = [finish(c['source']) for c in (_titled([text], n) if n else [_front(book), text])]
             out.write_text('\n\n'.join(parts), encoding='utf-8')
             continue
         finished = []
@@ -210,9 +229,11 @@ def stage(
     for done_here in ('html-math-method', 'number-sections'):
         options.pop(done_here, None)
     chapters = book['book']['chapters'] + book['book'].get('appendices', [])
+    listed = _contents(book['book']['chapters'], pages)  # without appendices
+    sidebar = {**book['book'].get('sidebar', {}), 'contents': listed}
     config = dict(
         project={'type': 'book', 'output-dir': '_out'},
-        book={**book['book'], 'chapters': chapters},
+        book={**book['book'], 'chapters': chapters, 'sidebar': sidebar},
         format={'html': options},
     )
     Path(dest, '_quarto.yml').write_text(need('yaml').safe_dump(config, sort_keys=False), encoding='utf-8')
@@ -306,8 +327,10 @@ def main(
             return 0
         files = chapter_files(read_book(root))
         if a.filter:
-            index, folder = symbol_index(root, files), os.path.relpath(here, root)
-            page = filter_notebook(json.load(sys.stdin), index, folder)
+            index, titles = symbol_index(root, files), title_index(root, files)
+            folder = os.path.relpath(here, root)
+            nb = fresh_copy(root, folder, json.load(sys.stdin))
+            page = filter_notebook(nb, index, folder, titles)
             json.dump(stored_notebook(page), sys.stdout)
         if a.fresh:
             for file in files:

@@ -3,14 +3,9 @@
 #
 # > See what unlabelled images are worth on the built-in scenes: supervised training, mean teacher and
 # > Semi-DETR in paired comparison.
-#
-# All arms continue from the same burn-in checkpoint, use the same twenty labelled scenes, and train for the
-# same number of iterations with eight images per iteration. Seeds change the labelled scenes, the initial
-# weights and the order of the data. The numbers are those of the averaged network (the teacher; for
-# supervised training, the same average of the student) on the test split, without non-maximum suppression
-# (NMS). `make book` trains the first seed again and executes this page with the result.
 
 # %% tags=["parameters"]
+#| hide
 results = 'results'  # folder of results
 own = '../../runs/demo'  # folder of the run of `make book`, if there is one
 
@@ -20,18 +15,15 @@ import json
 from pathlib import Path
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
-from semidetr.draw import COLORS
 from semidetr.lab.demo import picture, table
-from semidetr.book.pages import write_home
 from semidetr.lab.report import (
     arm_table,
     difference,
-    markdown_table,
+    finding,
     plot_arms,
     read_records,
     scale_line,
-    spread,
-    values,
+    statement,
     verdict,
 )
 
@@ -44,27 +36,18 @@ mine = json.loads(fresh.read_text()) if fresh.exists() else None
 kept = json.loads((Path(results) / 'qualitative.json').read_text())['detections']  # of seed 0
 committed = dict(runs=[dict(detections={names[a]: d for a, d in kept.items()})])
 
-# %% [markdown]
-# ## The study
-
-# %%
-#| label: tbl-abl-demo-seeds
-#| tbl-cap: "COCO AP on 300 test scenes, in percent: mean and standard deviation over the seeds of the committed study, and the paired difference to supervised training with its 95 % interval."
-#| echo: false
-markdown(arm_table(runs, names, 'supervised'))
-
 # %%
 #| echo: false
 gains = {a: difference(runs, a, 'supervised') for a in names if a != 'supervised'}
 assert all(g['n'] >= 3 for g in gains.values())
 both = (runs, 'shm_cqc_cpm', 'mean_teacher')
-lines = [verdict(f'{names[a]} against supervised', g) for a, g in gains.items()]
-lines.append(verdict('Semi-DETR against mean teacher', difference(*both)))
-lines.append(verdict('the same, both with NMS', difference(*both, 'AP_nms')))
-lines.append(verdict('the same, students instead of their averages', difference(*both, who='student')))
-bullets = '\n'.join(f'* {line}' for line in lines)
-more = 'What each component of Semi-DETR adds, and why NMS matters: @sec-abl-components.'
-markdown(f'{bullets}\n\n{scale_line(runs, names)}\n\n{more}')
+more = difference(runs, 'shm_cqc_cpm', 'mean_teacher')
+text = finding(
+    statement('with twenty labelled scenes the mean teacher', 'supervised training', gains['mean_teacher']),
+    statement('Semi-DETR', 'supervised training', gains['shm_cqc_cpm']),
+    statement('Semi-DETR', 'the mean teacher', more),
+)
+markdown(text)
 
 # %%
 #| label: fig-abl-demo-gain
@@ -74,8 +57,56 @@ markdown(f'{bullets}\n\n{scale_line(runs, names)}\n\n{more}')
 plot_arms(runs, names)
 plt.show()
 
+# %%
+#| label: tbl-abl-demo-seeds
+#| tbl-cap: "COCO AP on 300 test scenes, in percent: mean and standard deviation over the seeds of the committed study, and the paired difference to supervised training with its 95 % interval."
+#| echo: false
+markdown(arm_table(runs, names, 'supervised'))
+
 # %% [markdown]
-# ## Pseudo labels against the hidden ground truth
+# ## Detections
+
+# %%
+#| label: fig-abl-demo-pictures
+#| fig-cap: "Ground truth and detections of all methods on the same test scenes; score at least 0.3."
+#| fig-alt: "Grid of scenes with true boxes and the detections of all methods"
+#| echo: false
+picture(mine or committed, n=4)
+
+# %% [markdown]
+# ## Your run {.fold}
+#
+# The result of the run that `make book` made before it executed this page:
+
+# %%
+#| echo: false
+no_run = '*No run of `make book` was found; the pictures above are those of the committed study.*'
+markdown('\n'.join(table(mine)) if mine else no_run)
+
+# %% [markdown]
+# ## How it was measured {.fold}
+#
+# All arms continue from the same burn-in checkpoint, use the same twenty labelled scenes, and train for the
+# same number of iterations with eight images per iteration. Seeds change the labelled scenes, the initial
+# weights and the order of the data. The numbers are those of the averaged network (the teacher; for
+# supervised training, the same average of the student) on the test split, without non-maximum suppression
+# (NMS). `make book` trains the first seed again and executes this page with the result.
+
+# %% [markdown]
+# ## Every comparison {.fold}
+
+# %%
+#| echo: false
+lines = [verdict(f'{names[a]} against supervised', g) for a, g in gains.items()]
+lines.append(verdict('Semi-DETR against mean teacher', difference(*both)))
+lines.append(verdict('the same, both with NMS', difference(*both, 'AP_nms')))
+lines.append(verdict('the same, students instead of their averages', difference(*both, who='student')))
+bullets = '\n'.join(f'* {line}' for line in lines)
+more = 'What each component of Semi-DETR adds, and why NMS matters: @sec-abl-components.'
+markdown(f'{bullets}\n\n{scale_line(runs, names)}\n\n{more}')
+
+# %% [markdown]
+# ## Pseudo labels against the hidden ground truth {.fold}
 #
 # The method has no access to the boxes of the unlabelled scenes; only the health monitor (@sec-health)
 # compares with them.
@@ -88,58 +119,11 @@ plt.show()
 fig, ax = plt.subplots(figsize=(5, 2.8), dpi=80)
 for r in runs:
     c = r['arms']['mean_teacher']['curve']
-    ax.plot(
-        c['step'], c['pseudo_precision'], color=COLORS['teacher'], label='precision' if r is runs[0] else None
-    )
-    ax.plot(c['step'], c['pseudo_recall'], color=COLORS['student'], label='recall' if r is runs[0] else None)
+    ax.plot(c['step'], c['pseudo_precision'], color='black', label='precision' if r is runs[0] else None)
+    ax.plot(c['step'], c['pseudo_recall'], color='grey', label='recall' if r is runs[0] else None)
 ax.set(xlabel='iteration', ylim=(0, 1))
 ax.legend()
 plt.show()
-
-# %% [markdown]
-# ## Detections
-
-# %%
-#| label: fig-abl-demo-pictures
-#| fig-cap: "Ground truth and detections of all methods on the same test scenes; score at least 0.3."
-#| fig-alt: "Grid of scenes with true boxes and the detections of all methods"
-#| echo: false
-picture(mine or committed, n=4)
-
-# %%
-#| hide
-picture(committed, n=3).savefig('results/home.png', dpi=90, bbox_inches='tight')
-cells = []
-for a, n in names.items():
-    each = ', '.join(f'{x:.1f}' for x in values(runs, a))
-    cells.append([n, *(spread(values(runs, a, key)) for key in ('AP', 'AP50', 'AP_nms')), each])
-caption = (
-    'Scenes of the test split: ground truth, supervised training, mean teacher and Semi-DETR (seed 0), '
-    'all trained with the same twenty labelled scenes.'
-)
-result = (
-    f'Twenty labelled scenes, {len(runs)} seeds, means and standard deviations on 300 test scenes: '
-    f"unlabelled scenes add {gains['mean_teacher']['mean']:.1f} AP with a mean teacher "
-    f"and {gains['shm_cqc_cpm']['mean']:.1f} with Semi-DETR"
-)
-write_home(
-    'results/_home.md',
-    'nbs/ablations/results/home.png',
-    caption,
-    'Three scenes with true boxes and the detections of all methods',
-    markdown_table(['method', 'AP', 'AP50', 'AP with NMS', 'AP of each seed'], cells),
-    result,
-)
-
-# %% [markdown]
-# ## Your run
-#
-# The result of the run that `make book` made before it executed this page:
-
-# %%
-#| echo: false
-no_run = '*No run of `make book` was found; the pictures above are those of the committed study.*'
-markdown('\n'.join(table(mine)) if mine else no_run)
 
 # %% [markdown]
 # ## Summary

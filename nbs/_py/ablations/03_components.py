@@ -3,15 +3,9 @@
 #
 # > See what hybrid matching, cross-view consistency and mining each add on the built-in scenes, with twenty
 # > and with fifty labels, for every seed.
-#
-# The arms are cumulative, as in the component table of the paper: supervised training, a mean teacher, then
-# stage-wise hybrid matching (SHM, @sec-matching), cross-view query consistency on the boxes above the
-# threshold (CQC, @sec-consistency), and mining of more boxes for consistency (CPM, @sec-mining). Within a
-# seed, all arms start from one burn-in checkpoint, use the same labelled scenes, and take the same number of
-# iterations and images. Settings were chosen with twenty labels on the development part of seed 0 and used
-# unchanged with fifty; the test split was read for these tables.
 
 # %% tags=["parameters"]
+#| hide
 results = 'results'  # one folder per study, with one JSON file per seed
 
 # %%
@@ -24,12 +18,14 @@ from semidetr.lab.report import (
     arm_table,
     as_published,
     difference,
+    finding,
     markdown_table,
     plot_arms,
     plus_minus,
     published,
     read_records,
     scale_line,
+    statement,
     values,
     verdict,
     verdicts,
@@ -67,8 +63,32 @@ def sentences(runs):
     return '\n'.join(f'* {line}' for line in lines) + '\n\n' + scale_line(runs, names)
 
 
-# %% [markdown]
-# ## Twenty labels
+# %%
+#| echo: false
+full = chain[-1]
+parts = []
+for n, runs in studies.items():
+    parts.append(
+        statement(
+            f'with {n} labels the full method', 'supervised training', difference(runs, full, 'supervised')
+        )
+    )
+step = dict(zip(chain[1:], (difference(studies[20], b, a) for a, b in zip(chain, chain[1:]))))
+shown = [f"{names[arm].removeprefix('+ ')} {plus_minus(d)}" for arm, d in step.items()]
+text = finding(*parts, f"step by step, with 20 labels: {'; '.join(shown)}")
+markdown(text)
+
+# %%
+#| label: fig-abl-components
+#| fig-cap: "AP of all arms, one line per seed: a component adds less than the difference between two seeds, so arms are compared within a seed."
+#| fig-alt: "AP of every arm, one line per seed, for twenty and for fifty labels"
+#| echo: false
+fig, axes = plt.subplots(1, 2, figsize=(8, 3), dpi=80, layout='constrained', sharey=True)
+for ax, (n, runs) in zip(axes, studies.items()):
+    plot_arms(runs, names, ax=ax)
+    ax.set_title(f'{n} labels')
+axes[1].set_ylabel('')
+plt.show()
 
 # %%
 #| label: tbl-abl-components
@@ -76,12 +96,25 @@ def sentences(runs):
 #| echo: false
 markdown(arm_table(studies[20], names, 'mean_teacher'))
 
+# %% [markdown]
+# ## How it was measured {.fold}
+#
+# The arms are cumulative, as in the component table of the paper: supervised training, a mean teacher, then
+# stage-wise hybrid matching (SHM, @sec-matching), cross-view query consistency on the boxes above the
+# threshold (CQC, @sec-consistency), and mining of more boxes for consistency (CPM, @sec-mining). Within a
+# seed, all arms start from one burn-in checkpoint, use the same labelled scenes, and take the same number of
+# iterations and images. Settings were chosen with twenty labels on the development part of seed 0 and used
+# unchanged with fifty; the test split was read for these tables.
+
+# %% [markdown]
+# ## Every comparison {.fold}
+
 # %%
 #| echo: false
 markdown(sentences(studies[20]))
 
 # %% [markdown]
-# ## Fifty labels
+# ## Fifty labels {.fold}
 
 # %%
 #| label: tbl-abl-components-50
@@ -95,6 +128,8 @@ markdown(sentences(studies[50]))
 
 
 # %% [markdown]
+# ## Duplicates {.fold}
+#
 # Duplicates hide some of what a component adds: one-to-many matching produces them, two hundred iterations of
 # one-to-one matching do not remove all of them, and the averaged network still contains weights of the first
 # stage. The columns with NMS show the quality of the boxes themselves; @sec-abl-nms analyses the difference.
@@ -116,7 +151,7 @@ for n, runs in studies.items():
 markdown('\n'.join(lines))
 
 # %% [markdown]
-# ## Leave-one-out
+# ## Leave-one-out {.fold}
 #
 # Mined boxes are used for consistency only. So the method without consistency is SHM, and without mining it
 # is SHM + CQC: two of the three rows are arms of the table above. Without SHM, both stages match one-to-one,
@@ -143,7 +178,7 @@ scale = scale_line(left_out, dict(no_shm=without['no_shm']))
 markdown(f"{verdicts(left_out, without, 'shm_cqc_cpm')}\n\n{scale}")
 
 # %% [markdown]
-# ## Equal CPU time
+# ## Equal CPU time {.fold}
 #
 # All arms train on equally many images, but with a teacher an iteration costs more. Here the supervised arm
 # trains for five hundred iterations, so that all arms take about the same CPU time.
@@ -170,7 +205,7 @@ markdown(
 )
 
 # %% [markdown]
-# ## Comparison with the paper
+# ## Comparison with the paper {.fold}
 #
 # The paper measured the same steps with DINO and 10 % of the labels of COCO. The absolute numbers cannot be
 # compared, the steps can.
@@ -192,21 +227,9 @@ markdown(
     )
 )
 
-# %%
-#| label: fig-abl-components
-#| fig-cap: "AP of all arms, one line per seed: a component adds less than the difference between two seeds, so arms are compared within a seed."
-#| fig-alt: "AP of every arm, one line per seed, for twenty and for fifty labels"
-#| echo: false
-fig, axes = plt.subplots(1, 2, figsize=(8, 3), dpi=80, layout='constrained', sharey=True)
-for ax, (n, runs) in zip(axes, studies.items()):
-    plot_arms(runs, names, ax=ax)
-    ax.set_title(f'{n} labels')
-axes[1].set_ylabel('')
-plt.show()
-
 
 # %% [markdown]
-# ## Are the components active?
+# ## Are the components active? {.fold}
 #
 # A method can pass every test and still do nothing in a run. So the logs are checked: mining must find boxes
 # that the threshold alone would miss, the projector must receive a gradient from the consistency loss, and
@@ -238,7 +261,7 @@ for n, runs in studies.items():
 markdown('\n'.join(lines))
 
 # %% [markdown]
-# ## Three filters on one teacher
+# ## Three filters on one teacher {.fold}
 #
 # In a run of the full method, three filters select from the same boxes of the same teacher at every step:
 # mean + std of each image gives the initial boxes $B^0$; a fixed score threshold keeps those that train
@@ -267,7 +290,7 @@ for ax, what in zip(axes, ('precision', 'recall')):
     for key, (name, color) in filters.items():
         ax.plot(steps, quality[key, what], color=color, label=name)
     ax.set(xlabel='iteration', title=what, ylim=(0, 1))
-axes[0].legend(fontsize=7)
+axes[0].legend(fontsize=9)
 plt.show()
 
 # %%
@@ -291,7 +314,7 @@ fig, ax = plt.subplots(figsize=(5, 2.6), dpi=80, layout='constrained')
 for key, line in (('cost_mean_low', ':'), ('cost_threshold', '-'), ('cost_mean_high', ':')):
     ax.plot(full[0]['step'], full[0][key], line, label=key.removeprefix('cost_').replace('_', ' '))
 ax.set(xlabel='iteration', ylabel='matching cost')
-ax.legend(fontsize=7)
+ax.legend(fontsize=9)
 plt.show()
 
 # %% [markdown]

@@ -3,17 +3,9 @@
 #
 # > Compare supervised training, a mean teacher and Semi-DETR on photographs of blood cells with 1, 5 and 10 %
 # > of the labels; see what happens to the rare class, and how a good teacher can be lost in a few steps.
-#
-# The data set and the detector are those of @sec-abl-txl. For each fraction and seed there is one supervised
-# burn-in. Three runs of equal length continue from its checkpoint, with equally many images per iteration:
-# supervised training, a mean teacher, and Semi-DETR. The mean teacher keeps boxes with a score of at least
-# 0.3; Semi-DETR filters its pseudo labels by class rates (@eq-mining-rate), a filter of this book and not of
-# the paper; the reason is given below. The labelled subsets cover all classes. All settings were chosen on
-# the development part of seed 0, with 1 %, and with 5 % for the longer burn-in of the larger fractions (at
-# first 800 iterations, then 250 of 4 + 8 images; the study uses shorter runs, and the settings were not
-# chosen again for them). The test split was read for @tbl-abl-txl-semi.
 
 # %% tags=["parameters"]
+#| hide
 results = 'results'  # folder of results
 
 # %%
@@ -28,11 +20,14 @@ from semidetr.lab.report import (
     arm_rows,
     class_values,
     difference,
+    finding,
     markdown_table,
     plot_arms,
     plus_minus,
     read_records,
     scale_line,
+    spread,
+    statement,
     values,
     verdict,
     with_interval,
@@ -51,8 +46,65 @@ short = read_records(results, 'txl_semi/p5', names)  # 5 %, trained as the runs 
 classes = studies['p1'][0]['arms']['semi_detr']['data']['classes']
 assert all(len({r['arms'][a]['iterations'] for r in runs for a in names}) == 1 for runs in studies.values())
 
+# %%
+#| echo: false
+told = []
+for fraction, runs in studies.items():
+    for arm in ('mean_teacher', 'semi_detr') if fraction == 'p1' else ('mean_teacher',):
+        what = names[arm] if arm == 'semi_detr' else 'the mean teacher'
+        d, when = difference(runs, arm, 'supervised'), f'with {titles[fraction]} of the labels'
+        told.append(statement(what, 'supervised training', d, when=when))
+text = finding(*told)
+markdown(text)
+
+# %%
+#| label: fig-abl-txl-semi
+#| fig-cap: "AP of the three methods: each line is one seed, the bar is the mean. Top: without NMS; bottom: with NMS."
+#| fig-alt: "AP of the three methods, one line per seed, without and with NMS"
+#| echo: false
+fig, axes = plt.subplots(
+    2,
+    len(studies),
+    figsize=(2.6 * len(studies), 4.6),
+    dpi=80,
+    layout='constrained',
+    sharey=True,
+    squeeze=False,
+)
+for column, (f, runs) in zip(axes.T, studies.items()):
+    for ax, key in zip(column, ('AP', 'AP_nms')):
+        plot_arms(runs, names, key, ax)
+        ax.set(title=titles[f] + (', NMS' if key != 'AP' else ''), ylabel='AP')
+plt.show()
+
+# %%
+#| label: tbl-abl-txl-semi-ap
+#| tbl-cap: "AP on the test split, averaged network: mean and standard deviation over the seeds without NMS; mean with NMS."
+#| echo: false
+short_rows = []
+for f, runs in studies.items():
+    images = runs[0]['arms']['supervised']['data']['labelled']
+    ap = [spread(values(runs, a)) for a in names]
+    suppressed = [f"{mean(values(runs, a, 'AP_nms')):.1f}" for a in names]
+    short_rows.append(
+        [f'{titles[f]} ({images} images, {len(runs)} seeds)', *(f'{x}; {y}' for x, y in zip(ap, suppressed))]
+    )
+markdown(markdown_table(['labels', *names.values()], short_rows))
+
 # %% [markdown]
-# ## Results
+# ## How it was measured {.fold}
+#
+# The data set and the detector are those of @sec-abl-txl. For each fraction and seed there is one supervised
+# burn-in. Three runs of equal length continue from its checkpoint, with equally many images per iteration:
+# supervised training, a mean teacher, and Semi-DETR. The mean teacher keeps boxes with a score of at least
+# 0.3; Semi-DETR filters its pseudo labels by class rates (@eq-mining-rate), a filter of this book and not of
+# the paper; the reason is given below. The labelled subsets cover all classes. All settings were chosen on
+# the development part of seed 0, with 1 %, and with 5 % for the longer burn-in of the larger fractions (at
+# first 800 iterations, then 250 of 4 + 8 images; the study uses shorter runs, and the settings were not
+# chosen again for them). The test split was read for @tbl-abl-txl-semi.
+
+# %% [markdown]
+# ## By class {.fold}
 
 # %%
 #| label: tbl-abl-txl-semi
@@ -67,6 +119,9 @@ rows = [
 ]
 markdown(markdown_table(['labels (images)', *columns], rows, align='ll' + 'r' * (len(columns) - 1)))
 
+
+# %% [markdown]
+# ## Every comparison {.fold}
 
 # %%
 #| echo: false
@@ -92,28 +147,8 @@ def sentences(f):
 
 markdown('\n\n'.join(map(sentences, studies)))
 
-# %%
-#| label: fig-abl-txl-semi
-#| fig-cap: "AP of the three methods: each line is one seed, the bar is the mean. Top: without NMS; bottom: with NMS."
-#| fig-alt: "AP of the three methods, one line per seed, without and with NMS"
-#| echo: false
-fig, axes = plt.subplots(
-    2,
-    len(studies),
-    figsize=(2.6 * len(studies), 4.6),
-    dpi=80,
-    layout='constrained',
-    sharey=True,
-    squeeze=False,
-)
-for column, (f, runs) in zip(axes.T, studies.items()):
-    for ax, key in zip(column, ('AP', 'AP_nms')):
-        plot_arms(runs, names, key, ax)
-        ax.set(title=titles[f] + (', NMS' if key != 'AP' else ''), ylabel='AP')
-plt.show()
-
 # %% [markdown]
-# ## When labelled images are worth more than a teacher
+# ## When labelled images are worth more than a teacher {.fold}
 #
 # All arms train on equally many images per iteration: the supervised arm on labelled ones only, the others on
 # a few labelled and the rest unlabelled. So the pseudo labels have to be worth more than the labelled images
@@ -145,7 +180,7 @@ markdown('\n'.join(lines))
 # It would need a second stage that is long enough to remove them: here the second stage has 120 to 150
 # iterations, on the scenes of @sec-abl-components two hundred, in the paper sixty thousand.
 #
-# ## How a good teacher is lost in a few steps
+# ## How a good teacher is lost in a few steps {.fold}
 #
 # In a first version of this study, the mean teacher lost half of its AP on the development part
 # (@tbl-abl-txl-semi-variants, second row). The loss was sudden: at the third iteration the teacher had hardly
@@ -180,11 +215,11 @@ for arm, name, color in (
 ):
     ax.plot(*followed(arm, 'pseudo_recall'), '.-', color=color, label=name)
 ax.set(xlabel='iteration', ylabel='recall', ylim=(0, 1))
-ax.legend(fontsize=7)
+ax.legend(fontsize=9)
 plt.show()
 
 # %% [markdown]
-# ## The rare class
+# ## The rare class {.fold}
 #
 # Platelets are small and rare, and at any score the teacher of the burn-in finds fewer of them than of the
 # other two classes. A single threshold for all classes keeps most red cells and loses many platelets, which
@@ -220,7 +255,7 @@ for ax, key in zip(axes, ('recall', 'precision')):
         ax.plot(thresholds, [mean(x or 0 for x in each) for each in at_each], '.-', color=color, label=c)
     ax.axvline(0.3, linestyle='--', color='grey', linewidth=0.8)
     ax.set(xlabel='score threshold', title=key, ylim=(0, 1))
-axes[0].legend(fontsize=7)
+axes[0].legend(fontsize=9)
 plt.show()
 
 # %% [markdown]
@@ -252,7 +287,7 @@ for ax, key in zip(axes, ('precision', 'recall')):
     for name, color, arm in ways.values():
         ax.plot(*followed(arm, f'pseudo_{key}'), '.-', color=color, label=name)
     ax.set(xlabel='iteration', title=key, ylim=(0, 1))
-axes[0].legend(fontsize=7)
+axes[0].legend(fontsize=9)
 plt.show()
 
 # %%

@@ -2,14 +2,9 @@
 # # Which one-to-many assignment? {#sec-abl-assigners}
 #
 # > Compare four rules that assign several queries to each object in the first stage, from the same burn-ins.
-#
-# Stage-wise hybrid matching needs a rule that assigns several queries to each object. The paper ranks queries
-# by $s\,u^6$ and takes the best $k$ (@eq-matching-metric). Dense detectors have other rules: Max-IoU takes
-# every query above an IoU threshold, ATSS sets this threshold from the statistics of each object, and SimOTA
-# derives the number of queries per object from the predictions (@sec-assigners). Here only the rule changes,
-# for the one hundred iterations of the first stage. The reference is the full method of @sec-abl-components.
 
 # %% tags=["parameters"]
+#| hide
 results = 'results'  # folder of results
 
 # %%
@@ -18,7 +13,16 @@ from statistics import mean, stdev
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
 from semidetr.draw import COLORS
-from semidetr.lab.report import arm_table, plot_differences, read_records, scale_line, verdicts, with_arm
+from semidetr.lab.report import (
+    arm_table,
+    finding,
+    plot_differences,
+    read_records,
+    scale_line,
+    sorted_out,
+    verdicts,
+    with_arm,
+)
 
 # %%
 #| hide
@@ -31,19 +35,10 @@ runs = with_arm(
 )
 assert all(r['arms'][a]['config']['criterion']['o2m'] == a for r in runs for a in names)
 
-# %% [markdown]
-# ## Results
-
-# %%
-#| label: tbl-abl-assigners
-#| tbl-cap: "COCO AP on 300 test scenes, twenty labels: mean and standard deviation over the seeds; the paired difference to task-aligned matching with its 95 % interval."
-#| echo: false
-markdown(arm_table(runs, names, 'task_aligned'))
-
 # %%
 #| echo: false
-compared = {a: f'{n} against task-aligned' for a, n in names.items()}
-markdown(f"{verdicts(runs, compared, 'task_aligned')}\n\n{scale_line(runs, names)}")
+text = finding(*sorted_out(runs, names, 'task_aligned'))
+markdown(text)
 
 # %%
 #| label: fig-abl-assigners
@@ -53,8 +48,31 @@ markdown(f"{verdicts(runs, compared, 'task_aligned')}\n\n{scale_line(runs, names
 plot_differences(runs, names, 'task_aligned', ('AP', 'AP_nms'))
 plt.show()
 
+# %%
+#| label: tbl-abl-assigners
+#| tbl-cap: "COCO AP on 300 test scenes, twenty labels: mean and standard deviation over the seeds; the paired difference to task-aligned matching with its 95 % interval."
+#| echo: false
+markdown(arm_table(runs, names, 'task_aligned'))
+
 # %% [markdown]
-# ## Queries per object
+# ## How it was measured {.fold}
+#
+# Stage-wise hybrid matching needs a rule that assigns several queries to each object. The paper ranks queries
+# by $s\,u^6$ and takes the best $k$ (@eq-matching-metric). Dense detectors have other rules: Max-IoU takes
+# every query above an IoU threshold, ATSS sets this threshold from the statistics of each object, and SimOTA
+# derives the number of queries per object from the predictions (@sec-assigners). Here only the rule changes,
+# for the one hundred iterations of the first stage. The reference is the full method of @sec-abl-components.
+
+# %% [markdown]
+# ## Every comparison {.fold}
+
+# %%
+#| echo: false
+compared = {a: f'{n} against task-aligned' for a, n in names.items()}
+markdown(f"{verdicts(runs, compared, 'task_aligned')}\n\n{scale_line(runs, names)}")
+
+# %% [markdown]
+# ## Queries per object {.fold}
 #
 # The paper's argument for a fixed $k$ is that the number of positives should not depend on the current
 # quality of the detector. The logs contain this number.
@@ -71,7 +89,7 @@ fig, ax = plt.subplots(figsize=(5, 2.6), dpi=80, layout='constrained')
 for (a, name), color in zip(names.items(), (COLORS['teacher'], '#d62728', '#9467bd', '#8c564b')):
     ax.plot(steps, [mean(x) for x in zip(*positives[a])], '.-', color=color, label=name)
 ax.set(xlabel='iteration', ylabel='queries per object', ylim=(0, None))
-ax.legend(fontsize=7)
+ax.legend(fontsize=9)
 plt.show()
 
 # %%
@@ -95,7 +113,7 @@ markdown('\n'.join(lines))
 #
 # How each rule copes with inaccurate boxes is measured without training, on perturbed boxes, in @sec-abl-nms.
 #
-# ## Comparison with the paper
+# ## Comparison with the paper {.fold}
 #
 # The paper compares the same four rules; its numbers could not be obtained, so none are shown here.
 #

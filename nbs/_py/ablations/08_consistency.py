@@ -3,16 +3,9 @@
 #
 # > Compare consistency on mined boxes, boxes above the threshold, jittered boxes and random boxes, no
 # > consistency, and consistency between queries paired by Hungarian matching.
-#
-# A cross-view query carries features of a box from the teacher's view into both decoders, and a loss makes
-# their outputs agree (@sec-consistency). Two questions follow. Which boxes should these queries be made from:
-# mined boxes, boxes above the threshold, jittered boxes, random boxes? And is the shared content needed at
-# all, or can the queries of the two decoders be paired by Hungarian matching? The reference is the full
-# method of @sec-abl-components, with cross-view queries from mined boxes. Two more rows are runs of that
-# page: without consistency there is nothing to mine for, and with boxes above the threshold mining is not
-# used.
 
 # %% tags=["parameters"]
+#| hide
 results = 'results'  # folder of results
 
 # %%
@@ -22,10 +15,12 @@ import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
 from semidetr.lab.report import (
     arm_table,
+    finding,
     markdown_table,
     plot_differences,
     read_records,
     scale_line,
+    sorted_out,
     verdicts,
     with_arm,
 )
@@ -48,19 +43,10 @@ settings = [{a: r['arms'][a]['config']['consistency'] for a in names} for r in r
 assert all(s[a]['boxes'] == a for s in settings for a in ('mined', 'score', 'jittered', 'random'))
 assert all(s['none']['weight'] == 0 for s in settings)
 
-# %% [markdown]
-# ## Results
-
-# %%
-#| label: tbl-abl-consistency
-#| tbl-cap: "COCO AP on 300 test scenes, twenty labels: mean and standard deviation over the seeds; the paired difference to the reference with its 95 % interval; the cost of a run."
-#| echo: false
-markdown(arm_table(runs, names, 'mined'))
-
 # %%
 #| echo: false
-compared = {a: f"{n} against {names['mined']}" for a, n in names.items()}
-markdown(f"{verdicts(runs, compared, 'mined')}\n\n{scale_line(runs, names)}")
+text = finding(*sorted_out(runs, names, 'mined'))
+markdown(text)
 
 # %%
 #| label: fig-abl-consistency
@@ -70,9 +56,34 @@ markdown(f"{verdicts(runs, compared, 'mined')}\n\n{scale_line(runs, names)}")
 plot_differences(runs, names, 'mined', ('AP', 'AP_nms'))
 plt.show()
 
+# %%
+#| label: tbl-abl-consistency
+#| tbl-cap: "COCO AP on 300 test scenes, twenty labels: mean and standard deviation over the seeds; the paired difference to the reference with its 95 % interval; the cost of a run."
+#| echo: false
+markdown(arm_table(runs, names, 'mined'))
 
 # %% [markdown]
-# ## The loss during training
+# ## How it was measured {.fold}
+#
+# A cross-view query carries features of a box from the teacher's view into both decoders, and a loss makes
+# their outputs agree (@sec-consistency). Two questions follow. Which boxes should these queries be made from:
+# mined boxes, boxes above the threshold, jittered boxes, random boxes? And is the shared content needed at
+# all, or can the queries of the two decoders be paired by Hungarian matching? The reference is the full
+# method of @sec-abl-components, with cross-view queries from mined boxes. Two more rows are runs of that
+# page: without consistency there is nothing to mine for, and with boxes above the threshold mining is not
+# used.
+
+# %% [markdown]
+# ## Every comparison {.fold}
+
+# %%
+#| echo: false
+compared = {a: f"{n} against {names['mined']}" for a, n in names.items()}
+markdown(f"{verdicts(runs, compared, 'mined')}\n\n{scale_line(runs, names)}")
+
+
+# %% [markdown]
+# ## The loss during training {.fold}
 #
 # The official code uses consistency in the first stage only, which lasts sixty thousand iterations there and
 # a hundred here. The log shows whether the outputs of the two decoders came closer in that time.
@@ -96,7 +107,7 @@ markdown(
 )
 
 # %% [markdown]
-# ## Comparison with the paper
+# ## Comparison with the paper {.fold}
 #
 # One statement of the paper's comparison is known: how many objects the boxes cover matters more than how
 # well they fit. Its numbers could not be obtained, so none are shown here.

@@ -2,13 +2,9 @@
 # # Paper against code {#sec-abl-fidelity}
 #
 # > See the effect of each difference between the paper's text and the published code, one switch at a time.
-#
-# By default this book follows the published code, since the published numbers came from it. Where the paper's
-# text differs, there is a switch (@sec-methods). Each arm changes one switch, one arm two. The reference is
-# the full method of @sec-abl-components. Its share of labelled images is fixed, as in all small presets; for
-# this switch the arm, not the reference, follows the code.
 
 # %% tags=["parameters"]
+#| hide
 results = 'results'  # folder of results
 
 # %%
@@ -19,10 +15,12 @@ from markupsafe import Markup
 from semidetr.train.config import differences, from_saved, to_dict
 from semidetr.lab.report import (
     arm_table,
+    finding,
     markdown_table,
     plot_differences,
     read_records,
     scale_line,
+    sorted_out,
     verdicts,
     with_arm,
 )
@@ -136,8 +134,35 @@ for r in runs:
     config = r['arms']['norm']['config']
     assert config['consistency']['weight'] * config['method']['unsup_weight'] == 1
 
+# %%
+#| echo: false
+text = finding(*sorted_out(runs, names, 'reference'))
+markdown(text)
+
+# %%
+#| label: fig-abl-fidelity
+#| fig-cap: "Differences to the code's behaviour, both arms without NMS and both with NMS; 95 % intervals where there are several seeds."
+#| fig-alt: "Differences of twelve switches to the reference, with intervals"
+#| echo: false
+plot_differences(runs, names, 'reference', ('AP', 'AP_nms'))
+plt.show()
+
+# %%
+#| label: tbl-abl-fidelity
+#| tbl-cap: "COCO AP on 300 test scenes, twenty labels: mean and standard deviation over the seeds; the paired difference to the code's behaviour, with its 95 % interval where there are several seeds."
+#| echo: false
+markdown(arm_table(runs, names, 'reference'))
+
 # %% [markdown]
-# ## The switches
+# ## How it was measured {.fold}
+#
+# By default this book follows the published code, since the published numbers came from it. Where the paper's
+# text differs, there is a switch (@sec-methods). Each arm changes one switch, one arm two. The reference is
+# the full method of @sec-abl-components. Its share of labelled images is fixed, as in all small presets; for
+# this switch the arm, not the reference, follows the code.
+
+# %% [markdown]
+# ## The switches {.fold}
 
 # %%
 #| label: tbl-abl-fidelity-switches
@@ -154,22 +179,9 @@ markdown(markdown_table(columns, rows, align='lll'))
 # five times the cost. Boxes that leave the strong view are dropped in every arm (`pseudo.min_side`). The
 # supervised burn-in, which the code does not have, is shared by all arms. Sizes and schedules ($k$,
 # threshold, weights, decay, learning rate) are those of the small preset (@sec-abl-hyper).
-#
-# ## Results
 
-# %%
-#| label: tbl-abl-fidelity
-#| tbl-cap: "COCO AP on 300 test scenes, twenty labels: mean and standard deviation over the seeds; the paired difference to the code's behaviour, with its 95 % interval where there are several seeds."
-#| echo: false
-markdown(arm_table(runs, names, 'reference'))
-
-# %%
-#| label: fig-abl-fidelity
-#| fig-cap: "Differences to the code's behaviour, both arms without NMS and both with NMS; 95 % intervals where there are several seeds."
-#| fig-alt: "Differences of twelve switches to the reference, with intervals"
-#| echo: false
-plot_differences(runs, names, 'reference', ('AP', 'AP_nms'))
-plt.show()
+# %% [markdown]
+# ## Every comparison {.fold}
 
 # %%
 #| echo: false

@@ -3,11 +3,9 @@
 #
 # > Look at detections side by side, pseudo labels during training, the sampling points of queries, and the
 # > features of queries.
-#
-# All pictures are of one seed with twenty labels (@sec-abl-components). No network was trained with boxes of
-# these scenes: they are the first scenes of the test split and the first unlabelled ones, not a selection.
 
 # %% tags=["parameters"]
+#| hide
 results = 'results'  # folder of results
 
 # %%
@@ -21,7 +19,7 @@ from torchvision.ops import box_iou
 from semidetr.draw import compare, draw_boxes, draw_points, show_image
 from semidetr.data.catalog import open_dataset
 from semidetr.lab.demo import shown_scenes, stored
-from semidetr.lab.report import markdown_table
+from semidetr.lab.report import finding, markdown_table
 
 # %%
 #| hide
@@ -29,21 +27,6 @@ saved = json.loads((Path(results) / 'qualitative.json').read_text())
 names = dict(supervised='supervised', mean_teacher='mean teacher', shm_cqc_cpm='Semi-DETR')
 scenes = shown_scenes(3)
 samples = [scenes[i] for i in range(len(scenes))]
-
-# %% [markdown]
-# ## The same scenes, three detectors
-
-# %%
-#| label: fig-abl-qualitative-scenes
-#| fig-cap: "The first three test scenes: ground truth (thin green boxes), and detections with a score of at least 0.3, without NMS."
-#| fig-alt: "Grid of three scenes with true boxes and the detections of supervised training, mean teacher and Semi-DETR"
-#| echo: false
-compare(
-    [s.image for s in samples],
-    {names[a]: stored(d, scenes) for a, d in saved['detections'].items()},
-    [dict(boxes=s.boxes, labels=s.labels) for s in samples],
-    scenes.classes,
-)
 
 
 # %%
@@ -68,6 +51,30 @@ def counts(arm, min_iou=0.5):
 
 
 # %%
+#| echo: false
+told = []
+for arm, name in names.items():
+    correct, duplicate, wrong, missed = counts(arm)
+    told.append(
+        f'{name} finds {correct} of {correct + missed} objects (duplicates: {duplicate}, wrong '
+        f'boxes: {wrong})'
+    )
+text = finding('On three test scenes, without NMS and above a score of 0.3: ' + '; '.join(told))
+markdown(text)
+
+# %%
+#| label: fig-abl-qualitative-scenes
+#| fig-cap: "The first three test scenes: ground truth (thin green boxes), and detections with a score of at least 0.3, without NMS."
+#| fig-alt: "Grid of three scenes with true boxes and the detections of supervised training, mean teacher and Semi-DETR"
+#| echo: false
+compare(
+    [s.image for s in samples],
+    {names[a]: stored(d, scenes) for a, d in saved['detections'].items()},
+    [dict(boxes=s.boxes, labels=s.labels) for s in samples],
+    scenes.classes,
+)
+
+# %%
 #| label: tbl-abl-qualitative-scenes
 #| tbl-cap: "Detections in the figure above: correct if a true box of the same class has an IoU of at least 0.5, duplicate if that box was already found."
 #| echo: false
@@ -75,7 +82,13 @@ columns = ['method', 'correct', 'duplicate', 'wrong', 'objects missed']
 markdown(markdown_table(columns, [[name, *counts(a)] for a, name in names.items()]))
 
 # %% [markdown]
-# ## Pseudo labels during training
+# ## How it was measured {.fold}
+#
+# All pictures are of one seed with twenty labels (@sec-abl-components). No network was trained with boxes of
+# these scenes: they are the first scenes of the test split and the first unlabelled ones, not a selection.
+
+# %% [markdown]
+# ## Pseudo labels during training {.fold}
 #
 # The teacher's boxes above the threshold on three unlabelled scenes, while the full method trains. The
 # student learns from these boxes in strong views; the ground truth is not used.
@@ -104,7 +117,7 @@ for column, note in zip(axes.T, notes):
         draw_boxes(ax, boxes[ok], labels[ok], kind='teacher', classes=unlabelled.classes)
         draw_boxes(ax, boxes[~ok], labels[~ok], kind='student', classes=unlabelled.classes)
         correct += int(ok.sum())
-    column[0].set_title(f"iteration {note['step']}", fontsize=8)
+    column[0].set_title(f"iteration {note['step']}", fontsize=9)
     number = sum(len(d['labels']) for d in note['found'].values())
     share.append(f"{correct} of {number} correct at iteration {note['step']}")
 plt.show()
@@ -117,7 +130,7 @@ markdown(
 )
 
 # %% [markdown]
-# ## Sampling points of queries
+# ## Sampling points of queries {.fold}
 #
 # A query samples the feature maps at a few points around its box and weights them (@sec-attention). In the
 # last decoder layer:
@@ -138,7 +151,7 @@ for row, (arm, found) in zip(axes, saved['attention'].items()):
 plt.show()
 
 # %% [markdown]
-# ## Features of queries
+# ## Features of queries {.fold}
 #
 # The feature of a query is a vector of 128 numbers, from which two small heads predict class and box. If the
 # features of a class lie close together, classification is easy. The figure shows a t-SNE of these features;
@@ -153,7 +166,7 @@ fig, axes = plt.subplots(1, 3, figsize=(8.4, 3), dpi=64, layout='constrained')
 for ax, (arm, f) in zip(axes, saved['features'].items()):
     drawn = ax.scatter(*zip(*f['plane']), c=f['labels'], cmap='tab10', s=7)
     ax.set(xticks=[], yticks=[])
-    ax.set_title(f"{names[arm]}: {len(f['labels'])} of {f['objects']} objects", fontsize=8)
+    ax.set_title(f"{names[arm]}: {len(f['labels'])} of {f['objects']} objects", fontsize=9)
 bar = fig.colorbar(drawn, ax=axes, ticks=range(10), shrink=0.8)
 bar.set_label('digit')
 plt.show()

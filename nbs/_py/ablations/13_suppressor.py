@@ -3,18 +3,9 @@
 #
 # > Compare the hybrid of the paper with one-to-many matching to the end and a layer that learns what
 # > suppression would do, and see which of its settings matter.
-#
-# One-to-many matching to the end trains the best detector of @sec-abl-nms, if NMS follows it, and the worst
-# without. The paper ends with one-to-one matching to get rid of the duplicates, and pays with accuracy. Here
-# the layers stay one-to-many, and a learned suppressor (@sec-suppressor) scores the queries anew. It is trained
-# on every image, labelled or not, to do what per-class suppression does to the same output
-# (@eq-rescoring-nms). No gradient leaves it (`detach`), so the detector below it is the one that
-# one-to-many matching trains, and it has its own learning rate and clipping (@sec-optim). All else is Semi-DETR
-# as in @sec-abl-components, from the same burn-ins, with as many iterations and images. The settings were chosen
-# on the development part of seeds 0 and 1 with twenty labels. The test split was read twice: for the tables
-# below, and before, when runs of an earlier version (seeds 1 and 2) were evaluated as every run of a study is.
 
 # %% tags=["parameters"]
+#| hide
 results = 'results'  # folder of results
 step_costs = (
     '../../benchmarks/results/remedies.json'  # record of `python benchmarks/remedies.py runs/studies`
@@ -29,11 +20,13 @@ from IPython.display import Markdown as markdown
 from semidetr.draw import COLORS
 from semidetr.lab.report import (
     difference,
+    finding,
     markdown_table,
     plus_minus,
     read_records,
     scale_line,
     spread,
+    statement,
     values,
     verdict,
     with_arm,
@@ -63,36 +56,15 @@ def adds(runs, arm, suffix=''):
     return interval(values(runs, arm, f'AP{suffix}'), values(runs, arm, f'AP_nms{suffix}'))
 
 
-# %% [markdown]
-# ## Results
-
-# %%
-#| label: tbl-abl-suppressor
-#| tbl-cap: "Test split of digits, averaged network: AP without and with NMS (mean and standard deviation over the seeds), and what NMS adds, with the 95 % interval. The last row of each part reads the one-to-many output of the same runs, below the suppressor."
-#| echo: false
-rows = []
-for n, runs in studies.items():
-    for arm, name in names.items():
-        ap = [spread(values(runs, arm, key)) for key in ('AP', 'AP_nms')]
-        rows.append([n, name, *ap, plus_minus(adds(runs, arm))])
-    ap = [spread(values(runs, 'distilled', key)) for key in ('AP_o2m', 'AP_nms_o2m')]
-    rows.append([n, 'its one-to-many output', *ap, plus_minus(adds(runs, 'distilled', '_o2m'))])
-columns = ['labels', 'method', 'AP', 'AP with NMS', 'NMS adds']
-markdown(markdown_table(columns, rows, align='rlrrr'))
-
 # %%
 #| echo: false
-lines = []
-for n, runs in studies.items():
-    for base in ('hybrid', 'mean_teacher'):
-        what = f'{n} labels, suppressor against {names[base]}'
-        lines.append(verdict(f'{what}, both without NMS', difference(runs, 'distilled', base)))
-    below = interval(values(runs, 'distilled', 'AP_nms_o2m'), values(runs, 'distilled'))
-    lines.append(verdict(f'{n} labels, suppressor against NMS on its one-to-many output', below))
-same = interval(values(only, 'only_o2m', 'AP_nms'), values(only, 'distilled', 'AP_nms_o2m'))
-lines.append(verdict('20 labels, one-to-many output against a run without suppressor, both with NMS', same))
-text = '\n'.join(f'* {line}' for line in lines)
-markdown('\n\n'.join([text, *(scale_line(runs, names) for runs in studies.values())]))
+told = [
+    statement(f'with {n} labels the suppressor', 'hybrid matching', difference(runs, 'distilled', 'hybrid'))
+    for n, runs in studies.items()
+]
+left = [plus_minus(adds(runs, 'distilled')) for runs in studies.values()]
+text = finding(*told, f"NMS then adds {' and '.join(left)} AP: each object is predicted once")
+markdown(text)
 
 # %%
 #| label: fig-abl-suppressor
@@ -112,6 +84,50 @@ axes[0].set_ylabel('AP')
 plt.show()
 
 # %%
+#| label: tbl-abl-suppressor
+#| tbl-cap: "Test split of digits, averaged network: AP without and with NMS (mean and standard deviation over the seeds), and what NMS adds, with the 95 % interval. The last row of each part reads the one-to-many output of the same runs, below the suppressor."
+#| echo: false
+rows = []
+for n, runs in studies.items():
+    for arm, name in names.items():
+        ap = [spread(values(runs, arm, key)) for key in ('AP', 'AP_nms')]
+        rows.append([n, name, *ap, plus_minus(adds(runs, arm))])
+    ap = [spread(values(runs, 'distilled', key)) for key in ('AP_o2m', 'AP_nms_o2m')]
+    rows.append([n, 'its one-to-many output', *ap, plus_minus(adds(runs, 'distilled', '_o2m'))])
+columns = ['labels', 'method', 'AP', 'AP with NMS', 'NMS adds']
+markdown(markdown_table(columns, rows, align='rlrrr'))
+
+# %% [markdown]
+# ## How it was measured {.fold}
+#
+# One-to-many matching to the end trains the best detector of @sec-abl-nms, if NMS follows it, and the worst
+# without. The paper ends with one-to-one matching to get rid of the duplicates, and pays with accuracy. Here
+# the layers stay one-to-many, and a learned suppressor (@sec-suppressor) scores the queries anew. It is trained
+# on every image, labelled or not, to do what per-class suppression does to the same output
+# (@eq-rescoring-nms). No gradient leaves it (`detach`), so the detector below it is the one that
+# one-to-many matching trains, and it has its own learning rate and clipping (@sec-optim). All else is Semi-DETR
+# as in @sec-abl-components, from the same burn-ins, with as many iterations and images. The settings were chosen
+# on the development part of seeds 0 and 1 with twenty labels. The test split was read twice: for the tables
+# below, and before, when runs of an earlier version (seeds 1 and 2) were evaluated as every run of a study is.
+
+# %% [markdown]
+# ## Every comparison {.fold}
+
+# %%
+#| echo: false
+lines = []
+for n, runs in studies.items():
+    for base in ('hybrid', 'mean_teacher'):
+        what = f'{n} labels, suppressor against {names[base]}'
+        lines.append(verdict(f'{what}, both without NMS', difference(runs, 'distilled', base)))
+    below = interval(values(runs, 'distilled', 'AP_nms_o2m'), values(runs, 'distilled'))
+    lines.append(verdict(f'{n} labels, suppressor against NMS on its one-to-many output', below))
+same = interval(values(only, 'only_o2m', 'AP_nms'), values(only, 'distilled', 'AP_nms_o2m'))
+lines.append(verdict('20 labels, one-to-many output against a run without suppressor, both with NMS', same))
+text = '\n'.join(f'* {line}' for line in lines)
+markdown('\n\n'.join([text, *(scale_line(runs, names) for runs in studies.values())]))
+
+# %%
 #| hide
 # what the next paragraph states
 for runs in studies.values():
@@ -124,8 +140,9 @@ for runs in studies.values():
 # With the suppressor NMS adds nothing that matters: each object is predicted once. What is left of the
 # difference to NMS on the one-to-many output is small, and the hybrid's loss from one-to-one matching is gone.
 # So the two stages of the paper are not needed here: the layers can stay one-to-many to the end.
-#
-# ## Why this target
+
+# %% [markdown]
+# ## Why this target {.fold}
 #
 # MDS-DETR trains its suppressor by one-to-one matching with labelled objects. The target above was
 # found step by step with seed 1 of twenty labels, trained as the runs above and judged on the development part.
@@ -155,7 +172,7 @@ markdown(f'*Runs {hashes}: {where}. The first was clipped as the code did before
 # together with the detector, the size of its gradient depends on the losses of the detector in that step. This
 # is one seed, and it shows no more than the way to the settings.
 #
-# ## What a step costs
+# ## What a step costs {.fold}
 #
 # Both kinds of step in alternation, from the burn-in of seed 0 with twenty labels, one thread:
 

@@ -2,6 +2,93 @@
 # # Semi-DETR plus {#sec-abl-plus}
 #
 # > See what was changed against the paper, why, what each change brought, and what did not work.
+
+# %% tags=["parameters"]
+#| hide
+results = 'results'  # folder of results
+step_costs = '../../benchmarks/results/remedies.json'  # record of `python benchmarks/remedies.py`
+
+# %%
+#| hide
+import json
+from pathlib import Path
+import matplotlib.pyplot as plt
+from IPython.display import Markdown as markdown
+from semidetr.lab.report import (
+    METHOD_COLORS,
+    difference,
+    finding,
+    found,
+    markdown_table,
+    plus_minus,
+    read_records,
+    spread,
+    statement,
+    values,
+    with_arm,
+)
+
+# %%
+#| hide
+basis = read_records(results, 'components')
+fifty = with_arm(
+    read_records(results, 'distilled_50'), read_records(results, 'components_50'), 'supervised', 'supervised'
+)
+for old, new in dict(mean_teacher='mean_teacher', shm_cqc_cpm='semi_detr').items():
+    fifty = with_arm(fifty, read_records(results, 'components_50'), old, new)
+twenty = with_arm(read_records(results, 'distilled'), basis, 'supervised', 'supervised')
+for old, new in dict(mean_teacher='mean_teacher', shm_cqc_cpm='semi_detr').items():
+    twenty = with_arm(twenty, basis, old, new)
+sets = {'digits, 20 labels': (twenty, 'distilled'), 'digits, 50 labels': (fifty, 'distilled')}
+for k in (1, 2, 5, 10, 50):
+    if (Path(results) / f'fod12/k{k}').is_dir():
+        sets[f'fod12, k = {k}'] = read_records(results, f'fod12/k{k}', ['plus']), 'plus'
+controls = dict(supervised='supervised', mean_teacher='the mean teacher', semi_detr='Semi-DETR')
+
+# %%
+#| echo: false
+told = [
+    statement(f'on {name}, it', 'Semi-DETR', difference(runs, arm, 'semi_detr'))
+    for name, (runs, arm) in sets.items()
+]
+text = finding(
+    '`semi_detr_plus` keeps one-to-many matching to the end and learns to suppress duplicates; '
+    'it needs no NMS',
+    *told,
+)
+markdown(text)
+
+# %%
+#| label: fig-abl-plus
+#| fig-cap: "Gain in AP without NMS of `semi_detr_plus` over three controls, with 95 % intervals."
+#| fig-alt: "Points with intervals, one group per data set; all points lie to the right of zero"
+#| echo: false
+fig, ax = plt.subplots(figsize=(6.5, 1 + 0.5 * len(sets)), dpi=80, layout='constrained')
+shades = METHOD_COLORS
+for i, (base, label) in enumerate(controls.items()):
+    gains = [difference(runs, arm, base) for runs, arm in sets.values()]
+    at = [y + 0.22 * (i - 1) for y in range(len(sets))]
+    style = dict(fmt='o', markersize=4, capsize=3, color=shades[base], label=f'against {label}')
+    ax.errorbar([d['mean'] for d in gains], at, xerr=[d['half'] for d in gains], **style)
+ax.axvline(0, color='black', linewidth=0.8)
+ax.set(yticks=range(len(sets)), yticklabels=list(sets), xlabel='AP')
+ax.invert_yaxis()
+ax.legend(fontsize=9, loc='center left', bbox_to_anchor=(1, 0.5))
+plt.show()
+
+# %%
+#| label: tbl-abl-plus
+#| tbl-cap: "Test split, averaged network: AP of `semi_detr_plus` without and with NMS, and its paired differences in AP without NMS with their 95 % intervals."
+#| echo: false
+rows = []
+for name, (runs, arm) in sets.items():
+    ap = [spread(values(runs, arm, key)) for key in ('AP', 'AP_nms')]
+    rows.append([name, len(runs), *ap, *(plus_minus(difference(runs, arm, b)) for b in controls)])
+columns = ['data', 'seeds', 'AP', 'AP with NMS', *(f'against {name}' for name in controls.values())]
+markdown(markdown_table(columns, rows, align='lrrrrrr'))
+
+# %% [markdown]
+# ## What was changed {.fold}
 #
 # The paper trains with one-to-many matching while pseudo boxes are rough and ends with one-to-one matching, so
 # that no suppression is needed. Measured on few labels, this costs more than it saves: one-to-many matching to
@@ -25,79 +112,8 @@
 # semidetr train --data path/to/images --percent 5 --method semi_detr_plus
 # ```
 
-# %% tags=["parameters"]
-results = 'results'  # folder of results
-step_costs = '../../benchmarks/results/remedies.json'  # record of `python benchmarks/remedies.py`
-
-# %%
-#| hide
-import json
-from pathlib import Path
-import matplotlib.pyplot as plt
-from IPython.display import Markdown as markdown
-from semidetr.draw import COLORS
-from semidetr.lab.report import (
-    difference,
-    found,
-    markdown_table,
-    plus_minus,
-    read_records,
-    spread,
-    values,
-    with_arm,
-)
-
-# %%
-#| hide
-basis = read_records(results, 'components')
-fifty = with_arm(
-    read_records(results, 'distilled_50'), read_records(results, 'components_50'), 'supervised', 'supervised'
-)
-for old, new in dict(mean_teacher='mean_teacher', shm_cqc_cpm='semi_detr').items():
-    fifty = with_arm(fifty, read_records(results, 'components_50'), old, new)
-twenty = with_arm(read_records(results, 'distilled'), basis, 'supervised', 'supervised')
-for old, new in dict(mean_teacher='mean_teacher', shm_cqc_cpm='semi_detr').items():
-    twenty = with_arm(twenty, basis, old, new)
-sets = {'digits, 20 labels': (twenty, 'distilled'), 'digits, 50 labels': (fifty, 'distilled')}
-for k in (1, 2, 5, 10, 50):
-    if (Path(results) / f'fod12/k{k}').is_dir():
-        sets[f'fod12, k = {k}'] = read_records(results, f'fod12/k{k}', ['plus']), 'plus'
-controls = dict(supervised='supervised', mean_teacher='the mean teacher', semi_detr='Semi-DETR')
-
 # %% [markdown]
-# ## What it brings
-
-# %%
-#| label: tbl-abl-plus
-#| tbl-cap: "Test split, averaged network: AP of `semi_detr_plus` without and with NMS, and its paired differences in AP without NMS with their 95 % intervals."
-#| echo: false
-rows = []
-for name, (runs, arm) in sets.items():
-    ap = [spread(values(runs, arm, key)) for key in ('AP', 'AP_nms')]
-    rows.append([name, len(runs), *ap, *(plus_minus(difference(runs, arm, b)) for b in controls)])
-columns = ['data', 'seeds', 'AP', 'AP with NMS', *(f'against {name}' for name in controls.values())]
-markdown(markdown_table(columns, rows, align='lrrrrrr'))
-
-# %%
-#| label: fig-abl-plus
-#| fig-cap: "Gain in AP without NMS of `semi_detr_plus` over three controls, with 95 % intervals."
-#| fig-alt: "Points with intervals, one group per data set; all points lie to the right of zero"
-#| echo: false
-fig, ax = plt.subplots(figsize=(6.5, 1 + 0.5 * len(sets)), dpi=80, layout='constrained')
-shades = dict(supervised='grey', mean_teacher=COLORS['teacher'], semi_detr=COLORS['student'])
-for i, (base, label) in enumerate(controls.items()):
-    gains = [difference(runs, arm, base) for runs, arm in sets.values()]
-    at = [y + 0.22 * (i - 1) for y in range(len(sets))]
-    style = dict(fmt='o', markersize=4, capsize=3, color=shades[base], label=f'against {label}')
-    ax.errorbar([d['mean'] for d in gains], at, xerr=[d['half'] for d in gains], **style)
-ax.axvline(0, color='black', linewidth=0.8)
-ax.set(yticks=range(len(sets)), yticklabels=list(sets), xlabel='AP')
-ax.invert_yaxis()
-ax.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
-plt.show()
-
-# %% [markdown]
-# ## Each remedy alone
+# ## Each remedy alone {.fold}
 #
 # Other papers remove duplicates or mend pseudo labels in other ways. Each is a switch, off by default; here
 # each one alone is added to Semi-DETR with twenty labelled digits scenes, from the same burn-ins and for as many
@@ -159,7 +175,7 @@ lines = [
 markdown('\n'.join(lines))
 
 # %% [markdown]
-# ## What a step costs
+# ## What a step costs {.fold}
 #
 # A step has one more light layer, and cross-view consistency to the end: @sec-abl-suppressor has the times against
 # both stages of Semi-DETR. At inference the layer is kept; `Predictor(..., suppressor=False)` reads the

@@ -2,14 +2,6 @@
 # # On a GPU {#sec-gpu}
 #
 # > See what is known about the CUDA op and about training on a GPU, and find out the rest in six minutes.
-#
-# `make gpu-check` finds out what only a machine with a GPU can tell. It builds the CUDA op (@sec-native) and
-# runs the tests that need a GPU. It compares the op with `grid_sample` and with the CPU, in values, gradients,
-# time and memory; it compares one training step of every detector with the same step on the CPU. Then it
-# measures images per second and peak memory of DINO with a ResNet-50, supervised and as Semi-DETR, and of
-# Deformable-DETR beside that of transformers. It takes at most six minutes, needs no network and installs
-# nothing; a part that needs a package that is not there is skipped and says so. This page only reads the files
-# that it wrote.
 
 # %%
 #| hide
@@ -18,7 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
 from semidetr.draw import COLORS
-from semidetr.lab.report import markdown_table, three_digits
+from semidetr.lab.report import finding, markdown_table, three_digits
 
 # %%
 #| hide
@@ -33,6 +25,10 @@ place = 'GPU' if on_gpu else 'CPU'
 def rows(part, *keys):
     "Rows of a part that have all of these keys"
     return [r for r in parts.get(part, {}).get('rows', []) if all(k in r for k in keys)]
+
+
+METHOD = {'supervised': 'supervised', 'semi_detr': 'Semi-DETR'}
+dino = rows('dino', 'images')
 
 
 def pair(d):
@@ -50,10 +46,53 @@ else:
         'small sizes. It shows that every part runs; its times and sizes say nothing about a GPU, and the '
         'CUDA kernels have not been executed on one.**'
     )
-markdown(sentence)
+markdown(finding(sentence.replace('**', '')))
+
+# %%
+#| label: fig-gpu-dino
+#| fig-cap: "Images per second of a training step of DINO, by method, batch and precision."
+#| fig-alt: "Bars of images per second for the supervised step and the Semi-DETR step in float32 and bfloat16"
+#| echo: false
+bars = [r for r in dino if 'ms' in r]
+assert all(r['images_per_second'] > 0 for r in bars)
+names = [f"{METHOD[r['method']]}, batch {r['batch']}, {r['precision']}" for r in bars]
+speeds = [r['images_per_second'] for r in bars]
+fig, ax = plt.subplots(figsize=(6, 0.28 * len(bars) + 0.8), dpi=80)
+colors = [COLORS['student' if r['method'] == 'supervised' else 'teacher'] for r in bars]
+ax.barh(names[::-1], speeds[::-1], color=colors[::-1])
+ax.tick_params(labelsize=9)
+ax.set(xlabel=f'images per second ({place})')
+plt.show()
+
+
+# %%
+#| label: tbl-gpu-dino
+#| tbl-cap: "DINO: milliseconds of a training step, images per second, peak memory."
+#| echo: false
+def speed_line(r, *first):
+    "A row with times, or what happened instead"
+    if r.get('out_of_memory'):
+        return [*first, '', '', 'out of memory']
+    return [*first, three_digits(r['ms']), three_digits(r['images_per_second']), three_digits(r['peak_MB'])]
+
+
+lines = [speed_line(r, METHOD[r['method']], r['batch'], r['images'], r['precision']) for r in dino]
+columns = ['step', 'batch', 'images', 'precision', 'ms', 'images/s', 'peak, MB']
+markdown(markdown_table(columns, lines, 'lrrlrrr'))
 
 # %% [markdown]
-# ## The machine and the parts
+# ## How it was measured {.fold}
+#
+# `make gpu-check` finds out what only a machine with a GPU can tell. It builds the CUDA op (@sec-native) and
+# runs the tests that need a GPU. It compares the op with `grid_sample` and with the CPU, in values, gradients,
+# time and memory; it compares one training step of every detector with the same step on the CPU. Then it
+# measures images per second and peak memory of DINO with a ResNet-50, supervised and as Semi-DETR, and of
+# Deformable-DETR beside that of transformers. It takes at most six minutes, needs no network and installs
+# nothing; a part that needs a package that is not there is skipped and says so. This page only reads the files
+# that it wrote.
+
+# %% [markdown]
+# ## The machine and the parts {.fold}
 
 # %%
 #| label: tbl-gpu-machine
@@ -96,7 +135,7 @@ if failed:
 markdown(text)
 
 # %% [markdown]
-# ## The op
+# ## The op {.fold}
 #
 # Each form of the op on this device, against two references: `grid_sample` on the same device, and the CPU in
 # float32 with the same rounded inputs. Differences are the largest ones in units of the largest value; for the
@@ -124,7 +163,7 @@ text = f"**Beyond the limits: {'; '.join(wrong)}.**" if wrong else 'All rows lie
 markdown(text + (f" Not measured: {'; '.join(left_out)}." if left_out else ''))
 
 # %% [markdown]
-# ## One training step of every detector
+# ## One training step of every detector {.fold}
 #
 # Forward, matching and losses, and backward of each detector with random weights, once in plain PyTorch on the
 # CPU and once with the op of this device. Both get the same images, the same boxes and the same random
@@ -150,31 +189,13 @@ apart = [r['detector'] for r in rows('step', 'loss') if not r['ok']]
 text = f"**Beyond the limits: {', '.join(apart)}.**" if apart else 'All rows lie within the limits.'
 markdown(text + (f" **Not run: {'; '.join(broken)}.**" if broken else ''))
 
-
 # %% [markdown]
-# ## Images per second
+# ## Images per second {.fold}
 #
 # A training step: forward and losses, backward, clipping, AdamW. *Semi-DETR* adds the teacher's pass over weak
 # views, the student's over strong ones, mining and consistency; its batch counts the unlabelled images, to
 # which one labelled image for every four (at least one) is added, and images per second count both kinds. An
 # untrained teacher has low scores, so the thresholds are set such that about seven boxes per image pass.
-
-# %%
-#| label: tbl-gpu-dino
-#| tbl-cap: "DINO: milliseconds of a training step, images per second, peak memory."
-#| echo: false
-def speed_line(r, *first):
-    "A row with times, or what happened instead"
-    if r.get('out_of_memory'):
-        return [*first, '', '', 'out of memory']
-    return [*first, three_digits(r['ms']), three_digits(r['images_per_second']), three_digits(r['peak_MB'])]
-
-
-METHOD = {'supervised': 'supervised', 'semi_detr': 'Semi-DETR'}
-dino = rows('dino', 'images')
-lines = [speed_line(r, METHOD[r['method']], r['batch'], r['images'], r['precision']) for r in dino]
-columns = ['step', 'batch', 'images', 'precision', 'ms', 'images/s', 'peak, MB']
-markdown(markdown_table(columns, lines, 'lrrlrrr'))
 
 # %%
 #| echo: false
@@ -188,22 +209,6 @@ if lines:
 markdown(text)
 
 # %%
-#| label: fig-gpu-dino
-#| fig-cap: "Images per second of a training step of DINO, by method, batch and precision."
-#| fig-alt: "Bars of images per second for the supervised step and the Semi-DETR step in float32 and bfloat16"
-#| echo: false
-bars = [r for r in dino if 'ms' in r]
-assert all(r['images_per_second'] > 0 for r in bars)
-names = [f"{METHOD[r['method']]}, batch {r['batch']}, {r['precision']}" for r in bars]
-speeds = [r['images_per_second'] for r in bars]
-fig, ax = plt.subplots(figsize=(6, 0.28 * len(bars) + 0.8), dpi=80)
-colors = [COLORS['student' if r['method'] == 'supervised' else 'teacher'] for r in bars]
-ax.barh(names[::-1], speeds[::-1], color=colors[::-1])
-ax.tick_params(labelsize=7)
-ax.set(xlabel=f'images per second ({place})')
-plt.show()
-
-# %%
 #| label: tbl-gpu-theirs
 #| tbl-cap: "Deformable-DETR (one stage, no refinement) of both libraries with the same weights: milliseconds of a training step, images per second, peak memory."
 #| echo: false
@@ -214,7 +219,7 @@ missing = '' if lines else parts['theirs']['reason']
 markdown(markdown_table(columns, lines, 'lrlrrr') if lines else f'Not measured: {missing}.')
 
 # %% [markdown]
-# ## Reproduce it
+# ## Reproduce it {.fold}
 #
 # ```bash
 # make gpu-check                             # on the GPU; writes benchmarks/results/gpu_check.json

@@ -2,24 +2,6 @@
 # # Long trainings on a GPU {#sec-gpu-evidence}
 #
 # > See what the methods gain at a length that CPUs do not afford, or repeat it on a GPU in nine minutes.
-#
-# The studies of this book train for a few hundred iterations, because they run on CPUs. `make gpu-evidence`
-# trains up to 5,000 iterations from a burn-in of up to 1,000, with few labelled images of fod12 and of txl_pbc
-# (@sec-abl-txl): supervised, mean teacher, Semi-DETR, and Semi-DETR with a learned suppressor
-# (`semi_detr_plus`). All trainings run side by side on one card, a process each. Settings are those of the
-# studies `fod12` and `txl_semi`; the stages keep their shares of the iterations.
-#
-# The comparison is paired: the arms of a data set and seed start from one burn-in and take the same number of
-# iterations. That number follows from a measurement. All trainings run at once for a few seconds; the slowest
-# one sets the rate $r$ in iterations per second, and with $T$ seconds left for training, $n$ iterations are
-# planned:
-#
-# $$n = \min\left(n_{\max}, \lfloor 0.85\, r\, T \rfloor\right)$$ {#eq-gpu-iterations}
-#
-# At every twentieth of $n$ the arms wait for each other; if the next part does not fit into the time that is
-# left, all of them end there. The kit takes at most nine minutes, needs no network and installs nothing. It
-# writes its record whenever a training ends, so a record that was cut short holds what was done. This page
-# only reads that record.
 
 # %%
 #| hide
@@ -27,7 +9,16 @@ import json
 from pathlib import Path
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
-from semidetr.lab.report import difference, markdown_table, plot_arms, spread, three_digits, values, verdict
+from semidetr.lab.report import (
+    difference,
+    finding,
+    markdown_table,
+    plot_arms,
+    spread,
+    three_digits,
+    values,
+    verdict,
+)
 
 # %%
 #| hide
@@ -43,6 +34,7 @@ ARMS = {
     'semi_detr': 'Semi-DETR',
     'semi_detr_plus': 'Semi-DETR plus',
 }
+studies = list(dict.fromkeys(r['study'] for r in runs))
 precision = dict(bf16='bfloat16', fp16='float16', off='float32')
 control = f"{record['settings']['control']}_fp32"
 ARMS[control] = f"{ARMS.get(record['settings']['control'], '')}, float32"
@@ -76,10 +68,68 @@ if not record['ended']:
     sentence += ' **The record was cut short; it holds what was done until then.**'
 for line in record['left_out']:
     sentence += f' **Left out: {line}.**'
-markdown(sentence)
+markdown(finding(sentence.replace('**', '')))
+
+# %%
+#| label: fig-gpu-evidence-arms
+#| fig-cap: "AP on the test split by arm; each line is a seed."
+#| fig-alt: "For each data set the AP of every arm, one line per seed, without and with suppression"
+#| echo: false
+complete = [s for s in studies if with_arms(s, 'supervised', 'mean_teacher', 'semi_detr', 'semi_detr_plus')]
+fig, axes = plt.subplots(
+    1, max(1, len(complete)), figsize=(4.2 * max(1, len(complete)), 2.8), dpi=80, layout='constrained'
+)
+for study, ax in zip(complete, [axes] if len(complete) < 2 else axes):
+    shown = [a for a in ARMS if a != 'burn_in' and with_arms(study, a)]
+    named = {a: ARMS[a] for a in shown}
+    plot_arms(with_arms(study, *shown), named, 'AP', ax)
+    plot_arms(with_arms(study, *shown), named, 'AP_nms', ax, 'grey')
+    ax.set(ylabel='AP (grey: with NMS)', title=with_arms(study, *shown)[0]['arms'][shown[0]]['data'])
+plt.show()
+
+# %%
+#| label: tbl-gpu-evidence-ap
+#| tbl-cap: "AP of the teacher in percent (for supervised training the averaged student), without and with suppression, on the development part and the test split; mean and standard deviation over seeds."
+#| echo: false
+lines = []
+for study in studies:
+    for arm, name in ARMS.items():
+        seeds = [s for s in finished(study) if arm in s['arms']]
+        if not seeds:
+            continue
+        first = seeds[0]['arms'][arm]
+        cells = []
+        for part in ('dev', 'val'):
+            for key in ('AP', 'AP_nms'):
+                there = all(part in s['arms'][arm]['metrics'] for s in seeds)
+                cells.append(spread(values(seeds, arm, key, part=part)) if there else '')
+        lines.append([first['data'], name, first['images']['labelled'], first['iterations'], *cells])
+columns = ['data', 'arm', 'labelled', 'iterations', 'dev', 'dev, NMS', 'test', 'test, NMS']
+markdown(markdown_table(columns, lines, 'llrrrrrr') if lines else 'No training reached its end.')
 
 # %% [markdown]
-# ## The machine and the plan
+# ## How it was measured {.fold}
+#
+# The studies of this book train for a few hundred iterations, because they run on CPUs. `make gpu-evidence`
+# trains up to 5,000 iterations from a burn-in of up to 1,000, with few labelled images of fod12 and of txl_pbc
+# (@sec-abl-txl): supervised, mean teacher, Semi-DETR, and Semi-DETR with a learned suppressor
+# (`semi_detr_plus`). All trainings run side by side on one card, a process each. Settings are those of the
+# studies `fod12` and `txl_semi`; the stages keep their shares of the iterations.
+#
+# The comparison is paired: the arms of a data set and seed start from one burn-in and take the same number of
+# iterations. That number follows from a measurement. All trainings run at once for a few seconds; the slowest
+# one sets the rate $r$ in iterations per second, and with $T$ seconds left for training, $n$ iterations are
+# planned:
+#
+# $$n = \min\left(n_{\max}, \lfloor 0.85\, r\, T \rfloor\right)$$ {#eq-gpu-iterations}
+#
+# At every twentieth of $n$ the arms wait for each other; if the next part does not fit into the time that is
+# left, all of them end there. The kit takes at most nine minutes, needs no network and installs nothing. It
+# writes its record whenever a training ends, so a record that was cut short holds what was done. This page
+# only reads that record.
+
+# %% [markdown]
+# ## The machine and the plan {.fold}
 
 # %%
 #| label: tbl-gpu-evidence-machine
@@ -115,48 +165,7 @@ columns = ['part', 'study', 'trainings', 'slowest', 'iterations/s', 'seconds', '
 markdown(markdown_table(columns, lines, 'llrlrrr') if lines else 'Nothing was planned.')
 
 # %% [markdown]
-# ## Detection quality
-
-# %%
-#| label: tbl-gpu-evidence-ap
-#| tbl-cap: "AP of the teacher in percent (for supervised training the averaged student), without and with suppression, on the development part and the test split; mean and standard deviation over seeds."
-#| echo: false
-lines = []
-studies = list(dict.fromkeys(r['study'] for r in runs))
-for study in studies:
-    for arm, name in ARMS.items():
-        seeds = [s for s in finished(study) if arm in s['arms']]
-        if not seeds:
-            continue
-        first = seeds[0]['arms'][arm]
-        cells = []
-        for part in ('dev', 'val'):
-            for key in ('AP', 'AP_nms'):
-                there = all(part in s['arms'][arm]['metrics'] for s in seeds)
-                cells.append(spread(values(seeds, arm, key, part=part)) if there else '')
-        lines.append([first['data'], name, first['images']['labelled'], first['iterations'], *cells])
-columns = ['data', 'arm', 'labelled', 'iterations', 'dev', 'dev, NMS', 'test', 'test, NMS']
-markdown(markdown_table(columns, lines, 'llrrrrrr') if lines else 'No training reached its end.')
-
-# %%
-#| label: fig-gpu-evidence-arms
-#| fig-cap: "AP on the test split by arm; each line is a seed."
-#| fig-alt: "For each data set the AP of every arm, one line per seed, without and with suppression"
-#| echo: false
-complete = [s for s in studies if with_arms(s, 'supervised', 'mean_teacher', 'semi_detr', 'semi_detr_plus')]
-fig, axes = plt.subplots(
-    1, max(1, len(complete)), figsize=(4.2 * max(1, len(complete)), 2.8), dpi=80, layout='constrained'
-)
-for study, ax in zip(complete, [axes] if len(complete) < 2 else axes):
-    shown = [a for a in ARMS if a != 'burn_in' and with_arms(study, a)]
-    named = {a: ARMS[a] for a in shown}
-    plot_arms(with_arms(study, *shown), named, 'AP', ax)
-    plot_arms(with_arms(study, *shown), named, 'AP_nms', ax, 'grey')
-    ax.set(ylabel='AP (grey: with NMS)', title=with_arms(study, *shown)[0]['arms'][shown[0]]['data'])
-plt.show()
-
-# %% [markdown]
-# ## Differences
+# ## Differences {.fold}
 #
 # Pairs of the same seed, without suppression, on the test split.
 
@@ -179,7 +188,7 @@ for study in studies:
 markdown('\n'.join(found_lines) or 'No pair of trainings reached its end.')
 
 # %% [markdown]
-# ## Cost
+# ## Cost {.fold}
 
 # %%
 #| label: tbl-gpu-evidence-cost
@@ -196,7 +205,7 @@ columns = ['training', 'precision', 'iterations', 'seconds', 'MB', 'end']
 markdown(markdown_table(columns, lines, 'llrrrl') if lines else 'Nothing was trained.')
 
 # %% [markdown]
-# ## Reproduce it
+# ## Reproduce it {.fold}
 #
 # ```bash
 # make gpu-evidence                                    # on the GPU; data from SEMIDETR_DATA

@@ -2,12 +2,6 @@
 # # What size costs {#sec-scale}
 #
 # > See how long a data set of a million images takes to open and what memory it needs, and plan for more.
-#
-# `python benchmarks/scale.py` wrote the record of this page. It makes COCO files of up to a million images
-# with ten boxes each, and opens each of them in a new process: once with an empty cache, so that the file is
-# parsed (@sec-coco), and three times with its columns in the cache (@sec-columns). The images are empty
-# files, since opening reads no pixels. Times are CPU seconds, because other work ran on the machine; memory
-# is the peak of the process, libraries included.
 
 # %%
 #| hide
@@ -15,7 +9,7 @@ import json
 from pathlib import Path
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
-from semidetr.lab.report import markdown_table
+from semidetr.lab.report import finding, markdown_table
 
 # %%
 #| hide
@@ -33,19 +27,16 @@ largest = cached[-1]
 assert [r['images'] for r in parsed] == [r['images'] for r in cached]
 assert largest['boxes'] == 10 * largest['images']
 
-# %% [markdown]
-# ## Opening
-
 # %%
-#| label: tbl-scale-open
-#| tbl-cap: "Opening a COCO file with ten boxes per image: CPU seconds and peak memory, parsed and from the cache."
 #| echo: false
-table = []
-for p, c in zip(parsed, cached):
-    line = [f'{p["images"]:,}', f'{p["file_mb"]:.0f}', f'{p["cpu_seconds"]:.2f}', f'{c["cpu_seconds"]:.2f}']
-    table.append([*line, f'{p["peak_mb"]:.0f}', f'{c["peak_mb"]:.0f}', f'{c["cache_mb"]:.1f}'])
-names = ['images', 'file, MB', 'parsed, s', 'cached, s', 'parsed, MB', 'cached, MB', 'cache, MB']
-markdown(markdown_table(names, table))
+text = finding(
+    f"{largest['images']:,} images with {largest['boxes']:,} boxes open in "
+    f"{parsed[-1]['cpu_seconds']:.0f} CPU seconds the first time "
+    f"and in {largest['cpu_seconds']:.1f} from the cache, with a peak of {largest['peak_mb']:,.0f} MB",
+    f"`predict` begins with {predicted[-1]['files']:,} files after "
+    f"{predicted[-1]['cpu_seconds']:.1f} CPU seconds",
+)
+markdown(text)
 
 # %%
 #| label: fig-scale-open
@@ -60,11 +51,31 @@ for rs, label in ((parsed, 'parsed'), (cached, 'cached')):
 axes[0].set(xlabel='images', ylabel='CPU seconds')
 axes[1].set(xlabel='images', ylabel='peak, MB', ylim=(0, None))
 for ax in axes:
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=9)
 plt.show()
 
+# %%
+#| label: tbl-scale-open
+#| tbl-cap: "Opening a COCO file with ten boxes per image: CPU seconds and peak memory, parsed and from the cache."
+#| echo: false
+table = []
+for p, c in zip(parsed, cached):
+    line = [f'{p["images"]:,}', f'{p["file_mb"]:.0f}', f'{p["cpu_seconds"]:.2f}', f'{c["cpu_seconds"]:.2f}']
+    table.append([*line, f'{p["peak_mb"]:.0f}', f'{c["peak_mb"]:.0f}', f'{c["cache_mb"]:.1f}'])
+names = ['images', 'file, MB', 'parsed, s', 'cached, s', 'parsed, MB', 'cached, MB', 'cache, MB']
+markdown(markdown_table(names, table))
+
 # %% [markdown]
-# ## Predicting
+# ## How it was measured {.fold}
+#
+# `python benchmarks/scale.py` wrote the record of this page. It makes COCO files of up to a million images
+# with ten boxes each, and opens each of them in a new process: once with an empty cache, so that the file is
+# parsed (@sec-coco), and three times with its columns in the cache (@sec-columns). The images are empty
+# files, since opening reads no pixels. Times are CPU seconds, because other work ran on the machine; memory
+# is the peak of the process, libraries included.
+
+# %% [markdown]
+# ## Predicting {.fold}
 #
 # Before the first image goes through the network, `semidetr predict` lists the folder, and makes sure that no
 # picture overwrites an image. With $n$ files, the time is a constant and a multiple of $n$.
@@ -80,7 +91,7 @@ ax.set(xlabel='files', ylabel='CPU seconds')
 plt.show()
 
 # %% [markdown]
-# ## A hundred million images
+# ## A hundred million images {.fold}
 #
 # The constants of one million images tell what a hundred times as many would take:
 

@@ -21,6 +21,7 @@ import string
 from importlib import import_module
 from pathlib import Path
 from semidetr.book.describe import fill_markers
+from semidetr.book.folds import fold_cells, lead_picture, link_titles, section_titles
 
 # %%
 import tempfile
@@ -192,6 +193,23 @@ def symbol_index(
     return {k: v for k, v in index.items() if k not in twice}
 
 
+def title_index(
+    root,  # folder of the checkout
+    pages: list[str],  # from `chapter_files`
+) -> dict[str, tuple[str, str]]:  # label -> (page, title)
+    "What the sections with a label are called (@sec-folds)"
+    index = {}
+    for page in pages:
+        text = (Path(root) / page).read_text(encoding='utf-8')
+        texts = [text]
+        if page.endswith('.ipynb'):
+            cells = json.loads(text)['cells']
+            texts = [cell_text(c['source']) for c in cells if c['cell_type'] == 'markdown']
+        for label, title in section_titles(texts).items():
+            index.setdefault(label, (page, title))
+    return index
+
+
 # %% [markdown]
 # Links are made outside headings, other links and code blocks.
 
@@ -227,6 +245,33 @@ linked = link_names('# On `area`\nThe `area` of `nothing`.', toy_index, 'nbs/abl
 assert linked.splitlines()[0] == '# On `area`', 'a heading is left alone'
 linked
 
+# %% [markdown]
+# References and links stay out of code:
+
+# %%
+#| export
+_CODE = re.compile(r'(^(`{3,}|~{3,})[^\n]*\n.*?^\2[ \t]*$|`[^`\n]+`)', re.S | re.M)
+_FENCED = re.compile(r'^(`{3,}|~{3,})[^\n]*\n.*?^\1[ \t]*$', re.S | re.M)
+
+
+def outside_code(
+    f,  # function of a piece of Markdown
+    text: str,  # Markdown
+    inline: bool = True,  # leave `code` alone as well
+) -> str:
+    "Apply `f` to everything but code blocks and inline code"
+    out, pos = [], 0
+    for m in (_CODE if inline else _FENCED).finditer(text):
+        out += [f(text[pos : m.start()]), m.group(0)]
+        pos = m.end()
+    return ''.join([*out, f(text[pos:])])
+
+
+# %%
+shouted = outside_code(str.upper, 'loud `quiet` loud')
+assert shouted == 'LOUD `quiet` LOUD'
+shouted
+
 
 # %% [markdown]
 # `filter_notebook` combines these steps: hidden cells are removed; an exported cell is shown, with a tag that
@@ -249,13 +294,15 @@ def filter_notebook(
     nb: dict,  # a notebook as JSON
     index: dict,  # from `symbol_index`
     page_dir: str,  # folder of the page, relative to the root
+    titles=None,  # from `title_index`; None: references to sections stay
 ) -> dict:  # the notebook to render
-    "Hide, tag, anchor and link the cells of one notebook"
+    "Hide, tag, anchor, link and fold the cells of one notebook"
     module, cells = notebook_module(nb), []
+    titled = lambda text: outside_code(lambda t: link_titles(t, titles or {}, page_dir), text)
     for i, c in enumerate(fill_markers(nb)['cells']):
         source = cell_text(c['source'])
         if c['cell_type'] != 'code':
-            cells.append({**c, 'source': link_names(source, index, page_dir)})
+            cells.append({**c, 'source': titled(link_names(source, index, page_dir))})
             continue
         words, options, code = split_directives(source)
         if words & {'hide', 'default_exp'} or not code.strip():
@@ -267,9 +314,27 @@ def filter_notebook(
             cells.append(
                 make_cell('markdown', f'<span class="module-tag">{module}</span>{anchors}', id=f'tag{i:03d}')
             )
-        shown = dict(outputs=[_inert_output(o) for o in c['outputs']]) if 'outputs' in c else {}
-        cells.append({**c, 'source': '\n'.join([*options, code]), **shown})
+        shown = dict(outputs=[_inert_output(o, titled) for o in c['outputs']]) if 'outputs' in c else {}
+        cells.append({**c, 'source': '\n'.join([*map(titled, options), code]), **shown})
+    executed = Path(page_dir).name == 'runs'  # found from the pages of results, not by searching
+    cells = fold_cells(cells if executed else lead_picture(cells))
+    if executed:
+        cells.insert(0, make_cell('raw', '---\nsearch: false\n---', id='unsearched'))
     return {**nb, 'cells': cells}
+
+
+def fresh_copy(
+    root,  # folder of the checkout
+    page_dir: str,  # folder of the page, relative to the root
+    nb: dict,  # a committed notebook
+) -> dict:  # the notebook, or its copy that was executed here
+    "`make book` executes a page into `runs/book`; a copy with the same cells is shown instead"
+    sources = [cell_text(c['source']) for c in nb['cells']]
+    for path in sorted((Path(root) / 'runs' / 'book' / page_dir).glob('*.ipynb')):
+        other = json.loads(path.read_text(encoding='utf-8'))
+        if [cell_text(c['source']) for c in other['cells']] == sources:
+            return other
+    return nb
 
 
 def stored_notebook(
@@ -341,37 +406,17 @@ plt.show()
 # \mathrm{number}(\text{label}) = n.k , \qquad k = 1, 2, \dots
 # $$ {#eq-pages-number}
 #
+# A section is called by its title (@sec-folds).
 # A reference to a label that no page defines, or a label that two pages define, is an entry in `problems`,
 # and a problem fails the build: Quarto alone would print `?@fig-name` and exit 0.
 
 # %%
 #| export
 KINDS = dict(fig='Figure', tbl='Table', eq='Equation', sec='Section', lst='Listing')
-_CODE = re.compile(r'(^(`{3,}|~{3,})[^\n]*\n.*?^\2[ \t]*$|`[^`\n]+`)', re.S | re.M)
-_FENCED = re.compile(r'^(`{3,}|~{3,})[^\n]*\n.*?^\1[ \t]*$', re.S | re.M)
 CALLOUT = r'^:{3,} *\{\.callout[^\n]*\n'  # the heading after it is a title, not a section
 REF = re.compile(r'(?<![\w/\[])@((?:fig|tbl|eq|sec|lst)-[\w-]+)')
 _LABEL = re.compile(r'^(#{1,6}) (.*?)\s*(?:\{([^}]*)\})?\s*$|\{#((?:fig|tbl|eq|lst)-[\w-]+)[^}]*\}', re.M)
 _CELL_LABEL = re.compile(r'^#\|\s*label:\s*((?:fig|tbl|lst)-[\w-]+)', re.M)
-
-
-def outside_code(
-    f,  # function of a piece of Markdown
-    text: str,  # Markdown
-    inline: bool = True,  # leave `code` alone as well
-) -> str:
-    "Apply `f` to everything but code blocks and inline code"
-    out, pos = [], 0
-    for m in (_CODE if inline else _FENCED).finditer(text):
-        out += [f(text[pos : m.start()]), m.group(0)]
-        pos = m.end()
-    return ''.join([*out, f(text[pos:])])
-
-
-# %%
-shouted = outside_code(str.upper, 'loud `quiet` loud')
-assert shouted == 'LOUD `quiet` LOUD'
-shouted
 
 
 # %%
@@ -404,15 +449,12 @@ class CrossRefs:
             number = f'{n}.{count[kind]}' if n else str(count[kind])
             self.add(label, page, f'{KINDS[kind]} {number}', number)
 
-        def heading(level, attributes):
+        def heading(level, title, attributes):
             depth[level] += 1
             depth[level + 1 :] = [0] * (6 - level)
             number = '.'.join(map(str, [n, *depth[2 : level + 1]]))
-            kind = 'Appendix' if isinstance(n, str) else 'Chapter'
-            if level > 1:
-                kind = 'Section'
             if label := re.search(r'#(sec-[\w-]+)', attributes):
-                self.add(label.group(1), page, f'{kind} {number}', number)
+                self.add(label.group(1), page, title, number)
 
         for kind, source in cells:
             if kind == 'code':
@@ -425,7 +467,7 @@ class CrossRefs:
                 if m.group(4):
                     numbered(m.group(4))
                 elif '.unnumbered' not in attributes and n:
-                    heading(len(m.group(1)), attributes)
+                    heading(len(m.group(1)), m.group(2), attributes)
 
     def check(
         self,
@@ -444,7 +486,7 @@ toy_text = '# Boxes {#sec-a}\n## Overlap {#sec-b}\n$$x$$ {#eq-x}'
 refs.scan('a.qmd', [('markdown', toy_text), ('code', '#| label: fig-a\nplot()')], n=3)
 refs.check('a.qmd', 'See @fig-a and @fig-missing.')
 called = [refs.labels[k][1] for k in ('sec-a', 'sec-b', 'eq-x', 'fig-a')]
-assert called == ['Chapter 3', 'Section 3.1', 'Equation 3.1', 'Figure 3.1']
+assert called == ['Boxes', 'Overlap', 'Equation 3.1', 'Figure 3.1']
 assert refs.problems == ['a.qmd: no label for @fig-missing']
 refs.labels['fig-a']
 
@@ -467,11 +509,11 @@ def inert(
     return _SCRIPT_LINK.sub(r'\1#', _TAG.sub('&lt;', text))
 
 
-def _inert_output(o):
-    "An output without HTML, its Markdown inert"
+def _inert_output(o, titled=str):
+    "An output without HTML, its Markdown inert, with titles for references"
     kept = {k: v for k, v in o.get('data', {}).items() if k not in ('text/html', 'application/javascript')}
     if 'text/markdown' in kept:
-        kept['text/markdown'] = inert(cell_text(kept['text/markdown']))
+        kept['text/markdown'] = titled(inert(cell_text(kept['text/markdown'])))
     return {**o, 'data': kept} if 'data' in o else o
 
 
@@ -493,17 +535,18 @@ def load_pages(
     appendices=(),  # those of them that are counted with letters
 ) -> list:  # (path, notebook or None, [(kind, source)], chapter number or letter; 0 for an unnumbered page)
     "Read and filter every page, includes written out"
-    index, out = symbol_index(root, files), []
+    index, titles, out = symbol_index(root, files), title_index(root, files), []
     chapter, letters = 0, iter(string.ascii_uppercase)
     for page in files:
         folder = os.path.dirname(page)
         text = (Path(root) / page).read_text(encoding='utf-8')
         if page.endswith('.ipynb'):
-            nb = filter_notebook(json.loads(text), index, folder)
+            nb = filter_notebook(fresh_copy(root, folder, json.loads(text)), index, folder, titles)
             cells = [(c['cell_type'], c['source']) for c in nb['cells']]
         else:
             nb, whole = None, _with_includes(text, Path(root) / folder)
-            cells = [('markdown', link_names(whole, index, folder))]
+            linked = link_names(whole, index, folder)
+            cells = [('markdown', outside_code(lambda t: link_titles(t, titles, folder), linked))]
         title = next((s for k, s in cells if k == 'markdown' and s.lstrip().startswith('# ')), '')
         number = 0
         if page != files[0] and '.unnumbered' not in title.lstrip().split('\n')[0]:
@@ -548,24 +591,26 @@ problems
 # ## Tables that come from runs
 #
 # No number on a page is typed by hand. A page of results builds its tables from records with `markdown_table`
-# (@sec-report), and `write_home` writes a picture and a table for the home page into an include file.
+# (@sec-report), and `write_home` writes a picture and a table for the home page into include files.
 
 # %%
 #| export
 def write_home(
-    path,  # include file of the home page
+    path,  # include file of the home page, for the picture; the table stands in `<name>_table` beside it
     picture: str,  # image, relative to the top folder
     caption: str,  # of the picture
     alt: str,  # its description
     table: str,  # from `markdown_table`
     table_caption: str,  # what was run: data, scale, seeds
 ):
-    "Write the part of the home page that shows results"
+    "Write the two parts of the home page that show results"
     from semidetr.core import atomic_write
 
+    path = Path(path)
     alt = alt.replace('"', "'")
     figure = f'![{caption}]({picture}){{#fig-home fig-alt="{alt}"}}'
-    atomic_write(path, f'{figure}\n\n{table}\n\n: {table_caption} {{#tbl-home}}\n')
+    atomic_write(path, f'{figure}\n')
+    atomic_write(path.with_stem(f'{path.stem}_table'), f'{table}\n\n: {table_caption} {{#tbl-home}}\n')
 
 # %% [markdown]
 # ## Summary

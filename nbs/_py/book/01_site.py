@@ -33,6 +33,7 @@ from semidetr.book.pages import (
     cross_references,
     fail,
     filter_notebook,
+    fresh_copy,
     load_pages,
     make_cell,
     need,
@@ -41,6 +42,7 @@ from semidetr.book.pages import (
     split_directives,
     stored_notebook,
     symbol_index,
+    title_index,
 )
 
 # %%
@@ -123,9 +125,10 @@ def resolve(
         t = re.sub(r'!\[([^\]]*)\](\([^)]*\)\{#(fig-[\w-]+))', picture, t)
         return REF.sub(ref, _INLINE.sub(lambda m: mathml(m.group(1)), _EQ.sub(equation, t)))
 
+    sources = lambda t: re.sub(r'(\]\((?!\w+:)[^)\s]*?)\.(?:qmd|ipynb)(#[^)\s]*)?\)', r'\1.html\2)', t)
     captions = lambda t: re.sub(r'^: (.*?) \{#(tbl-[\w-]+)', caption, t, flags=re.M)
     try:
-        return outside_code(replace, outside_code(captions, text, inline=False))
+        return outside_code(lambda t: replace(sources(t)), outside_code(captions, text, inline=False))
     except ValueError as e:
         raise ValueError(f'{page}: {e}') from None
 
@@ -155,7 +158,7 @@ refs = CrossRefs()
 toy_text = '# Boxes {#sec-a}\n## Overlap {#sec-b}\n$$x$$ {#eq-x}\n\n: Of `a` {#tbl-a}'
 refs.scan('a.qmd', [('markdown', toy_text), ('code', '#| label: fig-a\nplot()')], n=3)
 resolved = resolve(refs, 'See @fig-a and @sec-b; the code `@fig-a` stays.', 'b.qmd')
-assert resolved == 'See [Figure 3.1](a.html#fig-a) and [Section 3.1](a.html#sec-b); the code `@fig-a` stays.'
+assert resolved == 'See [Figure 3.1](a.html#fig-a) and [Overlap](a.html#sec-b); the code `@fig-a` stays.'
 assert resolve(refs, ': Of `a` {#tbl-a}', 'b.qmd') == ': Table 3.1: Of `a` {#tbl-a}'
 fence = 3 * ':'  # a box: its title is no section
 headings = f'## One\n### Half\n{fence} {{.callout-note}}\n## A title\n{fence}\n## Two'
@@ -219,7 +222,7 @@ def finish_code_cell(
 toy_source = '#| label: fig-a\n#| fig-cap: "A line, see @sec-b"\n#| fig-alt: "a line"\nplot()'
 toy_figure = make_cell('code', toy_source, outputs=[dict(data={'image/png': 'AAAA'})])
 shown_figure = finish_code_cell(toy_figure, refs, 'a.qmd')['outputs'][0]['data']['text/html']
-assert 'Figure 3.1: A line, see <a href="#sec-b">Section 3.1</a>' in shown_figure
+assert 'Figure 3.1: A line, see <a href="#sec-b">Overlap</a>' in shown_figure
 shown_figure[-90:]
 
 
@@ -242,15 +245,31 @@ def _titled(cells, n):
     label = re.search(r'#([\w-]+)', m.group(2) or '')
     anchor = f'<span id="{label.group(1)}"></span>\n\n' if label else ''
     title = json.dumps(f'{n} {m.group(1)}' if n else m.group(1), ensure_ascii=False)
-    front = make_cell('raw', f'---\ntitle: {title}\n---', id='title')
-    return [front, *cells[:i], {**cells[i], 'source': anchor + rest}, *cells[i + 1 :]]
+    settings = [c['source'].strip('-\n') for c in cells[:i] if c['cell_type'] == 'raw']
+    front = make_cell('raw', '\n'.join(['---', f'title: {title}', *settings, '---']), id='title')
+    before = [c for c in cells[:i] if c['cell_type'] != 'raw']
+    return [front, *before, {**cells[i], 'source': anchor + rest}, *cells[i + 1 :]]
+
+
+def _front(book):
+    "Title and author of the book, which stand on the home page alone, as under Quarto"
+    about = {key: book['book'][key] for key in ('title', 'author') if key in book['book']}
+    return make_cell('raw', '---\n' + need('yaml').safe_dump(about) + '---')
+
+
+def _contents(chapters, pages):
+    "The chapters, the home page by its heading"
+    text = pages[0][2][0][1]
+    heading = re.search(r'^# (.*?)\s*(?:\{[^}]*\})?$', text, re.M)
+    home = dict(href=chapters[0], text=heading.group(1)) if heading else chapters[0]
+    return [home, *chapters[1:]]
 
 
 def _copy_assets(root, dest, book):
     "Style sheets, favicon and other resources"
     css = book['format']['html'].get('css', [])
     patterns = [*([css] if isinstance(css, str) else css), *book['project'].get('resources', [])]
-    patterns.append(book['book'].get('favicon', ''))
+    patterns += [book['book'].get('favicon', ''), book['format']['html'].get('include-after-body', '')]
     for pattern in filter(None, patterns):
         for file in Path(root).glob(pattern):
             target = Path(dest) / file.relative_to(root)
@@ -274,7 +293,7 @@ def stage(
         finish = lambda text: number_headings(resolve(refs, text, page), n, count)
         if nb is None:  # a page of text alone is one cell
             text = make_cell(*cells[0])
-            parts = [finish(c['source']) for c in (_titled([text], n) if n else [text])]
+            parts = [finish(c['source']) for c in (_titled([text], n) if n else [_front(book), text])]
             out.write_text('\n\n'.join(parts), encoding='utf-8')
             continue
         finished = []
@@ -286,9 +305,11 @@ def stage(
     for done_here in ('html-math-method', 'number-sections'):
         options.pop(done_here, None)
     chapters = book['book']['chapters'] + book['book'].get('appendices', [])
+    listed = _contents(book['book']['chapters'], pages)  # without appendices
+    sidebar = {**book['book'].get('sidebar', {}), 'contents': listed}
     config = dict(
         project={'type': 'book', 'output-dir': '_out'},
-        book={**book['book'], 'chapters': chapters},
+        book={**book['book'], 'chapters': chapters, 'sidebar': sidebar},
         format={'html': options},
     )
     Path(dest, '_quarto.yml').write_text(need('yaml').safe_dump(config, sort_keys=False), encoding='utf-8')
@@ -359,7 +380,7 @@ fig, axes = plt.subplots(1, 2, figsize=(6, 0.22 * len(chapters) + 1), dpi=80, sh
 for ax, values, name, color in zip(axes, (words, lines), ('words', 'lines'), ('#1f77b4', '#ff7f0e')):
     ax.barh(range(len(chapters)), values, color=color)
     ax.set_xlabel(name)
-axes[0].set_yticks(range(len(chapters)), [name for name, _ in chapters], fontsize=7)
+axes[0].set_yticks(range(len(chapters)), [name for name, _ in chapters], fontsize=9)
 axes[0].invert_yaxis()
 plt.tight_layout()
 plt.show()
@@ -436,8 +457,10 @@ def main(
             return 0
         files = chapter_files(read_book(root))
         if a.filter:
-            index, folder = symbol_index(root, files), os.path.relpath(here, root)
-            page = filter_notebook(json.load(sys.stdin), index, folder)
+            index, titles = symbol_index(root, files), title_index(root, files)
+            folder = os.path.relpath(here, root)
+            nb = fresh_copy(root, folder, json.load(sys.stdin))
+            page = filter_notebook(nb, index, folder, titles)
             json.dump(stored_notebook(page), sys.stdout)
         if a.fresh:
             for file in files:

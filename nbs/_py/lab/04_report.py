@@ -219,11 +219,18 @@ def found(
     return abs(d['mean']) > d['half']
 
 
+def signed(
+    x: float,  # a difference
+) -> str:
+    "One digit with a sign; what rounds to zero is `+0.0`"
+    return f'{round(x, 1) + 0.0:+.1f}'
+
+
 def plus_minus(
     d: dict,  # of `difference`
 ) -> str:
     "Mean and interval, or the bare difference of one seed"
-    return f"{d['mean']:+.1f}\u00a0±\u00a0{d['half']:.1f}" if d['n'] > 1 else f"{d['mean']:+.1f}"
+    return f"{signed(d['mean'])}\u00a0±\u00a0{d['half']:.1f}" if d['n'] > 1 else signed(d['mean'])
 
 
 def spread(
@@ -251,11 +258,53 @@ def verdict(
 ) -> str:
     "The sentence about a difference, with its numbers; it says so if no difference was found"
     if d['n'] == 1:
-        return f"{what}: {d['mean']:+.1f} {unit}, one seed."
-    each = ', '.join(f'{x:+.1f}' for x in d['each'])
-    text = f"{what}: {d['mean']:+.1f} {unit} on average over {d['n']} seeds"
+        return f"{what}: {signed(d['mean'])} {unit}, one seed."
+    each = ', '.join(map(signed, d['each']))
+    text = f"{what}: {signed(d['mean'])} {unit} on average over {d['n']} seeds"
     text += f", 95 % interval ±{d['half']:.1f} (each: {each})"
     return text + ('.' if found(d) else '; no difference found at this scale.')
+
+
+def statement(
+    a: str,  # name of an arm at the start of a sentence
+    b: str,  # name of the arm that it is compared with
+    d: dict,  # of `difference`
+    unit: str = 'AP',  # behind the number
+    when: str = '',  # where it holds, before the statement
+) -> str:  # without a full stop
+    "A difference as a statement for the top of a page: more, less, or none found"
+    before = f'{when}, ' if when else ''
+    if d['n'] == 1:
+        return f"{before}{a} has {signed(d['mean'])} {unit} against {b} in the one seed"
+    if not found(d):
+        return f'{before}no difference was found between {a} and {b} ({plus_minus(d)} {unit})'
+    more = 'more' if d['mean'] > 0 else 'less'
+    return f"{before}{a} has {abs(d['mean']):.1f}\u00a0±\u00a0{d['half']:.1f} {unit} {more} than {b}"
+
+
+def sorted_out(
+    runs: list,  # of `read_records`
+    names: dict,  # arm -> its name on the page
+    base: str,  # arm that the others are compared with
+    key: str = 'AP',  # of the metrics
+) -> list:  # sentences without full stops
+    "Which arms are better than one, which are worse, and for how many no difference was found"
+    others = {n: difference(runs, a, base, key) for a, n in names.items() if a != base}
+    listed = lambda keep: ', '.join(f'{n} ({plus_minus(d)})' for n, d in others.items() if keep(d))
+    better, worse = (listed(lambda d: found(d) and sign * d['mean'] > 0) for sign in (1, -1))
+    open_ = [n for n, d in others.items() if not found(d)]
+    out = [f'better than {names[base]}: {better}'] if better else []
+    out += [f'worse than {names[base]}: {worse}'] if worse else []
+    which = ', '.join(open_) if len(open_) < 6 else f"any of {len(open_)} {'others' if out else 'arms'}"
+    return out + ([f'no difference to {names[base]} was found for {which}'] if open_ else [])
+
+
+def finding(
+    *sentences: str,  # with or without a full stop
+) -> str:  # Markdown
+    "What a page found, in a box at its top"
+    whole = [s[:1].upper() + s[1:].rstrip('.') + '.' for s in sentences if s]
+    return f"::: {{.finding}}\n{cell_text(' '.join(whole))}\n:::\n"
 
 
 # %%
@@ -280,6 +329,18 @@ runs = read_records(toy, 'toy')
 gain, noise = (difference(runs, arm, 'supervised') for arm in ('teacher', 'noise'))
 sentences = [verdict('teacher against supervised', gain), verdict('noise against supervised', noise)]
 assert found(gain) and not found(noise)
+assert (
+    statement('teacher', 'labels alone', gain) == 'teacher has 3.5\u00a0±\u00a01.2 AP more than labels alone'
+)
+assert statement('noise', 'labels alone', noise).startswith(
+    'no difference was found between noise and labels alone'
+)
+both = dict(supervised='labels alone', teacher='teacher', noise='noise')
+assert sorted_out(runs, both, 'supervised') == [
+    'better than labels alone: teacher (+3.5\u00a0±\u00a01.2)',
+    'no difference to labels alone was found for noise',
+]
+assert signed(-0.04) == '+0.0' and signed(-0.06) == '-0.1'
 assert sentences[1].endswith('no difference found at this scale.')
 assert [three_digits(v) for v in (None, 0.12345, 12.345, 1234.5)] == ['', '0.123', '12.3', '1234']
 markdown('\n'.join(f'* {sentence}' for sentence in sentences))
@@ -322,7 +383,7 @@ def arm_rows(
     classes=(),  # columns with the AP of these classes
 ) -> tuple:  # headings, rows
     "One study, one row per arm"
-    columns = ['arm', 'AP', 'AP50', 'AP with NMS', *classes, 'AP of each seed']
+    columns = ['arm', 'AP', 'AP50', 'AP with NMS', *classes]
     columns += [f'against {names[base]}', 'CPU-minutes'] if base else ['CPU-minutes']
     rows = []
     for arm, name in names.items():
@@ -330,7 +391,6 @@ def arm_rows(
         row = [name, spread(values(runs, arm)), f"{mean(values(runs, arm, 'AP50')):.1f}"]
         row.append(f"{mean(values(runs, arm, 'AP_nms')):.1f}" if counted else 'not counted')
         row += [f'{mean(class_values(runs, arm, c)):.1f}' for c in classes]
-        row.append(', '.join(f'{x:.1f}' for x in values(runs, arm)))
         if base:
             row.append('' if arm == base else plus_minus(difference(runs, arm, base)))
         row.append(f"{mean(r['arms'][arm]['cpu_seconds'] for r in runs) / 60:.1f}")
@@ -357,14 +417,17 @@ markdown(toy_table)
 #| export
 def _run_table(runs, names):
     "Every run of these arms with its configuration, commit, iterations and times"
-    columns = ['seed', 'arm', 'configuration', 'commit', 'iterations', 'CPU-minutes', 'minutes']
+    columns = ['seed', 'arm', 'AP', 'configuration', 'commit', 'iterations', 'CPU-minutes', 'minutes']
     rows = []
     for r in runs:
         for arm, name in names.items():
             x = r['arms'][arm]
             minutes = [f"{x[key] / 60:.1f}" for key in ('cpu_seconds', 'seconds')]
-            rows.append([r['seed'], name, f"`{x['hash']}`", f"`{x['commit']}`", x['iterations'], *minutes])
-    return markdown_table(columns, rows, align='rlllrrr')
+            ap = f"{x['metrics']['val']['teacher']['AP']:.1f}"
+            rows.append(
+                [r['seed'], name, ap, f"`{x['hash']}`", f"`{x['commit']}`", x['iterations'], *minutes]
+            )
+    return markdown_table(columns, rows, align='rlrllrrr')
 
 
 def scale_line(
@@ -416,10 +479,28 @@ def as_published(
 # ## Dots and lines
 #
 # A bar hides its seeds. Here a dot is a run, a black line is the mean, and thin lines join the runs of a
-# seed.
+# seed. A method has the same name and colour on every page.
 
 # %%
 #| export
+METHOD_NAMES = {  # arm -> its name on all pages
+    'supervised': 'supervised',
+    'mean_teacher': 'mean teacher',
+    'semi_detr': 'Semi-DETR',
+    'plus': 'Semi-DETR plus',
+}
+METHOD_COLORS = dict(supervised='#6b6b6b', mean_teacher='#ff7f0e', semi_detr='#1f77b4', plus='#9467bd')
+_SAME = dict(shm_cqc_cpm='semi_detr', distilled='plus', hybrid='semi_detr')  # arm -> method
+
+
+def arm_color(
+    arm: str,  # of a study
+    other: str = COLORS['teacher'],  # colour of an arm that is none of the methods
+) -> str:
+    "The colour of the method that an arm is"
+    return METHOD_COLORS.get(_SAME.get(arm, arm), other)
+
+
 def _broken_name(name):
     "Name of an arm on several lines"
     if ' + ' in name:
@@ -432,16 +513,18 @@ def plot_arms(
     names: dict,  # arm -> its name in the plot
     key: str = 'AP',  # of the metrics
     ax=None,  # axes to draw into
-    color=COLORS['teacher'],
+    color: str = '',  # of all runs; '': the methods in their colours
 ):
     "Each seed a line through the arms, and the mean; returns the axes"
     ax = ax or plt.subplots(figsize=(max(4, 0.95 * len(names)), 2.8), dpi=80, layout='constrained')[1]
     table, x = [values(runs, arm, key) for arm in names], range(len(names))
     for i in range(len(runs)):
-        ax.plot(x, [row[i] for row in table], 'o-', color=color, alpha=0.6, linewidth=0.8, markersize=4)
+        ax.plot(x, [row[i] for row in table], '-', color='grey', alpha=0.6, linewidth=0.8)
+    for at, arm, numbers in zip(x, names, table):
+        ax.plot([at] * len(numbers), numbers, 'o', color=color or arm_color(arm), markersize=5)
     ax.plot(x, [mean(row) for row in table], 'k_', markersize=18, markeredgewidth=2, label='mean')
     ax.set(xticks=list(x), ylabel=key.replace('_nms', ' with NMS'))
-    ax.set_xticklabels(map(_broken_name, names.values()), fontsize=7)
+    ax.set_xticklabels(map(_broken_name, names.values()), fontsize=9)
     return ax
 
 
@@ -455,7 +538,7 @@ def plot_differences(
     "Differences to one arm with their intervals; returns the axes"
     arms = [a for a in names if a != base]
     ax = ax or plt.subplots(figsize=(5.5, 1 + 0.28 * len(arms)), dpi=80, layout='constrained')[1]
-    for i, (key, color) in enumerate(zip(keys, (COLORS['teacher'], COLORS['student'], 'grey'))):
+    for i, (key, color) in enumerate(zip(keys, ('black', 'grey', 'lightgrey'))):
         d = [difference(runs, arm, base, key) for arm in arms]
         at = [y + 0.25 * (i - (len(keys) - 1) / 2) for y in range(len(arms))]
         means, halves = [x['mean'] for x in d], [x['half'] if x['n'] > 1 else 0 for x in d]
@@ -463,10 +546,10 @@ def plot_differences(
         ax.errorbar(means, at, xerr=halves, **style)
     ax.axvline(0, color='black', linewidth=0.8)
     ax.set(yticks=range(len(arms)), xlabel=f'against {names[base]}')
-    ax.set_yticklabels([names[a] for a in arms], fontsize=8)
+    ax.set_yticklabels([names[a] for a in arms], fontsize=9)
     ax.invert_yaxis()
     if len(keys) > 1:
-        ax.legend(fontsize=7)
+        ax.legend(fontsize=9)
     return ax
 
 
