@@ -149,11 +149,11 @@ def _fit_to_data(cfg, given):
                 f'no test split ({why}): the development part alone is measured; --val names one',
             )
     if partly_labelled(d) and 'method.name' not in given and not cfg.method.needs_unlabelled:
-        others = ', '.join(n for n in METHODS if n not in ('supervised', WITH_UNLABELLED))
+        others = [n for n in METHODS if MethodConfig(n).needs_unlabelled and n != WITH_UNLABELLED]
         yield (
             f'method.name={WITH_UNLABELLED}',
             f'method {WITH_UNLABELLED}: it learns from the images without labels, with any detector '
-            f'(--method {others}: other ways; --method supervised: leave those images out)',
+            f'(--method {", ".join(others)}: other ways; --method supervised: leave those images out)',
         )
 
 
