@@ -214,12 +214,12 @@ def _fit_to_data(cfg, given):
                 f'no test split ({why}): the development part alone is measured; --val names one',
             )
     if partly_labelled(d) and 'method.name' not in given and not cfg.method.needs_unlabelled:
-        fitting = methods_of(cfg.detector, METHODS)
-        others = ', '.join(n for n in fitting if n not in ('supervised', WITH_UNLABELLED))
+        fitting = [n for n in methods_of(cfg.detector, METHODS) if MethodConfig(n).needs_unlabelled]
+        others = [n for n in fitting if n != WITH_UNLABELLED]
         yield (
             f'method.name={WITH_UNLABELLED}',
             f'method {WITH_UNLABELLED}: it learns from the images without labels, with any detector '
-            f'(--method {others}: other ways; --method supervised: leave those images out)',
+            f'(--method {", ".join(others)}: other ways; --method supervised: leave those images out)',
         )
 
 
