@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Rivals from whatever has been run {#sec-rivals-page}
 #
-# > Compare detectors and methods on the same labels from the records that exist, and name those that do not.
+# > Compare detectors and methods from the records that exist, and name the studies that are missing.
 #
 # *Why.* Soft Teacher and Dense Teacher belong to other detectors than Semi-DETR, so their runs are studies of
 # their own. Some of them exist before the others do, with one seed before there are three. A page that needs all
