@@ -1,6 +1,10 @@
 "Tiny runs of the detectors with anchors and points, for several test files."
 
+import torch
+from semidetr.core import world_size
 from semidetr.train.config import override, preset, with_detector
+from semidetr.train.optim import average_gradients
+from semidetr.train.trainer import Trainer, make_loader
 from test_many import whole
 from test_trainer import TINY
 
@@ -46,3 +50,25 @@ def whole_of(name, *items):
         return whole(name, *items)
     images = 'loader.n_labelled=4', 'loader.n_unlabelled=4', 'data.count=12'
     return rival(PARTNER[name], name, *images, 'run.test=false', 'method.burn_in_iters=0', *items)
+
+
+def shared_step(name, folder, *items):
+    "Losses and gradients of two labelled and two unlabelled images on one process or two, in float64"
+    n = 2 // world_size()
+    more = ['data.count=12', 'run.test=false', 'method.burn_in_iters=0', 'data.dev=0']
+    more += [f'loader.n_labelled={n}', f'loader.n_unlabelled={n}', *items]
+    run = Trainer(rival(PARTNER[name], name, *more), folder, progress=False)
+    batch = next(iter(make_loader(run.cfg, run.data, 0, False)))
+    for network in (run.student, run.teacher):
+        network.double()
+    for part in batch.values():
+        part['images'] = part['images'].double()
+    result = run.method.double().step(run.student.train(), run.teacher, batch, 0)
+    sum(result.losses.values()).backward()
+    average_gradients(run.student.parameters())
+    losses = torch.stack([v.detach() for _, v in sorted(result.losses.items())])
+    if world_size() > 1:
+        torch.distributed.all_reduce(losses)
+        losses /= world_size()
+    grads = torch.cat([p.grad.flatten() for p in run.student.parameters() if p.requires_grad])
+    return dict(losses=losses, grads=grads)

@@ -44,9 +44,9 @@ def models():
 
 # --- contract ----------------------------------------------------------------------------------
 @every
-def test_settings_and_state(name):
+def test_settings_and_state(models, name):
     check_settings(SMALL[name])
-    model = build_detector(SMALL[name]).double()
+    model = copy.deepcopy(models[name]).double()
     assert isinstance(model, DetectionTransformer)
     groups = model.param_groups()
     wanted = [p for n, p in model.named_parameters() if p.requires_grad and n.startswith('backbone.')]
@@ -56,12 +56,12 @@ def test_settings_and_state(name):
     again.load_state_dict(model.state_dict())
     images, mask = padded_batch(75, 61)
     with torch.no_grad():
-        first, second, twin = (m.eval()(images, mask) for m in (model, again, copy.deepcopy(model)))
-    assert all(torch.equal(first[k], x[k]) for x in (second, twin) for k in first)
+        first, second = (m.eval()(images, mask) for m in (model, again))
+    assert all(torch.equal(first[k], second[k]) for k in first)
 
 
 @every
-@pytest.mark.parametrize('size', [(64, 96), (75, 61), (33, 47)])
+@pytest.mark.parametrize('size', [(75, 61), (33, 47)])
 def test_outputs_of_any_size(models, name, size):
     "No side needs to be a multiple of a stride; padding does not change which image a box belongs to"
     model, C = models[name].eval(), 4
@@ -90,7 +90,7 @@ def test_outputs_of_any_size(models, name, size):
 def test_gradients(models, name):
     "Every trainable parameter has one, also without any box, and with one image"
     model = models[name]
-    for counts in ((2, 1), (2, 0), (0, 0), (3,)):
+    for counts in ((2, 0), (0, 0), (3,)):
         model.train().zero_grad()
         images = torch.randn(len(counts), 3, 75, 61)
         targets = [{k: v.float() if k == 'boxes' else v for k, v in t.items()} for t in some_targets(*counts)]
@@ -128,7 +128,6 @@ def test_anchors_and_levels(models):
 
 def test_scales_do_not_depend_on_the_first_image():
     "Torchvision would infer them from it: 2 cells of stride 32 for 33 pixels look like stride 16"
-    torch.manual_seed(0)
     model = build_detector(SMALL['faster_rcnn']).eval()
     twin, image = copy.deepcopy(model), torch.randn(1, 3, 96, 96)
     with torch.no_grad():
@@ -180,12 +179,12 @@ def test_valid_points(models):
 
 
 # --- losses ----------------------------------------------------------------------------------------
-def test_region_losses():
+def test_region_losses(models):
     "Spec 9 and 10: one positive of three regions; corrections towards an object"
     deltas, labels = torch.zeros(3, 8), torch.tensor([1, 0, 0])
     deltas[0, 4:] = torch.tensor([0.05, 0.2, -0.3, 0.0])
     assert region_box_loss(deltas, labels, torch.zeros(3, 4)).item() == pytest.approx(0.183333, abs=1e-6)
-    coder = build_detector(SMALL['faster_rcnn']).heads.box_coder
+    coder = models['faster_rcnn'].heads.box_coder
     wanted = coder.encode([torch.tensor([[12.0, 14, 36, 46]])], [torch.tensor([[10.0, 10, 30, 50]])])[0][0]
     assert wanted.tolist() == pytest.approx([2, 0, 0.911608, -1.115718], abs=1e-5)
 
