@@ -208,7 +208,7 @@ def verdict(
     text += f", 95 % interval ±{d['half']:.1f} (each: {each})"
     return text + ('.' if found(d) else '; no difference found at this scale.')
 
-
+# %% ../../nbs/lab/04_report.ipynb #53dd1688
 def statement(
     a: str,  # name of an arm at the start of a sentence
     b: str,  # name of the arm that it is compared with

@@ -265,6 +265,8 @@ def verdict(
     return text + ('.' if found(d) else '; no difference found at this scale.')
 
 
+# %%
+#| export
 def statement(
     a: str,  # name of an arm at the start of a sentence
     b: str,  # name of the arm that it is compared with
