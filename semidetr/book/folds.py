@@ -41,7 +41,7 @@ def _contents(cells):
     counts = [(labels.count(kind), name) for kind, name in names.items()]
     return ', '.join(f"{n} {name}{'s' * (n > 1)}" for n, name in counts if n) or 'details'
 
-
+# %% ../../nbs/book/00_folds.ipynb #cf19e6bc
 def fold_cells(
     cells: list,  # of a notebook; every source is a string
 ) -> list:  # cells, those below a heading with `.fold` between `<details>` and `</details>`

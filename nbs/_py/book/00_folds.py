@@ -81,6 +81,8 @@ def _contents(cells):
     return ', '.join(f"{n} {name}{'s' * (n > 1)}" for n, name in counts if n) or 'details'
 
 
+# %%
+#| export
 def fold_cells(
     cells: list,  # of a notebook; every source is a string
 ) -> list:  # cells, those below a heading with `.fold` between `<details>` and `</details>`

@@ -265,6 +265,8 @@ def verdict(
     return text + ('.' if found(d) else '; no difference found at this scale.')
 
 
+# %%
+#| export
 def statement(
     a: str,  # name of an arm at the start of a sentence
     b: str,  # name of the arm that it is compared with
@@ -483,14 +485,10 @@ def as_published(
 
 # %%
 #| export
-METHOD_NAMES = {  # arm -> its name on all pages
-    'supervised': 'supervised',
-    'mean_teacher': 'mean teacher',
-    'semi_detr': 'Semi-DETR',
-    'plus': 'Semi-DETR plus',
-}
-METHOD_COLORS = dict(supervised='#6b6b6b', mean_teacher='#ff7f0e', semi_detr='#1f77b4', plus='#9467bd')
-_SAME = dict(shm_cqc_cpm='semi_detr', distilled='plus', hybrid='semi_detr')  # arm -> method
+_METHODS = 'supervised mean_teacher semi_detr plus'.split()
+METHOD_NAMES = dict(zip(_METHODS, 'supervised, mean teacher, Semi-DETR, Semi-DETR plus'.split(', ')))
+METHOD_COLORS = dict(zip(_METHODS, ('#6b6b6b', '#ff7f0e', '#1f77b4', '#9467bd')))
+_SAME = dict(shm_cqc_cpm=_METHODS[2], hybrid=_METHODS[2], distilled=_METHODS[3])  # arm -> method
 
 
 def arm_color(
