@@ -79,7 +79,7 @@ def check_fit(
     return ''
 
 # %% ../../nbs/semi/03_fit.ipynb #bf5e033f
-UNREAD = {  # method -> settings that it does not read, whatever the detector; a method without a row reads all
+UNREAD = {  # method -> settings that it never reads, whatever the detector; a method without a row reads all
     'supervised': (
         'method.unsup_weight',
         'method.unsup_ramp',

@@ -161,7 +161,7 @@ plt.show()
 
 # %%
 #| export
-UNREAD = {  # method -> settings that it does not read, whatever the detector; a method without a row reads all
+UNREAD = {  # method -> settings that it never reads, whatever the detector; a method without a row reads all
     'supervised': (
         'method.unsup_weight',
         'method.unsup_ramp',

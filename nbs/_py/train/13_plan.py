@@ -195,6 +195,11 @@ def partly_labelled(
     return bool(data.unlabelled or divided)
 
 
+def _with_unlabelled(cfg):
+    "Methods that train this detector, and learn from images without labels"
+    return [name for name in methods_of(cfg.detector, METHODS) if MethodConfig(name).needs_unlabelled]
+
+
 def _fit_to_data(cfg, given):
     "Overrides that these data need, each with a line about it for the user"
     d, train = cfg.data, open_dataset(cfg.data.data, 'train', images=cfg.data.images)
@@ -214,8 +219,7 @@ def _fit_to_data(cfg, given):
                 f'no test split ({why}): the development part alone is measured; --val names one',
             )
     if partly_labelled(d) and 'method.name' not in given and not cfg.method.needs_unlabelled:
-        fitting = [n for n in methods_of(cfg.detector, METHODS) if MethodConfig(n).needs_unlabelled]
-        others = [n for n in fitting if n != WITH_UNLABELLED]
+        others = [n for n in _with_unlabelled(cfg) if n != WITH_UNLABELLED]
         yield (
             f'method.name={WITH_UNLABELLED}',
             f'method {WITH_UNLABELLED}: it learns from the images without labels, with any detector '
@@ -277,7 +281,7 @@ def check_method(cfg: Config):  # iterator of lines
     "Lines about settings that do not go together; `ConfigError` if the run cannot work"
     m, n, partly = cfg.method, cfg.optim.iters, partly_labelled(cfg.data)
     if not m.needs_unlabelled and partly:
-        others = ' or '.join(name for name in METHODS if MethodConfig(name).needs_unlabelled)
+        others = ' or '.join(_with_unlabelled(cfg))
         yield f'method {m.name}: unlabelled images are not used (--method {others} learns from them)'
     if m.needs_unlabelled and not partly:
         raise ConfigError(
