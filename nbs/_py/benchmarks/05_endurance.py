@@ -4,10 +4,10 @@
 # > Does a run that goes on for ten thousand iterations need more memory or open files at its end?
 #
 # `python benchmarks/endurance.py` wrote the record of this page. It trains Semi-DETR by the command line,
-# and every few seconds reads from outside what the processes hold: once at the smallest settings for 10,000
-# iterations, with two workers, images of several sizes, five evaluations and twenty checkpoints, and once
-# with the preset `small` on photographs (`fod12`). Both pass through burn-in, one-to-many and one-to-one
-# matching.
+# and every few seconds reads from outside what the processes hold. The run `tiny` has the smallest settings
+# and 10,000 iterations, with two workers, images of several sizes, five evaluations and twenty checkpoints;
+# `--cases small` adds 1,200 iterations with the preset `small` on photographs (`fod12`). Both pass through
+# burn-in, one-to-many and one-to-one matching.
 
 # %%
 #| hide
@@ -84,10 +84,9 @@ names = ['run', 'iterations', 'first fifth, MB', 'last tenth, MB', 'main process
 markdown(markdown_table(names, table))
 
 # %% [markdown]
-# Memory rises where a stage begins that keeps more: Semi-DETR has a teacher and two views of every
-# unlabelled image after the burn-in. Within a stage, images of new sizes let the allocator keep a little
-# more until it has met them all; `SEMIDETR_KEEP_MEMORY=0` gives memory back to the system at once
-# (@sec-machine). Each worker holds its own copy of the libraries.
+# Memory rises once, where the burn-in ends: from there on Semi-DETR decodes the teacher's view as well, and
+# two views of every unlabelled image. Open files rise by up to three for a moment, and fall again. At the end
+# the workers are gone. Each worker counts the libraries that it shares with the main process once more.
 #
 # ## Summary
 #
