@@ -55,7 +55,8 @@ def whole_of(name, *items):
 def shared_step(name, folder, *items):
     "Losses and gradients of two labelled and two unlabelled images on one process or two, in float64"
     n = 2 // world_size()
-    more = ['data.count=12', 'run.test=false', 'method.burn_in_iters=0', 'data.dev=0']
+    more = ['data.data=digits:n=8,size=48', 'data.count=4', 'data.dev=0', 'view.short_sides=[48]']
+    more += ['run.test=false', 'method.burn_in_iters=0']
     more += [f'loader.n_labelled={n}', f'loader.n_unlabelled={n}', *items]
     run = Trainer(rival(PARTNER[name], name, *more), folder, progress=False)
     batch = next(iter(make_loader(run.cfg, run.data, 0, False)))

@@ -255,18 +255,18 @@ SHARED = dict(
 )
 WORKER = """
 import torch
-import test_soft_teacher as t
+import rivals
 from semidetr.core import is_main, start_processes
 start_processes()
-found = {name: t.shared_step(name, f'{sys.argv[1]}/{name}', *items) for name, items in t.SHARED.items()}
+found = {{name: rivals.shared_step(name, sys.argv[1] + name, *items) for name, items in {shared}.items()}}
 if is_main():
-    torch.save(found, f'{sys.argv[1]}.pt')
+    torch.save(found, sys.argv[1] + '.pt')
 """
 
 
 def test_two_processes_take_the_step_of_one(tmp_path):
     "Background weights are summed, and regions of points pooled, over both"
-    run_together(WORKER, tmp_path / 'two')
+    run_together(WORKER.format(shared=SHARED), tmp_path / 'two')
     both = torch.load(tmp_path / 'two.pt')
     for name, items in SHARED.items():
         one, two = shared_step(name, tmp_path / name, *items), both[name]
