@@ -335,7 +335,10 @@ def gpu_record(seeds=(0, 1)):
 
 def test_page_without_a_record_of_a_gpu(tmp_path, monkeypatch):
     text = page(tmp_path, monkeypatch, {'gpu_evidence_cpu.json': kept_record()})
-    assert text.startswith('**The kit has not run on a GPU yet.**') and 'No number on this page comes' in text
+    assert (
+        text.startswith('::: {.finding}\nThe kit has not run on a GPU yet.')
+        and 'No number on this page comes' in text
+    )
     assert '6 of 6 trainings reached their end' in text
 
 
