@@ -11,6 +11,7 @@ results = 'results'  # folder of results
 import matplotlib.pyplot as plt
 from IPython.display import Markdown as markdown
 from semidetr.lab.report import as_published, markdown_table, published, scale_line
+from semidetr.lab.report import finding as boxed
 from semidetr.lab.rivals import (
     RATES,
     RIVALS,
@@ -27,16 +28,7 @@ from semidetr.lab.rivals import (
 # %%
 #| echo: false
 found = measured(results)
-markdown(finding(found, to_run(results)))
-
-# %% [markdown]
-# The two rivals come from convolutional detectors: Soft Teacher asks the box head about regions
-# (@sec-soft-teacher), Dense Teacher compares points without any pseudo box (@sec-dense-teacher). Here they share
-# labels, views, loader, trainer and evaluation with our DINO. All numbers are of the digits scenes (@sec-digits), test
-# split, averaged network. The iterations that each detector gets are printed below the table.
-
-# %% [markdown]
-# ## Measured here
+markdown(boxed(finding(found, to_run(results))))
 
 # %%
 #| label: fig-abl-rivals
@@ -54,6 +46,14 @@ shown
 cost = {rival.detector: network_cost(rival.detector) for rival in RIVALS}
 markdown(rival_table(found, cost))
 
+# %% [markdown]
+# ## What is compared {.fold}
+#
+# The two rivals come from convolutional detectors: Soft Teacher asks the box head about regions
+# (@sec-soft-teacher), Dense Teacher compares points without any pseudo box (@sec-dense-teacher). Here they share
+# labels, views, loader, trainer and evaluation with our DINO. All numbers are of the digits scenes (@sec-digits), test
+# split, averaged network. The iterations that each detector gets are printed below the table.
+
 # %%
 #| echo: false
 lines = []
@@ -68,7 +68,7 @@ markdown('\n\n'.join(lines))
 # detector that suppresses cannot be read without suppression, so AP with NMS is the column of DINO that compares
 # with theirs. The CPU time is measured when this page is executed.
 #
-# ## Learning rates
+# ## Learning rates {.fold}
 
 # %%
 #| label: tbl-abl-rivals-rates
@@ -77,7 +77,7 @@ markdown('\n\n'.join(lines))
 markdown(rate_table(existing(results, RATES)))
 
 # %% [markdown]
-# ## Published
+# ## Published {.fold}
 
 # %%
 #| label: tbl-abl-rivals-paper
