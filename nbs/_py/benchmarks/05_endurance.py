@@ -37,7 +37,7 @@ early = {case: max(r['handles'] for r in during(case, 0, 0.6)) for case in runs}
 sentences = [
     f'Over {run["iterations"]:,} iterations (`{case}`) the memory of the main process stays between '
     f'{min(r["main_mb"] for r in during(case, 0.3, 0.99)):,} and '
-    f'{max(r["main_mb"] for r in during(case, 0.3, 0.99)):,} MB after the burn-in, and it never has more than '
+    f'{max(r["main_mb"] for r in during(case, 0.3, 0.99)):,} MB after the burn-in, and it has at most '
     f'{max(handles[case], early[case])} open files'
     for case, run in runs.items()
 ]
