@@ -48,7 +48,7 @@ controls = dict(supervised='supervised', mean_teacher='the mean teacher', semi_d
 # %%
 #| echo: false
 told = [
-    statement(f'on {name}, it', 'Semi-DETR', difference(runs, arm, 'semi_detr'))
+    statement('it', 'Semi-DETR', difference(runs, arm, 'semi_detr'), when=f'on {name}')
     for name, (runs, arm) in sets.items()
 ]
 text = finding(

@@ -485,10 +485,9 @@ def as_published(
 
 # %%
 #| export
-_METHODS = 'supervised mean_teacher semi_detr plus soft_teacher dense_teacher'.split()
-_NAMES = 'supervised, mean teacher, Semi-DETR, Semi-DETR plus, Soft Teacher, Dense Teacher'.split(', ')
-METHOD_NAMES = dict(zip(_METHODS, _NAMES))
-METHOD_COLORS = dict(zip(_METHODS, ('#6b6b6b', '#ff7f0e', '#1f77b4', '#9467bd', '#2ca02c', '#8c564b')))
+_METHODS = 'supervised mean_teacher semi_detr plus'.split()
+METHOD_NAMES = dict(zip(_METHODS, 'supervised, mean teacher, Semi-DETR, Semi-DETR plus'.split(', ')))
+METHOD_COLORS = dict(zip(_METHODS, ('#6b6b6b', '#ff7f0e', '#1f77b4', '#9467bd')))
 _SAME = dict(shm_cqc_cpm=_METHODS[2], hybrid=_METHODS[2], distilled=_METHODS[3])  # arm -> method
 
 
