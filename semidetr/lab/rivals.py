@@ -15,8 +15,8 @@ import matplotlib.pyplot as plt
 import torch
 from ..detectors.contract import build_detector
 from ..detectors.from_detr import DETECTORS
-from ..draw import COLORS
-from .report import difference, markdown_table, plus_minus, read_records, spread, values
+from .report import METHOD_COLORS, difference, markdown_table, plus_minus, read_records
+from .report import spread, values
 from ..train.config import override, preset, with_detector
 
 # %% ../../nbs/lab/06_rivals.ipynb #fd2cc367
@@ -213,7 +213,9 @@ def rate_table(
     return markdown_table(*rate_rows(runs))
 
 # %% ../../nbs/lab/06_rivals.ipynb #5fdab606
-_SHADES = ('grey', COLORS['student'], COLORS['teacher'])  # of supervised training, mean teacher, own method
+_SHADES = [
+    METHOD_COLORS[name] for name in ('supervised', 'mean_teacher', 'semi_detr')
+]  # the last: own method
 
 
 def plot_rivals(
@@ -240,9 +242,9 @@ def plot_rivals(
                     ax.plot(at, mean(ap), '_', color=_SHADES[i], markersize=14, markeredgewidth=2)
         names = [f'{m.rival.title}\n{m.rival.method}' for m in here]
         ax.set(xticks=range(len(here)), title=f'{n} labelled images' if n else 'nothing has been run')
-        ax.set_xticklabels(names, fontsize=8)
+        ax.set_xticklabels(names, fontsize=9)
     axes[0, 0].set_ylabel('AP')
     for color, name in zip(_SHADES, ('supervised', 'mean teacher', "the detector's own method")):
         axes[0, 0].plot([], [], 'o', color=color, label=name)
-    axes[0, 0].legend(fontsize=7)
+    axes[0, 0].legend(fontsize=9)
     return fig

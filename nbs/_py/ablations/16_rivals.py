@@ -4,6 +4,7 @@
 # > Compare Soft Teacher on Faster R-CNN and Dense Teacher on FCOS with Semi-DETR, on the same labels.
 
 # %% tags=["parameters"]
+#| hide
 results = 'results'  # folder of results
 
 # %%

@@ -31,8 +31,8 @@ import matplotlib.pyplot as plt
 import torch
 from semidetr.detectors.contract import build_detector
 from semidetr.detectors.from_detr import DETECTORS
-from semidetr.draw import COLORS
-from semidetr.lab.report import difference, markdown_table, plus_minus, read_records, spread, values
+from semidetr.lab.report import METHOD_COLORS, difference, markdown_table, plus_minus, read_records
+from semidetr.lab.report import spread, values
 from semidetr.train.config import override, preset, with_detector
 
 # %%
@@ -330,7 +330,9 @@ markdown(rates)
 
 # %%
 #| export
-_SHADES = ('grey', COLORS['student'], COLORS['teacher'])  # of supervised training, mean teacher, own method
+_SHADES = [
+    METHOD_COLORS[name] for name in ('supervised', 'mean_teacher', 'semi_detr')
+]  # the last: own method
 
 
 def plot_rivals(
@@ -357,11 +359,11 @@ def plot_rivals(
                     ax.plot(at, mean(ap), '_', color=_SHADES[i], markersize=14, markeredgewidth=2)
         names = [f'{m.rival.title}\n{m.rival.method}' for m in here]
         ax.set(xticks=range(len(here)), title=f'{n} labelled images' if n else 'nothing has been run')
-        ax.set_xticklabels(names, fontsize=8)
+        ax.set_xticklabels(names, fontsize=9)
     axes[0, 0].set_ylabel('AP')
     for color, name in zip(_SHADES, ('supervised', 'mean teacher', "the detector's own method")):
         axes[0, 0].plot([], [], 'o', color=color, label=name)
-    axes[0, 0].legend(fontsize=7)
+    axes[0, 0].legend(fontsize=9)
     return fig
 
 
