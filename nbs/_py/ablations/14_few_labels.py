@@ -266,8 +266,8 @@ markdown(markdown_table(['switch', 'AP', 'AP with NMS', 'configuration'], rows, 
 #   Semi-DETR have intervals that exclude zero, that over the mean teacher has not.
 # - With one photograph per class it is the best in all three seeds. Its gain over the mean teacher has an interval
 #   that excludes zero, those over supervised training and over Semi-DETR have not.
-# - With two, the mean teacher and Semi-DETR gain in the two seeds in which supervised training is worst, and less than half
-#   an AP in the others.
+# - With two, the mean teacher and Semi-DETR gain in the two seeds in which supervised training is worst, and
+#   less than half an AP in the others.
 # - NMS adds nothing to the suppressor's scores, and up to two AP to the mean teacher and Semi-DETR.
 # - More supervised iterations with k = 2 gain on the development part, whose videos were seen, and not on
 #   the test split.
