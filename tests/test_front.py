@@ -17,7 +17,7 @@ from semidetr.data.catalog import open_dataset
 from semidetr.train import api, card, loggers, run_folder
 from semidetr.train.checkpoint import RunLog
 from semidetr.train.config import config_hash, load_config, override, preset, to_dict
-from semidetr.train.plan import _dotted, plan_run
+from semidetr.train.plan import plan_run
 from semidetr.train.predict import MANY, nms_hint, removed_by_nms
 from test_cli import FAST, make_coco, shell  # noqa: F401 (a fixture)
 from test_trainer import TINY
@@ -110,7 +110,6 @@ def test_a_short_run_has_a_short_burn_in(iters, method, expected):
 
 def test_what_a_file_says_of_a_part_is_not_derived_anew(tmp_path):
     "Nested settings count as given: the printed settings of a run, changed in one place, make that run"
-    assert _dotted(dict(a=dict(b=dict(c=1)))) == {'a', 'a.b', 'a.b.c'}
     plan = plan_run('small', data=DATA, percent=10, method='semi_detr_plus')
     values = to_dict(plan.cfg)
     values['detector']['suppressor']['overlap'] = False

@@ -1,6 +1,6 @@
 "Studies as data: overrides are checked before the first run, and committed records keep their hashes"
 
-import json
+import json, re
 from dataclasses import replace
 from pathlib import Path
 import pytest
@@ -8,10 +8,12 @@ from semidetr.core import ConfigError
 import semidetr.lab.demo as demo
 from semidetr.train.config import config_hash, override
 from semidetr.lab.plan import open_all, plan
+from semidetr.lab.rivals import RATES, RIVALS
 from semidetr.lab.study import load_study, read_studies
 from test_trainer import TINY
 
-BOOK = Path(__file__).parent.parent / 'nbs' / 'ablations' / 'studies.toml'
+ROOT = Path(__file__).parent.parent
+BOOK = ROOT / 'nbs' / 'ablations' / 'studies.toml'
 LATER = (
     'optim.iters=2 method.T1=1 mining.init=all pseudo.threshold=.02 pseudo.min_score=0 consistency.hidden=8'
 ).split()
@@ -74,6 +76,17 @@ def test_the_studies_of_the_book_are_valid():
         assert all(
             r.cfg.method.burn_in_iters < r.cfg.optim.iters for r in plan(BOOK, name, 'smoke')
         )  # every unlabelled image would be left out
+
+
+def test_pages_name_studies_that_exist():
+    "In the commands of result pages, of guides and of what the page of the rivals waits for"
+    known = set(read_studies(BOOK)[0]) | {'all'}
+    pages = [*(ROOT / 'nbs/_py/ablations').glob('*.py'), *(ROOT / 'nbs/guides').glob('*.qmd')]
+    texts = [f.read_text(encoding='utf-8') for f in (*pages, ROOT / 'README.md', ROOT / 'index.qmd')]
+    commands = [c for text in texts for c in re.findall(r'semidetr ablate((?: [a-z0-9_]+)+)', text)]
+    named = {name for command in commands for name in command.split()}
+    waited = {s.partition('/')[0] for r in RIVALS for s in r.studies.values()} | {RATES}
+    assert len(named) > 5 and named | waited <= known, (named | waited) - known
 
 
 def test_every_study_finds_its_images_at_smoke_scale():

@@ -120,6 +120,11 @@ class DenseTeacher(Supervised):
     trains = ('points',)
     mixes = False
     settings = DenseTeacherConfig
+    unread = (
+        'method.unsup_ramp',
+        *(f'pseudo.{name}' for name in ('nms', 'cross_nms', 'min_score', 'min_side', 'top_k')),
+        *('mining', 'consistency'),
+    )
     shown = {'region_score': 'score in R'}
     curves = ('region_score', 'region_points', 'pseudo_boxes')
 

@@ -189,6 +189,13 @@ def suppressor_advice(
 class Supervised(Method):
     "Losses of the labelled images alone (@eq-methods-sup)"
 
+    unread = (
+        *(f'method.unsup_{name}' for name in ('weight', 'ramp', 'cdn')),
+        *(f'method.{name}' for name in ('burn_in_iters', 'mds_unsup', 'mds_threshold')),
+        *(f'method.{name}' for name in ('density_guard', 'group_threshold')),
+        *('pseudo', 'mining', 'consistency'),
+    )
+
     def step(self, student, teacher, batch, t):
         part = self.mixing.labelled(batch['labelled'])
         outputs = student(part['images'], part['mask'], part['targets'])
@@ -204,9 +211,15 @@ class Supervised(Method):
 
     def criterion(self, outputs, targets, t, denoising=True, stats=None, background=None):
         "`set_criterion` in the stage of iteration t, with the one-to-many assignment of the settings"
-        stage, cfg = stage_of(t, self.cfg.method.T1), self.cfg.criterion
         return set_criterion(
-            outputs, targets, stage, cfg, denoising, stats, one_to_many_assigner(cfg), background
+            outputs,
+            targets,
+            stage_of(t, self.cfg.method.T1),
+            self.cfg.criterion,
+            denoising,
+            stats,
+            one_to_many_assigner(self.cfg.criterion),
+            background,
         )
 
     def sup_rescoring(self, outputs, targets):
@@ -274,6 +287,7 @@ def has_denoising(
 class MeanTeacher(Supervised):
     "Labelled losses plus w_u times the same losses on the teacher's boxes (@eq-methods-mt)"
 
+    unread = ('mining', 'consistency')
     views = ('labelled', 'weak', 'strong')
     shown = {'pseudo_boxes': 'pseudo'}
     curves = ('pseudo_boxes', 'pseudo_score', 'empty_images')

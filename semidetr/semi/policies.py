@@ -100,6 +100,10 @@ class LabelPolicy(MeanTeacher):
     trains = ('queries',)
     mixes = False
     settings = LabelPolicyConfig
+    unread = (
+        *(f'method.{name}' for name in ('mds_unsup', 'mds_threshold', 'density_guard', 'group_threshold')),
+        *('mining', 'consistency'),
+    )
 
     def step(self, student, teacher, batch, t):
         losses, scalars, _ = Supervised.step(self, student, teacher, batch, t)

@@ -165,6 +165,7 @@ class SoftTeacher(SoftLosses):
     trains = ('regions',)
     mixes = False
     settings = SoftTeacherConfig
+    unread = ('pseudo', 'mining', 'consistency')
     shown = {'pseudo_boxes': 'pseudo'}
     curves = ('pseudo_boxes', 'pseudo_score', 'empty_images', 'candidates', 'box_targets')
 

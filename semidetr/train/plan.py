@@ -15,6 +15,7 @@ from ..core import ConfigError, DataError, pick_device
 from ..data.catalog import open_dataset
 from ..semi.fit import check_fit, methods_of, without_effect
 from ..semi.methods import METHODS, WITH_UNLABELLED, MethodConfig
+from .card import flat_settings
 from semidetr.train.config import (
     Config,
     config_hash,
@@ -98,16 +99,6 @@ def _content(config):
     return read_config(config)
 
 
-def _dotted(values, where=''):
-    "Names of all settings in nested values, of their groups too"
-    names = set()
-    for key, value in values.items():
-        names.add(f'{where}{key}')
-        if isinstance(value, dict):
-            names |= _dotted(value, f'{where}{key}.')
-    return names
-
-
 def _settings(preset, config, items, detector):
     "(Config, what it started from, names of the settings that the user gave)"
     choose = lambda base: with_detector(base, detector) if detector else base
@@ -120,7 +111,7 @@ def _settings(preset, config, items, detector):
     build = lambda base: override(_with_file(config, base), items)
     start = starting_point(preset, build(choose(Config())).data.data)
     given = {i.partition('=')[0].strip() for i in items}
-    return build(choose(start)), start, given | _dotted(_content(config))
+    return build(choose(start)), start, given | set(flat_settings(_content(config)))
 
 # %% ../../nbs/train/13_plan.ipynb #8b2d179e
 def partly_labelled(
@@ -266,5 +257,4 @@ def plan_run(
         lines = list(_not_adapted(cfg))
     else:
         cfg, lines = _adapted(cfg, start, given)
-    single = {n for n in given if not any(other.startswith(f'{n}.') for other in given)}  # no groups
-    return Plan(cfg, (*lines, *check_method(cfg), *without_effect(cfg, single)))
+    return Plan(cfg, (*lines, *check_method(cfg), *without_effect(cfg, given)))
