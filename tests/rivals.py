@@ -1,12 +1,16 @@
 "Tiny runs of the detectors with anchors and points, for several test files."
 
-import torch
+import json, math
+import pytest, torch
+from semidetr import Predictor
 from semidetr.core import world_size
+from semidetr.train.api import evaluate_run
+from semidetr.train.checkpoint import load_checkpoint
 from semidetr.train.config import override, preset, with_detector
 from semidetr.train.optim import average_gradients
 from semidetr.train.trainer import Trainer, make_loader
 from test_many import whole
-from test_trainer import TINY
+from test_trainer import TINY, same, stop_after
 
 OWN = dict(
     faster_rcnn=[
@@ -50,6 +54,25 @@ def whole_of(name, *items):
         return whole(name, *items)
     images = 'loader.n_labelled=4', 'loader.n_unlabelled=4', 'data.count=12'
     return rival(PARTNER[name], name, *images, 'run.test=false', 'method.burn_in_iters=0', *items)
+
+
+def resumed_and_read(cfg, folder):
+    "(result, rows of the log) of a run; one that is stopped after two iterations ends like it"
+    result = Trainer(cfg, folder / 'whole', progress=False).fit()
+    rows = [json.loads(line) for line in (folder / 'whole' / 'log.jsonl').read_text().splitlines()]
+    rows = [row for row in rows if 'loss' in row]
+    assert all(0 < row['loss'] < math.inf for row in rows)
+    run = Trainer(cfg, folder / 'r', progress=False)
+    stop_after(run, 2)
+    with pytest.raises(KeyboardInterrupt, match='same command'):
+        run.fit()
+    torch.manual_seed(123)
+    Trainer(cfg, folder / 'r', progress=False).fit()
+    assert same(load_checkpoint(folder / 'r'), load_checkpoint(folder / 'whole'))
+    assert set(evaluate_run(folder / 'whole', part='dev')[1]) == {'teacher', 'student'}
+    found = Predictor(folder / 'whole', threshold=0.0)(torch.rand(3, 61, 83))
+    assert found['boxes'].shape[1] == 4 and len(found['scores']) == len(found['names'])
+    return result, rows
 
 
 def shared_step(name, folder, *items):

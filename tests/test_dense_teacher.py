@@ -2,13 +2,11 @@
 
 import copy
 import dataclasses
-import json
 import math
 
 import pytest
 import torch
-from rivals import rival
-from semidetr import Predictor
+from rivals import resumed_and_read, rival
 from semidetr.core import ConfigError
 from semidetr.data.augment import ViewConfig
 from semidetr.data.digits import DigitsScenes
@@ -17,11 +15,8 @@ from semidetr.data.photometric import draw_photometric, photometric
 from semidetr.detectors.fcos import DensePrediction
 from semidetr.semi import dense_teacher as D
 from semidetr.semi.teacher import EmaConfig, ema_decay
-from semidetr.train.api import evaluate_run
-from semidetr.train.checkpoint import load_checkpoint
 from semidetr.train.config import override
 from semidetr.train.trainer import Trainer, make_loader
-from test_trainer import same, stop_after
 
 
 # --- numbers of the specification -------------------------------------------------------------
@@ -225,23 +220,10 @@ def test_it_resumes_and_predicts(tmp_path):
         'run.log_every=1',
     ]
     cfg = rival('fcos', 'dense_teacher', *own, 'method.burn_in_iters=1')
-    result = Trainer(cfg, tmp_path / 'whole', progress=False).fit()
-    rows = [json.loads(line) for line in (tmp_path / 'whole' / 'log.jsonl').read_text().splitlines()]
-    rows = [row for row in rows if 'loss' in row]
-    assert all(0 < row['loss'] < math.inf for row in rows)
+    result, rows = resumed_and_read(cfg, tmp_path)
     last = rows[-1]
     assert last['loss_unsup_quality'] > 0 and last['region_points'] > 1 and 'pseudo_recall' in last
     assert result['config']['method']['dense_ratio'] == 0.2 and 'dev' in result['metrics']
-    run = Trainer(cfg, tmp_path / 'r', progress=False)
-    stop_after(run, 2)
-    with pytest.raises(KeyboardInterrupt, match='same command'):
-        run.fit()
-    torch.manual_seed(123)
-    Trainer(cfg, tmp_path / 'r', progress=False).fit()
-    assert same(load_checkpoint(tmp_path / 'r'), load_checkpoint(tmp_path / 'whole'))
-    assert set(evaluate_run(tmp_path / 'whole', part='dev')[1]) == {'teacher', 'student'}
-    found = Predictor(tmp_path / 'whole', threshold=0.0)(torch.rand(3, 61, 83))
-    assert found['boxes'].shape[1] == 4 and len(found['scores']) == len(found['names'])
 
 
 def test_views_of_another_geometry_are_refused(tmp_path):

@@ -1,23 +1,17 @@
 "Soft Teacher: published numbers, which boxes train what, gradients, resuming, processes, prediction"
 
 import copy
-import json
-import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from rivals import FILTERS, rival, shared_step
-from semidetr import Predictor
+from rivals import FILTERS, resumed_and_read, rival, shared_step
 from semidetr.core import ConfigError
 from semidetr.matching.losses import set_criterion
 from semidetr.semi import soft_teacher as S
 from semidetr.semi.soft_teacher import SoftTeacherConfig
-from semidetr.train.api import evaluate_run
-from semidetr.train.checkpoint import load_checkpoint
 from semidetr.train.config import override
 from semidetr.train.trainer import Trainer, make_loader
-from test_trainer import same, stop_after
 from together import run_together
 
 
@@ -212,22 +206,9 @@ def test_it_resumes_and_predicts(tmp_path):
         ['run.test=false', 'optim.iters=3', 'data.dev=2', 'method.burn_in_iters=1', 'run.log_every=1'],
     )
     cfg = rival('faster_rcnn', 'soft_teacher', *own[0], *own[1])
-    result = Trainer(cfg, tmp_path / 'whole', progress=False).fit()
-    rows = [json.loads(line) for line in (tmp_path / 'whole' / 'log.jsonl').read_text().splitlines()]
-    rows = [row for row in rows if 'loss' in row]
-    assert all(0 < row['loss'] < math.inf for row in rows)
+    result, rows = resumed_and_read(cfg, tmp_path)
     assert 'loss_unsup_rpn_cls' in rows[-1] and rows[-1]['pseudo_boxes'] > 0
     assert result['config']['method']['name'] == 'soft_teacher' and 'dev' in result['metrics']
-    run = Trainer(cfg, tmp_path / 'r', progress=False)
-    stop_after(run, 2)
-    with pytest.raises(KeyboardInterrupt, match='same command'):
-        run.fit()
-    torch.manual_seed(123)
-    Trainer(cfg, tmp_path / 'r', progress=False).fit()
-    assert same(load_checkpoint(tmp_path / 'r'), load_checkpoint(tmp_path / 'whole'))
-    assert set(evaluate_run(tmp_path / 'whole', part='dev')[1]) == {'teacher', 'student'}
-    found = Predictor(tmp_path / 'whole', threshold=0.0)(torch.rand(3, 61, 83))
-    assert found['boxes'].shape[1] == 4 and len(found['scores']) == len(found['names'])
 
 
 def test_supervised_learns(parts):
