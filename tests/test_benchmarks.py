@@ -280,3 +280,17 @@ def test_thresholds_of_a_run(short_run):
     assert thresholds.counts(found, Truth(), 0.2, 0) == [1, 2, 2]
     assert thresholds.counts(found, Truth(), 0.5, 0) == [1, 1, 2]
     assert thresholds.counts(found, Truth(), 0.2, 1) == [0, 0, 1]
+
+
+def test_a_short_run_is_watched(tmp_path):
+    "The kit of the page on long runs, at 20 iterations: readings of main process and workers, a valid record"
+    import endurance
+
+    row = endurance.watch('tiny', 20, 0.3)
+    assert row['iterations'] == 20 and row['rows'][-1]['iteration'] == 20
+    assert all(r['main_mb'] <= r['all_mb'] for r in row['rows'])
+    busy = [r for r in row['rows'] if r['processes'] == 3]  # with both workers
+    assert busy and all(r['handles'] > 3 and r['threads'] >= 1 and r['main_mb'] > 100 for r in busy)
+    rows = [dict(all_mb=i, handles=-i, iteration=i) for i in range(1000)]
+    kept = [r['iteration'] for r in endurance.thinned(rows, 100)]
+    assert kept[0] == 0 and kept[-1] == 999 and len(kept) <= 103

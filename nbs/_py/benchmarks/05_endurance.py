@@ -94,3 +94,12 @@ markdown(markdown_table(names, table))
 #
 # * A long run needs no more open files, threads or processes at its end than at its beginning.
 # * Its memory is that of its last stage.
+
+# %%
+#| hide
+for case, run in runs.items():
+    memory = [r['main_mb'] for r in during(case, 0.3, 0.99)]
+    assert max(memory) < 1.05 * min(memory), 'memory grows'
+    assert max(handles[case], early[case]) < 25
+    assert {r['processes'] for r in during(case, 0.1, 0.9)} == {typical(case, 'processes', 0.1, 0.9)}
+assert runs['tiny']['iterations'] == 10_000
