@@ -282,7 +282,7 @@ for fold in range(3):
         ax.plot(sorted(ids), [4 * fold + k] * len(ids), '|', **style)
 ax.set(xlabel='image id', yticks=[4 * f + k for f in range(3) for k in range(3)])
 ax.invert_yaxis()
-ax.set_yticklabels([f'fold {f}, {p} %' for f in range(3) for p in (1, 5, 10)], fontsize=7)
+ax.set_yticklabels([f'fold {f}, {p} %' for f in range(3) for p in (1, 5, 10)], fontsize=9)
 for fold in range(3):
     assert chosen[fold, 1] <= chosen[fold, 5] <= chosen[fold, 10]
 assert chosen[0, 10] != chosen[1, 10]

@@ -304,7 +304,7 @@ fig, ax = plt.subplots(figsize=(6, 1.5), dpi=80)
 for k, row in enumerate(rows):
     ax.imshow(np.array([row]), extent=(0, len(row), k - 0.4, k + 0.4), vmin=0, vmax=400, cmap='Blues')
     for n, byte in enumerate(row):
-        ax.text(n + 0.5, k, f'{byte:02X}', ha='center', va='center', fontsize=8)
+        ax.text(n + 0.5, k, f'{byte:02X}', ha='center', va='center', fontsize=9)
 ax.set(xlim=(0, 12), ylim=(2.5, -0.5), xticks=[], yticks=range(3), yticklabels=names, aspect='auto')
 plt.show()
 

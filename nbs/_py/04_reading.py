@@ -398,7 +398,7 @@ ax.semilogy(range(9), sizes, 'o-', color='tab:blue', label='bytes of the file')
 ax.semilogy(range(9), values, 'o-', color='tab:orange', label='values it stands for')
 ax.axhline(100_000, color='grey', linestyle='--', linewidth=0.8)
 ax.set(xlabel='levels of references')
-ax.legend(fontsize=8)
+ax.legend(fontsize=9)
 plt.show()
 
 # %% [markdown]

@@ -181,7 +181,7 @@ counts
 
 # %%
 #| label: fig-layers-order
-#| fig-cap: "Imports between the modules in reading order; lines separate the layers. No import lies on or above the diagonal: every chapter imports only chapters before it."
+#| fig-cap: "Imports between the modules in reading order; lines separate the layers, which are named. No import lies on or above the diagonal: every chapter imports only chapters before it."
 #| fig-alt: "A square grid with one row and one column for each module. Filled squares, which mark an import, lie only below the diagonal."
 names = list(graph)
 matrix = np.array([[b in graph[a] for b in names] for a in names], dtype=float)
@@ -192,8 +192,11 @@ starts = [i for i in range(1, len(names)) if layer_of(names[i]) != layer_of(name
 for i in starts:
     ax.axhline(i - 0.5, color='.8', lw=0.6)
     ax.axvline(i - 0.5, color='.8', lw=0.6)
-ax.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
-ax.set_yticks(range(len(names)), names, fontsize=6)
+ends = [*starts, len(names)]
+middles = [(begin + end - 1) / 2 for begin, end in zip([0, *starts], ends)]
+layers = [('ground floor', *LAYERS)[layer_of(names[end - 1])] for end in ends]
+ax.set_xticks(middles, layers, rotation=90)
+ax.set_yticks(middles, layers)
 ax.set_xlabel('is imported')
 ax.set_ylabel('imports')
 plt.tight_layout()

@@ -150,7 +150,7 @@ ax.loglog(sides, 3.0 * sides**2, 'o-', label='decoded, RGB')
 ax.loglog(sides, on_disk, 'o-', label='file')
 ax.axvline(Image.MAX_IMAGE_PIXELS**0.5, color='grey', linestyle='--', linewidth=0.8)
 ax.set(xlabel='side in pixels', ylabel='bytes')
-ax.legend(fontsize=8)
+ax.legend(fontsize=9)
 plt.show()
 
 # %% [markdown]

@@ -544,7 +544,7 @@ fig, ax = plt.subplots(figsize=(5, 2.4), dpi=80)
 ax.plot([10 * n for n in sides], objects, 'o-', color='grey', label='objects')
 ax.plot([10 * n for n in sides], columns, 'o-', label='pieces')
 ax.set(xlabel='boxes', ylabel='MB', ylim=(0, None))
-ax.legend(fontsize=8)
+ax.legend(fontsize=9)
 plt.show()
 
 # %% [markdown]

@@ -495,7 +495,7 @@ for row, (i, seeds) in zip(axes, ((3, (1, 2)), (8, (5, 6)))):
         show_image(ax, v.image, mean=small.mean, std=small.std)
         draw_boxes(ax, v.boxes)
 for ax, name in zip(axes[0], ('original', 'labelled', 'weak', 'strong', 'strong')):
-    ax.set_title(name, fontsize=8)
+    ax.set_title(name, fontsize=9)
 plt.tight_layout(pad=0.3)
 plt.show()
 
@@ -537,7 +537,7 @@ for ax, op in zip(axes, one_each):
     errors.append((find_marker(v.image) - predicted).abs().max().item())
     show_image(ax, v.image)
     ax.plot(*predicted, '+', color='#ff7f0e', ms=14)
-    ax.set_title(op[0], fontsize=7)
+    ax.set_title(op[0], fontsize=9)
 plt.tight_layout(pad=0.3)
 plt.show()
 assert max(errors) < 0.1

@@ -171,7 +171,7 @@ ax.plot([0.5, 1.5, 2.5, 3.5], [4, 5, 6, 7], 'o', color=COLORS['truth'], label='c
 ax.axvspan(0, 4, color='0.93', label='inside the map')
 ax.set_xlabel('x in cells')
 ax.set_ylabel('value read')
-ax.legend(fontsize=8, loc='upper left')
+ax.legend(fontsize=9, loc='upper left')
 fig.tight_layout()
 plt.show()
 

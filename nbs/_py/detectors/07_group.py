@@ -418,7 +418,7 @@ ax.bar(number - 0.2, scores[0], 0.4, label='one-to-one', color='#1f77b4')
 ax.bar(number + 0.2, scores[1], 0.4, label='one-to-many', color='#9ecae1')
 ax.plot(number, u, 'k.', label='IoU')
 ax.set(xlabel='query', ylabel='score', xticks=range(12))
-ax.legend(fontsize=8)
+ax.legend(fontsize=9)
 plt.show()
 
 # %% [markdown]

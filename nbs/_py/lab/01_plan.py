@@ -228,12 +228,12 @@ causes[0].partition(':')[0]
 #| label: fig-plan-order
 #| fig-cap: "The runs of a study with two seeds: within a seed the arms wait for the burn-in, seeds do not wait for each other."
 #| fig-alt: "Two rows of boxes; in each row an arrow leads from the burn-in to two arms."
-fig, ax = plt.subplots(figsize=(5, 1.8), dpi=80)
+fig, ax = plt.subplots(figsize=(6.4, 1.8), dpi=80)
 for row, seed in enumerate((0, 1)):
     names = [r.arm for r in toy if r.seed == seed]
     for column, name in enumerate(names):
         x, y = (0, row) if column == 0 else (1, row + 0.22 * (3 - 2 * column))
-        style = dict(ha='center', va='center', fontsize=8, bbox=dict(boxstyle='round', facecolor='white'))
+        style = dict(ha='center', va='center', fontsize=9, bbox=dict(boxstyle='round', facecolor='white'))
         ax.text(x, y, f'seed {seed}: {name}', **style)
         if column:
             ax.annotate('', (0.72, y), (0.25, row), arrowprops=dict(arrowstyle='->'))

@@ -360,7 +360,7 @@ for i, b in enumerate(engine.bars):
     color = '#d62728' if 'seed 1' in b.title else '#1f77b4' if 'burn' in b.title else '#ff7f0e'
     ax.barh(i, b.last - b.first, left=b.first, color=color)
 ax.set(yticks=range(len(engine.bars)), xlabel='rounds')
-ax.set_yticklabels([b.title for b in engine.bars], fontsize=8)
+ax.set_yticklabels([b.title for b in engine.bars], fontsize=9)
 ax.invert_yaxis()
 plt.show()
 

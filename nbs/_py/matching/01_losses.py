@@ -120,7 +120,7 @@ for target, shade in ((0.2, '#9ecae1'), (0.5, '#4292c6'), (0.8, '#08519c')):
     assert abs(scores[line.argmin()] - target) < 0.011
     ax.plot(scores, line, color=shade, label=f'task-aligned, target {target}')
 ax.set(xlabel='score', ylabel='loss', ylim=(0, 1))
-ax.legend(fontsize=8)
+ax.legend(fontsize=9)
 plt.show()
 
 

@@ -312,11 +312,11 @@ kept  # at .2: the mean relative to that for true boxes, and the spread over obj
 #| fig-cap: "Positives per object (mean and standard deviation over 300 objects) against the noise of the boxes. Task-aligned ranking always finds thirteen; Max-IoU loses half of its positives and spreads them more and more unequally; SimOTA loses some; ATSS has few from the start."
 #| fig-alt: "Number of positives against jitter: a flat line at thirteen for task-aligned, a falling line with a wide band for Max-IoU, a slowly falling one for SimOTA, flat lines near one for ATSS and Hungarian."
 colors = dict(zip(ways, ('#7f7f7f', '#1f77b4', '#d62728', '#9467bd', '#8c564b')))
-fig, ax = plt.subplots(figsize=(5.4, 3), dpi=80, layout='constrained')
+fig, ax = plt.subplots(figsize=(5.4, 3.4), dpi=80, layout='constrained')
 for name, n in number.items():
     curve(ax, amounts, n, name, color=colors[name])
 ax.set(xlabel='jitter of the pseudo boxes (share of the side)', ylabel='positives per object', ylim=(0, 18))
-ax.legend(fontsize=7, ncol=3, loc='upper center')
+fig.legend(fontsize=9, ncol=3, loc='outside lower center')
 plt.show()
 
 
@@ -369,7 +369,7 @@ for ax, rows, title in zip(axes, (lost, weight), ('objects', 'positive weight'))
         ax.plot(amounts, rows[name], color=colors[name], label=name)
     ax.set(xlabel='jitter of the pseudo boxes', title=title, ylim=(0, 1))
 axes[0].set_ylabel('misplaced')
-fig.legend(*axes[0].get_legend_handles_labels(), fontsize=7, ncol=5, loc='outside lower center')
+fig.legend(*axes[0].get_legend_handles_labels(), fontsize=9, ncol=3, loc='outside lower center')
 plt.show()
 
 # %% [markdown]

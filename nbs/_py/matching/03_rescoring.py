@@ -268,7 +268,7 @@ for quality, shade in ((0.3, '#9ecae1'), (0.6, '#4292c6'), (0.9, '#08519c')):
     ax.plot(scores_axis, curve, color=shade, label=f'matched, quality {quality}')
 ax.plot(scores_axis, quality_loss(scores_axis.logit(), torch.zeros(99)), color='black', label='background')
 ax.set(xlabel='score', ylabel='loss', ylim=(0, 2))
-ax.legend(fontsize=8)
+ax.legend(fontsize=9)
 plt.show()
 
 # %% [markdown]

@@ -418,7 +418,7 @@ for name, which, color in (('correct', correct, COLORS['truth']), ('wrong', ~cor
     style = dict(histtype='step', color=color, lw=1.5, label=label)
     ax.hist(pool[which].tolist(), bins=edges, weights=share.tolist(), **style)
 ax.set(xlabel='matching cost', ylabel='density')
-ax.legend(fontsize=8)
+ax.legend(fontsize=9)
 plt.show()
 
 # %%
@@ -480,7 +480,7 @@ for row, name, kind, color in (
 axes[0].set(xlabel='skill', ylabel='matching cost')
 axes[1].set(xlabel='skill', ylim=(0, 1.02))
 for ax in axes:
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=9)
 plt.show()
 
 # %% [markdown]

@@ -142,12 +142,12 @@ message
 # %%
 #| label: fig-fit-pairs
 #| fig-cap: "Pairs of the three toy methods and all detectors: each structure has methods of its own, and those that need only boxes train everything."
-#| fig-alt: "A grid of three rows and one column per detector; filled cells are pairs that fit."
-fig, ax = plt.subplots(figsize=(6, 2), dpi=80, layout='constrained')
-grid = [[name in detectors_of(m) for name in DETECTORS] for m in some.values()]
-ax.imshow(grid, cmap='Blues', vmin=0, vmax=1.4)
-ax.set_xticks(range(len(DETECTORS)), DETECTORS, rotation=45, ha='right', fontsize=7)
-ax.set_yticks(range(len(some)), some, fontsize=7)
+#| fig-alt: "A grid of three columns and one row per detector; filled cells are pairs that fit."
+fig, ax = plt.subplots(figsize=(5, 2.6), dpi=80, layout='constrained')
+grid = [[name in detectors_of(m) for m in some.values()] for name in DETECTORS]
+ax.imshow(grid, cmap='Blues', vmin=0, vmax=1.4, aspect='auto')
+ax.set_xticks(range(len(some)), some, fontsize=9)
+ax.set_yticks(range(len(DETECTORS)), DETECTORS, fontsize=9)
 plt.show()
 
 # %% [markdown]

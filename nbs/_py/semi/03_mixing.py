@@ -672,7 +672,7 @@ fig, axes = plt.subplots(1, 3, figsize=(6, 2.3), dpi=80)
 for ax, title, (part, plain, target) in zip(axes, ('strong', 'mixup, erased', 'mosaic, erased'), shown):
     h, w = part['targets'][0]['size']
     show_image(ax, part['images'][0, :, :h, :w], small.mean, small.std)
-    ax.set_title(title, fontsize=8)
+    ax.set_title(title, fontsize=9)
     if plain is not None:
         draw_boxes(ax, plain, kind='student')
         continue

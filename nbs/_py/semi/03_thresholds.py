@@ -212,7 +212,7 @@ for c, color in enumerate(('#1f77b4', '#ff7f0e')):
     axes[0].hist(of_class, bins=30, range=(0, 1), color=color, alpha=0.6, label=f'class {c}')
     axes[0].axvline(t_c[c].item(), color=color, ls='--')
 axes[0].set(xlabel='score', ylabel='boxes')
-axes[0].legend(fontsize=8)
+axes[0].legend(fontsize=9)
 numbers = list(range(21))
 line = background_weights([dict(labels=torch.zeros(n)) for n in numbers], per_image=17.6)
 axes[1].plot(numbers, line, color='#1f77b4')

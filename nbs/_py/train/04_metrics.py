@@ -144,10 +144,10 @@ fig, ax = plt.subplots(figsize=(4.5, 2.8), dpi=80, layout='constrained')
 ax.fill_between(corners_r, corners_p, color='#1f77b4', alpha=0.2)
 ax.plot(corners_r, corners_p, color='#1f77b4', label='raised')
 ax.plot(recall, precision, 'o:', color='black', ms=4, label='as counted')
-ax.annotate('never found', (0.875, 0.05), ha='center', fontsize=8)
+ax.annotate('never found', (0.875, 0.05), ha='center', fontsize=9)
 ax.axvline(0.75, color='grey', lw=0.5)
 ax.set(xlim=(0, 1), ylim=(0, 1.05), xlabel='recall', ylabel='precision', title=f'AP = {by_hand:.3f}')
-ax.legend(fontsize=8, loc='lower left')
+ax.legend(fontsize=9, loc='lower left')
 plt.show()
 
 

@@ -146,7 +146,7 @@ fig, ax = plt.subplots(figsize=(5, 1.6), dpi=80)
 for (name, n), left in zip(parts.items(), np.cumsum([0, *parts.values()])):
     ax.barh(['a.safetensors'], [n], left=left, label=f'{name}: {n}')
 ax.set(xlabel='bytes')
-ax.legend(fontsize=7, loc='center')
+ax.legend(fontsize=9, loc='center')
 plt.tight_layout()
 plt.show()
 

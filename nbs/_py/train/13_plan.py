@@ -364,7 +364,7 @@ for share, name, color in zip(zip(*parts), names, ('.7', '#1f77b4', '#ff7f0e')):
     ax.barh([str(n) for n in lengths], share, left=left, color=color, label=name)
     left = [a + b for a, b in zip(left, share)]
 ax.set(xlabel='part of the run', ylabel='iterations', xlim=(0, 1))
-ax.legend(fontsize=8, loc='upper center', bbox_to_anchor=(0.5, 1.25), ncol=3, frameon=False)
+ax.legend(fontsize=9, loc='upper center', bbox_to_anchor=(0.5, 1.25), ncol=3, frameon=False)
 plt.show()
 
 # %% [markdown]
