@@ -920,12 +920,13 @@ def all_cases(inputs, first=0):  # shares of the formats; the numbers of a forma
             yield kind, first + n
 
 
-def record(counts, findings, seconds, first):
+def record(counts, findings, seconds, cpu_seconds, first):
     "What a run of the fuzzer leaves: the inputs of each format number from `first`"
     kinds = {}
     for (kind, result), n in sorted(counts.items()):
         kinds.setdefault(kind, {})[result] = n
-    about = dict(inputs=sum(counts.values()), first=first, seconds=seconds, python=sys.version.split()[0])
+    about = dict(inputs=sum(counts.values()), first=first, seconds=seconds, cpu_seconds=cpu_seconds)
+    about['python'] = sys.version.split()[0]
     return dict(**about, formats=kinds, findings=dict(sorted(findings.items())))
 
 
@@ -964,9 +965,11 @@ def main():
         case = next(c for c, f in findings.items() if re.sub(r'\d+', 'N', f)[:110] == text)
         print(f'{n:6} {case:14} {findings[case][:400]}')
     seconds = round(time.perf_counter() - start)
-    print(f'{sum(counts.values())} inputs, {len(findings)} findings, {seconds} s')
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_seconds = round(used.ru_utime + used.ru_stime)
+    print(f'{sum(counts.values())} inputs, {len(findings)} findings, {seconds} s, {cpu_seconds} CPU-s')
     if a.out:
-        a.out.write_text(json.dumps(record(counts, findings, seconds, a.first), indent=1) + '\n')
+        a.out.write_text(json.dumps(record(counts, findings, seconds, cpu_seconds, a.first), indent=1) + '\n')
     return bool(findings)
 
 

@@ -210,7 +210,8 @@ def check_fields(
     return value
 
 # %% ../nbs/04_reading.ipynb #3c2bb6d0
-Metrics = dict[str, dict[str, dict[str, typing.Any]]]  # part -> network -> name -> number
+_Classes = dict[str, dict[str, typing.Any]]  # class -> name -> number
+Metrics = dict[str, dict[str, dict[str, float | _Classes]]]  # part -> network -> name -> number
 RESULT_MB = 256  # a thousand classes in a hundred evaluations are 24
 RESULT = dict(hash=str, data=dict[str, typing.Any], metrics=Metrics)
 CONFIG = dict[str, dict[str, typing.Any]]  # group -> setting -> value

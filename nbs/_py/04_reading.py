@@ -316,7 +316,8 @@ wrong
 
 # %%
 #| export
-Metrics = dict[str, dict[str, dict[str, typing.Any]]]  # part -> network -> name -> number
+_Classes = dict[str, dict[str, typing.Any]]  # class -> name -> number
+Metrics = dict[str, dict[str, dict[str, float | _Classes]]]  # part -> network -> name -> number
 RESULT_MB = 256  # a thousand classes in a hundred evaluations are 24
 RESULT = dict(hash=str, data=dict[str, typing.Any], metrics=Metrics)
 CONFIG = dict[str, dict[str, typing.Any]]  # group -> setting -> value

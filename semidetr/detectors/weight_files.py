@@ -8,6 +8,7 @@ __all__ = ['STATE_KEYS', 'CLASS_ROWS', 'COCO_CLASSES', 'COCO_UNUSED', 'VOC_CLASS
 
 # %% ../../nbs/detectors/13_weight_files.ipynb #657a749a
 import argparse
+import os
 import pickle
 import re
 import warnings
@@ -89,7 +90,7 @@ def _load_folder(folder):
     if odd := [name for name in where.values() if Path(name).name != name]:
         raise DataError(f'{index}: {odd[0]!r} is no file of this folder; fetch the folder again')
     for name in sorted(set(where.values())):
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):  # also false for a name that is too long
             raise DataError(f'{folder}: {name} is missing, {index.name} lists it; fetch the folder again')
         state |= _load_safetensors(folder / name)
     if lost := sorted(set(where) - set(state)):

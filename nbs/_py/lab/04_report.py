@@ -12,7 +12,9 @@
 
 # %%
 #| export
+import os
 import re
+from math import isfinite
 from pathlib import Path
 from statistics import mean, stdev
 import matplotlib.pyplot as plt
@@ -82,7 +84,7 @@ print(table)
 def _has_page(results, study):
     "Does the book that the records belong to list a page of the executed runs of this study?"
     page = f'/runs/{study}.ipynb'
-    books = [d / '_quarto.yml' for d in Path(results).resolve().parents]
+    books = [d / '_quarto.yml' for d in Path(os.path.realpath(results)).parents]
     return any(page in book.read_text() for book in books if book.is_file())
 
 
@@ -94,7 +96,7 @@ def read_records(
     "The committed records of a study"
     folder, name = Path(results) / study, study.partition('/')[0]
     executed = _has_page(results, name)
-    runs = [read_record(p) | dict(executed=executed) for p in folder.glob('seed*.json')]
+    runs = [read_record(p) | dict(executed=executed, path=p) for p in folder.glob('seed*.json')]
     runs = sorted((r for r in runs if set(arms) <= set(r['arms'])), key=lambda r: r['seed'])
     if not runs:
         missing = ', '.join(arms) or 'a record'
@@ -141,15 +143,17 @@ def values(
     "One number of each seed"
     found = []
     for r in runs:
-        where = f"{r.get('study', 'record')}, seed {r['seed']}, arm {arm!r}"
+        where = f"{r.get('path') or r.get('study', 'record')}, seed {r['seed']}, arm {arm!r}"
         try:
             x = r['arms'][arm]['metrics'][part][who][key]
         except KeyError as e:
             raise DataError(
                 f'{where}: has no {e} among its metrics/{part}/{who}/{key}; run its study again'
             ) from None
-        if not isinstance(x, (int, float, dict)):
-            raise DataError(f'{where}: {key} is {x!r}, no number; run its study again')
+        if not (isinstance(x, dict) if key == 'per_class' else isinstance(x, (int, float)) and isfinite(x)):
+            raise DataError(
+                f'{where}: {key} is {x if isinstance(x, float) else type(x).__name__}; run its study again'
+            )
         found.append(x)
     return found
 
@@ -389,8 +393,8 @@ def arm_rows(
     columns += [f'against {names[base]}', 'CPU-minutes'] if base else ['CPU-minutes']
     rows = []
     for arm, name in names.items():
-        counted = all('AP_nms' in r['arms'][arm]['metrics']['val']['teacher'] for r in runs)
         row = [name, spread(values(runs, arm)), f"{mean(values(runs, arm, 'AP50')):.1f}"]
+        counted = all('AP_nms' in r['arms'][arm]['metrics']['val']['teacher'] for r in runs)
         row.append(f"{mean(values(runs, arm, 'AP_nms')):.1f}" if counted else 'not counted')
         row += [f'{mean(class_values(runs, arm, c)):.1f}' for c in classes]
         if base:
