@@ -154,9 +154,11 @@ def test_every_detector(name, tmp_path):
     assert found.equal and found.layer == '' and found.term.startswith('loss_unsup')
 
 
-def test_gradients(tmp_path):
+@pytest.mark.parametrize('over', ['batch', 'step'])
+def test_gradients(over, tmp_path):
     "All losses are finite, the norm of the gradient is not; two batches per step"
-    cfg = tiny('criterion.loss_l1=1e37', 'optim.accumulate=2', 'data.dev=0', method='supervised')
+    items = 'optim.accumulate=2', f'optim.normalise={over}', 'data.dev=0'
+    cfg = tiny('criterion.loss_l1=1e37', *items, method='supervised')
     run = T.Trainer(cfg, tmp_path, progress=False)
     batches = next(run.batches())
     found = replay(failed(run, batches))
@@ -165,6 +167,10 @@ def test_gradients(tmp_path):
     assert found.images == list(
         dict.fromkeys(t['image_id'] for b in batches for t in b['labelled']['targets'])
     )
+    spoilt = [batches[0], *with_nan(batches[1:], 'labelled')]
+    found = replay(failed(run, spoilt))
+    assert found.equal and found.images == [batches[1]['labelled']['targets'][1]['image_id']]
+    assert {n for n, *_ in found.rows} == ({0} if over == 'batch' else set())  # it comes before all losses
 
 
 def test_watch_names_the_first_gradient(folder):
