@@ -171,6 +171,21 @@ def _global_generator(device):
     ]
 
 
+def on_same_gpu(
+    work,  # function without argument
+):  # such a function
+    "For another thread, which would begin with the first GPU"
+    if not torch.cuda.is_initialized():
+        return work
+    gpu = torch.cuda.current_device()
+
+    def there():
+        torch.cuda.set_device(gpu)
+        return work()
+
+    return there
+
+
 @contextmanager
 def common_stream(
     device,  # where numbers are drawn

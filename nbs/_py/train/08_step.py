@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from semidetr.core import rank, rng_state, seed_everything, set_rng_state, world_size
 from semidetr.detectors.contract import build_detector
+from semidetr.many import on_same_gpu
 from semidetr.matching.matching import NonFiniteError
 from semidetr.semi.teacher import ema_decay, make_teacher, update_teacher
 from semidetr.train.capsule import FILLING, Elsewhere, Tape, listed, replaced
@@ -175,15 +176,12 @@ class _Turn(threading.Thread):
 
     def __init__(self, work):
         super().__init__(daemon=True)
-        self.work, self.go, self.said = work, queue.SimpleQueue(), queue.SimpleQueue()
-        self.gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        self.work, self.go, self.said = on_same_gpu(work), queue.SimpleQueue(), queue.SimpleQueue()
         self.start()
 
     def run(self):
         try:
             self.rest()
-            if self.gpu is not None:
-                torch.cuda.set_device(self.gpu)
             self.work()
             self.said.put(None)
         except BaseException as e:
