@@ -35,6 +35,7 @@ from semidetr.core import DataError, printable
 from semidetr.reading import check_fields, read_small_json
 from semidetr.data.datasets import DetectionDataset
 from semidetr.data.entries import box_sides, by_text, perhaps_repeated
+from semidetr.data.shards import first_bytes, place_of
 from semidetr.data.splits import SPLIT_MB, load_split
 from semidetr.data.files import (
     TILES,
@@ -433,14 +434,17 @@ def faults_between(
 # %% [markdown]
 # Decoding every image takes minutes. Before a training run it is enough to compare *files*: two are the same
 # if a link or another spelling of the path leads to one place on the disk, or if their bytes are equal. Only
-# files of equal size are read, first their beginnings, then, if those agree, all of them.
+# files of equal size are read, first their beginnings, then, if those agree, all of them. An image in a tar
+# file (@sec-shards) is compared in the same way with its own size and bytes.
 
 # %%
 #| export
 def image_files(
     ds,  # data set
-) -> list:  # path of each image; None for one that is not a file
+) -> list:  # path of each image, or `InShard`; None for one that is in no file
     "Where the images of a data set are, without opening them"
+    if hasattr(ds, 'place'):
+        return [ds.place(i) for i in range(len(ds))]
     if hasattr(ds, 'folder') and hasattr(ds, 'files'):
         return [os.path.join(ds.folder, f) for f in ds.files]
     if hasattr(ds, 'parts'):
@@ -452,10 +456,9 @@ def image_files(
 
 
 def _digest(path, size=-1):
-    "Hash of the first `size` bytes of a file, or of all; None if it cannot be read"
+    "Hash of the first `size` bytes of an image, or of all; None if it cannot be read"
     try:
-        with open(path, 'rb') as f:
-            return hashlib.blake2b(f.read(size), digest_size=16).digest()
+        return hashlib.blake2b(first_bytes(path, size), digest_size=16).digest()
     except OSError:
         return None
 
@@ -468,24 +471,23 @@ def _narrow(pairs, key):
 
 
 def _stat(files):
-    "[(position, path, place on the disk, size)] of the files that exist"
+    "[(position, path, place on the disk, size)] of the images that exist"
     out = []
     for i, path in enumerate(files):
         try:
-            s = os.stat(path)
+            out.append((i, path, *place_of(path)))
         except (OSError, TypeError):
             continue
-        out.append((i, path, (s.st_dev, s.st_ino), s.st_size))
     return out
 
 
 # %%
 #| export
 def same_files(
-    first,  # paths; None for an image that is not a file
+    first,  # of `image_files`
     second,  # likewise
 ) -> dict:  # position in `second` -> position in `first`
-    "Files of `second` that are also in `first`: one place on the disk, or equal bytes"
+    "Images of `second` that are also in `first`: one place on the disk, or equal bytes"
     a, b = _stat(first), _stat(second)
     at = {place: i for i, _, place, _ in reversed(a)}
     found = {j: at[place] for j, _, place, _ in b if place in at}
