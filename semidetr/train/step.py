@@ -17,7 +17,7 @@ from ..core import rank, rng_state, seed_everything, set_rng_state, world_size
 from ..detectors.contract import build_detector
 from ..many import on_same_gpu
 from ..matching.matching import NonFiniteError
-from ..semi.teacher import ema_decay, make_teacher, update_teacher
+from ..semi.teacher import check_finite, ema_decay, make_teacher, update_teacher
 from .capsule import FILLING, Elsewhere, Tape, listed, replaced
 from .checkpoint import start_from
 from .config import Config
@@ -244,9 +244,11 @@ class Step(Turns):
         return torch.autocast(self.device.type, dtype=dtype, enabled=kind != 'off')
 
     def forward(self, batch):
-        "`StepResult` of a batch"
+        "`StepResult` of a batch; `NonFiniteError` for a weak view whose pixels are not finite"
         with self.autocast():
             part = to_device(batch, self.device)
+            if 'weak' in part:
+                check_finite([part['weak']['images']], part['weak']['targets'], 'pixels of its weak view')
             return self.method.step(self.student, self.teacher, part, self.step)
 
     def passes(

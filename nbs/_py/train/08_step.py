@@ -26,7 +26,7 @@ from semidetr.core import rank, rng_state, seed_everything, set_rng_state, world
 from semidetr.detectors.contract import build_detector
 from semidetr.many import on_same_gpu
 from semidetr.matching.matching import NonFiniteError
-from semidetr.semi.teacher import ema_decay, make_teacher, update_teacher
+from semidetr.semi.teacher import check_finite, ema_decay, make_teacher, update_teacher
 from semidetr.train.capsule import FILLING, Elsewhere, Tape, listed, replaced
 from semidetr.train.checkpoint import start_from
 from semidetr.train.config import Config
@@ -356,9 +356,11 @@ class Step(Turns):
         return torch.autocast(self.device.type, dtype=dtype, enabled=kind != 'off')
 
     def forward(self, batch):
-        "`StepResult` of a batch"
+        "`StepResult` of a batch; `NonFiniteError` for a weak view whose pixels are not finite"
         with self.autocast():
             part = to_device(batch, self.device)
+            if 'weak' in part:
+                check_finite([part['weak']['images']], part['weak']['targets'], 'pixels of its weak view')
             return self.method.step(self.student, self.teacher, part, self.step)
 
     def passes(
