@@ -64,6 +64,7 @@ def softmax():
     return override(cfg, ['detector.num_queries=20', 'detector.dropout=0', 'detector.ffn=32'])
 
 
+@functools.cache
 def cases():
     "Name -> (settings, boxes that images of the second process keep)"
     found = {}
@@ -151,6 +152,12 @@ def step(cfg, kept, folder):
     return dict(losses=losses, grads=torch.cat(flat), own=own, buffers=buffers, rng=torch.get_rng_state())
 
 
+@functools.cache
+def of_one(name, folder):
+    "The step of a case on one process"
+    return step(*cases()[name], folder)
+
+
 def turns(cfg):
     "The same step in two batches that take turns"
     return override(cfg, ['optim.accumulate=2', 'optim.normalise=step'])
@@ -218,7 +225,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize('name', cases())
 def test_two_processes_take_the_step_of_one(name, halves, folder):
     "For every method that there is, in both stages, also where one process has no box at all"
-    one, two = step(*cases()[name], folder), halves[name]
+    one, two = of_one(name, folder), halves[name]
     assert one['losses'].keys() == two['losses'].keys() and one['grads'].norm() > 0
     assert two['losses'] == pytest.approx(one['losses'], rel=1e-9, abs=1e-9)
     assert (one['grads'] - two['grads']).norm() <= 1e-9 * one['grads'].norm()
@@ -230,7 +237,7 @@ def test_two_processes_take_the_step_of_one(name, halves, folder):
 def test_batches_that_take_turns_take_the_step_of_one(name, folder):
     "For every method that there is, also where one batch has no box at all; random numbers go on as after it"
     cfg, kept = cases()[name]
-    one, two = step(cfg, kept, folder), step(turns(cfg), kept, folder)
+    one, two = of_one(name, folder), step(turns(cfg), kept, folder)
     assert two['losses'] == pytest.approx(one['losses'], rel=1e-9, abs=1e-9)
     part = 'own' if cfg.consistency.projector == NORMED else 'grads'
     assert (one[part] - two[part]).norm() <= 1e-9 * one[part].norm() and one[part].norm() > 0
@@ -241,7 +248,7 @@ def test_batches_that_take_turns_take_the_step_of_one(name, folder):
 
 def test_batches_of_two_processes_take_the_step_of_one(halves, folder):
     "Four batches in all"
-    one, four = step(*cases()[BOTH], folder), halves['both']
+    one, four = of_one(BOTH, folder), halves['both']
     assert four['losses'] == pytest.approx(one['losses'], rel=1e-9, abs=1e-9)
     assert (one['own'] - four['own']).norm() <= 1e-9 * one['own'].norm()
 
