@@ -9,7 +9,7 @@ from semidetr.train.checkpoint import load_checkpoint
 from semidetr.train.config import override, preset, with_detector
 from semidetr.train.optim import average_gradients
 from semidetr.train.trainer import Trainer, make_loader
-from test_many import whole
+from test_many import in_batches, losses_of, whole
 from test_trainer import TINY, same, stop_after
 
 OWN = dict(
@@ -76,7 +76,7 @@ def resumed_and_read(cfg, folder):
 
 
 def shared_step(name, folder, *items):
-    "Losses and gradients of two labelled and two unlabelled images on one process or two, in float64"
+    "Losses and gradients of two images of each kind in one batch or two, on one process or two, in float64"
     n = 2 // world_size()
     more = ['data.data=digits:n=8,size=48', 'data.count=4', 'data.dev=0', 'view.short_sides=[48]']
     more += ['run.test=false', 'method.burn_in_iters=0']
@@ -87,10 +87,10 @@ def shared_step(name, folder, *items):
         network.double()
     for part in batch.values():
         part['images'] = part['images'].double()
-    result = run.method.double().step(run.student.train(), run.teacher, batch, 0)
-    sum(result.losses.values()).backward()
+    run.method.double()
+    run.passes(in_batches(batch, run.cfg.optim.accumulate))
     average_gradients(run.student.parameters())
-    losses = torch.stack([v.detach() for _, v in sorted(result.losses.items())])
+    losses = torch.tensor([v for _, v in sorted(losses_of(run).items())], dtype=torch.float64)
     if world_size() > 1:
         torch.distributed.all_reduce(losses)
         losses /= world_size()

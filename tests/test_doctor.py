@@ -1,14 +1,17 @@
 """The doctor finds all faults at once; every data set here is made to be ill."""
 
-import json, os
+import json, math, os, random
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, pytest
 from PIL import Image
 from semidetr.core import DataError
+from semidetr.data import checks, entries as E, formats
 from semidetr.data.catalog import open_dataset
 from semidetr.data.datasets import CocoDataset, Subset, Unlabelled
 from semidetr.data.digits import DigitsScenes
 from semidetr.data.doctor import Fault, check_dataset, contact_sheet
+from semidetr.data.files import coco_faults
 from semidetr.data.splits import make_split, save_split
 from test_datasets import REAL, base, picture, voc
 
@@ -455,3 +458,54 @@ def test_real_pixels(name, split):
     r = check_dataset(part, progress=False)
     assert set(kinds(r)) <= {'class-never-seen', 'tiny-box'} and r.exit_code == 0
     assert (r.counts['images'], r.counts['boxes']) == (12, boxes)
+
+
+# --- many boxes -----------------------------------------------------------------------------------
+ODD = dict(  # values of a field that are looked at one by one, or are no reason to
+    image_id=[1, 2, 9, '1', True, None, 1.0],
+    category_id=[1, 3, '1', None],
+    bbox=[
+        *([1, 2, 10, 20], [1.0, 2, 10, 20], [-4, 0, 20, 20], [700, 9, 5, 5], [5, 5, 0, 8], [9, 9, -3, 4]),
+        *([1, 2, 1, 4], [1, 2, math.nan, 4], [1, 2, 1e10, 4], [True, 2, 3, 4], [1, 2, 3], '1 2 3 4', None),
+    ],
+    area=[0, 200, 1e9, 0.5, '200 px', 'x', True, math.nan, None, 10**400],
+    iscrowd=[0, 1, 'yes', 'perhaps', True],
+    id=[1, 2, '1', None, 10**30],
+)
+
+
+def test_what_is_looked_at_one_by_one_is_all_that_can_be_wrong(monkeypatch):
+    "Faults and numbers of random files are those of a look at every annotation"
+    rng, found, looked = random.Random(0), [], 0
+    for _ in range(300):
+        anns = []
+        for n in range(12):
+            a = dict(id=n, image_id=rng.choice((1, 2)), category_id=1, bbox=[rng.randint(1, 9), 2, 10, 20])
+            anns.append(a)
+        for k in rng.sample(sorted(ODD), rng.randint(0, 2)):
+            rng.choice(anns)[k] = rng.choice(ODD[k])
+        images = [dict(id=1, file_name='a', width=60, height=40), dict(id=2, file_name='b')]
+        found.append(dict(images=images, annotations=anns, categories=[dict(id=1, name='x')]))
+        looked += len(E.doubtful(anns, {1: (40, 60), 2: None}, {1}))
+
+    def all_of(data):
+        numbers = checks.statistics(data)
+        source = SimpleNamespace(data=data, where='x')
+        return [
+            str(f) for f in [*coco_faults(data, 'x'), *checks.content_faults(source, *numbers[:2])]
+        ], numbers
+
+    quick = [all_of(data) for data in found]
+    monkeypatch.setattr(E, 'plain_annotations', lambda anns: None)
+    monkeypatch.setattr(E, '_of_one_type', lambda values: False)
+    assert quick == [all_of(data) for data in found] and looked < 300 * 12 / 2, looked
+
+
+def test_a_file_is_read_once(tmp_path, monkeypatch):
+    "It has no other splits"
+    path = tmp_path / 'instances_train.json'
+    path.write_text(json.dumps(dict(images=[dict(id=1, file_name='a.jpg')], categories=[], annotations=[])))
+    real, calls = formats.read_json, []
+    monkeypatch.setattr(formats, 'read_json', lambda *args: calls.append(args) or real(*args))
+    check_dataset(path, progress=False)
+    assert len(calls) == 1

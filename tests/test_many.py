@@ -1,18 +1,19 @@
-"One process with all images of a step, and two with half of them each: the same losses, gradients and logs."
+"One process with all images of a step, two with half each, and two batches: the same losses and gradients."
 
-import dataclasses, functools, json, warnings
+import copy, dataclasses, functools, json, threading, warnings
 from pathlib import Path
 import pytest, torch
 from test_trainer import tiny
 from together import run_together
 from semidetr.core import ConfigError, is_main, rank, start_processes, world_size  # noqa: F401
-from semidetr.many import rows_of_all
+from semidetr.many import rows_of_all, total_of_all
 from semidetr.matching.losses import CriterionConfig, set_criterion
 from semidetr.semi import methods
 from semidetr.semi.fit import methods_of
 from semidetr.semi.methods import METHODS, SemiDETRPlus
 from semidetr.train.config import config_hash, override, with_detector
 from semidetr.train.optim import average_gradients
+from semidetr.train.step import take_turns
 from semidetr.train.trainer import Trainer, make_loader
 
 STAGES = dict(o2m=9, o2o=0)  # T1
@@ -30,6 +31,12 @@ VARIANTS = {  # what else could depend on the split: one-to-many stage of semi_d
     'soft': ['criterion.soft_targets=true', 'method.T1=0', 'criterion.cls_loss=position'],
     'sure boxes': ['detector.suppressor.head=own', 'method.mds_unsup=sure', 'criterion.mds_target=both'],
 }
+BOTH = 'semi_detr o2m no boxes'
+NORMED = 'code'  # projector whose gradient is not that of one batch: it flows through batch norms
+BATCHES = [
+    f'{name} {stage}' for name in methods_of(None, METHODS) for stage in ('o2m no boxes', 'o2o all boxes')
+]
+BATCHES += ['jittered two boxes', 'class mixtures two boxes', 'softmax all boxes']
 
 
 def whole(name, *items):
@@ -57,6 +64,7 @@ def softmax():
     return override(cfg, ['detector.num_queries=20', 'detector.dropout=0', 'detector.ffn=32'])
 
 
+@functools.cache
 def cases():
     "Name -> (settings, boxes that images of the second process keep)"
     found = {}
@@ -102,29 +110,57 @@ def parts_of(detector, cfg, folder):
     return run, batch
 
 
+def in_batches(batch, n):
+    "A batch as n of an nth of its images"
+    size, out = len(batch['labelled']['targets']) // n, []
+    for i in range(n):
+        own = slice(i * size, (i + 1) * size)
+        out.append({k: {name: x[own] for name, x in part.items()} for k, part in batch.items()})
+    return out
+
+
+def losses_of(run):
+    "Means of the losses of the batches of a step"
+    names = dict.fromkeys(k for r in run.losses for k in r)
+    return {k: sum(float(r.get(k, 0)) for r in run.losses) / len(run.losses) for k in names}
+
+
 def step(cfg, kept, folder):
-    "Losses, gradients and buffers of the first step, averaged over the processes"
+    "Losses, gradients and buffers of the first step, averaged over batches and processes"
     warnings.simplefilter('ignore')
     base = whole('mean_teacher')
-    run, batch = parts_of(str(cfg.detector), dataclasses.replace(base, detector=cfg.detector), folder)
-    cfg = dataclasses.replace(cfg, detector=run.cfg.detector)
+    shared, batch = parts_of(str(cfg.detector), dataclasses.replace(base, detector=cfg.detector), folder)
+    run = copy.copy(shared)
+    run.cfg = cfg = dataclasses.replace(cfg, detector=run.cfg.detector)
     torch.manual_seed(0)
-    method = cfg.method.build(cfg, run.data.labelled).double()
+    run.method = method = cfg.method.build(cfg, run.data.labelled).double()
     torch.manual_seed(rank())
     targets = thinned(batch['labelled']['targets'], kept)
     batch = batch | dict(labelled=batch['labelled'] | dict(targets=targets))
+    run.student.zero_grad()
     with pytest.MonkeyPatch.context() as patch:
         for k in ('teacher_predict', 'teacher_detections'):
             patch.setattr(methods, k, lambda *args, f=getattr(methods, k): thinned(f(*args), kept))
-        result = method.step(run.student, run.teacher, batch, 0)
-    run.student.zero_grad()
-    sum(result.losses.values()).backward()
+        run.passes(in_batches(batch, cfg.optim.accumulate))
     named = [*run.student.named_parameters(), *method.named_parameters()]
     average_gradients(p for _, p in named)
-    rows = rows_of_all([{k: v.item() for k, v in result.losses.items()}])
+    rows = rows_of_all([losses_of(run)])
     losses = {k: sum(r.get(k, 0) for r in rows) / len(rows) for row in rows for k in row}
-    flat = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for _, p in named])
-    return dict(losses=losses, grads=flat, buffers=dict(method.named_buffers()))
+    flat = [torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for _, p in named]
+    own = torch.cat(flat[: -len([*method.parameters()]) or None])  # without those of the projector
+    buffers = dict(method.named_buffers())
+    return dict(losses=losses, grads=torch.cat(flat), own=own, buffers=buffers, rng=torch.get_rng_state())
+
+
+@functools.cache
+def of_one(name, folder):
+    "The step of a case on one process"
+    return step(*cases()[name], folder)
+
+
+def turns(cfg):
+    "The same step in two batches that take turns"
+    return override(cfg, ['optim.accumulate=2', 'optim.normalise=step'])
 
 
 def published(over):
@@ -163,6 +199,8 @@ import torch
 import test_many as many
 many.start_processes()
 results = {name: many.step(*case, sys.argv[1] + '/run') for name, case in many.cases().items()}
+cfg, kept = many.cases()[many.BOTH]
+results['both'] = many.step(many.turns(cfg), kept, sys.argv[1] + '/run')
 results['all'], results['process'] = many.published('all')[0], many.published('process')[0]
 results['log'] = many.fit(sys.argv[1] + '/fit')
 if many.is_main():
@@ -187,12 +225,51 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize('name', cases())
 def test_two_processes_take_the_step_of_one(name, halves, folder):
     "For every method that there is, in both stages, also where one process has no box at all"
-    one, two = step(*cases()[name], folder), halves[name]
+    one, two = of_one(name, folder), halves[name]
     assert one['losses'].keys() == two['losses'].keys() and one['grads'].norm() > 0
     assert two['losses'] == pytest.approx(one['losses'], rel=1e-9, abs=1e-9)
     assert (one['grads'] - two['grads']).norm() <= 1e-9 * one['grads'].norm()
     for k, v in one['buffers'].items():
         torch.testing.assert_close(two['buffers'][k], v, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize('name', BATCHES)
+def test_batches_that_take_turns_take_the_step_of_one(name, folder):
+    "For every method that there is, also where one batch has no box at all; random numbers go on as after it"
+    cfg, kept = cases()[name]
+    one, two = of_one(name, folder), step(turns(cfg), kept, folder)
+    assert two['losses'] == pytest.approx(one['losses'], rel=1e-9, abs=1e-9)
+    part = 'own' if cfg.consistency.projector == NORMED else 'grads'
+    assert (one[part] - two[part]).norm() <= 1e-9 * one[part].norm() and one[part].norm() > 0
+    for k, v in one['buffers'].items():
+        torch.testing.assert_close(two['buffers'][k], v, rtol=1e-6, atol=1e-9)
+    assert torch.equal(one['rng'], two['rng'])
+
+
+def test_batches_of_two_processes_take_the_step_of_one(halves, folder):
+    "Four batches in all"
+    one, four = of_one(BOTH, folder), halves['both']
+    assert four['losses'] == pytest.approx(one['losses'], rel=1e-9, abs=1e-9)
+    assert (one['own'] - four['own']).norm() <= 1e-9 * one['own'].norm()
+
+
+def test_batches_alone_take_another_step(folder):
+    "Without the switch; and with it, a single batch is as without"
+    cfg, kept = cases()['supervised o2m no boxes']
+    one, same = step(cfg, kept, folder), step(override(cfg, ['optim.normalise=step']), kept, folder)
+    assert torch.equal(one['grads'], same['grads']) and one['losses'] == same['losses']
+    alone = step(override(turns(cfg), ['optim.normalise=batch']), kept, folder)
+    assert abs(alone['losses']['loss_cls'] / one['losses']['loss_cls'] - 1) > 0.01
+
+
+def test_an_error_ends_the_turns():
+    "All of them, and the functions of torch are put back"
+    real, before = torch.distributed.all_reduce, threading.active_count()
+    with pytest.raises(ZeroDivisionError):
+        take_turns([lambda: total_of_all(1), lambda: 1 / 0])
+    with pytest.raises(RuntimeError, match='different messages'):
+        take_turns([lambda: total_of_all(1), lambda: None])
+    assert torch.distributed.all_reduce is real and threading.active_count() == before
 
 
 def test_class_losses_of_each_process_are_a_switch(halves):
@@ -224,3 +301,6 @@ def test_the_switches_name_another_run():
         assert config_hash(override(cfg, [f'{name}.normalise=process'])) != config_hash(cfg)
         with pytest.raises(ConfigError, match=f'{name}.normalise'):
             override(cfg, [f'{name}.normalise=rank'])
+    usual = config_hash(cfg)
+    assert config_hash(override(cfg, ['optim.normalise=step'])) == usual  # of one batch
+    assert config_hash(turns(cfg)) != config_hash(override(cfg, ['optim.accumulate=2']))

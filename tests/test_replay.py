@@ -75,11 +75,12 @@ CASES = [(name, stage) for name in METHODS for stage in STAGES if stage == 'o2m'
 
 @pytest.mark.parametrize('name,stage', CASES)
 def test_nan_in_an_image(name, stage, folder):
-    "Of each part that the student sees: the replay names the network and the image"
+    "Of each part that a network sees: the replay names the network and the image"
     run, batches = prepared(name, stage, folder)
-    for part in (p for p in run.method.views if p != 'weak'):
+    for part in run.method.views:
         found = replay(failed(run, with_nan(batches, part)))
-        assert found.equal and found.replayed and found.layer.startswith('student.backbone.')
+        assert found.equal and found.replayed and (part == 'weak') == ('weak view' in found.replayed)
+        assert found.layer.startswith('student.backbone.') or (part == 'weak' and not found.layer)
         assert found.images == [batches[0][part]['targets'][1]['image_id']] and not found.weight
         assert bool(found.rows) == (found.term.startswith('loss'))
 
@@ -154,9 +155,11 @@ def test_every_detector(name, tmp_path):
     assert found.equal and found.layer == '' and found.term.startswith('loss_unsup')
 
 
-def test_gradients(tmp_path):
+@pytest.mark.parametrize('over', ['batch', 'step'])
+def test_gradients(over, tmp_path):
     "All losses are finite, the norm of the gradient is not; two batches per step"
-    cfg = tiny('criterion.loss_l1=1e37', 'optim.accumulate=2', 'data.dev=0', method='supervised')
+    items = 'optim.accumulate=2', f'optim.normalise={over}', 'data.dev=0'
+    cfg = tiny('criterion.loss_l1=1e37', *items, method='supervised')
     run = T.Trainer(cfg, tmp_path, progress=False)
     batches = next(run.batches())
     found = replay(failed(run, batches))
@@ -165,6 +168,10 @@ def test_gradients(tmp_path):
     assert found.images == list(
         dict.fromkeys(t['image_id'] for b in batches for t in b['labelled']['targets'])
     )
+    spoilt = [batches[0], *with_nan(batches[1:], 'labelled')]
+    found = replay(failed(run, spoilt))
+    assert found.equal and found.images == [batches[1]['labelled']['targets'][1]['image_id']]
+    assert {n for n, *_ in found.rows} == ({0} if over == 'batch' else set())  # it comes before all losses
 
 
 def test_watch_names_the_first_gradient(folder):

@@ -1,6 +1,6 @@
 "Unlabelled images in tar files: the same images, draws and batches as from a folder; damaged archives."
 
-import io, os, random, tarfile
+import io, json, os, random, tarfile
 import pytest, torch
 from PIL import Image
 from semidetr.core import DataError
@@ -10,9 +10,11 @@ from semidetr.data.catalog import open_dataset, read_source
 from semidetr.data.datasets import ImageFolder, Joined, Subset, Unlabelled
 from semidetr.data.digits import DigitsScenes
 from semidetr.data.doctor import check_dataset
+from semidetr.data.files import read_size
 from semidetr.data.loader import SemiLoader
 from semidetr.data.shards import ShardImages, index_shard, shard_range
-from semidetr.train.run_data import SkipBroken, with_white
+from semidetr.train.config import DataConfig
+from semidetr.train.run_data import SkipBroken, build_data, with_white
 
 SIZES = [(40 + 3 * n, 33 + n % 4) for n in range(11)]
 
@@ -260,3 +262,28 @@ def test_shards_join_other_images(both):
     assert len(pool) == 22 and len(set(pool.ids)) == 22
     assert pool[11].image.tobytes() == pool[0].image.tobytes()
     assert read_source(str(tars)).data['images'][0]['file_name'] == '00.jpg'
+
+
+def test_images_of_other_roles_leave_a_pool_in_shards(both, tmp_path):
+    "By their bytes, whatever their names are; one of equal size with other bytes stays"
+    photos, tars = both
+    data, images = tmp_path / 'data', [sorted(photos.iterdir())[k] for k in (0, 4, 7)]
+    for part, chosen in (('train', images[:2]), ('val', images[2:])):
+        rows = [dict(id=k, file_name=f'{part}/new {k}.png', width=48, height=48) for k in range(len(chosen))]
+        for row, image in zip(rows, chosen):
+            path = data / 'images' / row['file_name']
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(image.read_bytes())
+            row['height'], row['width'] = read_size(path)
+        boxes = [dict(id=k, image_id=k, category_id=1, bbox=[1, 1, 9, 9]) for k in range(len(rows))]
+        content = dict(images=rows, annotations=boxes, categories=[dict(id=1, name='x')])
+        (data / f'instances_{part}.json').write_text(json.dumps(content))
+    twin = bytearray(images[1].read_bytes())
+    twin[-1] ^= 1
+    with tarfile.open(tars / 'pool-000.tar', 'a') as tar:
+        add(tar, 'twin.jpg', bytes(twin))
+    made = build_data(DataConfig(data=str(data), unlabelled=str(tars), dev=0))
+    assert len(made.unlabelled) == 12 - 3 and 'twin.jpg' in list(made.unlabelled.ids)
+    (line,) = [n for n in made.notes if 'leave the unlabelled pool' in n]
+    assert '3 of 12 images' in line and '2 labelled, 1 test' in line
+    assert f"{tars / 'pool-000.tar'}: 00.jpg is {data / 'images/train/new 0.png'}" in line

@@ -245,12 +245,16 @@ if is_main():
 """
 
 
-def test_two_processes_take_the_step_of_one(tmp_path):
+def test_two_processes_and_two_batches_take_the_step_of_one(tmp_path):
     "Background weights are summed, and regions of points pooled, over both"
     run_together(WORKER.format(shared=SHARED), tmp_path / 'two')
     both = torch.load(tmp_path / 'two.pt')
     for name, items in SHARED.items():
-        one, two = shared_step(name, tmp_path / name, *items), both[name]
-        torch.testing.assert_close(two['losses'], one['losses'], rtol=1e-9, atol=1e-9)
+        one, turns = (
+            shared_step(name, tmp_path / name, *items),
+            ('optim.accumulate=2', 'optim.normalise=step'),
+        )
         assert one['grads'].norm() > 0
-        assert (one['grads'] - two['grads']).norm() <= 1e-8 * one['grads'].norm()
+        for two in (both[name], shared_step(name, tmp_path / f'{name} 2', *items, *turns)):
+            torch.testing.assert_close(two['losses'], one['losses'], rtol=1e-9, atol=1e-9)
+            assert (one['grads'] - two['grads']).norm() <= 1e-8 * one['grads'].norm()

@@ -1,8 +1,10 @@
 "Averaging, pseudo labels, transport: spec items 25, 33, 36, 39"
 
+import math
 import pytest
 import torch
 from torch import nn
+from semidetr.matching.matching import NonFiniteError
 from semidetr.semi.teacher import (
     EmaConfig,
     ema_decay,
@@ -171,3 +173,15 @@ def test_boxes_in_both_views():
     (both,) = in_both_views(det, moved)
     assert both['labels'].tolist() == [2] and both['boxes'].tolist() == [[0, 0, 20, 20]]
     assert both['boxes_strong'].equal(moved[0]['boxes']) and set(det[0]) == {'boxes', 'labels', 'scores'}
+
+
+def test_outputs_that_are_not_finite_are_an_error():
+    "Of the teacher; not an image without pseudo labels"
+    outputs = dict(pred_logits=torch.zeros(3, 4, 2), pred_boxes=torch.rand(3, 4, 4))
+    targets = [dict(size=(9, 9), image_id=f'{k}.jpg') for k in range(3)]
+    assert len(teacher_detections(outputs, targets)) == 3
+    for name, value in (('pred_logits', math.nan), ('pred_boxes', math.inf)):
+        bad = outputs | {name: outputs[name].clone()}
+        bad[name][1, 3, 0] = value
+        with pytest.raises(NonFiniteError, match=r'image 1.jpg \(number 1 of the batch\)'):
+            teacher_detections(bad, targets)

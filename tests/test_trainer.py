@@ -163,18 +163,6 @@ def test_accumulation_counts_steps(tmp_path):
     assert r['iterations'] == 2
 
 
-def test_average_of_accumulated_gradients_is_that_of_the_whole_batch():
-    torch.manual_seed(0)
-    p = torch.nn.Parameter(torch.zeros(3))
-    x = torch.randn(4, 3)
-    ((x @ p - 1) ** 2).mean().backward()
-    whole_ = p.grad.clone()
-    p.grad = None
-    for part in x.chunk(2):
-        (((part @ p - 1) ** 2).mean() / 2).backward()
-    assert torch.allclose(p.grad, whole_)
-
-
 def test_schedules():
     o = lambda **k: override(preset('digits'), [f'optim.{a}={b}' for a, b in k.items()]).optim
     assert lr_factor(0, o(warmup=9)) == pytest.approx(0.1) and lr_factor(9, o(warmup=9)) == 1

@@ -33,12 +33,15 @@
 # | views of an image (@sec-loader) | seeded by the number of its draw, whoever draws it | none |
 # | gradient norms, clipping, lines of the log, the health monitor | average gradient, means | none |
 #
+# Batches that are accumulated into a step are as processes to each other if `optim.normalise=step`
+# (@sec-step-turns). Then $W$ is the number of batches of all processes.
+#
 # What still depends on the split: dropout; the size to which images of one batch are padded, which a
 # convolution feels near the border of a smaller image; `loader.ratio=binomial`, where each *process* draws how
 # many of its images are labelled; earlier views and mosaics (@sec-mixing), which each process has for itself;
 # the batch norms of a backbone that is not frozen; and ratios in the log, such as the mean score of pseudo
 # labels, which are means of the ratios of the processes. The tests compare one process with two for every
-# method in both stages: losses and gradients agree to rounding (in float64 to $10^{-14}$). Over many
+# method in both stages, and one batch with two that take turns: losses and gradients agree to rounding (in float64 to $10^{-14}$). Over many
 # iterations the rounding of float32 grows, as between two machines.
 
 # %%
@@ -168,6 +171,21 @@ def _global_generator(device):
     ]
 
 
+def on_same_gpu(
+    work,  # function without argument
+):  # such a function
+    "For another thread, which would begin with the first GPU"
+    if not torch.cuda.is_initialized():
+        return work
+    gpu = torch.cuda.current_device()
+
+    def there():
+        torch.cuda.set_device(gpu)
+        return work()
+
+    return there
+
+
 @contextmanager
 def common_stream(
     device,  # where numbers are drawn
@@ -204,6 +222,7 @@ drawn
 #
 # with $n$ rows in all. Both sums are differentiable: the gradient of a sum over processes is the sum of the
 # gradients over processes. A process without a row takes part; it has no output, but the others wait for it.
+# Of batches that take turns the backward pass has one at a time, and takes its gradient for that of each.
 
 # %%
 #| export
@@ -212,15 +231,16 @@ class _SumOfAll(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        x = x.clone()
+        ctx.world, x = world_size(), x.clone()
         dist.all_reduce(x)
         return x
 
     @staticmethod
     def backward(ctx, g):
-        g = g.clone()
-        dist.all_reduce(g)
-        return g
+        here, g = world_size(), g.clone()
+        if here > 1:
+            dist.all_reduce(g)
+        return g * (ctx.world / here)  # batches that take turns are not there: each stands for all
 
 
 def sum_of_all(

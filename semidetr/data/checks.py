@@ -8,7 +8,6 @@ __all__ = ['lists_images', 'statistics', 'content_faults', 'image_key', 'constan
 
 # %% ../../nbs/data/08_checks.ipynb #3a81c4f6
 import hashlib
-import math
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,8 @@ from tqdm import tqdm
 from ..core import DataError, printable
 from ..reading import check_fields, read_small_json
 from .datasets import DetectionDataset
+from .entries import box_sides, by_text, perhaps_repeated
+from .shards import first_bytes, place_of
 from .splits import SPLIT_MB, load_split
 from semidetr.data.files import (
     TILES,
@@ -44,10 +45,6 @@ def lists_images(source: Source) -> bool:
     return isinstance(source.data, dict) and isinstance(source.data.get('images'), list)
 
 
-def _is_box(b):
-    return isinstance(b, list | tuple) and len(b) == 4 and all(isinstance(v, int | float) for v in b)
-
-
 def statistics(
     data,  # content of a COCO file, perhaps faulty
 ) -> tuple[dict, dict, dict]:  # counts, histogram {class: boxes}, {quantile: square root of the area, pixels}
@@ -55,10 +52,9 @@ def statistics(
     images, anns = coco_entries(data, 'images'), coco_entries(data, 'annotations')
     names = {str(c.get('id')): str(c.get('name')) for c in coco_entries(data, 'categories')}
     counted = [a for a in anns if not is_ignored(a)]
-    per_class = Counter(str(a.get('category_id')) for a in counted)
-    boxes = [a['bbox'] for a in counted if _is_box(a.get('bbox'))]
-    side = [math.sqrt(b[2] * b[3]) for b in boxes if b[2] > 0 and b[3] > 0 and math.isfinite(b[2] * b[3])]
-    with_boxes = {str(a.get('image_id')) for a in anns}
+    per_class = by_text([a.get('category_id') for a in counted])
+    side = box_sides(counted)
+    with_boxes = by_text([a.get('image_id') for a in anns])
     counts = {
         'images': len(images),
         'boxes': len(anns),
@@ -67,7 +63,7 @@ def statistics(
         'images without a box': sum(str(im.get('id')) not in with_boxes for im in images),
     }
     histogram = {name: per_class.get(c, 0) for c, name in names.items()}
-    if not side:
+    if not len(side):
         return counts, histogram, {}
     quantiles = np.quantile(side, [0.05, 0.25, 0.5, 0.75, 0.95]).tolist()
     return counts, histogram, dict(zip(('5 %', '25 %', 'median', '75 %', '95 %'), quantiles))
@@ -100,7 +96,8 @@ def _content(source, counts, histogram):
         if 'annotations' in source.data:
             yield 'no-annotations', 'there is no annotation'
         return
-    per_image = Counter(str(a.get('image_id')) for a in coco_entries(source.data, 'annotations'))
+    anns = coco_entries(source.data, 'annotations')
+    per_image = by_text([a.get('image_id') for a in anns])
     most = max(per_image.values(), default=0)
     if most > 100:
         n = sum(v > 100 for v in per_image.values())
@@ -118,7 +115,7 @@ def _content(source, counts, histogram):
     if ids and ids not in (list(range(len(ids))), list(range(1, len(ids) + 1))):
         yield 'gaps-in-class-ids', f'{len(ids)} class ids between {ids[0]} and {ids[-1]}'
     keys = ('image_id', 'category_id', 'bbox')
-    same = Counter(tuple(str(a.get(k)) for k in keys) for a in coco_entries(source.data, 'annotations'))
+    same = Counter(tuple(str(anns[n].get(k)) for k in keys) for n in perhaps_repeated(anns))
     for (image_id, cat, box), n in same.items():
         if n > 1:
             yield 'repeated-box', f'image {image_id}: box {box} of class id {cat} is listed {n} times'
@@ -324,8 +321,10 @@ def faults_between(
 # %% ../../nbs/data/08_checks.ipynb #aa0fcf14
 def image_files(
     ds,  # data set
-) -> list:  # path of each image; None for one that is not a file
+) -> list:  # path of each image, or `InShard`; None for one that is in no file
     "Where the images of a data set are, without opening them"
+    if hasattr(ds, 'place'):
+        return [ds.place(i) for i in range(len(ds))]
     if hasattr(ds, 'folder') and hasattr(ds, 'files'):
         return [os.path.join(ds.folder, f) for f in ds.files]
     if hasattr(ds, 'parts'):
@@ -337,10 +336,9 @@ def image_files(
 
 
 def _digest(path, size=-1):
-    "Hash of the first `size` bytes of a file, or of all; None if it cannot be read"
+    "Hash of the first `size` bytes of an image, or of all; None if it cannot be read"
     try:
-        with open(path, 'rb') as f:
-            return hashlib.blake2b(f.read(size), digest_size=16).digest()
+        return hashlib.blake2b(first_bytes(path, size), digest_size=16).digest()
     except OSError:
         return None
 
@@ -353,22 +351,21 @@ def _narrow(pairs, key):
 
 
 def _stat(files):
-    "[(position, path, place on the disk, size)] of the files that exist"
+    "[(position, path, place on the disk, size)] of the images that exist"
     out = []
     for i, path in enumerate(files):
         try:
-            s = os.stat(path)
+            out.append((i, path, *place_of(path)))
         except (OSError, TypeError):
             continue
-        out.append((i, path, (s.st_dev, s.st_ino), s.st_size))
     return out
 
 # %% ../../nbs/data/08_checks.ipynb #d0c78ffc
 def same_files(
-    first,  # paths; None for an image that is not a file
+    first,  # of `image_files`
     second,  # likewise
 ) -> dict:  # position in `second` -> position in `first`
-    "Files of `second` that are also in `first`: one place on the disk, or equal bytes"
+    "Images of `second` that are also in `first`: one place on the disk, or equal bytes"
     a, b = _stat(first), _stat(second)
     at = {place: i for i, _, place, _ in reversed(a)}
     found = {j: at[place] for j, _, place, _ in b if place in at}

@@ -24,7 +24,7 @@ from semidetr.data.checks import (
     statistics,
 )
 from .datasets import DetectionDataset, FileDataset
-from .files import Fault, Source, coco_entries, coco_faults
+from .files import Fault, Source, coco_entries, coco_faults, declared_size
 from ..draw import draw_on_image
 
 # %% ../../nbs/data/09_doctor.ipynb #4293e164
@@ -154,7 +154,8 @@ def _further_source(spec, split, data_root, images):  # usual places first, then
 
 def _splits(spec, known, names, data_root, images=None):  # further splits of a data set on disk
     out = []
-    for s in names if isinstance(spec, str | Path) else ():
+    of_file = Path(spec).suffix.lower() == '.json' if isinstance(spec, str | Path) else True
+    for s in () if of_file else names:  # a COCO file has no other splits
         try:
             o = _further_source(spec, s, data_root, images)
         except DataError:
@@ -193,6 +194,12 @@ def _examine(source, report, quick, threads, progress):  # adds the faults of on
     return keys
 
 # %% ../../nbs/data/09_doctor.ipynb #26bdd420
+def _may_drop(source, report):  # can a box lose its area where it is clipped?
+    if any(f.kind in ('zero-area', 'overhang', 'tiny-box') for f in report.faults):
+        return True
+    return not all(map(declared_size, coco_entries(source.data, 'images')))
+
+
 def check_dataset(
     spec,  # path or name as for `open_dataset`, or a data set
     other=None,  # one or several more that must not overlap with it or with its val and test splits
@@ -217,7 +224,8 @@ def check_dataset(
                 report.faults += faults_between(s, o, s_keys, other_keys)
         first += [(o, other_keys)] if n < len(own) else []
     fingerprint = None
-    if not report.errors and not isinstance(source.folder, DetectionDataset):
+    generated = isinstance(source.folder, DetectionDataset)
+    if not report.errors and not generated and (split_files or _may_drop(source, report)):
         ds = FileDataset(source)
         fingerprint = ds.fingerprint() if split_files else None
         if ds.dropped:

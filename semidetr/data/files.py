@@ -17,7 +17,16 @@ import numpy as np
 from PIL import Image
 from ..core import DataError, printable, suggest
 from .bounds import bounded, outside
-from .entries import FLAGS, area_fault, as_flag, bbox_fault, coco_entries, is_id, tidy_values
+from semidetr.data.entries import (
+    FLAGS,
+    area_fault,
+    as_flag,
+    bbox_fault,
+    coco_entries,
+    doubtful,
+    is_id,
+    tidy_values,
+)
 
 # %% ../../nbs/data/00_files.ipynb #f8be2a4b
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm', '.gif', '.jfif')
@@ -315,8 +324,9 @@ def _same_id(key):  # 7 for 7 and '7'; a number takes no memory that it does not
 def _annotation_faults(data):
     sizes = {im['id']: declared_size(im) for im in coco_entries(data, 'images') if is_id(im.get('id'))}
     cats = [c['id'] for c in coco_entries(data, 'categories') if is_id(c.get('id'))]
-    known, used = set(cats), set()
-    for n, a in enumerate(data['annotations']):
+    known, used, anns = set(cats), set(), data['annotations']
+    for n in doubtful(anns, sizes, known):
+        a = anns[n]
         if not isinstance(a, dict) or not is_id(a.get('image_id')) or not is_id(a.get('category_id')):
             yield 'bad-annotation', f'annotations[{n}] is {str(a)[:80]}'
             continue

@@ -152,8 +152,9 @@ def recipe_lines(
         )
     if r.accumulate > 1:
         lines.append(
-            'note: mining fits its mixture to one batch per process; '
-            f'mining.memory={r.accumulate - 1} adds the costs of the batches before it'
+            f'note: losses and mining are those of each of the {r.accumulate} batches alone; '
+            'optim.normalise=step makes them those of the whole step, for one more forward pass; '
+            f'without it, mining.memory={r.accumulate - 1} adds the costs of the batches before'
         )
     start = 'semidetr train' if r.gpus == 1 else 'torchrun --standalone --nproc-per-node '
     start += '' if r.gpus == 1 else f'{r.gpus} -m semidetr.cli train'

@@ -76,9 +76,11 @@ class OptimConfig:
     warmup: int = 0  # iterations of linear warm-up
     # batches averaged into one step; processes x accumulate = 8 gives the paper's 8 x 5 images
     accumulate: int = 1
+    # what losses, slots, noise and mixtures share: all batches of a 'step', or none but those of processes
+    normalise: str = 'batch'
 
     def __post_init__(self):
-        one_of('optim', self, schedule=('constant', 'cosine', 'step'))
+        one_of('optim', self, schedule=('constant', 'cosine', 'step'), normalise=('batch', 'step'))
         in_range(
             'optim',
             self,
@@ -332,11 +334,8 @@ def differences(
     return out
 
 # %% ../../nbs/train/00_config.ipynb #3a2dc640
-def _no_mixing(c):
-    return not c.mixing.on
-
-
 LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value leave a run as it was?
+    'optim.normalise': lambda c: c.optim.normalise == 'batch' or c.optim.accumulate == 1,
     'optim.points_mult': lambda c: c.optim.points_mult == 1,
     'criterion.cost_cls': lambda c: c.criterion.cost_cls == 0,
     'criterion.normalise': lambda c: c.criterion.normalise == 'all',
@@ -374,7 +373,9 @@ LEGACY_DEFAULTS = {  # settings newer than the first records -> does their value
     ),
     'loader.two_views': lambda c: not c.loader.two_views,
     'loader.repeat_threshold': lambda c: c.loader.repeat_threshold == 0,
-    **{f'mixing.{f.name}': _no_mixing for f in dataclasses.fields(MixingConfig)},
+    **dict.fromkeys(
+        (f'mixing.{f.name}' for f in dataclasses.fields(MixingConfig)), lambda c: not c.mixing.on
+    ),
 }
 UNHASHED = (  # settings that cannot change a number of a run with the same images and finite values
     'data.skip_broken',

@@ -354,7 +354,7 @@ def replay(
         rows=_rows(saved['losses'], losses),
         recorded=saved['error'],
         replayed=error,
-        term=_first_term(losses[-1], error) if error else '',
+        term=_first_term(losses[-1] if losses else {}, error) if error else '',
         weight=weight,
         layer=watch.layer,
         gradient=(watch.gradient or largest) if is_gradient else '',

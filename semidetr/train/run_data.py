@@ -316,7 +316,7 @@ def build_data(
 # %% ../../nbs/train/08_run_data.ipynb #476ceb3e
 def _file_size(path):
     try:
-        return -1 if path is None else os.stat(path).st_size
+        return os.stat(path).st_size if isinstance(path, str) else -1
     except OSError:
         return -1
 
@@ -324,7 +324,9 @@ def _file_size(path):
 def images_of_roles(
     data: RunData,
     test: bool = True,  # is the test split measured, if there is one?
-) -> dict:  # role -> dict(ids, bytes: size of each file, -1 where there is none, content: of the test split)
+) -> (
+    dict
+):  # role -> dict(ids, bytes: size of each file, -1 without a file of its own, content: of the test split)
     "Which images have which role, for `check_same_run`"
     roles = dict(labelled=data.labelled, unlabelled=data.unlabelled, development=data.dev)
     roles |= dict(test=data.val) if test else {}

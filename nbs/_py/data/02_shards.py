@@ -30,6 +30,7 @@ import re
 import tarfile
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 import numpy as np
 from PIL import Image
 from semidetr.core import DataError, printable
@@ -184,6 +185,41 @@ def _unique(groups, shards):
 
 # %%
 #| export
+class InShard(NamedTuple):
+    "An image in a tar file"
+
+    shard: Path
+    start: int  # first byte
+    size: int  # bytes
+    name: str  # id of the image
+
+    def __str__(self):
+        return f'{self.shard}: {self.name}'
+
+
+def place_of(
+    image,  # path of an image, or `InShard`
+) -> tuple:  # (what is equal for one place on the disk, bytes)
+    "Where an image is, under whatever name; OSError if it is not there"
+    if isinstance(image, InShard):
+        return image[:2], image.size
+    found = os.stat(image)
+    return (found.st_dev, found.st_ino), found.st_size
+
+
+def first_bytes(
+    image,  # path of an image, or `InShard`
+    size: int = -1,  # at most so many; -1: all
+) -> bytes:
+    "The beginning of an image in its format, not decoded"
+    path, start, whole = image[:3] if isinstance(image, InShard) else (image, 0, -1)
+    with open(path, 'rb') as f:
+        f.seek(start)
+        return f.read(whole if size < 0 else size if whole < 0 else min(size, whole))
+
+
+# %%
+#| export
 class _Shards(DetectionDataset):
     "Places of images in tar files"
 
@@ -225,11 +261,11 @@ class _Shards(DetectionDataset):
     def place(
         self,
         i: int,  # number of an image
-    ) -> tuple:  # (shard, first byte, number of bytes)
+    ) -> InShard:
         "Where an image is (@eq-shards-place)"
         n = range(len(self))[i]
         k = int(np.searchsorted(self._first, n, side='right')) - 1
-        return self.shards[k], int(self._starts[n]), int(self._sizes[n])
+        return InShard(self.shards[k], int(self._starts[n]), int(self._sizes[n]), self.ids[n])
 
 
 # %%
@@ -239,20 +275,18 @@ class ShardImages(_Shards):
 
     def _open(self, i, use):
         "`use` of the PIL image number i, not yet decoded; a DataError names it"
-        path, start, size = self.place(i)
+        place = self.place(i)
         try:
-            with open(path, 'rb') as f:
-                f.seek(start)
-                with bounded(Image.open(io.BytesIO(f.read(size)))) as img:
-                    return use(img)
+            with bounded(Image.open(io.BytesIO(first_bytes(place)))) as img:
+                return use(img)
         except Exception as e:
             cure = 'restore the shard, or leave the image out with data.skip_broken=1 or more'
             if isinstance(e, PixelRange):
                 cure = 'set data.white: the value of a white pixel, e.g. 1, 255 or 65535'
             elif isinstance(e, Image.DecompressionBombError):
                 cure = TILES
-            item = f'image {self.ids[i]!r} cannot be read ({reason(e)})'
-            raise DataError(f'{path}: {item}; {cure}') from None
+            item = f'image {place.name!r} cannot be read ({reason(e)})'
+            raise DataError(f'{place.shard}: {item}; {cure}') from None
 
     def annotation(self, i: int) -> dict:
         return dict(no_objects(), area=no_objects()['boxes'][:, 0], size=self._open(i, upright_size))
@@ -280,7 +314,7 @@ pool, pool.notes[0].partition(': ')[2]
 as_files = ImageFolder(root / 'photos')
 assert as_files.ids == pool.ids
 assert all(as_files[n].image.tobytes() == pool[n].image.tobytes() for n in range(5))
-pool.place(2)[1:], pool[2].image.getpixel((0, 0))
+pool.place(2)[1:3], pool[2].image.getpixel((0, 0))
 
 # %%
 #| label: fig-shards-places
@@ -288,7 +322,7 @@ pool.place(2)[1:], pool[2].image.getpixel((0, 0))
 #| fig-alt: "Two horizontal bars, one per tar file, with coloured stretches at the places of images 0 to 4 and grey between them."
 fig, ax = plt.subplots(figsize=(5, 1.8), dpi=80)
 for n in range(5):
-    shard, begin, length = pool.place(n)
+    shard, begin, length, _ = pool.place(n)
     row = pool.shards.index(shard)
     ax.barh(row, length, left=begin, height=0.5, color=f'C{n}')
     ax.text(begin, row + 0.32, str(n), fontsize=8)
@@ -300,6 +334,7 @@ plt.show()
 # %% [markdown]
 # ## Summary
 #
+# * `InShard` is to an image in a shard what a path is to a file: both can be compared (@sec-checks).
 # * `shard_range` unfolds `pool-{0000..0099}.tar`; `index_shard` lists the images of one archive.
 # * `ShardImages` is a data set like a folder: image $i$ is one jump away, so nothing else changes.
 #

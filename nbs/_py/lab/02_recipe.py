@@ -16,6 +16,10 @@
 # $k$ is the largest divisor of $s$ whose memory fits (@eq-ablate-memory), because large batches need fewer
 # passes. If $N$ differs from the published $N_0$, the learning rate is multiplied by $f = N / N_0$, and
 # iterations, $T_1$ and the steps of the schedule are divided by it: as many images are seen.
+#
+# An accumulated batch divides its losses by its own objects, and its mixture is fitted to its own costs, unless
+# `optim.normalise=step` says that they are those of the whole step (@sec-step-turns). This costs one more forward
+# pass of each batch, without gradient.
 
 # %%
 #| default_exp lab.recipe
@@ -233,8 +237,9 @@ def recipe_lines(
         )
     if r.accumulate > 1:
         lines.append(
-            'note: mining fits its mixture to one batch per process; '
-            f'mining.memory={r.accumulate - 1} adds the costs of the batches before it'
+            f'note: losses and mining are those of each of the {r.accumulate} batches alone; '
+            'optim.normalise=step makes them those of the whole step, for one more forward pass; '
+            f'without it, mining.memory={r.accumulate - 1} adds the costs of the batches before'
         )
     start = 'semidetr train' if r.gpus == 1 else 'torchrun --standalone --nproc-per-node '
     start += '' if r.gpus == 1 else f'{r.gpus} -m semidetr.cli train'

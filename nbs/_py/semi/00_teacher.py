@@ -22,6 +22,7 @@ from torchvision.ops import nms
 from semidetr.boxes import normalize_boxes, transform_boxes
 from semidetr.core import in_range
 from semidetr.detectors.contract import post_process
+from semidetr.matching.matching import NonFiniteError
 
 # %%
 import matplotlib.pyplot as plt
@@ -183,6 +184,22 @@ def keep_boxes(
     return [{k: v[m] if k in _PER_BOX else v for k, v in d.items()} for d, m in zip(detections, masks)]
 
 
+def check_finite(
+    values: list,  # tensors (B,...)
+    targets: list,  # of the B images
+    what: str,  # is checked, for the message
+):
+    """`NonFiniteError` for the first image with NaN or infinity. A score that is NaN passes no threshold, so
+    without it the image would have no pseudo label, and nobody would notice"""
+    fine = torch.stack([v.isfinite().flatten(1).all(1) for v in values]).all(0)
+    if not fine.all():
+        b = fine.int().argmin().item()
+        raise NonFiniteError(
+            f'image {targets[b]["image_id"]} (number {b} of the batch): {what} are NaN or infinite; '
+            'look at this image and its weak view, or lower the learning rate'
+        )
+
+
 @torch.no_grad()
 def teacher_detections(
     outputs: dict,  # of the teacher on the weak view
@@ -192,7 +209,10 @@ def teacher_detections(
     """Detections above `min_score` after suppression within classes, with `cross_nms < 1` also across them
 
     They are read from the last decoder layer, also where a learned suppressor follows it (@sec-suppressor).
+    `NonFiniteError` where an output is NaN or infinite.
     """
+    read = [outputs[k] for k in ('pred_logits', 'scores', 'pred_boxes') if k in outputs]
+    check_finite(read, targets, "the teacher's outputs")
     sizes = [t['size'] for t in targets]
     rules = dict(top_k=cfg.top_k, nms=cfg.nms, score_threshold=cfg.min_score)
     detections = post_process(outputs, sizes, **rules, suppressor=False)
@@ -218,6 +238,19 @@ three = [
 confident = keep_boxes(three, [fixed_threshold(d['scores'], 0.5) for d in three])[0]
 assert confident['labels'].tolist() == [0, 2] and confident['image_id'] == 1
 confident['scores']
+
+# %% [markdown]
+# A teacher that sees NaN says nothing. That is an error, or the step is left out (@sec-capsule-policy):
+
+# %%
+try:
+    check_finite(
+        [torch.tensor([[0.5, 0.5], [0.5, torch.nan]])], [dict(image_id=7), dict(image_id=8)], 'pixels'
+    )
+except NonFiniteError as e:
+    of_image = str(e)
+assert of_image.startswith('image 8 (number 1 of the batch): pixels are NaN')
+of_image
 
 
 # %% [markdown]

@@ -66,7 +66,7 @@ class Diverged(NonFiniteError):
 
 
 @contextlib.contextmanager
-def _replaced(
+def replaced(
     functions: dict,  # name in `torch.distributed` -> function
 ):
     "Other functions in `torch.distributed` inside"
@@ -80,7 +80,8 @@ def _replaced(
             setattr(dist, name, function)
 
 
-def _listed(out):
+def listed(out):
+    "The first argument of one of `FILLING` as a list of tensors"
     return list(out) if isinstance(out, (list, tuple)) else [out]
 
 
@@ -118,11 +119,11 @@ class Tape:
             if together:
                 ask()
             done = real[name](out, *args, **kwargs)
-            self.received.append([t.clone() for t in _listed(out)])
+            self.received.append([t.clone() for t in listed(out)])
             return done
 
         try:
-            with _replaced({name: functools.partial(recorded, name) for name in FILLING}):
+            with replaced({name: functools.partial(recorded, name) for name in FILLING}):
                 yield
             if together:
                 ask()
@@ -141,7 +142,7 @@ class Tape:
         left = iter(self.received)
 
         def given(out, *args, **kwargs):
-            tensors, found = _listed(out), next(left, [])
+            tensors, found = listed(out), next(left, [])
             if [t.shape for t in tensors] != [t.shape for t in found]:
                 raise Diverged('the step exchanges other numbers with the other processes than recorded')
             for tensor, recorded in zip(tensors, found):
@@ -152,7 +153,7 @@ class Tape:
             get_rank=lambda group=None: number,
             get_world_size=lambda group=None: world,
         )
-        with _replaced(there | dict.fromkeys(FILLING, given)) if world > 1 else contextlib.nullcontext():
+        with replaced(there | dict.fromkeys(FILLING, given)) if world > 1 else contextlib.nullcontext():
             yield
 
 

@@ -418,7 +418,7 @@ toy_data.split
 #| export
 def _file_size(path):
     try:
-        return -1 if path is None else os.stat(path).st_size
+        return os.stat(path).st_size if isinstance(path, str) else -1
     except OSError:
         return -1
 
@@ -426,7 +426,9 @@ def _file_size(path):
 def images_of_roles(
     data: RunData,
     test: bool = True,  # is the test split measured, if there is one?
-) -> dict:  # role -> dict(ids, bytes: size of each file, -1 where there is none, content: of the test split)
+) -> (
+    dict
+):  # role -> dict(ids, bytes: size of each file, -1 without a file of its own, content: of the test split)
     "Which images have which role, for `check_same_run`"
     roles = dict(labelled=data.labelled, unlabelled=data.unlabelled, development=data.dev)
     roles |= dict(test=data.val) if test else {}
