@@ -22,7 +22,6 @@ from semidetr.lab.report import (
     finding,
     found,
     markdown_table,
-    plot_arms,
     plus_minus,
     read_records,
     scale_line,
@@ -46,6 +45,7 @@ full = plateau['all']['metrics']['val']['teacher']['AP']
 runs = studies[2]
 gains = {b: difference(runs, 'plus', b) for b in names if b != 'plus'}
 each = [difference(runs, a, 'supervised') for a in ('mean_teacher', 'semi_detr')]
+highest = {k: max(names, key=lambda a: mean(values(by_k, a))) for k, by_k in studies.items()}
 text = finding(
     statement(
         'with two labelled photographs per class Semi-DETR plus', 'supervised training', gains['supervised']
@@ -53,39 +53,55 @@ text = finding(
     '; '.join(statement('it', names[b], gains[b]) for b in ('semi_detr', 'mean_teacher')),
     'for mean teacher and Semi-DETR no gain over supervised training was found '
     f'({", ".join(map(plus_minus, each))} AP)',
+    'highest mean AP: ' + ', '.join(f'{names[a]} at k = {k}' for k, a in highest.items()),
 )
 assert not any(map(found, each))
 markdown(text)
 
 # %%
+#| hide
+shots = {
+    'fod12': {k: runs for k, runs in studies.items()},
+    'digits': {
+        k: read_records(results, f'digits_shots/k{k}', names)
+        for k in (1, 5, 10, 50)
+        if (Path(results) / f'digits_shots/k{k}').is_dir()
+    },
+}
+shots = {name: by_count for name, by_count in shots.items() if by_count}
+
+# %%
 #| label: fig-abl-few-labels
-#| fig-cap: "fod12, test split: AP of the four methods without and with NMS. Each line is one seed, the bar is the mean."
-#| fig-alt: "AP of four methods, one line per seed; one row of panels for each number of labels; Semi-DETR plus lies highest in six of seven lines"
+#| fig-cap: "Test split, averaged network, without NMS: AP against the labelled images of each class. Dots are seeds, lines join their means."
+#| fig-alt: "AP of four methods over k, one panel for each set of images"
 #| echo: false
-n = len(studies)
 fig, axes = plt.subplots(
-    n, 2, figsize=(8, 2.8 * n), dpi=80, layout='constrained', sharey='row', squeeze=False
+    1, len(shots), figsize=(4.2 * len(shots), 3.4), dpi=80, layout='constrained', squeeze=False
 )
-for row, (k, runs) in zip(axes, studies.items()):
-    for ax, key in zip(row, ('AP', 'AP_nms')):
-        plot_arms(runs, names, key, ax)
-        ax.set_title(f'k = {k}' + (', with NMS' if key != 'AP' else ''), fontsize=10)
+shift = dict(zip(names, (-0.03, -0.01, 0.01, 0.03)))
+for ax, (name, by_count) in zip(axes[0], shots.items()):
+    for arm in names:
+        style, ap = dict(color=METHOD_COLORS[arm]), {k: values(runs, arm) for k, runs in by_count.items()}
+        for k, seeds in ap.items():
+            ax.plot([k * (1 + shift[arm])] * len(seeds), seeds, 'o', markersize=4, alpha=0.6, **style)
+        ax.plot(list(ap), [mean(seeds) for seeds in ap.values()], '-', label=names[arm], **style)
+    ax.set(title=name, xscale='log', xlabel='labelled images per class', ylim=(0, None))
+    ax.set_xticks(list(by_count), list(map(str, by_count)))
+    ax.minorticks_off()
+axes[0, 0].set_ylabel('AP')
+fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncol=4, fontsize=9)
 plt.show()
 
 # %%
 #| label: tbl-abl-few-labels
-#| tbl-cap: "fod12, test split, averaged network: mean and standard deviation over the seeds, and the paired differences in AP without NMS with their 95 % intervals."
+#| tbl-cap: "Test split, averaged network, AP without NMS: mean and standard deviation over the seeds; a mean without a deviation is one seed."
 #| echo: false
 rows = []
-for k, runs in studies.items():
-    images = runs[0]['arms']['plus']['data']['labelled']
-    for arm, name in names.items():
-        ap = [spread(values(runs, arm, key)) for key in ('AP', 'AP_nms')]
-        bases = [b for b in ('supervised', 'mean_teacher') if arm not in ('supervised', b)]
-        gains = [plus_minus(difference(runs, arm, b)) for b in bases]
-        rows.append([k, images, name, *ap, *gains, *([''] * (2 - len(gains)))])
-columns = ['k', 'images', 'method', 'AP', 'AP with NMS', 'against supervised', 'against the mean teacher']
-markdown(markdown_table(columns, rows, align='rrlrrrr'))
+for name, by_count in shots.items():
+    for k, runs in by_count.items():
+        images = runs[0]['arms']['plus']['data']['labelled']
+        rows.append([name, k, images, len(runs), *(spread(values(runs, arm)) for arm in names)])
+markdown(markdown_table(['set', 'k', 'images', 'seeds', *names.values()], rows, align='lrrrrrrr'))
 
 # %% [markdown]
 # ## Photographs
@@ -130,20 +146,27 @@ markdown(
 
 # %%
 #| echo: false
-lines = []
-for k, runs in studies.items():
-    gains = {b: difference(runs, 'plus', b) for b in names if b != 'plus'}
-    text = ', '.join(f'{plus_minus(d)} against {names[b]}' for b, d in gains.items())
-    lines.append(f"* k = {k}: Semi-DETR plus has {mean(values(runs, 'plus')):.1f} AP; {text}.")
-markdown('\n'.join(lines))
+rows = []
+for name, by_count in shots.items():
+    for k, runs in by_count.items():
+        for arm in names:
+            ap = [spread(values(runs, arm, key)) for key in ('AP', 'AP_nms')]
+            bases = [b for b in ('supervised', 'mean_teacher') if arm not in ('supervised', b)]
+            gains = [plus_minus(difference(runs, arm, b)) for b in bases]
+            rows.append([name, k, names[arm], *ap, *gains, *([''] * (2 - len(gains)))])
+columns = ['set', 'k', 'method', 'AP', 'AP with NMS', 'against supervised', 'against the mean teacher']
+markdown(markdown_table(columns, rows, align='lrlrrrr'))
 
 # %%
 #| echo: false
-markdown('\n\n'.join(f'**k = {k}.** {scale_line(runs, names)}' for k, runs in studies.items()))
+scales = [(name, k, runs) for name, by_count in shots.items() for k, runs in by_count.items()]
+markdown('\n\n'.join(f'**{name}, k = {k}.** {scale_line(runs, names)}' for name, k, runs in scales))
 
 
 # %% [markdown]
 # ## Class by class {.fold}
+#
+# Counts of labels with more than one seed.
 
 # %%
 #| hide
@@ -159,7 +182,7 @@ def per_class(runs, base):
 #| fig-cap: "fod12: AP of Semi-DETR plus minus that of supervised training, for each class: mean over the seeds and 95 % interval."
 #| fig-alt: "Bars of the gain for each of the twelve classes, one panel per k"
 #| echo: false
-panels = studies
+panels = {k: runs for k, runs in studies.items() if len(runs) > 1}
 fig, axes = plt.subplots(
     1,
     len(panels),
