@@ -125,7 +125,8 @@ class RunState(Policy, BuiltRun):
         )
         parts = self.method.state_dict()
         if not (whole or is_main()):
-            return own | dict(parts={k: v for k, v in parts.items() if k.endswith('_extra_state')})
+            shared = dict(moments=self.optimizer.state_dict()['state']) if self.cfg.optim.sharded else {}
+            return own | shared | dict(parts={k: v for k, v in parts.items() if k.endswith('_extra_state')})
         return dict(
             own | self.weights(),
             split=self.data.split.fingerprint,
