@@ -1,9 +1,10 @@
 "A run that ends before its end: signals to a process or a group, errors anywhere; nothing finished is lost."
 
-import json, os, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from test_trainer import T, run, same, tiny
+from together import run_together
 from semidetr.core import DataError, SemiDETRError
 from semidetr.data.loader import WorkerLost
 from semidetr.train import api
@@ -169,6 +170,62 @@ def test_while_networks_are_evaluated_the_first_signal_ends_it(whole, tmp_path):
     again.fit()
     assert [h['step'] for h in again.history] == [3, 6]
     assert same(load_checkpoint(tmp_path), load_checkpoint(whole))
+
+
+def test_a_kill_while_networks_are_evaluated_loses_nothing(whole, tmp_path):
+    "What lies on the disk at that moment goes on to the same weights, log and history"
+    cfg, real = tiny(*CFG, 'run.eval_every=3'), T.evaluate_model
+
+    def killed(*args, **kwargs):
+        if not (tmp_path / 'killed').exists():
+            shutil.copytree(tmp_path / 'r', tmp_path / 'killed')
+            (tmp_path / 'killed' / LOCK).unlink()
+        return real(*args, **kwargs)
+
+    T.evaluate_model = killed
+    try:
+        run(cfg, tmp_path / 'r')
+    finally:
+        T.evaluate_model = real
+    assert load_checkpoint(tmp_path / 'killed')['step'] == 3
+    run(cfg, tmp_path / 'killed')
+    a, b = (load_checkpoint(tmp_path / name) for name in ('r', 'killed'))
+    assert same(a, b) and same(a, load_checkpoint(whole)) and repr(a['history']) == repr(b['history'])
+    assert (tmp_path / 'r' / 'log.jsonl').read_text() == (tmp_path / 'killed' / 'log.jsonl').read_text()
+
+
+TOGETHER = """
+import os, signal, torch
+from semidetr.core import start_processes
+from semidetr.train.checkpoint import load_checkpoint
+from test_stop import CFG, T, tiny
+start_processes()
+real, found = T.evaluate_model, []
+def seen(*args, **kwargs):
+    found.append(load_checkpoint(sys.argv[1])['step'] if T.is_main() else 0)
+    return real(*args, **kwargs)
+T.evaluate_model = seen
+cfg = tiny(*CFG, 'optim.iters=4', 'run.eval_every=2', method='supervised')
+def begun(): return T.Trainer(cfg, sys.argv[1], False)
+t = begun()
+step = t.method.step
+def signalled(*args):
+    if T.rank() == 1 and args[-1] == 1: os.kill(os.getpid(), signal.SIGTERM)
+    return step(*args)
+t.method.step = signalled
+try: t.fit()
+except KeyboardInterrupt as e: said = str(e)
+assert said.startswith('stopped after iteration 2') and not found, (said, found)
+begun().fit()
+if T.is_main(): torch.save(found, sys.argv[1] + '/found')
+"""
+
+
+def test_two_processes_save_before_they_evaluate_and_leave_it_when_one_is_asked_to_end(tmp_path):
+    "Teacher and student after 2 and 4 iterations, in the second session; the first one ends without waiting"
+    run_together(TOGETHER, tmp_path / 'r')
+    assert torch.load(tmp_path / 'r' / 'found') == [2, 2, 4, 4]
+    assert [h['step'] for h in load_checkpoint(tmp_path / 'r')['history']] == [2, 4]
 
 
 def test_two_runs_in_one_folder(tmp_path):
