@@ -336,6 +336,34 @@ def test_a_failure_of_one_process_saves_one_step_of_both(tmp_path, rank):
     assert 'image 7' in (tmp_path / 'r' / f'said{rank}').read_text()
 
 
+def test_images_that_were_skipped_count_in_the_next_session(tmp_path):
+    "Two broken images, one in each session: a bound of one ends the second, one of two does not"
+    from PIL import Image
+
+    photos = tmp_path / 'photos'
+    photos.mkdir()
+    for i in range(2):
+        Image.effect_noise((40, 40), 60).convert('RGB').save(photos / f'{i}.png')
+
+    def begun(most):
+        items = f'data.unlabelled={photos}', 'data.count=36', 'data.dev=4', f'data.skip_broken={most}'
+        return T.Trainer(tiny(*CFG, *items), tmp_path / 'r', progress=False)
+
+    first = begun(1)
+    first.data.unlabelled.broken = [0]
+    first.fit(until=3)
+    (photos / '1.png').write_bytes(b'')
+    again = begun(1)
+    assert again.data.unlabelled.broken == [0]
+    with pytest.raises(DataError, match='1.png.*more than data.skip_broken=1'):
+        again.fit()
+    more = begun(2)
+    more.fit()
+    assert more.data.unlabelled.broken == load_checkpoint(tmp_path / 'r')['broken'] == [0, 1]
+    state = load_checkpoint(tmp_path / 'r') | dict(broken=[2])
+    assert "'broken' holds something else" in more._taken(state, None, 'last.pt')
+
+
 def test_a_broken_image_is_skipped_and_counted_over_all_workers(tmp_path):
     from PIL import Image
     from semidetr.data.datasets import Unlabelled

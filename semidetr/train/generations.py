@@ -167,7 +167,7 @@ FIELDS = dict(  # of the main file
     recent=list,
 )
 # newer than the first checkpoints
-OPTIONAL = dict(parts=dict, roles=dict, ranks=list, world=int, moments=dict)
+OPTIONAL = dict(parts=dict, roles=dict, ranks=list, world=int, moments=dict, broken=list)
 OWN = ('step', 'rng', 'health', 'recent')  # fields of a part
 
 

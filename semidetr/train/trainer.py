@@ -102,6 +102,7 @@ class RunState(Policy, BuiltRun):
         own = dict(
             step=self.step, rng=pack_rng(rng_state()), health=self.health.state_dict(), recent=self.recent
         )
+        own |= dict(broken=getattr(self.data.unlabelled, 'broken', []))
         parts = self.method.state_dict()
         if not (whole or is_main()):
             shared = dict(moments=self.optimizer.state_dict()['state']) if self.cfg.optim.sharded else {}
@@ -127,6 +128,14 @@ class RunState(Policy, BuiltRun):
             student=self.student.state_dict(),
             teacher=self.teacher.state_dict(),
         )
+
+    def _taken(self, saved, own, path):
+        pool, broken = self.data.unlabelled, (saved if own is None else own).get('broken', [])
+        if any(type(i) is not int or not 0 <= i < len(pool or ()) for i in broken):
+            return f"{path}: 'broken' holds something else than positions of unlabelled images"
+        if hasattr(pool, 'broken'):
+            pool.broken = broken
+        return super()._taken(saved, own, path)
 
     def open_log(self) -> RunLog:
         "The log from this iteration on"
