@@ -192,6 +192,11 @@ def test_a_row_of_all_processes():
     assert P.row_of_all(rows) == dict(loss_a=1.0, x=2.0, pseudo_tp=4.0, y=5.0)
 
 
+def test_images_that_any_process_has_skipped_count_in_each():
+    parts = [dict(recent=[], health=dict(rows=[], warned=False), broken=x) for x in ([4, 1], [1, 7])]
+    assert P.joined(parts)['broken'] == P.joined(parts, is_first=False)['broken'] == [1, 4, 7]
+
+
 def test_a_finished_run_of_other_processes_is_said(tmp_path, monkeypatch):
     "The same command with another number of processes shows the result, and whose it is"
     folder = tmp_path / 'r'

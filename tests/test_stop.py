@@ -1,9 +1,10 @@
 "A run that ends before its end: signals to a process or a group, errors anywhere; nothing finished is lost."
 
-import json, os, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from test_trainer import T, run, same, tiny
+from together import run_together
 from semidetr.core import DataError, SemiDETRError
 from semidetr.data.loader import WorkerLost
 from semidetr.train import api
@@ -171,6 +172,62 @@ def test_while_networks_are_evaluated_the_first_signal_ends_it(whole, tmp_path):
     assert same(load_checkpoint(tmp_path), load_checkpoint(whole))
 
 
+def test_a_kill_while_networks_are_evaluated_loses_nothing(whole, tmp_path):
+    "What lies on the disk at that moment goes on to the same weights, log and history"
+    cfg, real = tiny(*CFG, 'run.eval_every=3'), T.evaluate_model
+
+    def killed(*args, **kwargs):
+        if not (tmp_path / 'killed').exists():
+            shutil.copytree(tmp_path / 'r', tmp_path / 'killed')
+            (tmp_path / 'killed' / LOCK).unlink()
+        return real(*args, **kwargs)
+
+    T.evaluate_model = killed
+    try:
+        run(cfg, tmp_path / 'r')
+    finally:
+        T.evaluate_model = real
+    assert load_checkpoint(tmp_path / 'killed')['step'] == 3
+    run(cfg, tmp_path / 'killed')
+    a, b = (load_checkpoint(tmp_path / name) for name in ('r', 'killed'))
+    assert same(a, b) and same(a, load_checkpoint(whole)) and repr(a['history']) == repr(b['history'])
+    assert (tmp_path / 'r' / 'log.jsonl').read_text() == (tmp_path / 'killed' / 'log.jsonl').read_text()
+
+
+TOGETHER = """
+import os, signal, torch
+from semidetr.core import start_processes
+from semidetr.train.checkpoint import load_checkpoint
+from test_stop import CFG, T, tiny
+start_processes()
+real, found = T.evaluate_model, []
+def seen(*args, **kwargs):
+    found.append(load_checkpoint(sys.argv[1])['step'] if T.is_main() else 0)
+    return real(*args, **kwargs)
+T.evaluate_model = seen
+cfg = tiny(*CFG, 'optim.iters=4', 'run.eval_every=2', method='supervised')
+def begun(): return T.Trainer(cfg, sys.argv[1], False)
+t = begun()
+step = t.method.step
+def signalled(*args):
+    if T.rank() == 1 and args[-1] == 1: os.kill(os.getpid(), signal.SIGTERM)
+    return step(*args)
+t.method.step = signalled
+try: t.fit()
+except KeyboardInterrupt as e: said = str(e)
+assert said.startswith('stopped after iteration 2') and not found, (said, found)
+begun().fit()
+if T.is_main(): torch.save(found, sys.argv[1] + '/found')
+"""
+
+
+def test_two_processes_save_before_they_evaluate_and_leave_it_when_one_is_asked_to_end(tmp_path):
+    "Teacher and student after 2 and 4 iterations, in the second session; the first one ends without waiting"
+    run_together(TOGETHER, tmp_path / 'r')
+    assert torch.load(tmp_path / 'r' / 'found') == [2, 2, 4, 4]
+    assert [h['step'] for h in load_checkpoint(tmp_path / 'r')['history']] == [2, 4]
+
+
 def test_two_runs_in_one_folder(tmp_path):
     "The second is refused in one line, before and after it has read the folder"
     first = T.Trainer(tiny(*CFG), tmp_path, progress=False)
@@ -277,6 +334,34 @@ def test_a_failure_of_one_process_saves_one_step_of_both(tmp_path, rank):
     part = tmp_path / 'r' / 'last.rank1.pt'
     assert saved['ranks'] == [read_seal(part)] and load_checkpoint(part)['step'] == 3
     assert 'image 7' in (tmp_path / 'r' / f'said{rank}').read_text()
+
+
+def test_images_that_were_skipped_count_in_the_next_session(tmp_path):
+    "Two broken images, one in each session: a bound of one ends the second, one of two does not"
+    from PIL import Image
+
+    photos = tmp_path / 'photos'
+    photos.mkdir()
+    for i in range(2):
+        Image.effect_noise((40, 40), 60).convert('RGB').save(photos / f'{i}.png')
+
+    def begun(most):
+        items = f'data.unlabelled={photos}', 'data.count=36', 'data.dev=4', f'data.skip_broken={most}'
+        return T.Trainer(tiny(*CFG, *items), tmp_path / 'r', progress=False)
+
+    first = begun(1)
+    first.data.unlabelled.broken = [0]
+    first.fit(until=3)
+    (photos / '1.png').write_bytes(b'')
+    again = begun(1)
+    assert again.data.unlabelled.broken == [0]
+    with pytest.raises(DataError, match='1.png.*more than data.skip_broken=1'):
+        again.fit()
+    more = begun(2)
+    more.fit()
+    assert more.data.unlabelled.broken == load_checkpoint(tmp_path / 'r')['broken'] == [0, 1]
+    state = load_checkpoint(tmp_path / 'r') | dict(broken=[2])
+    assert "'broken' holds something else" in more._taken(state, None, 'last.pt')
 
 
 def test_a_broken_image_is_skipped_and_counted_over_all_workers(tmp_path):

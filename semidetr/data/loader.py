@@ -248,8 +248,8 @@ def _next(it):
     "Next payload; the error of a dead worker names a cure"
     try:
         return next(it)
-    except RuntimeError as e:
-        if 'DataLoader worker' not in str(e) or 'Traceback' in str(e):
+    except (RuntimeError, ConnectionError) as e:  # the latter while a batch is received
+        if isinstance(e, RuntimeError) and ('DataLoader worker' not in str(e) or 'Traceback' in str(e)):
             raise
         raise WorkerLost(
             f'{str(e).splitlines()[0].rstrip(".")}; if nobody ended it, memory or shared memory ran out: '

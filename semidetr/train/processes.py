@@ -148,7 +148,8 @@ def joined(
     if not is_first:
         health = [_without_counts(row) for row in health]
     warned = any(part['health']['warned'] for part in parts)
-    return dict(parts[0], recent=recent, health=dict(rows=health, warned=warned), parts={})
+    broken = sorted({i for part in parts for i in part.get('broken', ())})
+    return dict(parts[0], recent=recent, health=dict(rows=health, warned=warned), parts={}, broken=broken)
 
 
 def _kept(parts):

@@ -147,6 +147,11 @@ class SkipBroken(DetectionDataset):
         "Positions of the images that were skipped, here or in a worker"
         return self._flags.nonzero().flatten().tolist()
 
+    @broken.setter
+    def broken(self, positions):
+        self._flags.zero_()
+        self._flags[list(positions)] = 1
+
     def __getitem__(self, i):
         first = range(len(self))[i]  # an IndexError beyond the end, which ends a loop over the images
         for n in range(len(self)):

@@ -346,8 +346,8 @@ def _next(it):
     "Next payload; the error of a dead worker names a cure"
     try:
         return next(it)
-    except RuntimeError as e:
-        if 'DataLoader worker' not in str(e) or 'Traceback' in str(e):
+    except (RuntimeError, ConnectionError) as e:  # the latter while a batch is received
+        if isinstance(e, RuntimeError) and ('DataLoader worker' not in str(e) or 'Traceback' in str(e)):
             raise
         raise WorkerLost(
             f'{str(e).splitlines()[0].rstrip(".")}; if nobody ended it, memory or shared memory ran out: '
@@ -356,17 +356,23 @@ def _next(it):
 
 
 # %%
-def dying():
+def dying(error):
     yield 'a payload'
-    raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.')
+    raise error
 
 
-payloads = dying()
-assert _next(payloads) == 'a payload'
-try:
-    _next(payloads)
-except WorkerLost as e:
-    said = str(e)
+said = []
+for death in (
+    RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.'),
+    ConnectionResetError(104, 'Connection reset by peer'),
+):
+    payloads = dying(death)
+    assert _next(payloads) == 'a payload'
+    try:
+        _next(payloads)
+    except WorkerLost as e:
+        said.append(str(e))
+assert len(said) == 2
 said
 
 

@@ -90,6 +90,8 @@ class OptimConfig:
     accumulate: int = 1
     # what losses, slots, noise and mixtures share: all batches of a 'step', or none but those of processes
     normalise: str = 'batch'
+    # keep the moments (8 bytes per weight) of a share of the weights in each process; the same numbers
+    sharded: bool = False
 
     def __post_init__(self):
         one_of('optim', self, schedule=('constant', 'cosine', 'step'), normalise=('batch', 'step'))
@@ -291,8 +293,9 @@ def from_saved(
     "The configuration that a run was saved with; settings newer than the file have their defaults"
     base = Config()
     if like is not None:
-        fresh = type(like.detector)(num_classes=0)
-        base = dataclasses.replace(base, method=type(like.method)(), detector=fresh)
+        base = dataclasses.replace(
+            base, method=type(like.method)(), detector=type(like.detector)(num_classes=0)
+        )
     return from_dict(_renamed(values, _TODAY), base)
 
 
@@ -423,6 +426,7 @@ UNHASHED = (  # settings that cannot change a number of a run with the same imag
     'data.skip_broken',
     'run.non_finite',
     'run.max_skipped',
+    'optim.sharded',
     'run.device',
     'run.threads',
     'run.log_every',

@@ -15,7 +15,7 @@
 import math
 import torch
 import torch.distributed as dist
-from semidetr.core import world_size
+from semidetr.core import rank, world_size
 from semidetr.detectors.contract import has_suppressor
 
 # %%
@@ -62,14 +62,19 @@ def build_optimizer(
     if apart:
         lr = cfg.lr * cfg.suppressor_mult
         params.append(dict(params=list(apart), lr=lr, base_lr=lr, apart=True))
-    return torch.optim.AdamW(params, weight_decay=cfg.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(params, weight_decay=cfg.weight_decay, fused=True)
+    if cfg.sharded and world_size() > 1:
+        shard(optimizer)
+    return optimizer
 
 
 # %%
 backbone, head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
 toy_groups = dict(backbone=list(backbone.parameters()), rest=list(head.parameters()))
 toy = SimpleNamespace(param_groups=lambda: toy_groups)
-toy_cfg = SimpleNamespace(lr=1e-3, backbone_mult=0.1, points_mult=1.0, suppressor_mult=0, weight_decay=1e-4)
+toy_cfg = SimpleNamespace(
+    lr=1e-3, backbone_mult=0.1, points_mult=1.0, suppressor_mult=0, weight_decay=1e-4, sharded=False
+)
 optimizer = build_optimizer(toy, toy_cfg, [torch.nn.Linear(3, 3)])
 assert [len(g['params']) for g in optimizer.param_groups] == [4, 2]
 assert optimizer.param_groups[1]['lr'] == 1e-4
@@ -155,12 +160,78 @@ average_gradients([weight])  # one process: nothing changes
 assert gradient_norm([weight]) == 5
 weight.grad
 
+
+# %% [markdown]
+# ## A share of the moments
+#
+# AdamW keeps two moments of each parameter: 8 bytes, twice the weights themselves, and every process keeps the
+# same. With `optim.sharded` a process keeps and updates those of its share alone, and then sends the new
+# weights of its share to the others (ZeRO, stage 1). Each parameter is updated once, with the same gradient,
+# by the same function, so a run has the same numbers with and without it, to the last bit. That is also why
+# tensors are not divided, and only handed out: the largest first, each to the process that has least.
+#
+# PyTorch's `ZeroRedundancyOptimizer` does the same, but collects the moments with messages between all
+# processes. When one of them has failed the others could save nothing (@sec-generations). Its messages are one
+# for each parameter, or need weights that are views of one buffer, which loses `channels_last`.
+
+# %%
+#| export
+def shares_of(
+    sizes: list,  # numbers of elements of the parameters
+    world: int,  # processes
+) -> list:  # for each process the positions of its parameters
+    "Divide parameters into shares of about the same size"
+    shares, filled = [[] for _ in range(world)], [0] * world
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        owner = filled.index(min(filled))
+        shares[owner].append(i)
+        filled[owner] += sizes[i]
+    return shares
+
+
+def shard(
+    optimizer,  # without moments; each process has one of the same parameters
+):
+    "Let each process keep and update its share alone; every process must take each step"
+    params = [p for g in optimizer.param_groups for p in g['params']]
+    shares = shares_of([p.numel() for p in params], world_size())
+    own = set(shares[rank()])
+
+    def hide(*_):
+        for i, p in enumerate(params):
+            p.grad = p.grad if i in own else None  # AdamW leaves a weight without gradient as it is
+
+    @torch.no_grad()
+    def exchange(*_):
+        for owner, share in enumerate(shares):
+            weights = [params[i] for i in share]
+            flat = torch.cat([params[0].new_zeros(0), *(p.flatten() for p in weights)])
+            dist.broadcast(flat, owner)
+            if owner != rank():
+                for p, new in zip(weights, flat.split([p.numel() for p in weights])):
+                    p.copy_(new.view_as(p))
+
+    def only_own(_, saved):
+        return saved | dict(state={i: moments for i, moments in saved['state'].items() if i in own})
+
+    optimizer.register_step_pre_hook(hide)
+    optimizer.register_step_post_hook(exchange)
+    optimizer.register_load_state_dict_pre_hook(only_own)
+
+
+# %%
+toy_sizes = [100, 60, 60, 30, 9]
+toy_shares = shares_of(toy_sizes, 2)
+assert sorted(toy_shares[0] + toy_shares[1]) == [0, 1, 2, 3, 4]
+toy_shares, [sum(toy_sizes[i] for i in share) for share in toy_shares]
+
 # %% [markdown]
 # ## Summary
 #
 # - AdamW with one base rate; the backbone's rate is smaller by a factor.
 # - Warm-up and schedule multiply the rate of every group by the same factor.
 # - All processes use the mean of their gradients; a parameter without gradient counts as zero.
+# - With `optim.sharded` each process keeps the moments of its share of the parameters; no number changes.
 #
 # ## Exercises
 #

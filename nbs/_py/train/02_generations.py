@@ -31,9 +31,11 @@ from semidetr.train.checkpoint import LAST, PREVIOUS, Damaged, load_checkpoint, 
 # | file | written by | holds |
 # | :--- | :--- | :--- |
 # | `last.pt` | process 0 | weights, optimiser, its own random state; digests of the parts |
-# | `last.rank1.pt`, ... | process 1, ... | the part: random state, health window, numbers since the last log line |
+# | `last.rank1.pt`, ... | process 1, ... | the part: random state, health window, numbers since the last log line; with `optim.sharded` the moments of its share |
 # | `previous.pt`, `previous.rank1.pt`, ... | | the generation before |
 # | `next.pt`, `next.rank1.pt`, ... | | while they are written |
+#
+# The main file holds all moments, those of the parts too, so `optim.sharded` may be switched when a run continues.
 #
 # Files are renamed in an order that leaves a whole generation at every moment. A part is looked up by its
 # digest, under whatever name it has. Only what belongs to the generation that the run goes on from becomes the
@@ -84,6 +86,21 @@ def _belongs(folder, number, digests):
     return number <= len(digests) and path.is_file() and _seal_of(path) == digests[number - 1]
 
 
+# %%
+#| export
+def with_moments(
+    folder: Path,  # of the run, where each other process has written its `next` file
+    state: dict,  # of the main process
+    world: int,  # processes
+) -> dict:  # the same, with the moments of all parameters in the order of the parameters
+    "Collect the moments that other processes keep (`optim.sharded`), as one process would have them"
+    if not state.get('config', {}).get('optim', {}).get('sharded'):
+        return state
+    parts = [load_checkpoint(folder / file_of('next', number))['moments'] for number in range(1, world)]
+    moments = sorted(item for part in (state['optimizer']['state'], *parts) for item in part.items())
+    return state | dict(optimizer=state['optimizer'] | dict(state=dict(moments)))
+
+
 def commit(
     folder: Path,  # of the run, where each other process has written its `next` file
     state: dict,  # of the main process
@@ -91,6 +108,7 @@ def commit(
     kept: list | None = (),  # digests of the parts of the generation in `last.pt`; None: it is not whole
 ):
     "Write the main file and make everything the last generation; called by the main process"
+    state = with_moments(folder, state, 1 + len(digests))
     save_checkpoint(folder / file_of('next', 0), **state, ranks=list(digests), world=1 + len(digests))
     for number in (*range(1, len(digests) + 1), 0):
         if kept is not None and (not number or _belongs(folder, number, kept)):
@@ -213,7 +231,8 @@ FIELDS = dict(  # of the main file
     health=dict,
     recent=list,
 )
-OPTIONAL = dict(parts=dict, roles=dict, ranks=list, world=int)  # newer than the first checkpoints
+# newer than the first checkpoints
+OPTIONAL = dict(parts=dict, roles=dict, ranks=list, world=int, moments=dict, broken=list)
 OWN = ('step', 'rng', 'health', 'recent')  # fields of a part
 
 

@@ -28,13 +28,16 @@ from semidetr.core import DataError, atomic_write, tell
 # ## Who is it?
 #
 # A process number alone is not enough: numbers are used again, and each container counts its own. The time at
-# which a process began and the name space of its numbers make it one process of one host.
+# which a process began and the name space of its numbers make it one process of one host. A host that was
+# restarted has the same name and counts anew; Linux gives each start of the system a number of its own.
 
 # %%
 #| export
 LOCK = 'owner.json'
 BEAT = 20.0  # seconds between two signs of life
 DEAD = 300.0  # seconds without one after which a process of another host counts as dead
+SILENT = 100.0  # the same for a host that was started again: no living owner is silent for that long
+PAUSE = 1.0  # seconds between two looks for a sign of life
 
 
 def begin_of(
@@ -47,13 +50,15 @@ def begin_of(
         return ''
 
 
-def this_process() -> dict:  # host, space, pid, begin
+def this_process(
+    folder=None,  # of a run; None: whichever
+) -> dict:  # host, boot, disk, space, pid, begin; '' for what the system does not tell
     "What the lock says of this process"
-    try:
-        space = os.readlink('/proc/self/ns/pid')
-    except OSError:
-        space = ''
-    return dict(host=socket.gethostname(), space=space, pid=os.getpid(), begin=begin_of(os.getpid()))
+    me = dict(host=socket.gethostname(), boot='', disk='', space='', pid=os.getpid())
+    with contextlib.suppress(OSError):
+        me['boot'] = Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+        me['space'] = os.readlink('/proc/self/ns/pid')
+    return me | dict(begin=begin_of(os.getpid()), disk='' if folder is None else str(os.stat(folder).st_dev))
 
 
 def is_alive(
@@ -92,13 +97,22 @@ sorted(me)
 #
 # | the lock is of | and | then |
 # | :--- | :--- | :--- |
-# | this host | its process lives | refused |
-# | this host | its process is dead | taken over, with a line |
+# | this host and container | its process lives | refused |
+# | | its process is dead | taken over, with a line |
+# | another container of this host, such as this one before its restart | the system still holds its lock on the file | refused |
+# | | the system has released it | taken over, with a line |
+# | a host of the same name that was started at another time | a sign of life comes | refused |
+# | | none since 100 seconds | taken over, with a line |
 # | another host | sign of life within 5 minutes | refused |
-# | another host | no sign of life for longer | taken over, with a line |
+# | | no sign of life for longer | taken over, with a line |
 #
-# The process of another host cannot be asked, so an owner touches the file every 20 seconds. Ages are
-# differences between times of the file system that holds the folder; clocks of hosts play no part.
+# A process in another container cannot be asked, but one system knows the locks of all its processes, and
+# releases them when they die. Two mounts of a network disk may be two file systems to it, so this counts only
+# where the disk has the same number. The process of another host cannot be asked either, so an owner touches
+# the file every 20 seconds. A host with the name of this one, but another start, was most likely restarted;
+# but two hosts may have one name. So the next sign of life is waited for, unless the last one is older than 100
+# seconds. Ages are differences between times of the file system that holds the folder; clocks of hosts play
+# no part.
 
 # %%
 #| export
@@ -111,7 +125,7 @@ def _read(path):
         known = False
     if not known:
         return {}
-    return owner | {k: str(owner.get(k, '')) for k in ('host', 'space', 'begin')}
+    return owner | {k: str(owner.get(k, '')) for k in ('host', 'boot', 'disk', 'space', 'begin')}
 
 
 def _age(path):
@@ -127,44 +141,104 @@ def _age(path):
             now.unlink(missing_ok=True)
 
 
+def _is_held(path):
+    "Does a living process of this system hold its lock on the file? None on a disk without locks"
+    try:
+        with path.open() as f:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+
+
+# %%
+#| export
+def _gives_a_sign(path, who):
+    "Is there a sign of life before the last one is `SILENT` seconds old?"
+    try:
+        last = path.stat().st_mtime_ns
+        for n in range(int(SILENT / PAUSE)):
+            if path.stat().st_mtime_ns != last:
+                return True
+            if (age := _age(path)) >= SILENT:
+                break
+            if not n:
+                tell([f'{path.parent}: waiting {SILENT - age:.0f} s for a sign of life of {who}'])
+            time.sleep(PAUSE)
+    except FileNotFoundError:
+        pass  # it has ended
+    return False
+
+
+def rule_of(
+    owner: dict,  # content of a lock
+    me: dict,  # from `this_process`
+) -> (
+    str
+):  # by its 'number', by its lock, if 'held', by 'signs' of life that come, or by the 'age' of the last one
+    "How to find out whether the owner of a lock is alive"
+    is_known = bool(owner['boot'] and me['boot'])  # not for a lock of an older version
+    is_here = owner['boot'] == me['boot'] if is_known else owner['host'] == me['host']
+    if is_here and owner['space'] == me['space']:
+        return 'number'
+    if is_known and is_here and owner['disk'] == me['disk']:
+        return 'held'
+    return 'signs' if is_known and (is_here or owner['host'] == me['host']) else 'age'
+
+
+# %%
+#| export
 def other_owner(
     folder,  # of a run
-) -> tuple:  # (who else owns it, is that one alive?); ('', False) if nobody does
+) -> tuple:  # (who else owns it, is that one alive?, rule that told); ('', False, '') if nobody does
     "Read the lock of a folder"
-    path, me = Path(folder) / LOCK, this_process()
+    path = Path(folder) / LOCK
     owner = _read(path)
     if not owner:
-        return '', False
-    who = f"process {owner['pid']} on {owner['host']}"
-    if (owner['host'], owner['space']) == (me['host'], me['space']):
-        return who, is_alive(owner['pid'], owner['begin'])
-    return who, _age(path) < DEAD
+        return '', False, ''
+    who, rule = f"process {owner['pid']} on {owner['host']}", rule_of(owner, this_process(folder))
+    if rule == 'number':
+        return who, is_alive(owner['pid'], owner['begin']), rule
+    if rule == 'held' and (held := _is_held(path)) is not None:
+        return who, held, rule
+    return who, _age(path) < DEAD if rule == 'age' else _gives_a_sign(path, who), rule
 
 
 def refuse_if_owned(
     folder,  # of a run
 ):
     "`DataError` if another process trains in this folder"
-    who, alive = other_owner(folder)
+    who, alive, rule = other_owner(folder)
     if alive:
-        owner, me = _read(Path(folder) / LOCK), this_process()
-        here = [owner.get(k) for k in ('host', 'space')] == [me['host'], me['space']]
-        far = '' if here else '; 5 minutes after its death the same command goes on'
+        far = '; 5 minutes after its death the same command goes on' if rule == 'age' else ''
         raise DataError(f'{folder}: {who} trains in this folder; end it, or choose another folder{far}')
 
 
 # %%
 toy = Path(tempfile.mkdtemp())
-cases = {'alive': me, 'ended': me | dict(pid=ended.pid), 'elsewhere': me | dict(host='node7'), 'damaged': []}
+cases = {
+    'alive': me,
+    'ended': me | dict(pid=ended.pid),
+    'ended in another container': this_process(toy) | dict(space='another'),
+    'elsewhere': me | dict(host='node7', boot='another'),
+    'damaged': [],
+}
 meanings = {}
 for name, content in cases.items():
     (toy / LOCK).write_text(json.dumps(content))
     meanings[name] = other_owner(toy)[1]
 os.utime(toy / LOCK, (0, 0))
+for name, content, age in (
+    ('elsewhere', cases['elsewhere'], 400),
+    ('restarted', me | dict(boot='another'), 110),
+):
+    (toy / LOCK).write_text(json.dumps(content))
+    os.utime(toy / LOCK, (time.time() - age,) * 2)
+    meanings[f'{name}, {age} s ago'] = other_owner(toy)[1]
 (toy / LOCK).write_text(json.dumps(cases['elsewhere']))
-os.utime(toy / LOCK, (time.time() - 400,) * 2)
-meanings['elsewhere, 400 s ago'] = other_owner(toy)[1]
-assert list(meanings.values()) == [True, False, True, False, False]
+assert list(meanings.values()) == [True, False, False, True, False, False, False] or not me['boot']
 meanings
 
 # %%
@@ -234,22 +308,32 @@ def _alone(folder):
         os.close(handle)
 
 
+def _written(path, me):
+    "Write a lock; a file on which the system holds it for as long as this process lives"
+    atomic_write(path, json.dumps(me))
+    file = path.open('r+')
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return file
+
+
 # %%
 #| export
 class Owner:
     "The lock of a folder that this process owns"
 
     def __init__(self, folder):
-        self.path, self.me, self.lost = Path(folder) / LOCK, this_process(), False
+        self.path, self.lost = Path(folder) / LOCK, False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.me = this_process(self.path.parent)
         with _alone(self.path.parent):
             refuse_if_owned(self.path.parent)
-            who, _ = other_owner(self.path.parent)
-            atomic_write(self.path, json.dumps(self.me))
+            who, *_ = other_owner(self.path.parent)
+            self._file = _written(self.path, self.me)
         if who:
             tell([f'{self.path.parent}: {who} has ended without a word; this process takes its place'])
         clear_left_overs(self.path.parent)
@@ -270,7 +354,8 @@ class Owner:
         else:  # somebody has deleted it
             with contextlib.suppress(OSError), _alone(self.path.parent):
                 if not _read(self.path):
-                    atomic_write(self.path, json.dumps(self.me))
+                    self._file.close()
+                    self._file = _written(self.path, self.me)
 
     def __exit__(self, *_):
         self._ended.set()
@@ -278,6 +363,7 @@ class Owner:
         if _read(self.path) == self.me:
             with contextlib.suppress(OSError):
                 self.path.unlink()
+        self._file.close()
 
 
 # %%
@@ -304,7 +390,8 @@ suspended.lost
 # %% [markdown]
 # ## Summary
 #
-# - `owner.json` names host, process and the time at which it began; it is removed when the run ends.
+# - `owner.json` names host, start of the system, process and the time at which it began; it is removed when the
+#   run ends.
 # - A living owner is respected, a dead one is replaced with a line.
 # - Files that a killed process did not finish are removed by the next owner.
 #

@@ -207,6 +207,7 @@ refused, said
 # `run.health_window` steps. From the parts of all processes follow the numbers of a step: means, and sums where
 # a number is a count of boxes. A new process takes the means; the counts go to the first one. The mean score of
 # pseudo boxes is the one number of the log that is a mean of means: over processes, of the boxes of each.
+# Unreadable images that one process has skipped count in every process of today.
 
 # %%
 #| export
@@ -239,7 +240,8 @@ def joined(
     if not is_first:
         health = [_without_counts(row) for row in health]
     warned = any(part['health']['warned'] for part in parts)
-    return dict(parts[0], recent=recent, health=dict(rows=health, warned=warned), parts={})
+    broken = sorted({i for part in parts for i in part.get('broken', ())})
+    return dict(parts[0], recent=recent, health=dict(rows=health, warned=warned), parts={}, broken=broken)
 
 
 def _kept(parts):

@@ -184,7 +184,7 @@ turned_note
 # A labelled image that cannot be read stops a run. Among many thousand unlabelled ones a broken file matters
 # little: the next readable image takes its place, up to `data.skip_broken` broken files in each process that
 # trains. Its workers share one table of the broken ones, so the bound does not depend on their number, and each is
-# reported once.
+# reported once. The table is in the checkpoint: the bound is one of the whole run.
 
 # %%
 #| export
@@ -206,6 +206,11 @@ class SkipBroken(DetectionDataset):
     def broken(self) -> list:
         "Positions of the images that were skipped, here or in a worker"
         return self._flags.nonzero().flatten().tolist()
+
+    @broken.setter
+    def broken(self, positions):
+        self._flags.zero_()
+        self._flags[list(positions)] = 1
 
     def __getitem__(self, i):
         first = range(len(self))[i]  # an IndexError beyond the end, which ends a loop over the images

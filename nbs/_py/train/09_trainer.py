@@ -123,9 +123,11 @@ class RunState(Policy, BuiltRun):
         own = dict(
             step=self.step, rng=pack_rng(rng_state()), health=self.health.state_dict(), recent=self.recent
         )
+        own |= dict(broken=getattr(self.data.unlabelled, 'broken', []))
         parts = self.method.state_dict()
         if not (whole or is_main()):
-            return own | dict(parts={k: v for k, v in parts.items() if k.endswith('_extra_state')})
+            shared = dict(moments=self.optimizer.state_dict()['state']) if self.cfg.optim.sharded else {}
+            return own | shared | dict(parts={k: v for k, v in parts.items() if k.endswith('_extra_state')})
         return dict(
             own | self.weights(),
             split=self.data.split.fingerprint,
@@ -147,6 +149,14 @@ class RunState(Policy, BuiltRun):
             student=self.student.state_dict(),
             teacher=self.teacher.state_dict(),
         )
+
+    def _taken(self, saved, own, path):
+        pool, broken = self.data.unlabelled, (saved if own is None else own).get('broken', [])
+        if any(type(i) is not int or not 0 <= i < len(pool or ()) for i in broken):
+            return f"{path}: 'broken' holds something else than positions of unlabelled images"
+        if hasattr(pool, 'broken'):
+            pool.broken = broken
+        return super()._taken(saved, own, path)
 
     def open_log(self) -> RunLog:
         "The log from this iteration on"
@@ -223,8 +233,9 @@ mean_scalars(rows)
 # ## What surrounds the updates
 #
 # Batches come from the loader of the phase, numbers go to the log, the bar and the health monitor, and both
-# networks are evaluated on the development part now and then. After an iteration that is not finite, the run
-# stops, goes on or goes back (@sec-capsule-policy).
+# networks are evaluated on the development part now and then. An evaluation may take longer than a scheduler
+# waits, so the run is saved before it and after it; if a signal has come, it is left for the next session. After
+# an iteration that is not finite, the run stops, goes on or goes back (@sec-capsule-policy).
 
 # %%
 #| export
@@ -271,7 +282,7 @@ class Session(RunState):
 # %%
 #| export
 class Evaluation(Session):
-    "Metrics of a run, while it trains and at its end"
+    "Metrics of a run while it trains"
 
     def evaluate(
         self,
@@ -291,19 +302,37 @@ class Evaluation(Session):
     def evaluation_is_due(self) -> bool:
         "Does `run.eval_every` ask for metrics that are not in the history yet?"
         every, last = self.cfg.run.eval_every, self.history[-1]['step'] if self.history else 0
-        return bool(every) and self.step % every == 0 and self.step > last
+        return self.data.dev is not None and bool(every) and self.step % every == 0 and self.step > last
 
-    def evaluate_dev(self, log):
+    def is_asked_to_end(self) -> bool:
+        "Has a signal reached any of the processes?"
+        return on_any_process(self.stop.is_asked(), self.device)
+
+    def evaluate_dev(
+        self,
+        progress,  # Progress
+    ):
         "Metrics on the development part, into the history; the best teacher so far is kept in best.pt"
-        if self.data.dev is None:
-            return
+        if self.saved != self.step:
+            self.spent = progress.time()
+            self.save()
+        if self.is_asked_to_end():
+            raise KeyboardInterrupt(f'stopped after iteration {self.step}; {RESUME}')
         best = max((h['teacher']['AP'] for h in self.history), default=-1.0)
         metrics = self.evaluate(self.data.dev, both=self.step == self.cfg.optim.iters)
         ap = metrics['teacher']['AP']
         if ap > best and is_main():
             save_checkpoint(self.dir / 'best.pt', **self.weights())  # first: a row without it is never mended
         self.history.append(dict(step=self.step, **metrics))
-        log.write({'step': self.step, 'AP': ap, 'AP_student': metrics['student']['AP']})
+        progress.log.write({'step': self.step, 'AP': ap, 'AP_student': metrics['student']['AP']})
+        self.spent = progress.time()
+        self.save()
+
+
+# %%
+#| export
+class Ending(Evaluation):
+    "The result of a run"
 
     def report(self) -> dict:  # content of run.json
         "Evaluate both networks at the end and write run.json: all that a page may say about this run"
@@ -386,7 +415,7 @@ class Progress:
 
 # %%
 #| export
-class Iteration(Evaluation):
+class Iteration(Ending):
     "One iteration of a run"
 
     def iterate(
@@ -414,7 +443,7 @@ class Iteration(Evaluation):
             else:
                 self.write_due(progress.log)
         if self.evaluation_is_due():
-            self.evaluate_dev(progress.log)
+            self.evaluate_dev(progress)
         progress.show(self, scalars)
 
 
@@ -442,15 +471,14 @@ class Trainer(Iteration):
                 if self.recent:
                     self.write_due(progress.log)  # it could not be written when the run was saved
                 if self.evaluation_is_due():
-                    self.evaluate_dev(progress.log)  # it was interrupted when the run was saved
-                    self.save()
+                    self.evaluate_dev(progress)  # it was interrupted after the run was saved
                 for accumulated in batches:
                     self.iterate(accumulated, progress)
                     self.stop_if_lost()
                     self.spent = progress.time()
-                    stopped = on_any_process(self.stop.is_asked(), self.device)
-                    due = self.step % self.cfg.run.checkpoint_every == 0
-                    if stopped or self.step == until or due or self.went_back:
+                    stopped = self.is_asked_to_end()
+                    due = stopped or self.step == until or self.step % self.cfg.run.checkpoint_every == 0
+                    if self.went_back or (due and self.saved != self.step):
                         self.save()
                     if stopped:
                         raise KeyboardInterrupt(f'stopped after iteration {self.step}; {RESUME}')
