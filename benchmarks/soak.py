@@ -75,7 +75,7 @@ OTHERS = {  # method -> (detector that it needs, settings)
 SETTINGS = {  # name -> (processes, settings); a run of one of them is compared with an unbroken one of `LIKE`
     'one process': (1, ['loader.num_workers=0']),
     'two processes': (2, ['loader.num_workers=0']),
-    'accumulation': (1, ['loader.num_workers=0', 'optim.accumulate=2']),
+    'accumulation': (1, ['loader.num_workers=0', 'optim.accumulate=2', 'optim.normalise=step']),
     'workers': (1, ['loader.num_workers=2']),
 }
 LIKE = {'workers': 'one process'}
