@@ -408,26 +408,29 @@ class Trainer(Iteration):
             if self.cfg.run.non_finite == 'back' and self.stamp is None:
                 self.save()  # there must be something to go back to
             batches = self.batches()
-            with Progress(self) as progress, contextlib.closing(batches):
-                if self.recent:
-                    self.write_due(progress.log)  # it could not be written when the run was saved
-                if self.evaluation_is_due():
-                    self.evaluate_dev(progress)  # it was interrupted after the run was saved
-                for accumulated in batches:
-                    self.iterate(accumulated, progress)
-                    self.stop_if_lost()
-                    self.spent = progress.time()
-                    stopped = self.is_asked_to_end()
-                    due = stopped or self.step == until or self.step % self.cfg.run.checkpoint_every == 0
-                    if self.went_back or (due and self.saved != self.step):
-                        self.save()
-                    if stopped:
-                        raise KeyboardInterrupt(f'stopped after iteration {self.step}; {RESUME}')
-                    if self.step == until:
-                        return None
-            if self.saved != self.step:
-                self.save()
-            result = self.report()
+            with Progress(self) as progress:
+                with contextlib.closing(batches):
+                    if self.recent:
+                        self.write_due(progress.log)  # it could not be written when the run was saved
+                    if self.evaluation_is_due():
+                        self.evaluate_dev(progress)  # it was interrupted after the run was saved
+                    for accumulated in batches:
+                        self.iterate(accumulated, progress)
+                        self.stop_if_lost()
+                        self.spent = progress.time()
+                        stopped = self.is_asked_to_end()
+                        due = stopped or self.step == until or self.step % self.cfg.run.checkpoint_every == 0
+                        if self.went_back or (due and self.saved != self.step):
+                            self.save()
+                        if stopped:
+                            raise KeyboardInterrupt(f'stopped after iteration {self.step}; {RESUME}')
+                        if self.step == until:
+                            return None
+                progress.bar.close()
+                if self.saved != self.step:
+                    self.save()
+                result = self.report()
+                progress.log.results(result['metrics'], self.step)
             if is_main():
                 write_card(result, self.dir)
             return result

@@ -444,6 +444,17 @@ class RunLog:
             f.write(json.dumps(row) + '\n')
         self.loggers.write(row)
 
+    def results(
+        self,
+        metrics: dict,  # part -> network -> name -> number, of run.json
+        step: int,  # finished iterations
+    ):
+        "Metrics of the end go to the loggers, as `val/teacher/AP`; log.jsonl is about the training"
+        if is_main():
+            rows = {(part, who): m for part, networks in metrics.items() for who, m in networks.items()}
+            named = {f'{part}/{who}/{k}': v for (part, who), m in rows.items() for k, v in m.items()}
+            self.loggers.write(named | dict(step=step))
+
     def close(self):
         "Close the loggers"
         if self.loggers is not None:
