@@ -325,7 +325,7 @@ for n in range(5):
     shard, begin, length, _ = pool.place(n)
     row = pool.shards.index(shard)
     ax.barh(row, length, left=begin, height=0.5, color=f'C{n}')
-    ax.text(begin, row + 0.32, str(n), fontsize=8)
+    ax.text(begin, row + 0.32, str(n), fontsize=9)
 for row, shard in enumerate(pool.shards):
     ax.barh(row, pool._starts.max() + 1024, height=0.5, color='lightgrey', zorder=0)
 ax.set(yticks=[0, 1], yticklabels=[s.name for s in pool.shards], xlabel='byte', ylim=(-0.5, 1.7))

@@ -670,7 +670,7 @@ for row, (kind, p) in zip(axes, whole[1].items()):
         show_image(ax, pixels)
         if 'boxes' in t:
             draw_boxes(ax, denormalize_boxes(t['boxes'], t['size']))
-    row[0].set_title(kind, fontsize=8, loc='left')
+    row[0].set_title(kind, fontsize=9, loc='left')
 plt.tight_layout(pad=0.3)
 plt.show()
 
@@ -689,8 +689,8 @@ for ax, x, t in zip(axes.flat, twice['images'], twice['targets']):
     h, w = t['size']
     show_image(ax, to_pil(x[:, :h, :w], sizes.mean, sizes.std))
     draw_boxes(ax, denormalize_boxes(t['boxes'], t['size']))
-axes[0, 0].set_title('weak', fontsize=8, loc='left')
-axes[1, 0].set_title('strong', fontsize=8, loc='left')
+axes[0, 0].set_title('weak', fontsize=9, loc='left')
+axes[1, 0].set_title('strong', fontsize=9, loc='left')
 plt.tight_layout(pad=0.3)
 plt.show()
 

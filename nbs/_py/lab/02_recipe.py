@@ -262,7 +262,7 @@ for size in (24, 48, 96):
     needed = [make_recipe('coco-10', g, size, estimate=invented).accumulate for g in counts]
     ax.plot(counts, needed, 'o-', label=f'{size} GB')
 ax.set(xlabel='GPUs', ylabel='accumulated batches', xticks=counts)
-ax.legend(fontsize=7)
+ax.legend(fontsize=9)
 plt.show()
 
 # %% [markdown]

@@ -508,7 +508,7 @@ ax.plot(unbroken, lw=4, color='#1f77b4', label='unbroken')
 ax.plot(same, '--', color='#ff7f0e', label='resumed, all state')
 ax.plot(other, color='grey', label='resumed, weights only')
 ax.set(xlabel='draws after the checkpoint')
-ax.legend(fontsize=8)
+ax.legend(fontsize=9)
 plt.show()
 
 # %% [markdown]
