@@ -1,7 +1,7 @@
 # %% [markdown]
-# # Memory over a long run {#sec-endurance}
+# # Long runs, kills and damaged files {#sec-endurance}
 #
-# > Does a run that goes on for ten thousand iterations need more memory or open files at its end?
+# > Does a long run need more memory at its end, a killed one go on exactly, a damaged file get one line?
 
 # %%
 #| hide
@@ -16,6 +16,8 @@ from semidetr.lab.report import finding, markdown_table
 #| hide
 record = json.loads(Path('../../benchmarks/results/endurance.json').read_text())
 runs = {run['case']: run for run in record['runs']}
+soak = json.loads(Path('../../benchmarks/results/soak.json').read_text())
+fuzz = json.loads(Path('../../benchmarks/results/fuzz.json').read_text())
 
 
 def during(case, begin, end):
@@ -40,6 +42,12 @@ sentences = [
     f'{max(r["main_mb"] for r in during(case, 0.3, 0.99)):,} MB after the burn-in, and it has at most '
     f'{max(handles[case], early[case])} open files'
     for case, run in runs.items()
+]
+sentences += [
+    f'{soak["equal"]} of {len(soak["runs"])} runs, killed {soak["kills"]} times in all and started again, end '
+    'equal to an unbroken run to the last bit',
+    f'of {fuzz["inputs"]:,} damaged inputs to {len(fuzz["formats"])} readers, {len(fuzz["findings"]) or "none"} '
+    'ended in a traceback, a hang or a refusal without a file',
 ]
 markdown(finding(*sentences))
 
@@ -78,7 +86,42 @@ names = ['run', 'iterations', 'first fifth, MB', 'last tenth, MB', 'main process
 markdown(markdown_table(names, table))
 
 # %% [markdown]
-# ## How it was measured {.fold}
+# ## Killed and continued {.fold}
+#
+# `make soak` draws points in the course of each method's run, kills its process there with SIGKILL, and starts
+# the same command again until the run ends. Points lie in all three stages, and in the middle of files and of
+# lines of the log. Then every tensor, the random states and the log are compared with those of an unbroken run.
+
+# %%
+#| label: tbl-endurance-kills
+#| tbl-cap: "Kills by method and kind of run: all runs end equal to the unbroken one."
+#| echo: false
+kinds = list(dict.fromkeys(run['settings'] for run in soak['runs']))
+cells = {(run['method'], run['settings']): run for run in soak['runs']}
+assert not any(run['faults'] for run in soak['runs'])
+rows = [[name, *(len(cells[name, kind]['kills']) for kind in kinds)] for name in soak['by_method']]
+markdown(markdown_table(['method', *kinds], rows))
+
+# %% [markdown]
+# ## Damaged files {.fold}
+#
+# `make fuzz` damages a small valid input of each kind (bits, bytes, lines, values, nesting, names, links) and
+# reads it as the commands do. It must open with the right boxes, or be refused in one line that names the
+# file. More than ten seconds or a gigabyte for one input count as findings.
+
+# %%
+#| label: tbl-endurance-inputs
+#| tbl-cap: "Damaged inputs of each kind, and how many of them were refused; the others opened."
+#| echo: false
+rows = []
+for kind, found in fuzz['formats'].items():
+    refused = sum(n for what, n in found.items() if what in ('DataError', 'ConfigError', 'Damaged'))
+    rows.append([kind, f'{sum(found.values()):,}', f'{refused:,}'])
+seconds = f"{fuzz['cpu_seconds']:,} CPU-seconds in all."
+markdown(markdown_table(['kind', 'inputs', 'refused'], rows) + f'\n\n{seconds}')
+
+# %% [markdown]
+# ## How memory was measured {.fold}
 #
 # `python benchmarks/endurance.py` wrote the record of this page. It trains Semi-DETR by the command line,
 # and every few seconds reads from outside what the processes hold. The run `tiny` has the smallest settings
@@ -94,6 +137,7 @@ markdown(markdown_table(names, table))
 #
 # * A long run needs no more open files, threads or processes at its end than at its beginning.
 # * Its memory is that of its last stage.
+# * What was killed goes on to the same bits; what is damaged opens rightly or is refused in one line.
 
 # %%
 #| hide
