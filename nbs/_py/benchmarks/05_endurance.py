@@ -43,11 +43,11 @@ sentences = [
     f'{max(handles[case], early[case])} open files'
     for case, run in runs.items()
 ]
+ends = f'{soak["equal"]} of {len(soak["runs"])} runs, killed {soak["kills"]} times in all and started again,'
+found = f'{fuzz["inputs"]:,} damaged inputs to {len(fuzz["formats"])} readers,'
 sentences += [
-    f'{soak["equal"]} of {len(soak["runs"])} runs, killed {soak["kills"]} times in all and started again, end '
-    'equal to an unbroken run to the last bit',
-    f'of {fuzz["inputs"]:,} damaged inputs to {len(fuzz["formats"])} readers, {len(fuzz["findings"]) or "none"} '
-    'ended in a traceback, a hang or a refusal without a file',
+    f'{ends} end equal to an unbroken run to the last bit',
+    f'of {found} {len(fuzz["findings"]) or "none"} ended in a traceback, a hang or a refusal without a file',
 ]
 markdown(finding(*sentences))
 
