@@ -42,7 +42,7 @@ def test_without_any_record(tmp_path):
     text = finding(found, to_run(tmp_path))
     assert found == [] and '\n' not in text
     assert text.startswith(
-        'No training of a rival has been run yet. Not yet run: `semidetr ablate soft_teacher'
+        'No training of a rival has been run yet. Not complete: `semidetr ablate soft_teacher'
     )
     assert rival_table(found, COST) == '*No training has been run yet.*'
     assert len(plot_rivals(found).axes) == 1 and 'semidetr ablate rival_rates' in rate_table([])

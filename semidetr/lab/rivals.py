@@ -99,7 +99,7 @@ def to_run(
     names = dict.fromkeys(
         s.partition('/')[0] for r in rivals for s in r.studies.values() if not existing(results, s)
     )
-    return f"Not yet run: `semidetr ablate {' '.join(names)}`." if names else ''
+    return f"Not complete: `semidetr ablate {' '.join(names)}`." if names else ''
 
 # %% ../../nbs/lab/06_rivals.ipynb #71fdbd33
 def network_cost(
