@@ -281,7 +281,7 @@ def finding(
 text = finding(measured(made_up), to_run(made_up))
 assert 'AP with 20 labelled images: Soft Teacher on Faster R-CNN 25.0 (+5.0), Semi-DETR on DINO 23.0' in text
 assert 'there is one seed' in text and text.endswith('components_50`.')
-assert finding([], 'Not complete: x.') == 'No training of a rival has been run yet. Not yet run: x.'
+assert finding([], 'Not complete: x.') == 'No training of a rival has been run yet. Not complete: x.'
 text
 
 
