@@ -144,7 +144,7 @@ def test_a_run_is_opened_again(run, tmp_path):
         (dict(percent=5, count=3), 'one of'),
         (dict(iters=0), 'at least 1'),
         (dict(method='mean_teecher'), "did you mean 'mean_teacher'"),
-        (dict(settings=['optim.irts=3']), "did you mean 'iters'"),
+        (dict(settings=['optim.irts=3']), "did you mean 'optim.iters'"),
         (dict(settings={'optim.iters': 'many'}), 'must be int'),
         (dict(method='mean_teacher'), 'needs unlabelled images'),
         (dict(unlabelled='no/where'), 'no/where'),

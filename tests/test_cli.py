@@ -463,7 +463,7 @@ def test_truncated_image_met_while_training(refused, tmp_path, workers):
     [
         (['--preset', 'smal'], ["did you mean 'small'"]),
         (['--method', 'mean_teecher'], ["did you mean 'mean_teacher'"]),
-        (['optim.irts=3'], ['optim.irts', "did you mean 'iters'"]),
+        (['optim.irts=3'], ['optim.irts', "did you mean 'optim.iters'"]),
         (['optim'], ['group.field=value']),
         (['--percent', '120'], ['120', '(0, 100]']),
         (['--percent', '0'], ['(0, 100]']),

@@ -72,7 +72,7 @@ def test_override_types():
 @pytest.mark.parametrize(
     'item,words',
     [
-        ('optim.lrr=1', ["optim.lrr", "did you mean 'lr'"]),
+        ('optim.lrr=1', ["optim.lrr", "did you mean 'optim.lr'"]),
         ('optim.iters=1.5', ['optim.iters', 'int']),
         ('optim.lr=fast', ['optim.lr', 'float']),
         ('lr', ['group.field=value']),

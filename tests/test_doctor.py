@@ -509,3 +509,17 @@ def test_a_file_is_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, 'read_json', lambda *args: calls.append(args) or real(*args))
     check_dataset(path, progress=False)
     assert len(calls) == 1
+
+
+def test_further_sets_are_named_and_a_damaged_split_is_an_error(tmp_path):
+    "A validation file that is cut off is an error; one that is not there is none"
+    for name in ('instances_train', 'instances_val'):
+        data = dict(images=[], annotations=[], categories=[dict(id=1, name='dog')])
+        (tmp_path / f'{name}.json').write_text(json.dumps(data))
+    report = check_dataset(str(tmp_path), progress=False)
+    assert [n for n in report.compared.values()] == [0] and 'compared with: ' in report.to_text()
+    (tmp_path / 'instances_val.json').write_text('{"images": [')
+    report = check_dataset(str(tmp_path), progress=False)
+    assert 'instances_val.json' in str(report.of('error', 'cannot-open')[0])
+    (tmp_path / 'instances_val.json').unlink()
+    assert not check_dataset(str(tmp_path), progress=False).of('error', 'cannot-open')

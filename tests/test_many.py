@@ -34,9 +34,12 @@ VARIANTS = {  # what else could depend on the split: one-to-many stage of semi_d
 BOTH = 'semi_detr o2m no boxes'
 NORMED = 'code'  # projector whose gradient is not that of one batch: it flows through batch norms
 BATCHES = [
-    f'{name} {stage}' for name in methods_of(None, METHODS) for stage in ('o2m no boxes', 'o2o all boxes')
+    f'{name} {stage}'
+    for n, name in enumerate(methods_of(None, METHODS))
+    for stage in (('o2m no boxes', 'o2o all boxes')[n % 2],)
 ]
-BATCHES += ['jittered two boxes', 'class mixtures two boxes', 'softmax all boxes']
+BATCHES += ['semi_detr o2m no boxes', 'semi_detr o2o all boxes', 'class mixtures two boxes']
+BATCHES = list(dict.fromkeys(BATCHES))
 
 
 def whole(name, *items):

@@ -67,7 +67,7 @@ def test_it_resumes_and_its_settings_count(tmp_path):
 def test_its_settings_are_read_and_overridden_by_name():
     cfg = override(settings(), ['method.strength=2'])
     assert cfg.method.strength == 2.0 and from_dict(to_dict(cfg), settings()) == cfg
-    with pytest.raises(ConfigError, match="did you mean 'strength'"):
+    with pytest.raises(ConfigError, match="did you mean 'method.strength'"):
         override(settings(), ['method.strenght=2'])
 
 

@@ -57,6 +57,14 @@ line_is_due(5, None, 31.0, 4)
 
 # %%
 #| export
+def _times(n, total, start, now):  # seconds spent, and left if that is known
+    spent, done = now - start[1], n - start[0]
+    known = total is not None and 0 < done and n < total
+    return [f'{spent:.0f} s', *([f'{spent * (total - n) / done:.0f} s left'] if known else [])]
+
+
+# %%
+#| export
 class Progress:
     "How far a job is: a bar of tqdm on a terminal, lines elsewhere, on the error stream"
 
@@ -88,9 +96,9 @@ class Progress:
             )
 
     def text(self) -> str:
-        "The line of this moment: `name: 120/1200 it, 34 s, loss=3.2`"
+        "The line of this moment: `name: 120/1200 it, 34 s, 306 s left, loss=3.2`"
         count = f'{self.n}' if self.total is None else f'{self.n}/{self.total}'
-        parts = [f'{count} {self.unit}', f'{self.clock() - self.start[1]:.0f} s']
+        parts = [f'{count} {self.unit}', *_times(self.n, self.total, self.start, self.clock())]
         return f"{self.desc}: {', '.join([*parts, *(f'{k}={v}' for k, v in self.shown.items())])}"
 
     def values(

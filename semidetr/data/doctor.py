@@ -41,6 +41,7 @@ class Report:
     histogram: dict = field(default_factory=dict)  # class -> boxes that are not to be ignored
     box_sizes: dict = field(default_factory=dict)  # quantile -> square root of the area, pixels
     faults: list[Fault] = field(default_factory=list)
+    compared: dict = field(default_factory=dict)  # further data set -> its images
 
     def of(
         self,
@@ -94,6 +95,8 @@ def _number_lines(r):
         yield f"  {name[:24]:<24} {n:>8,} {'#' * math.ceil(40 * n / top) if top else ''}"
     if len(rows) > 20:
         yield f'  ... and {len(rows) - 20} classes more, {sum(n for _, n in rows[20:]):,} boxes'
+    if others := ', '.join(f'{name} ({n:,} images)' for name, n in r.compared.items()):
+        yield f'examined and compared with: {others}'
 
 
 def _fault_lines(r, most):
@@ -139,10 +142,14 @@ def _as_source(spec, split, data_root, images=None):  # the same; an error becom
     try:
         return spec if isinstance(spec, Source) else _open_source(spec, split, data_root, images)
     except DataError as e:
-        what, _, cure = str(e).rpartition('; ')
-        item = (what or str(e)).removeprefix(f'{spec}: ')
-        fault = Fault('error', 'cannot-open', str(spec), item, cure if what else 'see above')
-        return Source(str(spec), str(spec), None, faults=[fault])
+        return _unopened(e, spec)
+
+
+def _unopened(e, spec):  # a Source whose only fault is that it cannot be opened
+    what, _, cure = str(e).rpartition('; ')
+    item = (what or str(e)).removeprefix(f'{spec}: ')
+    fault = Fault('error', 'cannot-open', str(spec), item, cure if what else 'see above')
+    return Source(str(spec), str(spec), None, faults=[fault])
 
 # %% ../../nbs/data/09_doctor.ipynb #7d2126c5
 def _further_source(spec, split, data_root, images):  # usual places first, then the folder of the first one
@@ -158,8 +165,10 @@ def _splits(spec, known, names, data_root, images=None):  # further splits of a 
     for s in () if of_file else names:  # a COCO file has no other splits
         try:
             o = _further_source(spec, s, data_root, images)
-        except DataError:
-            continue
+        except DataError as e:
+            if f"split '{s}'" in str(e):
+                continue  # there is none
+            o = _unopened(e, f'{spec}: {s}')
         if (o.name, o.where) not in {(x.name, x.where) for x in (*known, *out)}:
             out.append(o)
     return out
@@ -176,7 +185,7 @@ def _others(spec, other, source, split, data_root, images=None):  # (own splits,
         given += [first, *(s for s in more if s.name != first.name)]
     return own, given
 
-
+# %% ../../nbs/data/09_doctor.ipynb #2d7f794c
 def _examine(source, report, quick, threads, progress):  # adds the faults of one set; -> its content keys
     report.faults += source.faults
     if source.data is None:
@@ -219,6 +228,8 @@ def check_dataset(
     first = [(source, keys)]  # sets that the others must not overlap with
     for n, o in enumerate([*own, *given]):
         other_keys = _examine(o, report, quick, threads, progress)
+        if o.data is not None:
+            report.compared[o.name] = len(coco_entries(o.data, 'images'))
         for s, s_keys in first if n >= len(own) else first[:1]:
             if lists_images(s) and lists_images(o):
                 report.faults += faults_between(s, o, s_keys, other_keys)

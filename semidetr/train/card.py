@@ -110,13 +110,14 @@ def _data_lines(result):
     ]
     places = {k: settings[k] for k in ('data', 'unlabelled', 'val', 'split_file') if settings.get(k)}
     chosen = [f'{k} {settings[k]:g}' for k in ('percent', 'count', 'shots') if settings.get(k)]
+    draw = f"draw {settings.get('fold', 0)}, seed {settings.get('split_seed', 0)}"
+    how = f"{', '.join(chosen) or 'all that are not held out'}, {draw}"
+    how = 'those of the split file' if settings.get('split_file') else how
     return [
         '## Data',
         table(['role', 'images', 'used for'], roles),
         f"{len(d['classes'])} classes: {', '.join(map(cell, d['classes'][:100]))}.",
-        f"Labelled images: {cell(', '.join(chosen) or 'all that are not held out')}, draw "
-        f"{cell(settings.get('fold', 0))}, seed {cell(settings.get('split_seed', 0))}; "
-        f"fingerprint of the data {cell(d.get('fingerprint'))}.",
+        f'Labelled images: {cell(how)}; fingerprint of the data {cell(d.get("fingerprint"))}.',
         table(['setting', 'where'], [[k, v] for k, v in places.items()]),
     ]
 

@@ -163,8 +163,8 @@ def _fit_to_length(cfg, start, given):
     burn_in = round(start.method.burn_in_iters * part)
     yield (
         f'method.burn_in_iters={burn_in}',
-        f'method.burn_in_iters={burn_in}: a burn-in of {m.burn_in_iters} would take all {n} iterations, '
-        'so it takes its part of them',
+        f'method.burn_in_iters={burn_in}: the burn-in is shortened from {m.burn_in_iters}, '
+        f'as the run has {n} iterations',
     )
     if 'method.T1' not in given:
         yield f'method.T1={round(start.method.T1 * part)}', ''
