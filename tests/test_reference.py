@@ -217,4 +217,4 @@ def test_the_installation_shows_what_it_does():
     lines = [line for line in (ROOT / 'Makefile').read_text().splitlines() if 'pip install' in line]
     assert lines and not any('--quiet' in line or ' -q ' in line for line in lines)
     readme = (ROOT / 'README.md').read_text(encoding='utf-8')
-    assert 'CPU build of torch' in readme and '5 GB' in readme
+    assert 'CPU build of torch' in readme and '6 GB' in readme
