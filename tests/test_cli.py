@@ -4,7 +4,7 @@ import json, os, shutil, signal, subprocess, sys, time
 import numpy as np, pytest, typer
 from PIL import Image
 from semidetr.cli import commands as cli
-from semidetr.cli import terminal
+from semidetr.cli import terminal, training
 from semidetr.train.checkpoint import load_checkpoint
 from semidetr.core import DataError
 from test_trainer import TINY
@@ -296,6 +296,27 @@ def test_labelled_coco_with_a_folder_of_images(shell, coco, tmp_path):
         and ' pseudo labels: ' in text
     )
     assert set(result['metrics']) == {'dev', 'val'}
+
+
+def test_a_damaged_test_split_is_refused_before_training(shell, tmp_path):
+    data = make_coco(tmp_path / 'shapes', 12, 3)
+    val = data / 'instances_val.json'
+    val.write_text(val.read_text()[:200])
+    code, _, err = shell('train', '--data', data, '-q', '-o', tmp_path / 'r', *FAST)
+    assert code == 2 and str(val) in err and not (tmp_path / 'r').exists()
+    code, out, _ = shell('doctor', data)
+    assert code == 2 and str(val) in out and 'not fit for training' in out
+
+
+@pytest.mark.parametrize(
+    'boxes, curves, said', [(0.2, [], True), (0.3, [], False), (0, ['region_points'], False)]
+)
+def test_few_pseudo_labels_are_said(capsys, boxes, curves, said):
+    data = dict(labelled=2, unlabelled=6)
+    health = dict(pseudo_boxes=boxes, labelled_boxes=1.0)
+    end = dict(data=data, seconds=1, cpu_seconds=1, iterations=2, metrics={}, health=health, curves=curves)
+    training._summary(end, 'runs/r')
+    assert (' few pseudo labels' in capsys.readouterr().out) == said
 
 
 def test_voc_folder(shell, tmp_path):

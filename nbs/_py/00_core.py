@@ -69,6 +69,10 @@ class DataError(SemiDETRError):
     "Something in a data set: an image, a box, an annotation file, a split"
 
 
+class MissingSplit(DataError):
+    "A data set has no split of this name, which for validation and test is no fault"
+
+
 class ConfigError(SemiDETRError):
     "Something in a configuration: an unknown key, a value out of range"
 
@@ -92,11 +96,12 @@ def tell(
 def suggest(
     word: str,  # what was written
     known,  # iterable of what may be written
+    before: str = '',  # what stands before the word, such as its group
 ) -> str:  # sentence to append to an error message
     "The most similar known word, or the list of all"
     known = sorted(map(str, known))
     near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
-    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+    return f"did you mean '{before}{near[0]}'?" if near else f"known: {', '.join(known)}"
 
 
 def need(

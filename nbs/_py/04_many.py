@@ -41,8 +41,8 @@
 # many of its images are labelled; earlier views and mosaics (@sec-mixing), which each process has for itself;
 # the batch norms of a backbone that is not frozen; and ratios in the log, such as the mean score of pseudo
 # labels, which are means of the ratios of the processes. The tests compare one process with two for every
-# method in both stages, and one batch with two that take turns: losses and gradients agree to rounding (in float64 to $10^{-14}$). Over many
-# iterations the rounding of float32 grows, as between two machines.
+# method in both stages, and one batch with two that take turns: losses and gradients agree to rounding (in
+# float64 to $10^{-14}$). Over many iterations the rounding of float32 grows, as between two machines.
 
 # %%
 #| default_exp many

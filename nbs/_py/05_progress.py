@@ -163,6 +163,7 @@ with Progress(1200, 'runs/mine', initial=200, stream=file, clock=lambda: now[0])
         job.update()
         times.append((now[0], file.getvalue().count('\n')))
 lines = file.getvalue().splitlines()
+assert lines[0] == 'runs/mine: 320/1200 it, 60 s, 440 s left, loss=8.4'
 assert (
     len(lines) == 9
     and lines[-1] == 'runs/mine: 1200/1200 it, 500 s, loss=4.0'

@@ -38,8 +38,9 @@ def _summary(result, out):
             quality = f"precision {share('pseudo_precision')}, recall {share('pseudo_recall')}"
             text += f', {quality} against hidden truth'
         _say(text)
-        if h['pseudo_boxes'] < h['labelled_boxes'] / 4:
-            _say(' few pseudo labels: the teacher is seldom sure; train longer or lower pseudo.threshold')
+        of_boxes = 'region_points' not in result.get('curves', ())  # labels at points are no boxes
+        if of_boxes and h['pseudo_boxes'] < h['labelled_boxes'] / 4:
+            _say(' few pseudo labels: the teacher is seldom sure; train longer or lower its threshold')
     _say(f' next: semidetr predict --run {out} --source IMAGES')
 
 # %% ../../nbs/cli/02_training.ipynb #b5a46d3b

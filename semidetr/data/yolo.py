@@ -8,7 +8,7 @@ __all__ = ['YOLO_CONFIGS', 'yolo_label', 'yolo_kind', 'yolo_file', 'read_yolo']
 # %% ../../nbs/data/01_yolo.ipynb #1f77d4b1
 import os
 from pathlib import Path
-from ..core import DataError
+from ..core import DataError, MissingSplit
 from .entries import as_number
 from .files import Fault, Source, files_under, images_under, outside_faults, read_size, reason
 from .formats import folder_like, other_spelling, plain_name
@@ -207,7 +207,7 @@ def _yolo_images(root, conf, split):  # -> image paths of one split, what was fo
     entry = next((conf[k] for k in keys if conf.get(k) and conf[k] not in ('~', 'null')), None)
     if entry is None:
         there = ', '.join(k for k in conf if k in ('train', 'val', 'valid', 'test')) or 'none'
-        raise DataError(f"{root}: data.yaml has no split '{split}'; found {there}")
+        raise MissingSplit(f"{root}: data.yaml has no split '{split}'; found {there}")
     out, faults, entries = [], [], entry if isinstance(entry, list) else [entry]
     if not all(isinstance(e, str) for e in entries):
         raise DataError(

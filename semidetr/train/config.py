@@ -228,9 +228,7 @@ def from_dict(
         name = f'{where}{k}'
         if k not in hints:
             now = _TODAY.get(name)
-            cure = (suggest(k, hints) if not now else f"it is called '{now}' now").replace(
-                "mean '", f"mean '{where}"
-            )
+            cure = f"it is called '{now}' now" if now else suggest(k, hints, where)
             raise ConfigError(f"unknown setting '{name}'; {cure}")
         old = getattr(base, k)
         if name == 'method' and isinstance(v, dict) and isinstance(v.get('name'), str):

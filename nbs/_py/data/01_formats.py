@@ -32,7 +32,7 @@ import unicodedata
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
-from semidetr.core import DataError
+from semidetr.core import DataError, MissingSplit
 from semidetr.data.coco import quick_columns
 from semidetr.data.columns import Texts
 from semidetr.data.entries import as_number
@@ -361,9 +361,9 @@ def _voc_ids(root, split):  # -> (image ids, file that lists them or None)
             return [_voc_id(line, xmls) for line in read_lines(f)], f
     if lists.is_dir():
         there = ', '.join(sorted(f.name for f in lists.glob('*.txt'))[:8]) or 'none'
-        raise DataError(f"{lists}: no list for the split '{split}'; found {there}")
+        raise MissingSplit(f"{lists}: no list for the split '{split}'; found {there}")
     if split not in ('train', 'trainval'):
-        raise DataError(
+        raise MissingSplit(
             f"{root}: no list for the split '{split}': there is no ImageSets/Main; all is 'train'"
         )
     return sorted(f.stem for f in xmls.glob('*.xml')), None

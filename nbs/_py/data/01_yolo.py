@@ -10,7 +10,7 @@
 #| export
 import os
 from pathlib import Path
-from semidetr.core import DataError
+from semidetr.core import DataError, MissingSplit
 from semidetr.data.entries import as_number
 from semidetr.data.files import Fault, Source, files_under, images_under, outside_faults, read_size, reason
 from semidetr.data.formats import folder_like, other_spelling, plain_name
@@ -271,7 +271,7 @@ def _yolo_images(root, conf, split):  # -> image paths of one split, what was fo
     entry = next((conf[k] for k in keys if conf.get(k) and conf[k] not in ('~', 'null')), None)
     if entry is None:
         there = ', '.join(k for k in conf if k in ('train', 'val', 'valid', 'test')) or 'none'
-        raise DataError(f"{root}: data.yaml has no split '{split}'; found {there}")
+        raise MissingSplit(f"{root}: data.yaml has no split '{split}'; found {there}")
     out, faults, entries = [], [], entry if isinstance(entry, list) else [entry]
     if not all(isinstance(e, str) for e in entries):
         raise DataError(

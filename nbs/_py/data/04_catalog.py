@@ -26,7 +26,7 @@ import os
 import re
 from time import time_ns
 from pathlib import Path
-from semidetr.core import DataError, suggest
+from semidetr.core import DataError, MissingSplit, suggest
 from semidetr.data.datasets import DetectionDataset, FileDataset
 from semidetr.data.digits import DigitsScenes
 from semidetr.data.entries import coco_entries
@@ -257,7 +257,7 @@ def read_source(
     if there := _splits_in(root):
         cure = f'; give one of these files instead of the folder, such as {root / there[0]}'
         found = ', '.join(there[:6])
-        raise DataError(f"{root}: no annotation file for the split '{split}'; found {found}{cure}")
+        raise MissingSplit(f"{root}: no annotation file for the split '{split}'; found {found}{cure}")
     _coco_alone(root, images)
     if f := yolo_file(root):
         if f.suffix in ('.yaml', '.yml') or any(

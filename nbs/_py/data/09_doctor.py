@@ -23,7 +23,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from PIL import Image, ImageDraw
-from semidetr.core import DataError, printable, stable_hash
+from semidetr.core import DataError, MissingSplit, printable, stable_hash
 from semidetr.data.catalog import open_dataset, read_source
 from semidetr.data.checks import (
     check_images,
@@ -241,9 +241,9 @@ def _splits(spec, known, names, data_root, images=None):  # further splits of a 
     for s in () if of_file else names:  # a COCO file has no other splits
         try:
             o = _further_source(spec, s, data_root, images)
+        except MissingSplit:
+            continue
         except DataError as e:
-            if f"split '{s}'" in str(e):
-                continue  # there is none
             o = _unopened(e, f'{spec}: {s}')
         if (o.name, o.where) not in {(x.name, x.where) for x in (*known, *out)}:
             out.append(o)

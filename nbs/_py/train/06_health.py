@@ -94,8 +94,8 @@ class HealthMonitor:
         score = f'{row["top_score"]:.2f}'
         return (
             f'no pseudo label in {self.window} iterations (best score of the teacher: {score}): the '
-            'unlabelled images teach nothing. Lower pseudo.threshold, lengthen method.burn_in_iters, or '
-            'check that both data sets show the same things.'
+            'unlabelled images teach nothing. Lower its threshold (of most methods pseudo.threshold), '
+            'lengthen method.burn_in_iters, or check that both data sets show the same things.'
         )
 
     def summary(self) -> dict:  # means over the window; precision and recall where the truth is known

@@ -25,7 +25,7 @@ import dataclasses
 import os
 import warnings
 import torch
-from semidetr.core import ConfigError, DataError, tell
+from semidetr.core import ConfigError, DataError, MissingSplit, tell
 from semidetr.data.catalog import open_dataset, open_further
 from semidetr.data.checks import constant_fault, image_files, same_files
 from semidetr.data.datasets import DetectionDataset, Joined, Subset, Unlabelled
@@ -67,7 +67,7 @@ def test_split(
         return open_further(cfg.val, 'val', cfg.images), ''
     try:
         val = open_further(cfg.data, 'val', cfg.images)
-    except DataError as e:
+    except MissingSplit as e:
         return None, str(e)
     train = open_dataset(cfg.data, 'train', images=cfg.images) if train is None else train
     # the defaults differ, so data sets that lack `where` are never the same
