@@ -600,7 +600,6 @@ def test_groups_by_name(fake):
     )
 
 
-@pytest.mark.skipif(not os.environ.get('SEMIDETR_SLOW'), reason='half a minute: SEMIDETR_SLOW=1')
 def test_submitit_on_this_machine(fake):
     "The same command through submitit's local executor: runs, records, failures"
     pytest.importorskip('submitit')

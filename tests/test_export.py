@@ -461,9 +461,7 @@ def test_torch_programs(written, tmp_path):
     "For batches of any size, or of one; they run in a process that does not import this package"
     batches = [padded(2, 96, 128), padded(1, 128, 96), padded(3, 64, 160)]
     torch.save(batches, tmp_path / 'in.pt')
-    kinds = dict(plain=None, dino=(2, 96, 128))
-    if os.environ.get('SEMIDETR_SLOW'):
-        kinds['detr'] = None
+    kinds = dict(plain=None, detr=None, dino=(2, 96, 128))
     for kind, size in kinds.items():
         _, cfg, folder, _ = written(kind)
         path = to_exported(folder, tmp_path / f'{kind}.pt2', like=cfg, size=size)
